@@ -1,0 +1,39 @@
+"""Mixture-of-Experts layers whose token exchange hides under the expert GEMMs.
+
+    world = cometrt.connect(MPI.COMM_WORLD, device="host")
+    layer = cometrt.MoELayer(world, cometrt.MoESpec(...))
+    y, saved = layer.forward(x, topk_ids, topk_weights, w_up, w_down)
+    grads = layer.backward(dy, saved)
+
+Importing needs neither MPI, CUDA nor matplotlib.
+"""
+
+from cometrt import reference, router, trace
+from cometrt.errors import CapacityError, CometError, MismatchError, PeerTimeout, RoutingError
+from cometrt.layer import MoELayer
+from cometrt.plan import TileConfig
+from cometrt.specs import Gradients, MoESpec
+from cometrt.weights import shard_weights
+from cometrt.world import World, connect, spawn
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CapacityError",
+    "CometError",
+    "Gradients",
+    "MismatchError",
+    "MoELayer",
+    "MoESpec",
+    "PeerTimeout",
+    "RoutingError",
+    "TileConfig",
+    "World",
+    "__version__",
+    "connect",
+    "reference",
+    "router",
+    "shard_weights",
+    "spawn",
+    "trace",
+]

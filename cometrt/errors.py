@@ -1,0 +1,70 @@
+"""Errors that show only after a call was made. Wrong arguments are plain ``ValueError``."""
+
+from __future__ import annotations
+
+
+class CometError(RuntimeError):
+    """Base of everything cometrt raises besides ``ValueError``."""
+
+
+class RoutingError(CometError):
+    """A routing table is invalid: an id outside [-1, E), a repeated id, a weight not finite.
+
+    Every rank reads every rank's table, so every rank raises it. Nothing was exchanged, the
+    layer may be called again.
+    """
+
+
+class CapacityError(CometError):
+    """A rank would need more rows than its buffers hold (``MoESpec.capacity_factor``).
+
+    Attributes:
+        rank: the rank with the largest need.
+        need: rows it needs, pad rows included.
+        capacity: rows its buffers hold.
+    """
+
+    rank: int
+    need: int
+    capacity: int
+
+    @classmethod
+    def build(cls, *, rank: int, need: int, capacity: int) -> CapacityError:
+        error = cls(
+            f"rank {rank} needs {need} rows (pads included) but its capacity is {capacity}: "
+            f"raise MoESpec.capacity_factor or balance the router"
+        )
+        error.rank, error.need, error.capacity = rank, need, capacity
+        return error
+
+
+class PeerTimeout(CometError):  # noqa: N818  (the name is part of the public contract)
+    """A wait ended without what it waited for: its deadline passed, or a peer failed.
+
+    The world refuses further calls until ``world.reset()``.
+
+    Attributes (-1 or "" where one does not apply):
+        waiter: rank whose wait expired, or that failed.
+        flag: what it waited for, for example ``"partials_ready"``.
+        peer: rank that should have signalled.
+        tile: M-tile, or block of tokens, that the flag guards.
+        chunk: chunk of columns that the flag guards.
+        epoch: exchange in which it happened.
+        expected, found: value the waiter needed, and the last one it read.
+    """
+
+    waiter: int = -1
+    flag: str = ""
+    peer: int = -1
+    tile: int = -1
+    chunk: int = -1
+    epoch: int = -1
+    expected: int = -1
+    found: int = -1
+
+
+class MismatchError(CometError):
+    """Ranks called different things in the same exchange.
+
+    The world refuses further calls until ``world.reset()``.
+    """

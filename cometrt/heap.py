@@ -1,0 +1,80 @@
+"""The symmetric heap: what peers touch, and only that. One table serves every rank.
+
+An array of a peer is its segment plus an offset from the table. Two segments, because layers
+of different shape share them: in "flags" a slot only ever holds epochs, whichever layer wrote
+it, so that a stale value is always too small; "data" holds everything else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from cometrt.plan import PlanShape
+from cometrt.world import World
+
+_ALIGNMENT = 256  # bytes: a bulk copy's and a cache line's
+
+
+@dataclasses.dataclass(frozen=True)
+class HeapEntry:
+    segment: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def heap_table(shape: PlanShape) -> dict[str, HeapEntry]:
+    """name -> place of each array of one layer.
+
+    x, dy: what peers pull, one copy each: who has all partials knows all pulls are done.
+    ids, weights: by epoch parity; a peer's planner may read them for one epoch more.
+    staging: partial rows from contributors; dweight: from the shard that computed them.
+    partials_ready: [contributor, block of tokens, chunk].
+    """
+    spec, size = shape.geometry.spec, shape.geometry.size
+    tokens, dtype = (spec.max_tokens, spec.hidden), spec.numpy_dtype
+    pairs = (spec.max_tokens, spec.topk)
+    wanted = {
+        "x": ("data", tokens, dtype),
+        "dy": ("data", tokens, dtype),
+        "ids": ("data", (2, *pairs), np.dtype(np.int32)),
+        "weights": ("data", (2, *pairs), np.dtype(np.float32)),
+        "staging": ("data", (shape.staging_rows, spec.hidden), dtype),
+        "dweight": ("data", (spec.tp, *pairs), np.dtype(np.float32)),
+        "partials_ready": (
+            "flags",
+            (size, shape.blocks_per_home, len(shape.config.chunks(spec.hidden))),
+            np.dtype(np.int64),
+        ),
+    }
+    table, end = {}, {"data": 0, "flags": 0}
+    for name, (segment, array_shape, array_dtype) in wanted.items():
+        entry = table[name] = HeapEntry(segment, end[segment], array_shape, array_dtype)
+        end[segment] += -(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return table
+
+
+class SymmetricHeap:
+    """One layer's arrays on every rank."""
+
+    def __init__(self, world: World, shape: PlanShape) -> None:
+        """Collective: grows the world's segments to hold this layer's arrays."""
+        self._world = world
+        self.table = heap_table(shape)
+        for segment in ("data", "flags"):
+            entries = [entry for entry in self.table.values() if entry.segment == segment]
+            world.grow_segment(segment, max(entry.offset + entry.nbytes for entry in entries))
+
+    def array(self, name: str, rank: int | None = None) -> np.ndarray:
+        """A view of rank's array (default: this rank's)."""
+        entry = self.table[name]
+        memory = self._world.segment(entry.segment, self._world.rank if rank is None else rank)
+        part = memory[entry.offset : entry.offset + entry.nbytes]
+        return part.view(entry.dtype).reshape(entry.shape)

@@ -1,0 +1,212 @@
+"""One epoch on one rank: publishing, the local counters, and the waits of both roles."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from cometrt.errors import MismatchError, PeerTimeout
+from cometrt.heap import SymmetricHeap
+from cometrt.plan import Plan, PlanShape
+from cometrt.plan.routing import RoutingTables
+from cometrt.trace import Tracer
+from cometrt.world import World
+from cometrt.world.failure import Failure, Wanted
+
+OPERATIONS = ("", "forward", "backward")  # numbers on the wire
+
+
+class Exchange:
+    """What the comm role and the compute role of one call share.
+
+    Attributes:
+        tile_filled: name of what is pulled -> [max_tiles] rows of each M-tile that are in
+            place, pads too. Written by comm, waited on by compute.
+        tile_done: [max_tiles, chunks] finished N-tiles. Written by compute, waited on by comm.
+    """
+
+    plan: Plan
+
+    def __init__(
+        self, world: World, heap: SymmetricHeap, shape: PlanShape, layer: int, tracer: Tracer
+    ) -> None:
+        self.world, self.heap, self.shape, self.layer = world, heap, shape, layer
+        self.tracer = tracer
+        spec = shape.geometry.spec
+        self.chunks = shape.config.chunks(spec.hidden)
+        self.tile_filled = {name: np.zeros(shape.max_tiles, np.int64) for name in ("x", "dy")}
+        self.tile_done = np.zeros((shape.max_tiles, len(self.chunks)), np.int64)
+        self._at: dict[str, tuple[str, int]] = {}
+        self.epoch = world.next_epoch()
+
+    # ---- publishing -------------------------------------------------------------------------
+
+    def publish(
+        self,
+        operation: str,
+        payloads: dict[str, np.ndarray],
+        num_tokens: int,
+        *,
+        ids: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
+        forward_epoch: int = 0,
+    ) -> list[int]:
+        """Put what peers read in place, tell them, and wait until all have done the same.
+
+        Every epoch waits for all ranks, also where nothing will be pulled: so ranks are at most
+        one epoch apart, and two parities of ids, weights and headers are enough.
+
+        Returns:
+            tokens of each rank.
+
+        Raises:
+            MismatchError: if ranks called different things; every rank sees it.
+        """
+        parity = self.epoch & 1
+        with self.step("compute", "publish"):
+            for name, payload in payloads.items():
+                mine = self.heap.array(name)
+                if payload.ctypes.data != mine.ctypes.data:  # else written in place by the caller
+                    mine[:num_tokens] = payload
+            if ids is not None and weights is not None:
+                limits = np.iinfo(np.int32)
+                # An int64 id that int32 cannot hold stays out of range instead of wrapping.
+                clipped = np.clip(ids, limits.min, limits.max)
+                self.heap.array("ids")[parity, :num_tokens] = clipped
+                self.heap.array("weights")[parity, :num_tokens] = weights
+            mine = (
+                self.epoch,
+                OPERATIONS.index(operation),
+                self.layer,
+                self.shape.geometry.spec.digest(),
+                forward_epoch,
+                num_tokens,
+            )
+            for board in self.world.boards:
+                board["header"][parity, self.world.rank] = mine
+            self.world.fence()
+            for peer in self.shape.geometry.ring():
+                self.world.boards[peer]["source_ready"][self.world.rank] = self.epoch
+        with self.step("compute", "wait"):
+            ready = self.world.board["source_ready"]
+            for source in self.shape.geometry.ring():
+                self.world.wait(
+                    lambda s=source: ready[s],
+                    Wanted("source_ready", source, self.epoch, epoch=self.epoch),
+                )
+        headers = self.world.board["header"][parity]
+        self._check_headers(headers)
+        return [int(tokens) for tokens in headers["num_tokens"]]
+
+    def read_routing(self, num_tokens: list[int]) -> RoutingTables:
+        """Every rank's ids and weights of this epoch."""
+        spec, size, parity = self.shape.geometry.spec, self.world.size, self.epoch & 1
+        ids = np.full((size, spec.max_tokens, spec.topk), -1, np.int32)
+        weights = np.zeros(ids.shape, np.float32)
+        for source in self.shape.geometry.ring():
+            used = num_tokens[source]
+            ids[source, :used] = self.heap.array("ids", source)[parity, :used]
+            weights[source, :used] = self.heap.array("weights", source)[parity, :used]
+        return RoutingTables(ids, weights, np.array(num_tokens, np.int32))
+
+    def _check_headers(self, headers: np.ndarray) -> None:
+        calls = [
+            tuple(int(header[name]) for name in ("operation", "layer", "spec_hash"))
+            + (int(header["forward_epoch"]),)
+            for header in headers
+        ]
+        if len(set(calls)) == 1:
+            return
+        text = f"ranks called different things in epoch {self.epoch}: " + ", ".join(
+            f"rank {rank}: {OPERATIONS[operation]} of layer {layer}"
+            + (f" (of the forward of epoch {forward_epoch})" if forward_epoch else "")
+            for rank, (operation, layer, _, forward_epoch) in enumerate(calls)
+        )
+        rank = self.world.rank
+        self.world.stop(Failure(kind="mismatch", waiter=rank, text=text, epoch=self.epoch))
+        raise MismatchError(text)
+
+    # ---- the two roles ----------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def step(
+        self, role: str, name: str, tile: int = -1, *, local_bytes: int = 0, link_bytes: int = 0
+    ) -> Iterator[None]:
+        """One stretch of work of a role, traced; its place is told if it raises."""
+        self._at[role] = (name, tile)
+        span = self.tracer.span(role, name, tile, local_bytes=local_bytes, link_bytes=link_bytes)
+        with span:
+            yield
+
+    def wait_filled(self, name: str, tile: int) -> None:
+        """Compute: until all rows of the M-tile are in place."""
+        counter = self.tile_filled[name]
+        self._wait_own("compute", "tile_filled", counter, (tile,), self.shape.config.block_m)
+
+    def wait_done(self, tiles: np.ndarray, chunk: int) -> None:
+        """Comm: until every N-tile of that chunk is stored, for each of the M-tiles."""
+        num_n_tiles = len(self.shape.config.n_tiles(*self.chunks[chunk]))
+        for tile in tiles:
+            self._wait_own("comm", "tile_done", self.tile_done, (int(tile), chunk), num_n_tiles)
+
+    def wait_partials(self, contributor: int, block: int, chunk: int) -> None:
+        """Comm: until the contributor's partial rows of the block are in this rank's staging."""
+        ready = self.heap.array("partials_ready")
+        index = (contributor, block, chunk)
+        if ready[index] < self.epoch:
+            with self.step("comm", "wait", block):
+                self.world.wait(
+                    lambda: ready[index],
+                    Wanted("partials_ready", contributor, self.epoch, self.epoch, block, chunk),
+                )
+        else:
+            self.world.fence()
+
+    def _wait_own(
+        self, role: str, flag: str, counter: np.ndarray, index: tuple[int, ...], expected: int
+    ) -> None:
+        if counter[index] >= expected:
+            return
+        chunk = index[1] if len(index) > 1 else -1
+        wanted = Wanted(flag, self.world.rank, expected, self.epoch, index[0], chunk)
+        with self.step(role, "wait", index[0]):
+            self.world.wait(lambda: counter[index], wanted)
+
+    def run(self, phases: list[tuple[str, Callable[[], None]]], *, overlapped: bool) -> None:
+        """Run (role, function) phases: each role's in order on a thread of its own, or, not
+        overlapped, all of them in order on this one."""
+        if not overlapped:
+            for role, phase in phases:
+                self._guarded(role, [phase])
+            return
+        errors: list[tuple[float, BaseException]] = []
+
+        def run_role(role: str) -> None:
+            try:
+                self._guarded(role, [phase for owner, phase in phases if owner == role])
+            except BaseException as error:
+                errors.append((time.monotonic(), error))
+
+        name = f"cometrt-rank{self.world.rank}-comm"
+        comm = threading.Thread(target=run_role, args=("comm",), name=name, daemon=True)
+        comm.start()
+        run_role("compute")
+        comm.join()  # its waits have deadlines
+        if errors:
+            raise min(errors, key=lambda item: item[0])[1]
+
+    def _guarded(self, role: str, phases: list[Callable[[], None]]) -> None:
+        try:
+            for phase in phases:
+                phase()
+        except (PeerTimeout, MismatchError):
+            raise  # the world is stopped already
+        except BaseException as error:
+            name, tile = self._at.get(role, ("", -1))
+            where = f" in {name} of tile {tile}, epoch {self.epoch}"
+            self.world.stop_for(error, where, tile)
+            raise

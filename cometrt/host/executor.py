@@ -1,0 +1,127 @@
+"""Forward and backward of one layer on the host: which phase each role runs, over what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cometrt.heap import SymmetricHeap
+from cometrt.host import comm, compute
+from cometrt.host.exchange import Exchange
+from cometrt.plan import PlanShape
+from cometrt.plan.reference import make_plan
+from cometrt.saved import Saved
+from cometrt.specs import Gradients
+from cometrt.trace import Tracer
+from cometrt.world import World
+
+MODES = ("fused", "sequential")
+
+
+class HostExecutor:
+    """mode "fused": both roles at once. "sequential": dispatch, GEMMs, combine, one after the
+    other; the same bits."""
+
+    def __init__(self, world: World, shape: PlanShape, layer: int, mode: str) -> None:
+        """Collective."""
+        self._world, self._shape, self._layer = world, shape, layer
+        self._overlapped = mode == "fused"
+        self._heap = SymmetricHeap(world, shape)
+
+    def buffer(self) -> np.ndarray:
+        return self._heap.array("x")
+
+    def forward(
+        self,
+        x: np.ndarray,
+        ids: np.ndarray,
+        weights: np.ndarray,
+        w_up: np.ndarray,
+        w_down: np.ndarray,
+        *,
+        training: bool,
+        out: np.ndarray,
+        tracer: Tracer,
+    ) -> tuple[Any, ...] | None:
+        ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
+        num_tokens = ex.publish("forward", {"x": x}, len(x), ids=ids, weights=weights)
+        with ex.step("compute", "plan"):
+            ex.plan = make_plan(ex.read_routing(num_tokens), self._shape)
+        x_rows, z = self._rows(), self._rows(self._shape.geometry.up_columns)
+        a, o = self._rows(self._shape.geometry.local_intermediate), self._rows()
+        up, down = compute.ExpertWeights(w_up), compute.ExpertWeights(w_down)
+        ex.run(
+            [
+                ("comm", lambda: comm.pull_rows(ex, "x", x_rows)),
+                ("compute", lambda: compute.up_tiles(ex, x_rows, up, z, a)),
+                ("compute", lambda: compute.down_tiles(ex, a, down, o)),
+                ("comm", lambda: comm.combine(ex, o, out, weighted=True)),
+            ],
+            overlapped=self._overlapped,
+        )
+        if not training:
+            return None
+        return Saved.pack(
+            shape=self._shape,
+            layer=self._layer,
+            num_tokens=len(x),
+            forward_epoch=ex.epoch,
+            x=x_rows if self._shape.geometry.spec.save == "rows" else self._own_tokens(x),
+            z=z,
+            plan=ex.plan,
+            w_up=w_up,
+            w_down=w_down,
+        )
+
+    def backward(self, dy: np.ndarray, saved: Saved, *, out: Gradients, tracer: Tracer) -> None:
+        """Fill out.x and out.topk_weights [T, ...] and out.w_up, out.w_down (fp32 here)."""
+        ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
+        ex.plan, pull_x = saved.plan, self._shape.geometry.spec.save == "z"
+        payloads = {"dy": dy} | ({"x": saved.x[: len(dy)]} if pull_x else {})
+        comm.clear_dweight(ex, len(dy))
+        ex.publish("backward", payloads, len(dy), forward_epoch=saved.forward_epoch)
+        dy_rows, dx_rows, dz = self._rows(), self._rows(), np.empty_like(saved.z)
+        x_rows = self._rows() if pull_x else saved.x
+        weighted_a = self._rows(self._shape.geometry.local_intermediate)
+        dweight_rows = np.empty(self._shape.capacity, np.float32)
+        up, down = compute.ExpertWeights(saved.w_up), compute.ExpertWeights(saved.w_down)
+        z = saved.z
+
+        def pull() -> None:
+            comm.pull_rows(ex, "dy", dy_rows)
+            if pull_x:  # before the last partial of dx leaves: then the home may overwrite x
+                comm.pull_rows(ex, "x", x_rows)
+
+        def down_dgrad() -> None:
+            compute.down_dgrad_tiles(ex, dy_rows, down, z, dz, weighted_a, dweight_rows)
+
+        def wgrad() -> None:
+            compute.wgrad_tiles(ex, dz, x_rows, dy_rows, weighted_a, out.w_up, out.w_down)
+
+        def combine() -> None:
+            comm.combine(ex, dx_rows, out.x, weighted=False, dweight_rows=dweight_rows)
+
+        ex.run(
+            [
+                ("comm", pull),
+                ("compute", down_dgrad),
+                ("compute", lambda: compute.up_dgrad_tiles(ex, dz, up, dx_rows)),
+                ("compute", wgrad),
+                ("comm", combine),
+            ],
+            overlapped=self._overlapped,
+        )
+        out.topk_weights[:] = comm.gather_dweight(ex, len(dy))
+
+    def _rows(self, columns: int | None = None) -> np.ndarray:
+        """Uninitialised [capacity, columns]; only rows that the plan uses are ever touched."""
+        spec = self._shape.geometry.spec
+        return np.empty((self._shape.capacity, columns or spec.hidden), spec.numpy_dtype)
+
+    def _own_tokens(self, x: np.ndarray) -> np.ndarray:
+        """A copy of x in the fixed shape [max_tokens, H]."""
+        spec = self._shape.geometry.spec
+        copy = np.zeros((spec.max_tokens, spec.hidden), spec.numpy_dtype)
+        copy[: len(x)] = x
+        return copy

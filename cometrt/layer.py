@@ -1,0 +1,270 @@
+"""MoELayer: the public face. Checks arguments, owns results, hands the work to an executor."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from cometrt.arrays import check_array
+from cometrt.host import HostExecutor
+from cometrt.host.executor import MODES
+from cometrt.plan import PlanShape, TileConfig
+from cometrt.saved import Saved
+from cometrt.specs import Geometry, Gradients, MoESpec, check_choice
+from cometrt.trace import NullTracer, Tracer
+from cometrt.world import World
+
+_FLOAT32 = np.dtype(np.float32)
+_IDS = (np.dtype(np.int32), np.dtype(np.int64))
+
+
+class MoELayer:
+    """One Mixture-of-Experts layer spread over the ranks of a world.
+
+    Construction is collective; so are `forward` and `backward`, in the same order on all ranks.
+
+    Args:
+        world: from ``cometrt.connect`` or ``cometrt.spawn``.
+        spec: equal on all ranks.
+        mode: "fused" (exchange and GEMMs overlap tile by tile), "sequential" (dispatch, GEMMs,
+            combine one after the other; same bits), or None: the best there is.
+        config: tile sizes and layer1's order; None: defaults.
+
+    Raises:
+        ValueError: on all ranks, for a wrong argument on any of them or different ones.
+        PeerTimeout: if a rank does not construct it too.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        spec: MoESpec,
+        mode: str | None = None,
+        *,
+        config: TileConfig | None = None,
+    ) -> None:
+        if not isinstance(world, World):
+            raise ValueError(f"world must come from cometrt.connect or spawn (got {world!r})")
+        config = TileConfig() if config is None else config
+        self._check_equal(world, spec, mode, config)
+        self.world, self.spec, self.config = world, spec, config
+        self.mode = mode or "fused"
+        self.tracer: Tracer = NullTracer()
+        self.geometry = Geometry(spec, world.rank, world.size)
+        self._shape = PlanShape(self.geometry, config)
+        self._layer = world.num_layers
+        world.num_layers += 1
+        self._closed = False
+        self._executor = HostExecutor(world, self._shape, self._layer, self.mode)
+
+    def forward(
+        self,
+        x: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        w_up: Any,
+        w_down: Any,
+        *,
+        training: bool = True,
+        out: Any = None,
+        stream: Any = None,
+    ) -> tuple[Any, tuple[Any, ...] | None]:
+        """y = the weighted sum of each token's experts. Collective.
+
+        Args:
+            x: [T, H] in spec.dtype, 0 <= T <= max_tokens; T may differ between ranks.
+            topk_ids: [T, K] int32 or int64, distinct within a token, -1 for a dropped pair.
+            topk_weights: [T, K] float32, finite.
+            w_up: [E_l, 2 * I_s, H] in spec.dtype, the gate rows first; [E_l, I_s, H] where the
+                activation is not gated. See ``cometrt.shard_weights``.
+            w_down: [E_l, H, I_s] in spec.dtype.
+            training: also return what `backward` needs.
+            out: [T, H] to write y into; it may be x.
+            stream: None on device="host".
+
+        All arrays are C-contiguous. x and the tables may be overwritten when it returns; the
+        weights must not change before backward.
+
+        Returns:
+            (y [T, H], saved); saved is None unless training.
+
+        Raises:
+            ValueError: for a wrong argument; the call has not happened.
+            RoutingError, CapacityError: on every rank; nothing was exchanged.
+            PeerTimeout, MismatchError: until ``world.reset()``. With a CometError, `out` is NaN.
+        """
+        self._check_usable(stream)
+        spec, geometry = self.spec, self.geometry
+        x = self._check_tokens("x", x)
+        pairs = (len(x), spec.topk)
+        check_array("topk_ids", topk_ids, pairs, _IDS)
+        check_array("topk_weights", topk_weights, pairs, (_FLOAT32,))
+        dtypes = (spec.numpy_dtype,)
+        check_array("w_up", w_up, geometry.w_up_shape, dtypes)
+        check_array("w_down", w_down, geometry.w_down_shape, dtypes)
+        if not isinstance(training, (bool, np.bool_)):
+            raise ValueError(f"training must be True or False (got {training!r})")
+        y = self._result("out", out, x.shape, dtypes)
+        try:
+            saved = self._executor.forward(
+                x, topk_ids, topk_weights, w_up, w_down, training=bool(training), out=y,
+                tracer=self.tracer,
+            )  # fmt: skip
+        except BaseException:
+            y.fill(np.nan)
+            raise
+        return y, saved
+
+    def backward(
+        self,
+        dy: Any,
+        saved: Any,
+        *,
+        out: Gradients | None = None,
+        accumulate: bool = False,
+        stream: Any = None,
+    ) -> Gradients:
+        """Gradients of sum(dy * y). Collective; once for each forward, in any order of them.
+
+        Args:
+            dy: [T, H] in spec.dtype, T that of the forward.
+            saved: what that forward returned.
+            out: Gradients to write into; a field that is None is made new. Weight gradients are
+                in spec.dtype, or float32 where `out` has float32.
+            accumulate: add to out.w_up and out.w_down, which must be given, in place of
+                overwriting them; x and topk_weights are overwritten as always.
+            stream: None on device="host".
+
+        Returns:
+            Gradients: x [T, H] in spec.dtype, topk_weights [T, K] float32 (0 for a dropped
+            pair), w_up and w_down of the weights' shapes.
+
+        Raises:
+            ValueError: for a wrong argument; the call has not happened.
+            PeerTimeout, MismatchError: until ``world.reset()``; x and topk_weights of `out` are
+                NaN, its weight gradients are untouched, and `saved` may be used again.
+        """
+        self._check_usable(stream)
+        spec, geometry = self.spec, self.geometry
+        kept = Saved.unpack(saved, shape=self._shape, layer=self._layer)
+        dtypes = (spec.numpy_dtype,)
+        check_array("dy", dy, (kept.num_tokens, spec.hidden), dtypes)
+        if not isinstance(accumulate, (bool, np.bool_)):
+            raise ValueError(f"accumulate must be True or False (got {accumulate!r})")
+        given = Gradients(None, None, None, None) if out is None else out
+        if not isinstance(given, tuple) or len(given) != len(Gradients._fields):
+            raise ValueError(f"out must be a cometrt.Gradients or None (got {type(out)!r})")
+        given = Gradients(*given)
+        if accumulate and (given.w_up is None or given.w_down is None):
+            raise ValueError("out must have w_up and w_down when accumulate=True (got None)")
+        grads = Gradients(
+            self._result("out.x", given.x, dy.shape, dtypes),
+            self._result("out.topk_weights", given.topk_weights, (len(dy), spec.topk), (_FLOAT32,)),
+            self._result("out.w_up", given.w_up, geometry.w_up_shape, (*dtypes, _FLOAT32)),
+            self._result("out.w_down", given.w_down, geometry.w_down_shape, (*dtypes, _FLOAT32)),
+        )
+        wide = grads._replace(
+            w_up=np.empty(geometry.w_up_shape, _FLOAT32),
+            w_down=np.empty(geometry.w_down_shape, _FLOAT32),
+        )
+        try:
+            self._executor.backward(dy, kept, out=wide, tracer=self.tracer)
+        except BaseException:
+            grads.x.fill(np.nan)
+            grads.topk_weights.fill(np.nan)
+            raise
+        kept.mark_used()
+        for result, value in ((grads.w_up, wide.w_up), (grads.w_down, wide.w_down)):
+            result[:] = result + value if accumulate else value
+        return grads
+
+    def buffer(self) -> np.ndarray:
+        """Heap memory [max_tokens, H]: tokens written here and passed as ``x = buffer()[:T]``
+        are not copied. Valid until the next call of any layer of the world, or its end."""
+        self._check_open()
+        return self._executor.buffer()
+
+    def synchronize(self) -> None:
+        """Wait for this layer's calls and raise what they have not raised yet. On the host
+        every call has ended, and has raised, when it returns."""
+        self._check_open()
+        self.world.check_running(_STOPPED)
+
+    def close(self) -> None:
+        """Give this layer up, on this rank; may be repeated."""
+        self._closed = True
+
+    def __enter__(self) -> MoELayer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<MoELayer {self._layer} of {self.world!r}, mode={self.mode!r}, {self.spec}>"
+
+    @staticmethod
+    def _check_equal(world: World, spec: Any, mode: Any, config: Any) -> None:
+        """Compare all ranks' arguments, wrong ones too, so that all raise the same."""
+        problem = ""
+        try:
+            if not isinstance(spec, MoESpec):
+                raise ValueError(f"spec must be a cometrt.MoESpec (got {type(spec)!r})")
+            if not isinstance(config, TileConfig):
+                raise ValueError(f"config must be a TileConfig (got {type(config)!r})")
+            if mode is not None:
+                check_choice("mode", mode, MODES)
+            Geometry(spec, world.rank, world.size)
+        except ValueError as error:
+            problem = str(error)
+        mine = (problem, repr(spec), repr(mode), repr(config))
+        ranks = world.allgather(mine, purpose="MoELayer")
+        for rank, (text, *_) in enumerate(ranks):
+            if text:
+                raise ValueError(f"{text} [rank {rank}]")
+        for rank, values in enumerate(ranks):
+            for name, value, first in zip(
+                ("spec", "mode", "config"), values[1:], ranks[0][1:], strict=True
+            ):
+                if value != first:
+                    raise ValueError(
+                        f"{name} must be equal on all ranks "
+                        f"(got {first} on rank 0, {value} on rank {rank})"
+                    )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("layer must be open (it was closed)")
+
+    def _check_usable(self, stream: Any) -> None:
+        self._check_open()
+        if stream is not None:
+            raise ValueError(f"stream must be None on device='host' (got {stream!r})")
+        self.world.check_running(_STOPPED)
+
+    def _check_tokens(self, name: str, tokens: Any) -> np.ndarray:
+        tokens = check_array(name, tokens, (None, self.spec.hidden), (self.spec.numpy_dtype,))
+        if len(tokens) > self.spec.max_tokens:
+            raise ValueError(
+                f"{name} must have at most max_tokens={self.spec.max_tokens} rows "
+                f"(got {len(tokens)})"
+            )
+        return tokens
+
+    @staticmethod
+    def _result(
+        name: str, given: Any, shape: tuple[int, ...], dtypes: tuple[np.dtype, ...]
+    ) -> np.ndarray:
+        if given is None:
+            return np.empty(shape, dtypes[0])
+        return check_array(name, given, shape, dtypes, writable=True)
+
+
+_STOPPED = "the world is stopped until world.reset(): "

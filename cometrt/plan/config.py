@@ -1,0 +1,61 @@
+"""How a layer is cut into tiles, blocks and chunks: one frozen, printable record."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cometrt.specs import ALIGNMENT, check_choice, check_int
+
+LAYER1_ORDERS = ("waves", "columns")
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """Tile sizes and the order of layer1, equal on all ranks.
+
+    Args:
+        block_m: rows of an M-tile; every expert's first row is aligned to it.
+        block_n: output columns of one GEMM tile; the last tile of a row of tiles may be narrower.
+        block_tokens: tokens of one reduce-and-push item.
+        layer1_order: "waves" (whole rows, farthest source first) or "columns" (COMET's:
+            chunk after chunk of H, all experts within a chunk).
+        chunk: columns of H that are reduced and pushed together in "columns"; a multiple of
+            block_n.
+
+    Raises:
+        ValueError: naming the argument, its value and the rule.
+    """
+
+    block_m: int = 64
+    block_n: int = 128
+    block_tokens: int = 64
+    layer1_order: str = "waves"
+    chunk: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "block_tokens", "chunk"):
+            object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=1))
+        check_choice("layer1_order", self.layer1_order, LAYER1_ORDERS)
+        if self.block_n % ALIGNMENT:
+            raise ValueError(f"block_n must be a multiple of {ALIGNMENT} (got {self.block_n})")
+        if self.chunk % self.block_n:
+            raise ValueError(
+                f"chunk must be a multiple of block_n={self.block_n} (got {self.chunk})"
+            )
+
+    def chunks(self, hidden: int) -> list[tuple[int, int]]:
+        """Column ranges of H that are reduced and pushed together."""
+        width = hidden if self.layer1_order == "waves" else self.chunk
+        return _ranges(hidden, width)
+
+    def n_tiles(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """Column ranges of the GEMM tiles that cover [begin, end)."""
+        return [(begin + lo, begin + hi) for lo, hi in _ranges(end - begin, self.block_n)]
+
+    def token_blocks(self, max_tokens: int) -> int:
+        """Most blocks of tokens that one rank sends to one home."""
+        return -(-max_tokens // self.block_tokens)
+
+
+def _ranges(length: int, width: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + width, length)) for begin in range(0, length, width)]

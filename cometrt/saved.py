@@ -1,0 +1,102 @@
+"""What forward keeps for backward: a flat tuple of arrays of fixed shape, and the weights.
+
+(meta [6] int64, x, z [capacity, 2 * I_s], the plan's tables, w_up, w_down), where x is the
+gathered rows [capacity, H] (save="rows") or this rank's tokens [max_tokens, H] (save="z").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from cometrt.plan import Plan, PlanShape
+
+_META = ("spec_hash", "layer", "num_tokens", "forward_epoch", "world_size", "used")
+_PLAN_FIELDS = len(dataclasses.fields(Plan))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Saved:
+    """The tuple with names; `meta` is shared with it, so that a use is seen by both."""
+
+    meta: np.ndarray
+    x: np.ndarray
+    z: np.ndarray
+    plan: Plan
+    w_up: Any
+    w_down: Any
+
+    @staticmethod
+    def pack(
+        *,
+        shape: PlanShape,
+        layer: int,
+        num_tokens: int,
+        forward_epoch: int,
+        x: np.ndarray,
+        z: np.ndarray,
+        plan: Plan,
+        w_up: Any,
+        w_down: Any,
+    ) -> tuple[Any, ...]:
+        meta = np.array(
+            [
+                shape.geometry.spec.digest(),
+                layer,
+                num_tokens,
+                forward_epoch,
+                shape.geometry.size,
+                0,
+            ],
+            np.int64,
+        )
+        return (meta, x, z, *plan.arrays(), w_up, w_down)
+
+    @staticmethod
+    def unpack(saved: Any, *, shape: PlanShape, layer: int) -> Saved:
+        """Check that it is this layer's and not used yet.
+
+        Raises:
+            ValueError: otherwise.
+        """
+        length = 3 + _PLAN_FIELDS + 2
+        if not isinstance(saved, (tuple, list)) or len(saved) != length:
+            what = f"{len(saved)} items" if isinstance(saved, (tuple, list)) else repr(type(saved))
+            raise ValueError(
+                f"saved must be the tuple of {length} that forward(training=True) returned "
+                f"(got {what})"
+            )
+        meta = saved[0]
+        if not isinstance(meta, np.ndarray) or meta.shape != (len(_META),):
+            raise ValueError("saved must begin with forward's meta array (got something else)")
+        found = dict(zip(_META, (int(value) for value in meta), strict=True))
+        for name, expected in (
+            ("spec_hash", shape.geometry.spec.digest()),
+            ("layer", layer),
+            ("world_size", shape.geometry.size),
+        ):
+            if found[name] != expected:
+                raise ValueError(
+                    f"saved must come from this layer's forward "
+                    f"({name} is {expected}, got {found[name]})"
+                )
+        if found["used"]:
+            raise ValueError(
+                f"saved must be used for one backward only (forward of epoch "
+                f"{found['forward_epoch']} has had its backward)"
+            )
+        plan = Plan(*saved[3 : 3 + _PLAN_FIELDS])
+        return Saved(meta, saved[1], saved[2], plan, saved[-2], saved[-1])
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.meta[_META.index("num_tokens")])
+
+    @property
+    def forward_epoch(self) -> int:
+        return int(self.meta[_META.index("forward_epoch")])
+
+    def mark_used(self) -> None:
+        self.meta[_META.index("used")] = 1

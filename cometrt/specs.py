@@ -1,0 +1,194 @@
+"""What a layer is (`MoESpec`), which part of it a rank holds (`Geometry`), what backward returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import numbers
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from cometrt.activations import ACTIVATIONS, is_gated
+
+DTYPES: dict[str, np.dtype] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+}
+SAVE_MODES = ("rows", "z")
+ALIGNMENT = 16  # hidden and intermediate per shard are multiples of it: one wgmma K step
+
+
+@dataclasses.dataclass(frozen=True)
+class MoESpec:
+    """Shape and numerics of one Mixture-of-Experts layer, equal on all ranks.
+
+    Args:
+        hidden: H, columns of x and y; a multiple of 16.
+        intermediate: I, columns of one expert's hidden layer; I / tp a multiple of 16.
+        num_experts: E, over all ranks; divisible by the number of expert groups.
+        topk: K, experts a token may choose; 1 <= K <= E.
+        max_tokens: most tokens a rank brings to a call.
+        tp: shards that each expert is split into; divides the number of ranks.
+        activation: swiglu, geglu (gated), silu, gelu (tanh form), relu or relu2.
+        dtype: of x, the weights, y: "bfloat16", or "float32" (host only).
+        save: what forward keeps for backward: "rows" (the gathered token rows) or "z" (only
+            the pre-activations; backward pulls the token rows again).
+        capacity_factor: rows a rank can hold over its balanced share, before pads.
+
+    Raises:
+        ValueError: naming the argument, its value and the rule.
+    """
+
+    hidden: int
+    intermediate: int
+    num_experts: int
+    topk: int
+    max_tokens: int
+    tp: int = 1
+    activation: str = "swiglu"
+    dtype: str = "bfloat16"
+    save: str = "rows"
+    capacity_factor: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "intermediate", "num_experts", "topk", "max_tokens", "tp"):
+            object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=1))
+        check_choice("activation", self.activation, tuple(ACTIVATIONS))
+        check_choice("dtype", self.dtype, tuple(DTYPES))
+        check_choice("save", self.save, SAVE_MODES)
+        if self.hidden % ALIGNMENT:
+            raise ValueError(f"hidden must be a multiple of {ALIGNMENT} (got {self.hidden})")
+        if self.intermediate % self.tp:
+            raise ValueError(
+                f"intermediate must be divisible by tp={self.tp} (got {self.intermediate})"
+            )
+        if (self.intermediate // self.tp) % ALIGNMENT:
+            raise ValueError(
+                f"intermediate / tp must be a multiple of {ALIGNMENT} "
+                f"(got {self.intermediate} / {self.tp} = {self.intermediate // self.tp})"
+            )
+        if self.topk > self.num_experts:
+            raise ValueError(f"topk must be <= num_experts={self.num_experts} (got {self.topk})")
+        factor = self.capacity_factor
+        if (
+            isinstance(factor, bool)
+            or not isinstance(factor, numbers.Real)
+            or not math.isfinite(factor)
+            or factor <= 0
+        ):
+            raise ValueError(f"capacity_factor must be a finite number > 0 (got {factor!r})")
+        object.__setattr__(self, "capacity_factor", float(factor))
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def gated(self) -> bool:
+        return is_gated(self.activation)
+
+    def digest(self) -> int:
+        """63-bit hash that peers compare: equal specs, equal digests, on every platform."""
+        text = repr(dataclasses.astuple(self)).encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Place of one rank: rank = group * tp + shard, W = ep * tp."""
+
+    spec: MoESpec
+    rank: int
+    size: int
+
+    def __post_init__(self) -> None:
+        spec = self.spec
+        if self.size % spec.tp:
+            raise ValueError(f"tp must divide the number of ranks {self.size} (got tp={spec.tp})")
+        if spec.num_experts % self.ep:
+            raise ValueError(
+                f"num_experts must be divisible by the number of expert groups "
+                f"{self.size} / {spec.tp} = {self.ep} (got {spec.num_experts})"
+            )
+
+    @property
+    def ep(self) -> int:
+        return self.size // self.spec.tp
+
+    @property
+    def group(self) -> int:
+        return self.rank // self.spec.tp
+
+    @property
+    def shard(self) -> int:
+        return self.rank % self.spec.tp
+
+    @property
+    def local_experts(self) -> int:
+        return self.spec.num_experts // self.ep
+
+    @property
+    def local_intermediate(self) -> int:
+        return self.spec.intermediate // self.spec.tp
+
+    @property
+    def up_columns(self) -> int:
+        """Rows of w_up, columns of z: gate and up side by side when the activation is gated."""
+        return (2 if self.spec.gated else 1) * self.local_intermediate
+
+    @property
+    def w_up_shape(self) -> tuple[int, int, int]:
+        return (self.local_experts, self.up_columns, self.spec.hidden)
+
+    @property
+    def w_down_shape(self) -> tuple[int, int, int]:
+        return (self.local_experts, self.spec.hidden, self.local_intermediate)
+
+    def distance(self, peer: int) -> int:
+        """Ring distance of `peer` seen from this rank; 0 is this rank itself."""
+        return (peer - self.rank) % self.size
+
+    def ring(self) -> list[int]:
+        """All ranks by ring distance, this one first."""
+        return [(self.rank + d) % self.size for d in range(self.size)]
+
+
+class Gradients(NamedTuple):
+    """What ``MoELayer.backward`` returns; as its ``out``, a field may be None.
+
+    Shapes: x [T, H], topk_weights [T, K] float32, w_up and w_down as this rank's weights.
+    """
+
+    x: Any
+    topk_weights: Any
+    w_up: Any
+    w_down: Any
+
+
+def check_int(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
+    """`value` as an int, or a ValueError that says what it should have been."""
+    rule = f"an integer >= {minimum}" if maximum is None else f"an integer in [{minimum}, {maximum}]"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be {rule} (got {value!r})")
+    if value < minimum or (maximum is not None and value > maximum):
+        raise ValueError(f"{name} must be {rule} (got {value})")
+    return int(value)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)} (got {value!r})")
+
+
+def check_timeout(timeout_sec: Any) -> float:
+    if (
+        isinstance(timeout_sec, bool)
+        or not isinstance(timeout_sec, numbers.Real)
+        or not math.isfinite(timeout_sec)
+        or timeout_sec <= 0
+    ):
+        raise ValueError(f"timeout_sec must be a finite number > 0 (got {timeout_sec!r})")
+    return float(timeout_sec)

@@ -1,0 +1,329 @@
+"""A world: ranks that meet, share memory, wait for each other with deadlines, and stop together.
+
+Each rank owns one *board* (flags, headers, failure records, a mailbox) and any number of named
+*segments*; every rank can read and write every board and segment. A subclass only says where
+that memory comes from (`_allocate`), how to order accesses to it (`fence`) and how to free it.
+"""
+
+from __future__ import annotations
+
+import abc
+import logging
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from cometrt.errors import MismatchError
+from cometrt.specs import check_timeout
+from cometrt.world.blas import pin_blas_threads, unpin_blas_threads
+from cometrt.world.failure import KINDS, Failure, Wanted, failure_dtype
+
+_log = logging.getLogger("cometrt")
+
+_MAIL_BYTES = 1 << 16
+_FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 20e-6, 1e-3
+
+header_dtype = np.dtype(
+    [
+        ("epoch", np.int64),
+        ("operation", np.int64),
+        ("layer", np.int64),
+        ("spec_hash", np.int64),
+        ("forward_epoch", np.int64),  # backward: the forward that it belongs to
+        ("num_tokens", np.int64),
+    ]
+)
+
+
+def board_dtype(size: int) -> np.dtype:
+    """One rank's board. The comment says who writes a field; its owner reads it, unless said."""
+    return np.dtype(
+        [
+            ("source_ready", np.int64, size),  # [s]: rank s
+            ("header", header_dtype, (2, size)),  # [epoch parity, s]: rank s
+            ("abort", np.int64, 1),  # any rank: the generation it stops
+            ("failure", failure_dtype, size),  # [r]: rank r
+            ("generation", np.int64, 1),  # the owner; all read
+            ("epoch", np.int64, 1),  # the owner; all read, in reset
+            ("reset_request", np.int64, 1),  # the owner; all read
+            ("closing", np.int64, 1),  # the owner; all read
+            ("round", np.int64, 1),  # the owner; all read
+            ("mail_bytes", np.int64, 2),  # [round parity]: the owner; all read
+            ("mail", np.uint8, (2, _MAIL_BYTES)),  # likewise
+        ]
+    )
+
+
+class World(abc.ABC):
+    """W ranks. Made by ``cometrt.connect`` or ``cometrt.spawn``.
+
+    Attributes:
+        rank, size: this rank, and W.
+        device: "host" or "cuda".
+        timeout_sec: longest that any single wait may last.
+        epoch: exchanges begun so far; equal on all ranks between calls.
+    """
+
+    def __init__(self, rank: int, size: int, device: str, timeout_sec: float) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        self.timeout_sec = check_timeout(timeout_sec)
+        self.epoch = 0
+        self.num_layers = 0
+        self._generation = 1
+        self._round = 0
+        self._closed = False
+        self._stop_lock = threading.Lock()
+        self._segments: dict[str, list[np.ndarray]] = {}
+        dtype = board_dtype(size)
+        self.boards = [memory.view(dtype)[0] for memory in self._allocate(dtype.itemsize)]
+        self.board["generation"][0] = self._generation
+        pin_blas_threads()
+
+    # ---- what a subclass brings -------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _allocate(self, nbytes: int) -> list[np.ndarray]:
+        """Collective: zeroed memory of every rank, as bytes, in rank order."""
+
+    @abc.abstractmethod
+    def fence(self) -> None:
+        """Order this thread's accesses to shared memory before it against those after it."""
+
+    @abc.abstractmethod
+    def _free(self) -> None:
+        """Give all memory back. Collective, called when every rank has arrived."""
+
+    # ---- memory -----------------------------------------------------------------------------
+
+    @property
+    def board(self) -> Any:
+        return self.boards[self.rank]
+
+    def grow_segment(self, name: str, nbytes: int) -> None:
+        """Collective: make the segment at least that large on every rank.
+
+        A grown segment is new, zeroed memory; nothing is carried over.
+        """
+        wanted = max(self.allgather(nbytes, purpose=f"segment {name}"))
+        if wanted > self._segment_bytes(name):
+            self._segments[name] = self._allocate(max(wanted, 1))
+            self.barrier()  # zeroed everywhere before anyone writes into a peer's
+
+    def segment(self, name: str, rank: int) -> np.ndarray:
+        """Bytes of one rank's segment; look it up at each call, it may have grown."""
+        return self._segments[name][rank]
+
+    def _segment_bytes(self, name: str) -> int:
+        return self._segments[name][0].nbytes if name in self._segments else 0
+
+    # ---- waiting and stopping ---------------------------------------------------------------
+
+    def wait(
+        self, read: Callable[[], Any], wanted: Wanted, *, even_if_stopped: bool = False
+    ) -> None:
+        """Return when ``read() >= wanted.expected``; what its setter wrote before is visible.
+
+        Raises:
+            PeerTimeout: after timeout_sec, having stopped the world on all ranks; or, as
+                MismatchError, because another rank stopped it.
+        """
+        deadline = time.monotonic() + self.timeout_sec
+        pause = _FIRST_PAUSE_SEC
+        while (found := int(read())) < wanted.expected:
+            if not even_if_stopped:
+                self.check_running()
+            if time.monotonic() > deadline:
+                failure = wanted.failure(self.rank, found, self.timeout_sec)
+                if not even_if_stopped:
+                    self.stop(failure)
+                raise failure.error()
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SEC)
+        self.fence()
+
+    def stop(self, failure: Failure) -> None:
+        """Tell every rank why, and end all their waits. The first failure of a rank stands."""
+        with self._stop_lock:
+            if int(self.board["failure"][self.rank]["generation"]) == self._generation:
+                return
+            _log.error("rank %d stops the world: %s", self.rank, failure.text)
+            for board in self.boards:
+                failure.write(board["failure"][self.rank], self._generation)
+            self.fence()
+            for board in self.boards:
+                board["abort"][0] = max(int(board["abort"][0]), self._generation)
+
+    def check_running(self, prefix: str = "") -> None:
+        """Raise what stopped the world, if anything did."""
+        if self._closed:
+            raise ValueError("world must be open (it was closed)")
+        if int(self.board["abort"][0]) >= self._generation:
+            self.fence()
+            raise self._failure().error(prefix)
+
+    def _failure(self) -> Failure:
+        """The record that explains most: raised, mismatch, timeout; this rank's own first."""
+        records = [
+            Failure.read(record)
+            for record in self.board["failure"]
+            if int(record["generation"]) >= self._generation
+        ]
+        return min(records, key=lambda f: (KINDS.index(f.kind), f.waiter != self.rank, f.waiter))
+
+    def reset(self) -> None:
+        """Collective: make a stopped world work again. No call may be under way on this rank.
+
+        Raises:
+            PeerTimeout: if a rank does not come within timeout_sec; it may be tried again.
+        """
+        if self._closed:
+            raise ValueError("world must be open (it was closed)")
+        board = self.board
+
+        def asked(peer: int) -> bool:
+            # A rank whose last reset failed half-way asks for a later generation: follow it.
+            requests = [int(other["reset_request"][0]) for other in self.boards]
+            board["reset_request"][0] = max(self._generation + 1, *requests)
+            return requests[peer] >= int(board["reset_request"][0])
+
+        try:
+            for peer in range(self.size):
+                self.wait(lambda p=peer: asked(p), Wanted("reset", peer, 1), even_if_stopped=True)
+            generation = int(board["reset_request"][0])
+            self.epoch = max(int(other["epoch"][0]) for other in self.boards)
+            self._round = max(int(other["round"][0]) for other in self.boards)
+            board["epoch"][0], board["round"][0] = self.epoch, self._round
+            self.fence()
+            board["generation"][0] = generation
+            for peer in range(self.size):
+                reached = self.boards[peer]["generation"]
+                wanted = Wanted("reset", peer, generation)
+                self.wait(lambda r=reached: r[0], wanted, even_if_stopped=True)
+        except BaseException:
+            board["reset_request"][0] = 0
+            raise
+        finally:
+            self._generation = int(board["generation"][0])
+
+    # ---- meeting ----------------------------------------------------------------------------
+
+    def next_epoch(self) -> int:
+        self.epoch += 1
+        self.board["epoch"][0] = self.epoch
+        return self.epoch
+
+    def barrier(self) -> None:
+        """Collective: return when every rank has called it.
+
+        Raises:
+            PeerTimeout, MismatchError: as `allgather`.
+        """
+        self.allgather(None, purpose="barrier")
+
+    def allgather(self, value: Any, *, purpose: str = "allgather") -> list[Any]:
+        """Collective: every rank's (picklable) value, in rank order.
+
+        Raises:
+            PeerTimeout: if a rank does not come within timeout_sec.
+            MismatchError: if a rank came for another purpose.
+        """
+        self.check_running()
+        payload = pickle.dumps((purpose, value))
+        parts = self._exchange(len(payload), payload[:_MAIL_BYTES])
+        longest = max(total for total, _ in parts)
+        pieces = [[piece] for _, piece in parts]
+        for begin in range(_MAIL_BYTES, longest, _MAIL_BYTES):
+            more = self._exchange(len(payload), payload[begin : begin + _MAIL_BYTES])
+            for rank, (_, piece) in enumerate(more):
+                pieces[rank].append(piece)
+        messages = [
+            pickle.loads(b"".join(piece)[:total])
+            for piece, (total, _) in zip(pieces, parts, strict=True)
+        ]
+        purposes = [message[0] for message in messages]
+        if len(set(purposes)) > 1:
+            text = "ranks met for different things: " + ", ".join(
+                f"rank {rank}: {name}" for rank, name in enumerate(purposes)
+            )
+            self.stop(Failure(kind="mismatch", waiter=self.rank, text=text))
+            raise MismatchError(text)
+        return [message[1] for message in messages]
+
+    def _exchange(self, total: int, piece: bytes) -> list[tuple[int, bytes]]:
+        """One round of mail. A rank is at most one round ahead: two parities are enough."""
+        self._round += 1
+        parity, board = self._round & 1, self.board
+        board["mail_bytes"][parity] = total
+        board["mail"][parity, : len(piece)] = np.frombuffer(piece, np.uint8)
+        self.fence()
+        board["round"][0] = self._round
+        for peer in range(self.size):
+            reached = self.boards[peer]["round"]
+            self.wait(lambda r=reached: r[0], Wanted("rendezvous", peer, self._round))
+        return [
+            (int(peer["mail_bytes"][parity]), peer["mail"][parity].tobytes())
+            for peer in self.boards
+        ]
+
+    # ---- the end ----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Collective, may be repeated: free the shared memory. Views into it end here."""
+        if self._closed:
+            return
+        self._closed = True
+        unpin_blas_threads()
+        self.board["closing"][0] = 1
+        try:
+            for peer in range(self.size):
+                closing = self.boards[peer]["closing"]
+                wanted = Wanted("close", peer, 1)
+                self.wait(lambda c=closing: c[0], wanted, even_if_stopped=True)
+        except BaseException as error:
+            _log.warning("shared memory stays until the process ends: %s", error)
+            raise
+        self._segments.clear()
+        self.boards = []
+        self._free()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        self.stop_for(error)
+        try:
+            self.close()
+        except Exception as closing_error:
+            _log.warning("close after an error: %s", closing_error)
+
+    def stop_for(self, error: BaseException, where: str = "", tile: int = -1) -> None:
+        """Stop the world because this rank raised `error`; peers get it as PeerTimeout."""
+        if self._closed:
+            return
+        text = f"rank {self.rank} raised {type(error).__name__}{where}: {error}"
+        self.stop(
+            Failure(
+                kind="raised",
+                waiter=self.rank,
+                peer=self.rank,
+                text=text,
+                tile=tile,
+                epoch=self.epoch,
+            )
+        )
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} rank {self.rank} of {self.size}, {self.device}>"

@@ -1,0 +1,32 @@
+"""One BLAS thread while a host world is open.
+
+Every rank computes on a thread of its own, and BLAS gives other bits with another number of
+threads. The limit holds for the whole process and goes when the last world is closed.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import threadpoolctl
+
+_lock = threading.Lock()
+_users = 0
+_limits: threadpoolctl.threadpool_limits | None = None
+
+
+def pin_blas_threads() -> None:
+    global _users, _limits
+    with _lock:
+        _users += 1
+        if _users == 1:
+            _limits = threadpoolctl.threadpool_limits(limits=1, user_api="blas")
+
+
+def unpin_blas_threads() -> None:
+    global _users, _limits
+    with _lock:
+        _users -= 1
+        if _users == 0 and _limits is not None:
+            _limits.restore_original_limits()
+            _limits = None

@@ -1,0 +1,122 @@
+"""Why a world stopped: one record, written into every rank's board, read by all."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from cometrt.errors import CometError, MismatchError, PeerTimeout
+
+KINDS = ("", "raised", "mismatch", "timeout")  # by how much each explains, best first
+# A flag's place in this tuple is its number on the wire.
+FLAGS = (
+    "",
+    "source_ready",
+    "tile_filled",
+    "tile_done",
+    "partials_ready",
+    "rendezvous",
+    "reset",
+    "close",
+)
+_TEXT_BYTES = 480
+
+failure_dtype = np.dtype(
+    [
+        ("generation", np.int64),
+        ("kind", np.int64),
+        ("waiter", np.int64),
+        ("flag", np.int64),
+        ("peer", np.int64),
+        ("tile", np.int64),
+        ("chunk", np.int64),
+        ("epoch", np.int64),
+        ("expected", np.int64),
+        ("found", np.int64),
+        ("text", f"S{_TEXT_BYTES}"),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Who waited for what, from whom, in which epoch; -1 and "" where one does not apply."""
+
+    kind: str
+    waiter: int
+    text: str
+    flag: str = ""
+    peer: int = -1
+    tile: int = -1
+    chunk: int = -1
+    epoch: int = -1
+    expected: int = -1
+    found: int = -1
+
+    def error(self, prefix: str = "") -> CometError:
+        """The exception that tells of it."""
+        if self.kind == "mismatch":
+            return MismatchError(prefix + self.text)
+        error = PeerTimeout(prefix + self.text)
+        for name in ("waiter", "flag", "peer", "tile", "chunk", "epoch", "expected", "found"):
+            setattr(error, name, getattr(self, name))
+        return error
+
+    def write(self, record: Any, generation: int) -> None:
+        """Into one board's slot; the generation last, it makes the record valid."""
+        record["kind"] = KINDS.index(self.kind)
+        record["flag"] = FLAGS.index(self.flag)
+        for name in ("waiter", "peer", "tile", "chunk", "epoch", "expected", "found"):
+            record[name] = getattr(self, name)
+        text = self.text.encode()[:_TEXT_BYTES]
+        record["text"] = text.decode(errors="ignore").encode()
+        record["generation"] = generation
+
+    @staticmethod
+    def read(record: Any) -> Failure:
+        return Failure(
+            kind=KINDS[int(record["kind"])],
+            flag=FLAGS[int(record["flag"])],
+            text=bytes(record["text"]).decode(errors="replace"),
+            **{
+                name: int(record[name])
+                for name in ("waiter", "peer", "tile", "chunk", "epoch", "expected", "found")
+            },
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a wait waits for: `flag`, set by rank `peer`, to reach `expected`."""
+
+    flag: str
+    peer: int
+    expected: int
+    epoch: int = -1
+    tile: int = -1
+    chunk: int = -1
+
+    def failure(self, waiter: int, found: int, timeout_sec: float) -> Failure:
+        unit = "block of tokens" if self.flag == "partials_ready" else "tile"
+        where = "" if self.tile < 0 else f"[{unit} {self.tile}"
+        where += "" if self.tile < 0 else f", chunk {self.chunk}]" if self.chunk >= 0 else "]"
+        who = "its own other thread" if self.peer == waiter else f"rank {self.peer}"
+        when = "" if self.epoch < 0 else f" in epoch {self.epoch}"
+        text = (
+            f"rank {waiter} waited {timeout_sec:g} s for {self.flag}{where} from {who}{when}: "
+            f"expected >= {self.expected}, found {found}"
+        )
+        return Failure(
+            kind="timeout",
+            waiter=waiter,
+            text=text,
+            flag=self.flag,
+            peer=self.peer,
+            tile=self.tile,
+            chunk=self.chunk,
+            epoch=self.epoch,
+            expected=self.expected,
+            found=found,
+        )

@@ -1,0 +1,108 @@
+"""One process a rank on one host, under mpirun: memory from MPI shared windows."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+from cometrt.errors import PeerTimeout
+from cometrt.specs import check_timeout
+from cometrt.world.base import World
+from cometrt.world.threads import check_device
+
+_LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+class MPIWorld(World):
+    """A rank of `connect`."""
+
+    def __init__(self, comm: Any, timeout_sec: float) -> None:
+        self._comm = comm
+        self._windows: list[Any] = []
+        super().__init__(comm.Get_rank(), comm.Get_size(), "host", timeout_sec)
+
+    def _allocate(self, nbytes: int) -> list[np.ndarray]:
+        from mpi4py import MPI
+
+        window = MPI.Win.Allocate_shared(nbytes, 1, comm=self._comm)
+        window.Lock_all(MPI.MODE_NOCHECK)  # lets Sync order accesses from now on
+        self._windows.append(window)
+        memories = []
+        for rank in range(self.size):
+            buffer, _ = window.Shared_query(rank)
+            memories.append(np.frombuffer(buffer, np.uint8, count=nbytes))
+        memories[self.rank][:] = 0
+        self.fence()
+        self._comm.Barrier()  # every rank is in this call: nobody is missing
+        return memories
+
+    def fence(self) -> None:
+        self._windows[0].Sync()
+
+    def _free(self) -> None:
+        for window in self._windows:
+            window.Unlock_all()
+            window.Free()
+        self._windows.clear()
+        self._comm.Free()
+
+
+def connect(comm: Any, device: str = "cuda", *, timeout_sec: float = 30.0) -> World:
+    """Collective: the world of an mpi4py communicator whose ranks are all on this host.
+
+    Args:
+        comm: an intracommunicator; it is duplicated.
+        device: "host".
+        timeout_sec: longest that any single wait may last.
+
+    Raises:
+        ValueError: for a wrong argument, ranks on several hosts, a launcher that belongs to
+            another MPI than mpi4py uses, or an MPI without full thread support.
+        PeerTimeout: if a rank does not call it within timeout_sec.
+    """
+    timeout_sec = check_timeout(timeout_sec)
+    check_device(device)
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"connect needs mpi4py and an MPI library ({error})") from error
+    if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+        raise ValueError(f"comm must be an mpi4py intracommunicator (got {comm!r})")
+    for name in _LAUNCHER_SIZES:
+        launched = os.environ.get(name, "1")
+        if MPI.COMM_WORLD.Get_size() == 1 and launched.isdigit() and int(launched) > 1:
+            raise ValueError(
+                f"comm must hold the ranks of mpirun: it started {launched}, MPI.COMM_WORLD has 1; "
+                f"mpirun and mpi4py use different MPI libraries "
+                f"(mpi4py uses {MPI.Get_library_version().splitlines()[0]})"
+            )
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise ValueError(
+            "comm must come from an MPI initialised with MPI_THREAD_MULTIPLE "
+            f"(got thread level {MPI.Query_thread()})"
+        )
+    _meet(comm, timeout_sec)
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    if node.Get_size() != comm.Get_size():
+        hosts = node.Get_size()
+        node.Free()
+        raise ValueError(
+            f"comm must have all ranks on one host (got {hosts} of {comm.Get_size()} here)"
+        )
+    node.Free()
+    return MPIWorld(comm.Dup(), timeout_sec)
+
+
+def _meet(comm: Any, timeout_sec: float) -> None:
+    """A barrier with a deadline: the blocking calls after it find every rank there."""
+    request, deadline = comm.Ibarrier(), time.monotonic() + timeout_sec
+    while not request.Test():
+        if time.monotonic() > deadline:
+            raise PeerTimeout(
+                f"rank {comm.Get_rank()} waited {timeout_sec:g} s in connect: "
+                f"a rank of the communicator did not call it"
+            )
+        time.sleep(1e-3)

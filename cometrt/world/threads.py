@@ -1,0 +1,125 @@
+"""Virtual ranks of one process: each rank is a thread, its memory plain NumPy arrays."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from cometrt.specs import check_choice, check_int, check_timeout
+from cometrt.world.base import World
+
+Result = TypeVar("Result")
+
+
+class _Process:
+    """What the ranks of one `spawn` share: the memory each of them allocated."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.condition = threading.Condition()
+        self.allocations: list[dict[int, np.ndarray]] = []
+
+    def allocate(self, rank: int, index: int, nbytes: int, timeout_sec: float) -> list[np.ndarray]:
+        with self.condition:
+            while len(self.allocations) <= index:
+                self.allocations.append({})
+            ranks = self.allocations[index]
+            ranks[rank] = np.zeros(nbytes, np.uint8)
+            self.condition.notify_all()
+            if not self.condition.wait_for(lambda: len(ranks) == self.size, timeout_sec):
+                raise RuntimeError("a rank's thread did not start")
+            return [ranks[r] for r in range(self.size)]
+
+
+class ThreadWorld(World):
+    """A rank of `spawn`."""
+
+    def __init__(self, rank: int, process: _Process, timeout_sec: float) -> None:
+        self._process = process
+        self._num_allocations = 0
+        super().__init__(rank, process.size, "host", timeout_sec)
+
+    def _allocate(self, nbytes: int) -> list[np.ndarray]:
+        index, self._num_allocations = self._num_allocations, self._num_allocations + 1
+        return self._process.allocate(self.rank, index, nbytes, self.timeout_sec)
+
+    def fence(self) -> None:
+        pass  # threads of one interpreter: taking the interpreter lock orders their accesses
+
+    def _free(self) -> None:
+        self._process.allocations.clear()
+
+
+def spawn(
+    fn: Callable[[World], Result],
+    ranks: int,
+    device: str = "host",
+    *,
+    link: str | None = None,
+    timeout_sec: float = 30.0,
+) -> list[Result]:
+    """Run ``fn(world)`` once a rank, each on a thread of this process.
+
+    Args:
+        fn: called with the rank's world, which is closed when it returns.
+        ranks: W, at least 1.
+        device: "host".
+        link: pacing of a modelled link; only for device="cuda".
+        timeout_sec: longest that any single wait of a rank may last.
+
+    Returns:
+        fn's results in rank order.
+
+    Raises:
+        ValueError: for a wrong argument.
+        Exception: the first one that a rank raised; the others' waits end at once.
+    """
+    ranks = check_int("ranks", ranks, minimum=1)
+    timeout_sec = check_timeout(timeout_sec)
+    check_device(device)
+    if not callable(fn):
+        raise ValueError(f"fn must be callable with a world (got {fn!r})")
+    if link is not None:
+        raise ValueError(f"link must be None on device='host' (got {link!r})")
+
+    process = _Process(ranks)
+    results: list[Any] = [None] * ranks
+    errors: list[tuple[float, BaseException]] = []
+    worlds: list[ThreadWorld | None] = [None] * ranks
+
+    def run(rank: int) -> None:
+        world = worlds[rank] = ThreadWorld(rank, process, timeout_sec)
+        try:
+            results[rank] = fn(world)
+            world.close()
+        except BaseException as error:
+            errors.append((time.monotonic(), error))
+            world.__exit__(type(error), error, error.__traceback__)
+
+    threads = [
+        threading.Thread(target=run, args=(rank,), name=f"cometrt-rank{rank}", daemon=True)
+        for rank in range(ranks)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException as error:  # Ctrl-C: let the ranks' waits end before leaving
+        for world in worlds:
+            if world is not None:
+                world.stop_for(error)
+        raise
+    if errors:
+        raise min(errors, key=lambda item: item[0])[1]
+    return results
+
+
+def check_device(device: str) -> None:
+    check_choice("device", device, ("host", "cuda"))
+    if device == "cuda":
+        raise ValueError("device must be 'host': this release has no CUDA world yet (got 'cuda')")
