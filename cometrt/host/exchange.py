@@ -178,11 +178,15 @@ class Exchange:
 
     def run(self, phases: list[tuple[str, Callable[[], None]]], *, overlapped: bool) -> None:
         """Run (role, function) phases: each role's in order on a thread of its own, or, not
-        overlapped, all of them in order on this one."""
-        if not overlapped:
+        overlapped, all of them in order on this one. A world that stopped meanwhile raises."""
+        if overlapped:
+            self._run_overlapped(phases)
+        else:
             for role, phase in phases:
                 self._guarded(role, [phase])
-            return
+        self.world.check_running()
+
+    def _run_overlapped(self, phases: list[tuple[str, Callable[[], None]]]) -> None:
         errors: list[tuple[float, BaseException]] = []
 
         def run_role(role: str) -> None:

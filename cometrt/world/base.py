@@ -26,7 +26,7 @@ from cometrt.world.failure import KINDS, Failure, Wanted, failure_dtype
 _log = logging.getLogger("cometrt")
 
 _MAIL_BYTES = 1 << 16
-_FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 20e-6, 1e-3
+_FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 50e-6, 1e-3
 
 header_dtype = np.dtype(
     [
@@ -96,7 +96,7 @@ class World(abc.ABC):
 
     @abc.abstractmethod
     def _free(self) -> None:
-        """Give all memory back. Collective, called when every rank has arrived."""
+        """Collective: give all memory back when no rank needs it any more."""
 
     # ---- memory -----------------------------------------------------------------------------
 
@@ -273,23 +273,18 @@ class World(abc.ABC):
     # ---- the end ----------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Collective, may be repeated: free the shared memory. Views into it end here."""
+        """Collective, may be repeated: free the shared memory. Views into it end here.
+
+        Raises:
+            PeerTimeout: under MPI, if a rank does not close within timeout_sec.
+        """
         if self._closed:
             return
         self._closed = True
         unpin_blas_threads()
-        self.board["closing"][0] = 1
-        try:
-            for peer in range(self.size):
-                closing = self.boards[peer]["closing"]
-                wanted = Wanted("close", peer, 1)
-                self.wait(lambda c=closing: c[0], wanted, even_if_stopped=True)
-        except BaseException as error:
-            _log.warning("shared memory stays until the process ends: %s", error)
-            raise
+        self._free()
         self._segments.clear()
         self.boards = []
-        self._free()
 
     def __enter__(self) -> World:
         return self

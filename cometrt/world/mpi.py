@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from typing import Any
@@ -11,7 +12,10 @@ import numpy as np
 from cometrt.errors import PeerTimeout
 from cometrt.specs import check_timeout
 from cometrt.world.base import World
+from cometrt.world.failure import Wanted
 from cometrt.world.threads import check_device
+
+_log = logging.getLogger("cometrt")
 
 _LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -43,6 +47,14 @@ class MPIWorld(World):
         self._windows[0].Sync()
 
     def _free(self) -> None:
+        self.board["closing"][0] = 1
+        try:
+            for peer in range(self.size):
+                closing = self.boards[peer]["closing"]
+                self.wait(lambda c=closing: c[0], Wanted("close", peer, 1), even_if_stopped=True)
+        except BaseException as error:
+            _log.warning("shared memory stays until the process ends: %s", error)
+            raise
         for window in self._windows:
             window.Unlock_all()
             window.Free()

@@ -1,0 +1,266 @@
+"""Cases of the layer: random inputs of every kind of routing, run on a world, and checked.
+
+A case runs the same under `spawn` and under mpirun: its inputs come from its seed alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+
+import cometrt
+
+RANKS = [  # (W, TP)
+    (1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 1), (4, 2), (4, 4), (5, 1), (8, 1), (8, 2), (8, 4),
+]  # fmt: skip
+ACTIVATIONS = ["swiglu", "geglu", "silu", "gelu", "relu", "relu2"]
+MAX_TOKENS = 40
+HIDDEN = 48
+TOPK = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    ranks: tuple[int, int] = (4, 1)
+    routing: str = "uniform"
+    activation: str = "swiglu"
+    dtype: str = "bfloat16"
+    shard_columns: int = 48  # I_s; block_n is 32
+    save: str = "rows"
+    order: str = "waves"
+    mode: str | None = None
+    seed: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.ranks[0]
+
+    @property
+    def spec(self) -> cometrt.MoESpec:
+        size, tp = self.ranks
+        return cometrt.MoESpec(
+            hidden=HIDDEN,
+            intermediate=self.shard_columns * tp,
+            num_experts=4 * (size // tp),
+            topk=TOPK,
+            max_tokens=MAX_TOKENS,
+            tp=tp,
+            activation=self.activation,
+            dtype=self.dtype,
+            save=self.save,
+            capacity_factor=4.0 * size,  # every routing fits
+        )
+
+    @property
+    def config(self) -> cometrt.TileConfig:
+        return cometrt.TileConfig(
+            block_m=16, block_n=32, block_tokens=8, layer1_order=self.order, chunk=32
+        )
+
+    def __str__(self) -> str:
+        return "-".join(str(v) for v in dataclasses.astuple(self)).replace(" ", "")
+
+
+@dataclasses.dataclass
+class Inputs:
+    """Lists have an entry a rank; the weights are the whole model's."""
+
+    x: list[np.ndarray]
+    dy: list[np.ndarray]
+    ids: list[np.ndarray]
+    weights: list[np.ndarray]
+    w_up: np.ndarray
+    w_down: np.ndarray
+
+
+def make_inputs(case: Case) -> Inputs:
+    spec, dtype = case.spec, case.spec.numpy_dtype
+    rng = np.random.default_rng(zlib.crc32(str(case).encode()))
+    parts = 2 if spec.gated else 1
+    w_up = rng.standard_normal((spec.num_experts, parts * spec.intermediate, HIDDEN)) / 7
+    w_down = rng.standard_normal((spec.num_experts, HIDDEN, spec.intermediate)) / 7
+    tokens, ids = ROUTINGS[case.routing](case, rng)
+    return Inputs(
+        x=[rng.standard_normal((t, HIDDEN)).astype(dtype) for t in tokens],
+        dy=[rng.standard_normal((t, HIDDEN)).astype(dtype) for t in tokens],
+        ids=[i.astype(np.int64 if r % 2 else np.int32) for r, i in enumerate(ids)],
+        weights=[rng.uniform(0.1, 1.5, (t, TOPK)).astype(np.float32) for t in tokens],
+        w_up=w_up.astype(dtype),
+        w_down=w_down.astype(dtype),
+    )
+
+
+# ---- routings: (case, rng) -> tokens of each rank, ids [T, K] of each rank ----------------------
+
+_Routing = Callable[[Case, np.random.Generator], tuple[list[int], list[np.ndarray]]]
+
+
+def _distinct(rng: np.random.Generator, tokens: int, scores: np.ndarray) -> np.ndarray:
+    """K distinct experts a token, drawn with the scores as log-odds."""
+    noisy = scores + rng.gumbel(size=(tokens, len(scores)))
+    return np.argsort(-noisy, axis=1)[:, :TOPK]
+
+
+def _tokens(case: Case, rng: np.random.Generator) -> list[int]:
+    return [int(t) for t in rng.integers(MAX_TOKENS // 2, MAX_TOKENS + 1, case.size)]
+
+
+def _uniform(case: Case, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
+    tokens = _tokens(case, rng)
+    return tokens, [_distinct(rng, t, np.zeros(case.spec.num_experts)) for t in tokens]
+
+
+def _skewed(case: Case, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
+    tokens = _tokens(case, rng)
+    scores = rng.normal(scale=2.0, size=case.spec.num_experts)
+    ids = [_distinct(rng, t, scores) for t in tokens]
+    return tokens, [np.where(rng.random(i.shape) < 0.1, -1, i) for i in ids]
+
+
+def _one_expert(case: Case, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
+    tokens, expert = _tokens(case, rng), case.spec.num_experts - 1
+    ids = [np.full((t, TOPK), -1) for t in tokens]
+    for table in ids:
+        table[:, 1] = expert
+    return tokens, ids
+
+
+def _empty_rank(case: Case, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
+    tokens, ids = _uniform(case, rng)
+    tokens[case.size // 2], ids[case.size // 2] = 0, np.zeros((0, TOPK), int)
+    return tokens, ids
+
+
+def _idle_experts(case: Case, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
+    tokens, scores = _tokens(case, rng), np.zeros(case.spec.num_experts)
+    scores[: len(scores) // 4] = -np.inf  # the whole first group where there are four
+    return tokens, [_distinct(rng, t, scores) for t in tokens]
+
+
+def _all_dropped(case: Case, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
+    tokens = _tokens(case, rng)
+    return tokens, [np.full((t, TOPK), -1) for t in tokens]
+
+
+def _one_token(case: Case, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
+    tokens = [0] * case.size
+    tokens[-1] = 1
+    return tokens, [_distinct(rng, t, np.zeros(case.spec.num_experts)) for t in tokens]
+
+
+def _at_home(case: Case, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
+    tokens, ids = _tokens(case, rng), []
+    experts = case.spec.num_experts // (case.size // case.spec.tp)
+    for rank, t in enumerate(tokens):
+        local = _distinct(rng, t, np.zeros(experts))
+        ids.append(rank // case.spec.tp * experts + local)
+    return tokens, ids
+
+
+ROUTINGS: dict[str, _Routing] = {
+    "uniform": _uniform,
+    "skewed": _skewed,
+    "one_expert": _one_expert,
+    "empty_rank": _empty_rank,
+    "idle_experts": _idle_experts,
+    "all_dropped": _all_dropped,
+    "one_token": _one_token,
+    "at_home": _at_home,
+}
+
+
+# ---- running and checking ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Output:
+    y: np.ndarray
+    grads: cometrt.Gradients
+
+    def digest(self) -> str:
+        hashed = hashlib.sha256(self.y.tobytes())
+        for grad in self.grads:
+            hashed.update(grad.tobytes())
+        return hashed.hexdigest()
+
+
+def poisoned(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+    return np.full(shape, np.nan, dtype)
+
+
+def run_case(world: cometrt.World, case: Case, inputs: Inputs, repeats: int = 2) -> Output:
+    """Forward and backward `repeats` times into poisoned outputs; the bits must repeat."""
+    rank, spec, dtype = world.rank, case.spec, case.spec.numpy_dtype
+    w_up, w_down = cometrt.shard_weights(inputs.w_up, inputs.w_down, rank, case.size, spec)
+    x, dy, ids, weights = (
+        inputs.x[rank], inputs.dy[rank], inputs.ids[rank], inputs.weights[rank],
+    )  # fmt: skip
+    wgrad_dtype = np.float32 if case.seed % 2 else dtype
+    outputs = []
+    with cometrt.MoELayer(world, spec, case.mode, config=case.config) as layer:
+        for _ in range(repeats):
+            y, saved = layer.forward(
+                x, ids, weights, w_up, w_down, out=poisoned(x.shape, dtype)
+            )
+            out = cometrt.Gradients(
+                poisoned(x.shape, dtype),
+                poisoned(weights.shape, np.float32),
+                poisoned(w_up.shape, wgrad_dtype),
+                poisoned(w_down.shape, wgrad_dtype),
+            )
+            outputs.append(Output(y, layer.backward(dy, saved, out=out)))
+    assert len({output.digest() for output in outputs}) == 1, "bits differ between repeats"
+    return outputs[0]
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """||found - expected|| / ||expected||; infinite if expected is zero and found is not."""
+    distance = np.linalg.norm(found.astype(np.float64) - expected)
+    norm = np.linalg.norm(expected)
+    if norm == 0:
+        return 0.0 if distance == 0 else float("inf")
+    return float(distance / norm)
+
+
+def tolerance(dtype: str) -> float:
+    """bf16: x, z, a, o, the partial sums and y each round by up to 2^-9; fp32: sums of up to
+    a few hundred terms, each rounding by 2^-24."""
+    return {"bfloat16": 1e-2, "float32": 3e-6}[dtype]
+
+
+def check_case(case: Case, inputs: Inputs, outputs: list[Output]) -> None:
+    """Compare all ranks' outputs with the float64 reference."""
+    spec = case.spec
+    x, dy, ids, weights = (
+        np.concatenate(part) for part in (inputs.x, inputs.dy, inputs.ids, inputs.weights)
+    )
+    model = (x, ids, weights, inputs.w_up, inputs.w_down, spec.activation)
+    y = cometrt.reference.moe_forward(*model)
+    grads = cometrt.reference.moe_backward(dy, *model)
+    pairs = {
+        "y": (np.concatenate([o.y for o in outputs]), y),
+        "dx": (np.concatenate([o.grads.x for o in outputs]), grads.x),
+        "dweight": (np.concatenate([o.grads.topk_weights for o in outputs]), grads.topk_weights),
+    }
+    for rank, output in enumerate(outputs):
+        dw_up, dw_down = cometrt.shard_weights(grads.w_up, grads.w_down, rank, case.size, spec)
+        pairs[f"dw_up of rank {rank}"] = (output.grads.w_up, dw_up)
+        pairs[f"dw_down of rank {rank}"] = (output.grads.w_down, dw_down)
+    for name, (found, expected) in pairs.items():
+        assert found.shape == expected.shape, name
+        error = relative_error(found, expected)
+        few = 3 if expected.size < 32 else 1  # a handful of dot products may all cancel
+        assert error < few * tolerance(case.dtype), f"{name}: relative error {error:.2e} in {case}"
+
+
+def spawn_case(case: Case, repeats: int = 2) -> list[Output]:
+    inputs = make_inputs(case)
+    outputs = cometrt.spawn(
+        lambda world: run_case(world, case, inputs, repeats), case.size, timeout_sec=60
+    )
+    check_case(case, inputs, outputs)
+    return outputs

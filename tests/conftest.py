@@ -1,0 +1,29 @@
+"""What every test needs: which of them run, and Hypothesis without its deadline."""
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("cometrt", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("cometrt")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also the full product of parameters")
+    parser.addoption("--gpu", action="store_true", help="also what needs an NVIDIA GPU")
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = {name for name in ("full", "gpu") if config.getoption(f"--{name}")}
+    skipped = [i for i in items if {m.name for m in i.iter_markers()} & {"full", "gpu"} - wanted]
+    config.hook.pytest_deselected(items=skipped)
+    items[:] = [item for item in items if item not in set(skipped)]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left_behind():
+    """Every call joins the threads it started, also when it fails."""
+    import threading
+
+    yield
+    left = [t.name for t in threading.enumerate() if t.name.startswith("cometrt-")]
+    assert not left, left
