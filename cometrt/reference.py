@@ -73,7 +73,7 @@ def moe_backward(
         x=_flat(dz) @ w_up.reshape(-1, hidden),
         topk_weights=dweights,
         w_up=(_flat(dz).T @ x).reshape(num_experts, up_columns, hidden),
-        w_down=dw_down.transpose(1, 0, 2),
+        w_down=np.ascontiguousarray(dw_down.transpose(1, 0, 2)),
     )
 
 

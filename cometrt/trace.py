@@ -221,7 +221,7 @@ class Timeline:
         figure.legend(
             handles=[Patch(color=_COLORS[name], label=name) for name in names],
             loc="outside lower center",
-            ncols=min(len(names), 10),
+            ncols=max(len(names), 1),
             frameon=False,
         )
         figure.savefig(path, dpi=120, format="png")

@@ -297,17 +297,21 @@ class World(abc.ABC):
     ) -> None:
         if error is None:
             self.close()
-            return
-        self.stop_for(error)
-        try:
-            self.close()
-        except Exception as closing_error:
-            _log.warning("close after an error: %s", closing_error)
+        else:
+            self.abandon(error)
+
+    def abandon(self, error: BaseException) -> None:
+        """Leave because of `error`: end the peers' waits, and wait for nobody.
+
+        Shared memory stays until the process ends, since a peer may still be using it.
+        """
+        if not self._closed:
+            self.stop_for(error)
+            self._closed = True
+            unpin_blas_threads()
 
     def stop_for(self, error: BaseException, where: str = "", tile: int = -1) -> None:
         """Stop the world because this rank raised `error`; peers get it as PeerTimeout."""
-        if self._closed:
-            return
         text = f"rank {self.rank} raised {type(error).__name__}{where}: {error}"
         self.stop(
             Failure(

@@ -98,7 +98,7 @@ def spawn(
             world.close()
         except BaseException as error:
             errors.append((time.monotonic(), error))
-            world.__exit__(type(error), error, error.__traceback__)
+            world.abandon(error)
 
     threads = [
         threading.Thread(target=run, args=(rank,), name=f"cometrt-rank{rank}", daemon=True)
@@ -112,7 +112,7 @@ def spawn(
     except BaseException as error:  # Ctrl-C: let the ranks' waits end before leaving
         for world in worlds:
             if world is not None:
-                world.stop_for(error)
+                world.abandon(error)
         raise
     if errors:
         raise min(errors, key=lambda item: item[0])[1]

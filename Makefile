@@ -1,0 +1,61 @@
+# Everything a newcomer or a developer runs. `make demo` and `make test` need no other set-up.
+#
+#   make demo      real text through a MoE layer on four ranks, checked, with its timeline
+#   make test      the tests that CI runs (no GPU needed)
+#   make test-all  also the full product of parameters (about half an hour on 2 cores)
+#   make gpu-test  the tests that need an NVIDIA GPU
+#   make lint      formatter, linter, types
+#   make format    let the formatters write
+#   make venv      .venv with all that the others need
+
+# The first Python that runs and is new enough.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+RUN := $(VENV)/bin/python
+# The CUDA extra only where the driver can use it.
+HAVE_GPU := $(shell (test -e /proc/driver/nvidia/version || command -v nvidia-smi) >/dev/null 2>&1 && echo yes)
+EXTRAS := mpi,plot,test,lint$(if $(HAVE_GPU),$(shell echo ,cuda13))
+STAMP := $(VENV)/.cometrt-$(subst $(shell echo ,),-,$(EXTRAS))
+CUDA_SOURCES = $(shell find kernels_cu -name '*.cu' -o -name '*.cuh')
+
+.PHONY: venv demo test test-all gpu-test lint format clean
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || \
+	  { echo "cometrt needs Python 3.11 or newer: make PYTHON=/path/to/python3 ..."; exit 1; }
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); $(PYTHON) -m virtualenv -q $(VENV); } || \
+	  { echo "needs the venv module: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	$(RUN) -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@rm -f $(VENV)/.cometrt-*
+	@touch $@
+
+demo: venv
+	$(VENV)/bin/mpirun -n 4 $(RUN) -m mpi4py examples/demo.py
+
+test: venv
+	$(RUN) -m pytest -q -n 2
+
+test-all: venv
+	$(RUN) -m pytest -q -n auto --full
+
+# Where CuPy is installed already, it is used as it is: make gpu-test RUN=python3
+gpu-test: $(if $(filter $(VENV)/%,$(RUN)),venv)
+	$(RUN) -m pytest -q tests/device --gpu
+
+lint: venv
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(if $(CUDA_SOURCES),$(VENV)/bin/clang-format --dry-run --Werror $(CUDA_SOURCES))
+
+format: venv
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+	$(if $(CUDA_SOURCES),$(VENV)/bin/clang-format -i $(CUDA_SOURCES))
+
+clean:
+	rm -rf $(VENV) out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,53 @@
+"""The Mixture-of-Experts layers of well-known models, whole or scaled down."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from cometrt.specs import ALIGNMENT, MoESpec, check_choice, check_int
+
+
+class Model(NamedTuple):
+    """One layer: H, I per expert, E, K, activation."""
+
+    hidden: int
+    intermediate: int
+    num_experts: int
+    topk: int
+    activation: str = "swiglu"
+
+
+MODELS = {
+    "mixtral-8x7b": Model(4096, 14336, 8, 2),
+    "qwen2-moe": Model(2048, 1408, 64, 4),
+    "phi-3.5-moe": Model(4096, 6400, 16, 2),
+    "qwen3-30b-a3b": Model(2048, 768, 128, 8),
+    "deepseek-v3": Model(7168, 2048, 256, 8),
+}
+
+
+def scaled_spec(name: str, factor: int = 1, *, max_tokens: int, **spec: Any) -> MoESpec:
+    """The spec of a model's layer with H and I divided by `factor`, rounded up to what is legal.
+
+    E and K stay, so that routing is that of the model. Further arguments go to ``MoESpec``.
+
+    Raises:
+        ValueError: for an unknown model, a factor below 1, or what ``MoESpec`` refuses.
+    """
+    check_choice("name", name, tuple(MODELS))
+    factor = check_int("factor", factor, minimum=1)
+    model = MODELS[name]
+    tp = check_int("tp", spec.get("tp", 1), minimum=1)
+    return MoESpec(
+        hidden=_round_up(model.hidden / factor, ALIGNMENT),
+        intermediate=_round_up(model.intermediate / factor, ALIGNMENT * tp),
+        num_experts=model.num_experts,
+        topk=model.topk,
+        max_tokens=max_tokens,
+        activation=model.activation,
+        **spec,
+    )
+
+
+def _round_up(value: float, multiple: int) -> int:
+    return -int(-value // multiple) * multiple

@@ -1,0 +1,73 @@
+"""What the example scripts share: weights from a seed, and the check against the reference."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+import cometrt
+
+
+def random_weights(spec: cometrt.MoESpec, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """w_up [E, 2I, H] and w_down [E, H, I] of the whole model, the same on every rank."""
+    rng = np.random.default_rng(seed)
+    rows = (2 if spec.gated else 1) * spec.intermediate
+    w_up = rng.standard_normal((spec.num_experts, rows, spec.hidden), np.float32)
+    w_down = rng.standard_normal((spec.num_experts, spec.hidden, spec.intermediate), np.float32)
+    w_up /= np.sqrt(spec.hidden)
+    w_down /= np.sqrt(spec.intermediate)
+    return w_up.astype(spec.numpy_dtype), w_down.astype(spec.numpy_dtype)
+
+
+def errors_against_reference(
+    comm: Any,
+    spec: cometrt.MoESpec,
+    weights: tuple[np.ndarray, np.ndarray],
+    inputs: tuple[np.ndarray, np.ndarray, np.ndarray],
+    dy: np.ndarray,
+    y: np.ndarray,
+    grads: cometrt.Gradients,
+) -> dict[str, float]:
+    """||found - expected|| / ||expected|| of every result of this rank.
+
+    Each rank runs the reference over its own tokens and all experts; the weight gradients of
+    all ranks' tokens are then added up.
+    """
+    from mpi4py import MPI
+
+    x, ids, topk_weights = inputs
+    model = (x, ids, topk_weights, *weights, spec.activation)
+    expected = cometrt.reference.moe_backward(dy, *model)
+    for gradient in (expected.w_up, expected.w_down):
+        comm.Allreduce(MPI.IN_PLACE, gradient)
+    dw_up, dw_down = cometrt.shard_weights(
+        expected.w_up, expected.w_down, comm.Get_rank(), comm.Get_size(), spec
+    )
+    pairs = {
+        "y": (y, cometrt.reference.moe_forward(*model)),
+        "dx": (grads.x, expected.x),
+        "dweight": (grads.topk_weights, expected.topk_weights),
+        "dw_up": (grads.w_up, dw_up),
+        "dw_down": (grads.w_down, dw_down),
+    }
+    return {name: _relative_error(*pair) for name, pair in pairs.items()}
+
+
+def tolerance(spec: cometrt.MoESpec) -> float:
+    """bf16 rounds z, a, o, the partial sums and the results by up to 2^-9 each."""
+    return 1e-2 if spec.dtype == "bfloat16" else 1e-5
+
+
+def stop_if_wrong(comm: Any, errors: dict[str, float], spec: cometrt.MoESpec) -> None:
+    """Exit with status 1, on all ranks, if any rank's result is off."""
+    wrong = comm.allreduce(not max(errors.values()) < tolerance(spec))
+    if wrong:
+        sys.exit(f"rank {comm.Get_rank()}: wrong results: {errors}")
+
+
+def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    norm = np.linalg.norm(expected)
+    distance = np.linalg.norm(found.astype(np.float64) - expected)
+    return float(distance / norm) if norm else float(distance)

@@ -1,0 +1,130 @@
+"""Real text through a Mixture-of-Experts layer on four ranks, checked, with its timeline.
+
+The bytes of Python's own standard library are the tokens: each is embedded by a fixed random
+table plus its position and routed by a softmax top-8 router over 128 experts, so that the load
+is as uneven as text is. The layer has the routing of qwen3-30b-a3b and is scaled down.
+
+mpirun -n 4 python -m mpi4py examples/demo.py        (or: make demo)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from common import errors_against_reference, random_weights, stop_if_wrong
+from mpi4py import MPI
+
+import cometrt
+from cometrt.models import scaled_spec
+
+
+def standard_library(num_bytes: int) -> np.ndarray:
+    """The first bytes of the standard library's sources, file after file by name."""
+    text = b""
+    for path in sorted(Path(os.__file__).parent.glob("*.py")):
+        text += path.read_bytes()
+        if len(text) >= num_bytes:
+            break
+    return np.frombuffer(text[:num_bytes], np.uint8)
+
+
+def positions(num_tokens: int, hidden: int) -> np.ndarray:
+    """Sinusoids, as in "Attention Is All You Need", 3.5; [T, H]."""
+    rate = 10000.0 ** (-np.arange(0, hidden, 2) / hidden)
+    angle = np.arange(num_tokens)[:, None] * rate
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", type=int, default=4, help="divides the model's H and I")
+    parser.add_argument("--tokens", type=int, default=256, help="bytes of text per rank")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the timeline")
+    args = parser.parse_args()
+
+    comm = MPI.COMM_WORLD
+    rank, size = comm.Get_rank(), comm.Get_size()
+    spec = scaled_spec(
+        "qwen3-30b-a3b", args.scale, max_tokens=args.tokens, capacity_factor=float(size)
+    )
+    text = standard_library(size * args.tokens + 1)
+    mine = text[rank * args.tokens : (rank + 1) * args.tokens + 1]  # and the byte after them
+
+    fixed = np.random.default_rng(0)
+    table = fixed.standard_normal((256, spec.hidden))
+    router = fixed.standard_normal((spec.hidden, spec.num_experts)) / np.sqrt(spec.hidden)
+    x = (table[mine[:-1]] + positions(args.tokens, spec.hidden)).astype(spec.numpy_dtype)
+    logits = x.astype(np.float64) @ router
+    ids, topk_weights = cometrt.router.softmax_topk(logits, spec.topk)
+    weights = random_weights(spec, seed=1)
+    w_up, w_down = cometrt.shard_weights(*weights, rank, size, spec)
+
+    with cometrt.connect(comm, device="host") as world:
+        layer = cometrt.MoELayer(world, spec)
+        if rank == 0:
+            print(
+                f"qwen3-30b-a3b / {args.scale}: H={spec.hidden} I={spec.intermediate} "
+                f"E={spec.num_experts} K={spec.topk} {spec.dtype}, {size} ranks, "
+                f"{args.tokens} bytes of the standard library each",
+                flush=True,
+            )
+        # Once to warm up, once recorded. The loss pulls y towards the next byte's embedding.
+        for _ in range(2):
+            world.barrier()
+            begin = time.perf_counter()
+            with cometrt.trace.record(layer) as recording:
+                y, saved = layer.forward(x, ids, topk_weights, w_up, w_down)
+                dy = (y.astype(np.float32) - table[mine[1:]]).astype(spec.numpy_dtype)
+                grads = layer.backward(dy, saved)
+            seconds = time.perf_counter() - begin
+        timeline = recording.gather()
+        inputs = (x, ids, topk_weights)
+        errors = errors_against_reference(comm, spec, weights, inputs, dy, y, grads)
+        stop_if_wrong(comm, errors, spec)
+        report(comm, spec, ids, seconds, timeline, max(errors.values()), args.out)
+
+
+def report(comm, spec, ids, seconds, timeline, error, out) -> None:
+    """Print on rank 0 what each rank did and what the whole did; draw the timeline."""
+    rank, size = comm.Get_rank(), comm.Get_size()
+    all_ids = np.concatenate(comm.allgather(ids))
+    experts = spec.num_experts // size
+    line = (
+        f"{rank:4d} {len(ids):7d} {np.sum(all_ids // experts == rank):7d} "
+        f"{timeline.link_bytes(rank, 'pull') / 1e6:10.2f} "
+        f"{timeline.link_bytes(rank, 'reduce and push') / 1e6:10.2f} "
+        f"{seconds * 1e3:8.0f} {error:14.1e}"
+    )
+    lines = comm.gather(line)
+    if rank:
+        return
+    print("rank  tokens    rows  pulled MB  pushed MB  time ms  largest error")
+    print("\n".join(lines))
+    load = cometrt.router.load_statistics(all_ids, spec.num_experts)
+    busiest = np.argsort(-load.counts, kind="stable")[:4]
+    print(
+        f"experts' load: busiest {', '.join(f'#{e} {load.counts[e]}' for e in busiest)}; "
+        f"{load.imbalance:.1f}x the mean, coefficient of variation {load.variation:.2f}, "
+        f"{load.idle} of {spec.num_experts} idle"
+    )
+    print(
+        f"hidden share: {timeline.hidden_share:.0%} of the time that ranks spend moving and "
+        f"adding rows runs under their own GEMMs"
+    )
+    print("every result agrees with the float64 reference")
+    out.mkdir(parents=True, exist_ok=True)
+    timeline.save_json(out / "timeline.json")
+    title = f"forward and backward on {size} ranks, {timeline.hidden_share:.0%} hidden"
+    try:
+        timeline.save_png(out / "timeline.png", title)
+        print(f"timeline: {out / 'timeline.png'}; for Perfetto: {out / 'timeline.json'}")
+    except ImportError as missing:
+        print(f"timeline for Perfetto: {out / 'timeline.json'} (no picture: {missing})")
+
+
+if __name__ == "__main__":
+    main()

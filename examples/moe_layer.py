@@ -1,0 +1,84 @@
+"""One MoE layer of a known model, scaled down, forward and backward, checked.
+
+mpirun -n 4 python -m mpi4py examples/moe_layer.py --model mixtral-8x7b --scale 16
+mpirun -n 4 python -m mpi4py examples/moe_layer.py --model qwen2-moe --tp 2 --layer1-order columns
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+from common import errors_against_reference, random_weights, stop_if_wrong
+from mpi4py import MPI
+
+import cometrt
+from cometrt.models import MODELS, scaled_spec
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="qwen3-30b-a3b")
+    parser.add_argument("--scale", type=int, default=16, help="divides H and I")
+    parser.add_argument("--tokens", type=int, default=256, help="per rank")
+    parser.add_argument("--tp", type=int, default=1, help="shards of each expert")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--save", choices=["rows", "z"], default="rows")
+    parser.add_argument("--mode", choices=["fused", "sequential"], default="fused")
+    parser.add_argument("--layer1-order", choices=["waves", "columns"], default="waves")
+    parser.add_argument("--skew", type=float, default=0.0, help="spread of the router's bias")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--trace", metavar="FILE.json", help="write a Chrome trace")
+    args = parser.parse_args()
+
+    spec = scaled_spec(
+        args.model, args.scale, max_tokens=args.tokens, tp=args.tp, dtype=args.dtype,
+        save=args.save, capacity_factor=4.0,
+    )  # fmt: skip
+    comm = MPI.COMM_WORLD
+    rank, size = comm.Get_rank(), comm.Get_size()
+    weights = random_weights(spec, seed=0)
+    w_up, w_down = cometrt.shard_weights(*weights, rank, size, spec)
+    rng = np.random.default_rng(1 + rank)
+    x = rng.standard_normal((args.tokens, spec.hidden)).astype(spec.numpy_dtype)
+    dy = rng.standard_normal((args.tokens, spec.hidden)).astype(spec.numpy_dtype)
+    bias = args.skew * np.random.default_rng(99).standard_normal(spec.num_experts)
+    logits = rng.standard_normal((args.tokens, spec.num_experts)) + bias
+    ids, topk_weights = cometrt.router.softmax_topk(logits, spec.topk)
+
+    config = cometrt.TileConfig(layer1_order=args.layer1_order)
+    with cometrt.connect(comm, device="host") as world:
+        layer = cometrt.MoELayer(world, spec, args.mode, config=config)
+        if rank == 0:
+            print(layer, flush=True)
+        for repeat in range(args.repeats):
+            world.barrier()
+            begin = time.perf_counter()
+            with cometrt.trace.record(layer) as recording:
+                y, saved = layer.forward(x, ids, topk_weights, w_up, w_down)
+                forward = time.perf_counter()
+                grads = layer.backward(dy, saved)
+            end = time.perf_counter()
+            seconds = [comm.allreduce(s, MPI.MAX) for s in (forward - begin, end - forward)]
+            timeline = recording.gather()
+            if rank == 0:
+                print(
+                    f"call {repeat}: forward {seconds[0] * 1e3:.1f} ms, "
+                    f"backward {seconds[1] * 1e3:.1f} ms (slowest rank), "
+                    f"{timeline.hidden_share:.0%} of the communication under compute",
+                    flush=True,
+                )
+        if args.trace and rank == 0:
+            timeline.save_json(args.trace)
+        errors = errors_against_reference(
+            comm, spec, weights, (x, ids, topk_weights), dy, y, grads
+        )
+        stop_if_wrong(comm, errors, spec)
+        largest = {name: comm.allreduce(error, MPI.MAX) for name, error in errors.items()}
+        if rank == 0:
+            print("checked:", ", ".join(f"{name} {error:.1e}" for name, error in largest.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""A wrong argument is a ValueError that names it, its value and the rule; nothing has happened."""
+
+import contextlib
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cometrt
+from cometrt import trace
+from tests.cases import Case, Output, check_case, make_inputs
+
+SPEC = {"hidden": 64, "intermediate": 96, "num_experts": 8, "topk": 2, "max_tokens": 32}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": 0}, "hidden must be an integer >= 1 (got 0)"),
+        ({"hidden": 24}, "hidden must be a multiple of 16 (got 24)"),
+        ({"hidden": 64.0}, "hidden must be an integer >= 1 (got 64.0)"),
+        ({"hidden": True}, "hidden must be an integer >= 1 (got True)"),
+        ({"intermediate": -16}, "intermediate must be an integer >= 1 (got -16)"),
+        ({"intermediate": 24}, "intermediate / tp must be a multiple of 16 (got 24 / 1 = 24)"),
+        ({"tp": 5}, "intermediate must be divisible by tp=5 (got 96)"),
+        ({"tp": 4}, "intermediate / tp must be a multiple of 16 (got 96 / 4 = 24)"),
+        ({"tp": 0}, "tp must be an integer >= 1 (got 0)"),
+        ({"num_experts": 0}, "num_experts must be an integer >= 1 (got 0)"),
+        ({"topk": 0}, "topk must be an integer >= 1 (got 0)"),
+        ({"topk": 9}, "topk must be <= num_experts=8 (got 9)"),
+        ({"max_tokens": 0}, "max_tokens must be an integer >= 1 (got 0)"),
+        ({"max_tokens": "8"}, "max_tokens must be an integer >= 1 (got '8')"),
+        ({"activation": "tanh"}, "activation must be one of swiglu, geglu, silu, gelu, relu"),
+        ({"activation": None}, "activation must be one of"),
+        ({"dtype": "float16"}, "dtype must be one of bfloat16, float32 (got 'float16')"),
+        ({"save": "all"}, "save must be one of rows, z (got 'all')"),
+        ({"capacity_factor": 0}, "capacity_factor must be a finite number > 0 (got 0)"),
+        ({"capacity_factor": float("nan")}, "capacity_factor must be a finite number > 0"),
+        ({"capacity_factor": "2"}, "capacity_factor must be a finite number > 0 (got '2')"),
+    ],
+)
+def test_spec(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cometrt.MoESpec(**(SPEC | change))
+
+
+def test_specs_are_hashable_and_take_numpy_integers():
+    spec = cometrt.MoESpec(**(SPEC | {"hidden": np.int64(64)}))
+    assert spec == cometrt.MoESpec(**SPEC)
+    assert len({spec, cometrt.MoESpec(**SPEC)}) == 1
+    assert spec.digest() == cometrt.MoESpec(**SPEC).digest()
+    assert spec.digest() != cometrt.MoESpec(**(SPEC | {"topk": 3})).digest()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_m": 0}, "block_m must be an integer >= 1 (got 0)"),
+        ({"block_n": 24}, "block_n must be a multiple of 16 (got 24)"),
+        ({"block_tokens": 1.5}, "block_tokens must be an integer >= 1 (got 1.5)"),
+        ({"layer1_order": "rows"}, "layer1_order must be one of waves, columns (got 'rows')"),
+        ({"block_n": 64, "chunk": 96}, "chunk must be a multiple of block_n=64 (got 96)"),
+    ],
+)
+def test_tile_config(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cometrt.TileConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ranks": 0}, "ranks must be an integer >= 1 (got 0)"),
+        ({"ranks": 2.0}, "ranks must be an integer >= 1 (got 2.0)"),
+        ({"device": "tpu"}, "device must be one of host, cuda (got 'tpu')"),
+        ({"device": "cuda"}, "no CUDA world yet (got 'cuda')"),
+        ({"timeout_sec": 0}, "timeout_sec must be a finite number > 0 (got 0)"),
+        ({"timeout_sec": float("inf")}, "timeout_sec must be a finite number > 0 (got inf)"),
+        ({"link": "h100"}, "link must be None on device='host' (got 'h100')"),
+        ({"fn": 3}, "fn must be callable with a world (got 3)"),
+    ],
+)
+def test_spawn(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cometrt.spawn(**({"fn": lambda world: None, "ranks": 2} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"comm": None}, "comm must be an mpi4py intracommunicator (got None)"),
+        ({"device": "gpu"}, "device must be one of host, cuda (got 'gpu')"),
+        ({}, "no CUDA world yet (got 'cuda')"),
+        ({"device": "host", "timeout_sec": -1}, "timeout_sec must be a finite number > 0"),
+    ],
+)
+def test_connect(arguments, message):
+    MPI = pytest.importorskip("mpi4py.MPI")
+    device = {"device": "host"} if "comm" in arguments else {}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cometrt.connect(**({"comm": MPI.COMM_SELF} | device | arguments))
+
+
+def test_connect_notices_a_launcher_of_another_mpi(monkeypatch):
+    MPI = pytest.importorskip("mpi4py.MPI")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"it started 4, MPI\.COMM_WORLD has 1; .* different MPI"):
+        cometrt.connect(MPI.COMM_WORLD, device="host")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 4}, "rank must be an integer in [0, 3] (got 4)"),
+        ({"rank": -1}, "rank must be an integer in [0, 3] (got -1)"),
+        ({"size": 3}, "num_experts must be divisible by the number of expert groups 3 / 1 = 3"),
+        ({"size": 0}, "size must be an integer >= 1 (got 0)"),
+        ({"spec": "spec"}, "spec must be a cometrt.MoESpec"),
+        ({"w_up_all": np.zeros((8, 96, 64))}, "w_up_all must have shape (8, 192, 64)"),
+        ({"w_down_all": np.zeros((8, 96, 64))}, "w_down_all must have shape (8, 64, 96)"),
+    ],
+)
+def test_shard_weights(arguments, message):
+    good = {
+        "w_up_all": np.zeros((8, 192, 64)),
+        "w_down_all": np.zeros((8, 64, 96)),
+        "rank": 0,
+        "size": 4,
+        "spec": cometrt.MoESpec(**SPEC),
+    }
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cometrt.shard_weights(**(good | arguments))
+
+
+def test_shards_put_together_are_the_whole():
+    spec = cometrt.MoESpec(**(SPEC | {"tp": 3}))
+    rng = np.random.default_rng(0)
+    w_up, w_down = rng.normal(size=(8, 192, 64)), rng.normal(size=(8, 64, 96))
+    parts = [cometrt.shard_weights(w_up, w_down, rank, 6, spec) for rank in range(6)]
+    for group in range(2):
+        ups = [parts[3 * group + shard][0].reshape(4, 2, 32, 64) for shard in range(3)]
+        whole = np.concatenate(ups, axis=2).reshape(4, 192, 64)
+        np.testing.assert_array_equal(whole, w_up[4 * group : 4 * group + 4])
+        downs = [parts[3 * group + shard][1] for shard in range(3)]
+        np.testing.assert_array_equal(
+            np.concatenate(downs, axis=2), w_down[4 * group : 4 * group + 4]
+        )
+
+
+# ---- construction: every rank raises, whichever rank was wrong ----------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments_of_rank_1", "message"),
+    [
+        ({"spec": None}, "spec must be a cometrt.MoESpec (got <class 'NoneType'>) [rank 1]"),
+        ({"mode": "fast"}, "mode must be one of fused, sequential (got 'fast') [rank 1]"),
+        ({"config": 3}, "config must be a TileConfig (got <class 'int'>) [rank 1]"),
+        ({"mode": "sequential"}, "mode must be equal on all ranks (got None on rank 0, "),
+        (
+            {"spec": cometrt.MoESpec(**(SPEC | {"topk": 1}))},
+            "spec must be equal on all ranks (got MoESpec(",
+        ),
+        ({"config": cometrt.TileConfig(block_m=16)}, "config must be equal on all ranks"),
+    ],
+)
+def test_construction_raises_on_all_ranks(arguments_of_rank_1, message):
+    def fn(world):
+        arguments = {"spec": cometrt.MoESpec(**SPEC)}
+        with pytest.raises(ValueError, match=re.escape(message)):
+            cometrt.MoELayer(world, **(arguments | (arguments_of_rank_1 if world.rank else {})))
+        cometrt.MoELayer(world, **arguments)  # and the world goes on
+
+    cometrt.spawn(fn, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "ranks", "message"),
+    [
+        ({"tp": 2}, 3, "tp must divide the number of ranks 3 (got tp=2)"),
+        ({}, 3, "num_experts must be divisible by the number of expert groups 3 / 1 = 3 (got 8)"),
+    ],
+)
+def test_specs_that_do_not_fit_the_world(change, ranks, message):
+    def fn(world):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            cometrt.MoELayer(world, cometrt.MoESpec(**(SPEC | change)))
+
+    cometrt.spawn(fn, ranks)
+
+
+def test_world_must_be_one():
+    with pytest.raises(ValueError, match=r"world must come from cometrt\.connect or spawn"):
+        cometrt.MoELayer(None, cometrt.MoESpec(**SPEC))
+
+
+# ---- calls: only the wrong rank raises, may repeat the call, and the answer is right -------------
+
+CASE = Case((2, 1))
+BF16 = ml_dtypes.bfloat16
+
+
+def bad_forward(name, change):
+    return lambda arguments: arguments | {name: change(arguments.get(name))}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("x", lambda a: a.tolist(), "x must be a numpy.ndarray on device='host' (got <class"),
+        ("x", lambda a: a.astype(np.float32), "x must have dtype bfloat16 (got float32)"),
+        ("x", lambda a: a[:, :32], "x must have shape (T, 48) (got ("),
+        ("x", lambda a: a[0], "x must have shape (T, 48) (got (48,))"),
+        ("x", lambda a: np.zeros((41, 48), BF16), "x must have at most max_tokens=40 rows (got 41"),
+        ("x", lambda a: np.asfortranarray(a), "x must be C-contiguous (got strides"),
+        ("topk_ids", lambda a: a.astype(np.uint32), "topk_ids must have dtype int32 or int64"),
+        ("topk_ids", lambda a: a[:-1], "topk_ids must have shape ("),
+        ("topk_ids", lambda a: a[:, :2], "topk_ids must have shape ("),
+        ("topk_weights", lambda a: a.astype(float), "topk_weights must have dtype float32"),
+        ("topk_weights", lambda a: a[:, ::-1], "topk_weights must be C-contiguous"),
+        ("w_up", lambda a: a[:1], "w_up must have shape (4, 96, 48) (got (1, 96, 48))"),
+        ("w_up", lambda a: a.astype(np.float32), "w_up must have dtype bfloat16"),
+        ("w_down", lambda a: a[:, :32], "w_down must have shape (4, 48, 48)"),
+        ("training", lambda a: 1, "training must be True or False (got 1)"),
+        ("out", lambda a: np.zeros((3, 48), BF16), "out must have shape ("),
+        ("out", lambda a: np.zeros((40, 48)), "out must have dtype bfloat16 (got float64)"),
+        ("stream", lambda a: 7, "stream must be None on device='host' (got 7)"),
+    ],
+)
+def test_forward(name, change, message):
+    inputs = make_inputs(CASE)
+
+    def fn(world):
+        r = world.rank
+        w_up, w_down = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, 2, CASE.spec)
+        layer = cometrt.MoELayer(world, CASE.spec, config=CASE.config)
+        good = {
+            "x": inputs.x[r],
+            "topk_ids": inputs.ids[r],
+            "topk_weights": inputs.weights[r],
+            "w_up": w_up,
+            "w_down": w_down,
+        }
+        if r == 1:
+            with pytest.raises(ValueError, match=re.escape(message)):
+                layer.forward(**(good | {name: change(good.get(name))}))
+        y, saved = layer.forward(**good)
+        return Output(y, layer.backward(inputs.dy[r], saved))
+
+    check_case(CASE, inputs, cometrt.spawn(fn, 2))
+
+
+def readonly(shape, dtype):
+    array = np.zeros(shape, dtype)
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: {"dy": g["dy"].astype(np.float32)}, "dy must have dtype bfloat16 (got float32)"),
+        (lambda g: {"dy": g["dy"][1:]}, "dy must have shape ("),
+        (lambda g: {"saved": None}, "saved must be the tuple of 24 that forward(training=True)"),
+        (lambda g: {"saved": g["saved"][:-1]}, "(got 23 items)"),
+        (lambda g: {"saved": (1, *g["saved"][1:])}, "saved must begin with forward's meta array"),
+        (lambda g: {"saved": g["other"]}, "saved must come from this layer's forward (layer is 0,"),
+        (lambda g: {"accumulate": "yes"}, "accumulate must be True or False (got 'yes')"),
+        (lambda g: {"accumulate": True}, "out must have w_up and w_down when accumulate=True"),
+        (lambda g: {"out": g["dy"]}, "out must be a cometrt.Gradients or None"),
+        (
+            lambda g: {"out": cometrt.Gradients(np.zeros((1, 48), BF16), None, None, None)},
+            "out.x must have shape (",
+        ),
+        (
+            lambda g: {"out": cometrt.Gradients(None, np.zeros((1, 3), np.float32), None, None)},
+            "out.topk_weights must have shape (",
+        ),
+        (
+            lambda g: {"out": cometrt.Gradients(None, None, np.zeros((4, 96, 48)), None)},
+            "out.w_up must have dtype bfloat16 or float32 (got float64)",
+        ),
+        (
+            lambda g: {"out": cometrt.Gradients(None, None, None, readonly((4, 48, 48), BF16))},
+            "out.w_down must be writable",
+        ),
+        (lambda g: {"stream": 0}, "stream must be None on device='host' (got 0)"),
+    ],
+)
+def test_backward(change, message):
+    inputs = make_inputs(CASE)
+
+    def fn(world):
+        r = world.rank
+        w_up, w_down = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, 2, CASE.spec)
+        layer = cometrt.MoELayer(world, CASE.spec, config=CASE.config)
+        other = cometrt.MoELayer(world, CASE.spec, config=CASE.config)
+        model = inputs.x[r], inputs.ids[r], inputs.weights[r], w_up, w_down
+        y, saved = layer.forward(*model)
+        good = {"dy": inputs.dy[r], "saved": saved}
+        extra = {"other": other.forward(*model)[1]}
+        if r == 0:
+            with pytest.raises(ValueError, match=re.escape(message)):
+                layer.backward(**(good | change(good | extra)))
+        return Output(y, layer.backward(**good))
+
+    check_case(CASE, inputs, cometrt.spawn(fn, 2))
+
+
+def test_saved_is_flat_of_fixed_shape_and_good_for_one_backward():
+    inputs = make_inputs(CASE)
+    shapes = []
+
+    def fn(world):
+        r = world.rank
+        w_up, w_down = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, 2, CASE.spec)
+        layer = cometrt.MoELayer(world, CASE.spec, config=CASE.config)
+        for tokens in (20, 3, 0):
+            _, saved = layer.forward(
+                inputs.x[r][:tokens],
+                inputs.ids[r][:tokens],
+                inputs.weights[r][:tokens],
+                w_up,
+                w_down,
+            )
+            assert type(saved) is tuple
+            assert saved[-2] is w_up
+            assert saved[-1] is w_down
+            shapes.append(tuple((array.shape, str(array.dtype)) for array in saved))
+            layer.backward(inputs.dy[r][:tokens], saved)
+            with pytest.raises(ValueError, match="saved must be used for one backward only"):
+                layer.backward(inputs.dy[r][:tokens], saved)
+
+    cometrt.spawn(fn, 2)
+    assert len(set(shapes)) == 1
+
+
+def test_closed_layers_and_worlds_refuse_calls():
+    inputs = make_inputs(CASE)
+
+    def fn(world):
+        r = world.rank
+        w_up, w_down = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, 2, CASE.spec)
+        model = inputs.x[r], inputs.ids[r], inputs.weights[r], w_up, w_down
+        layer = cometrt.MoELayer(world, CASE.spec)
+        layer.close()
+        layer.close()
+        for call in (lambda: layer.forward(*model), layer.synchronize, layer.buffer):
+            with pytest.raises(ValueError, match=r"layer must be open \(it was closed\)"):
+                call()
+        second = cometrt.MoELayer(world, CASE.spec)
+        world.barrier()
+        world.close()
+        world.close()
+        for call in (lambda: second.forward(*model), world.barrier, world.reset):
+            with pytest.raises(ValueError, match=r"world must be open \(it was closed\)"):
+                call()
+
+    cometrt.spawn(fn, 2)
+
+
+def test_saved_of_another_world_size_is_refused():
+    spec = cometrt.MoESpec(16, 16, num_experts=2, topk=1, max_tokens=4)
+
+    def fn(world):
+        layer = cometrt.MoELayer(world, spec)
+        experts = 2 // world.size
+        up, down = np.zeros((experts, 32, 16), BF16), np.zeros((experts, 16, 16), BF16)
+        x, ids = np.zeros((1, 16), BF16), np.zeros((1, 1), np.int32)
+        return layer, x, layer.forward(x, ids, np.ones((1, 1), np.float32), up, down)[1]
+
+    saved = cometrt.spawn(fn, 1)[0][2]
+
+    def use(world):
+        layer, x, _ = fn(world)
+        with pytest.raises(ValueError, match="world_size is 2, got 1"):
+            layer.backward(x, saved)
+
+    cometrt.spawn(use, 2)
+
+
+def test_record_puts_the_previous_tracer_back():
+    def fn(world):
+        layer = cometrt.MoELayer(world, cometrt.MoESpec(**SPEC))
+        before = layer.tracer
+        with contextlib.suppress(KeyError), trace.record(layer):
+            raise KeyError
+        assert layer.tracer is before
+
+    cometrt.spawn(fn, 1)

@@ -1,0 +1,125 @@
+"""The reference against a naive loop over tokens and against finite differences."""
+
+import math
+
+import numpy as np
+import pytest
+
+from cometrt.reference import moe_backward, moe_forward
+
+NAMES = ["swiglu", "geglu", "silu", "gelu", "relu", "relu2"]
+
+
+def scalar_activation(name: str, gate: float, up: float) -> float:
+    """Written again, one number at a time, to share nothing with what it checks."""
+    silu = gate / (1.0 + math.exp(-gate))
+    gelu = 0.5 * gate * (1.0 + math.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+    return {
+        "swiglu": silu * up,
+        "geglu": gelu * up,
+        "silu": silu,
+        "gelu": gelu,
+        "relu": max(gate, 0.0),
+        "relu2": max(gate, 0.0) ** 2,
+    }[name]
+
+
+def naive_forward(x, ids, weights, w_up, w_down, name):
+    y = np.zeros_like(x)
+    intermediate = w_down.shape[2]
+    for t in range(len(x)):
+        for k in range(ids.shape[1]):
+            expert = ids[t, k]
+            if expert < 0:
+                continue
+            a = np.zeros(intermediate)
+            for i in range(intermediate):
+                gate = float(w_up[expert, i] @ x[t])
+                gated = name in ("swiglu", "geglu")
+                up = float(w_up[expert, intermediate + i] @ x[t]) if gated else 0.0
+                a[i] = scalar_activation(name, gate, up)
+            y[t] += weights[t, k] * (w_down[expert] @ a)
+    return y
+
+
+def problem(name, seed=0, tokens=5, hidden=6, intermediate=4, experts=5, topk=3):
+    rng = np.random.default_rng(seed)
+    parts = 2 if name in ("swiglu", "geglu") else 1
+    ids = np.stack([rng.permutation(experts)[:topk] for _ in range(tokens)])
+    ids[1, 2] = ids[3, 0] = -1
+    return (
+        rng.standard_normal((tokens, hidden)),
+        ids,
+        rng.uniform(0.2, 1.5, (tokens, topk)),
+        rng.standard_normal((experts, parts * intermediate, hidden)),
+        rng.standard_normal((experts, hidden, intermediate)),
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", range(3))
+def test_forward_equals_the_naive_loop(name, seed):
+    model = problem(name, seed)
+    np.testing.assert_allclose(
+        moe_forward(*model, name), naive_forward(*model, name), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backward_equals_finite_differences(name):
+    x, ids, weights, w_up, w_down = problem(name, seed=7)
+    dy = np.random.default_rng(1).standard_normal(x.shape)
+    grads = moe_backward(dy, x, ids, weights, w_up, w_down, name)
+    step = 1e-6
+    arrays = {"x": x, "topk_weights": weights, "w_up": w_up, "w_down": w_down}
+    for field, array in arrays.items():
+        numeric = np.zeros_like(array)
+        for index in np.ndindex(array.shape):
+            kept, losses = array[index], []
+            for value in (kept + step, kept - step):
+                array[index] = value
+                losses.append((dy * moe_forward(x, ids, weights, w_up, w_down, name)).sum())
+            array[index] = kept
+            numeric[index] = (losses[0] - losses[1]) / (2 * step)
+        np.testing.assert_allclose(getattr(grads, field), numeric, rtol=1e-6, atol=1e-7)
+    assert (grads.topk_weights[ids < 0] == 0).all()
+
+
+def test_no_tokens():
+    x, ids, weights, w_up, w_down = problem("swiglu")
+    empty = (x[:0], ids[:0], weights[:0], w_up, w_down, "swiglu")
+    assert moe_forward(*empty).shape == (0, 6)
+    grads = moe_backward(x[:0], *empty)
+    assert grads.x.shape == (0, 6)
+    assert not grads.w_up.any()
+    assert grads.w_down.shape == w_down.shape
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (0, lambda a: a[:, :4], "x must have 6 columns"),
+        (0, lambda a: a[0], "x must have 2 dimensions"),
+        (1, lambda a: a.astype(float), "topk_ids must be integers"),
+        (1, lambda a: a[:2], r"topk_ids must be integers of shape \(5, K\)"),
+        (1, lambda a: a + 4, r"topk_ids must lie in \[-1, 5\)"),
+        (2, lambda a: a[:, :2], "topk_weights must have topk_ids's shape"),
+        (3, lambda a: a[:, :6], "w_up must have shape"),
+        (4, lambda a: a[0], "w_down must have 3 dimensions"),
+        (5, lambda a: "tanh", "activation must be one of"),
+    ],
+)
+def test_wrong_arguments(index, change, message):
+    model = [*problem("swiglu"), "swiglu"]
+    dy = model[0].copy()
+    model[index] = change(model[index])
+    with pytest.raises(ValueError, match=message):
+        moe_forward(*model)
+    with pytest.raises(ValueError, match=message):
+        moe_backward(dy, *model)
+
+
+def test_wrong_dy():
+    model = [*problem("swiglu"), "swiglu"]
+    with pytest.raises(ValueError, match=r"dy must have x's shape \(5, 6\)"):
+        moe_backward(model[0][:3], *model)

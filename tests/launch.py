@@ -1,0 +1,34 @@
+"""Start a script under the mpirun that belongs to this Python's MPI."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def mpirun(ranks: int, *arguments: str, timeout_sec: float = 240, cwd: Path = ROOT):
+    """Run ``python arguments...`` on that many ranks; skip where there is no MPI."""
+    pytest.importorskip("mpi4py", reason="needs mpi4py")
+    beside = str(Path(sys.executable).parent)
+    program = shutil.which("mpirun", path=beside) or shutil.which("mpirun")
+    if program is None:
+        pytest.skip("needs mpirun")
+    version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    flags, env = [], os.environ | {"PYTHONPATH": str(ROOT)}
+    if "Open MPI" in version:
+        flags = ["--allow-run-as-root", "--oversubscribe"]
+    return subprocess.run(
+        [program, *flags, "-n", str(ranks), sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_sec,
+        cwd=cwd,
+        env=env,
+    )
