@@ -38,7 +38,7 @@ class CapacityError(CometError):
         return error
 
 
-class PeerTimeout(CometError):  # noqa: N818  (the name is part of the public contract)
+class PeerTimeout(CometError):
     """A wait ended without what it waited for: its deadline passed, or a peer failed.
 
     The world refuses further calls until ``world.reset()``.

@@ -133,6 +133,5 @@ def _check(
         )
     if topk_ids.size and not -1 <= topk_ids.min() <= topk_ids.max() < num_experts:
         raise ValueError(
-            f"topk_ids must lie in [-1, {num_experts}) "
-            f"(got {topk_ids.min()} to {topk_ids.max()})"
+            f"topk_ids must lie in [-1, {num_experts}) (got {topk_ids.min()} to {topk_ids.max()})"
         )

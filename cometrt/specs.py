@@ -1,4 +1,4 @@
-"""What a layer is (`MoESpec`), which part of it a rank holds (`Geometry`), what backward returns."""
+"""What a layer is (`MoESpec`), which part a rank holds (`Geometry`), what backward returns."""
 
 from __future__ import annotations
 
@@ -72,15 +72,8 @@ class MoESpec:
             )
         if self.topk > self.num_experts:
             raise ValueError(f"topk must be <= num_experts={self.num_experts} (got {self.topk})")
-        factor = self.capacity_factor
-        if (
-            isinstance(factor, bool)
-            or not isinstance(factor, numbers.Real)
-            or not math.isfinite(factor)
-            or factor <= 0
-        ):
-            raise ValueError(f"capacity_factor must be a finite number > 0 (got {factor!r})")
-        object.__setattr__(self, "capacity_factor", float(factor))
+        factor = check_positive("capacity_factor", self.capacity_factor)
+        object.__setattr__(self, "capacity_factor", factor)
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -170,12 +163,15 @@ class Gradients(NamedTuple):
 
 def check_int(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
     """`value` as an int, or a ValueError that says what it should have been."""
-    rule = f"an integer >= {minimum}" if maximum is None else f"an integer in [{minimum}, {maximum}]"
+    rule = (
+        f"an integer >= {minimum}" if maximum is None else f"an integer in [{minimum}, {maximum}]"
+    )
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} must be {rule} (got {value!r})")
-    if value < minimum or (maximum is not None and value > maximum):
+    number = int(value)
+    if number < minimum or (maximum is not None and number > maximum):
         raise ValueError(f"{name} must be {rule} (got {value})")
-    return int(value)
+    return number
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -183,12 +179,9 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)} (got {value!r})")
 
 
-def check_timeout(timeout_sec: Any) -> float:
-    if (
-        isinstance(timeout_sec, bool)
-        or not isinstance(timeout_sec, numbers.Real)
-        or not math.isfinite(timeout_sec)
-        or timeout_sec <= 0
-    ):
-        raise ValueError(f"timeout_sec must be a finite number > 0 (got {timeout_sec!r})")
-    return float(timeout_sec)
+def check_positive(name: str, value: Any) -> float:
+    """`value` as a float, or a ValueError."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be a finite number > 0 (got {value!r})")
+    return float(value)

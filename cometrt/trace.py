@@ -1,11 +1,11 @@
 """Record what both roles of a layer do, draw it, and say how much communication was hidden.
 
-    with cometrt.trace.record(layer) as recording:
-        layer.forward(...)
-    timeline = recording.gather()               # collective: all ranks' events
-    timeline.save_png("timeline.png")           # needs matplotlib
-    timeline.save_json("timeline.json")         # opens in Perfetto and chrome://tracing
-    print(timeline.hidden_share)
+with cometrt.trace.record(layer) as recording:
+    layer.forward(...)
+timeline = recording.gather()               # collective: all ranks' events
+timeline.save_png("timeline.png")           # needs matplotlib
+timeline.save_json("timeline.json")         # opens in Perfetto and chrome://tracing
+print(timeline.hidden_share)
 """
 
 from __future__ import annotations
@@ -205,9 +205,7 @@ class Timeline:
         for row, rank in enumerate(self.ranks):
             for role, offset in (("compute", 0.0), ("comm", 0.42)):
                 events = [e for e in self.events if e.rank == rank and e.role == role]
-                bars = [
-                    ((e.begin_ns - start) / 1e6, (e.end_ns - e.begin_ns) / 1e6) for e in events
-                ]
+                bars = [((e.begin_ns - start) / 1e6, (e.end_ns - e.begin_ns) / 1e6) for e in events]
                 colors = [_COLORS.get(e.name, "#999999") for e in events]
                 axes.broken_barh(bars, (row + offset, 0.38), facecolors=colors)
                 ticks.append(row + offset + 0.19)

@@ -71,9 +71,7 @@ def main() -> None:
                 )
         if args.trace and rank == 0:
             timeline.save_json(args.trace)
-        errors = errors_against_reference(
-            comm, spec, weights, (x, ids, topk_weights), dy, y, grads
-        )
+        errors = errors_against_reference(comm, spec, weights, (x, ids, topk_weights), dy, y, grads)
         stop_if_wrong(comm, errors, spec)
         largest = {name: comm.allreduce(error, MPI.MAX) for name, error in errors.items()}
         if rank == 0:

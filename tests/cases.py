@@ -203,9 +203,7 @@ def run_case(world: cometrt.World, case: Case, inputs: Inputs, repeats: int = 2)
     outputs = []
     with cometrt.MoELayer(world, spec, case.mode, config=case.config) as layer:
         for _ in range(repeats):
-            y, saved = layer.forward(
-                x, ids, weights, w_up, w_down, out=poisoned(x.shape, dtype)
-            )
+            y, saved = layer.forward(x, ids, weights, w_up, w_down, out=poisoned(x.shape, dtype))
             out = cometrt.Gradients(
                 poisoned(x.shape, dtype),
                 poisoned(weights.shape, np.float32),

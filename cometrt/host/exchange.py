@@ -15,8 +15,10 @@ from cometrt.plan import Plan, PlanShape
 from cometrt.plan.routing import RoutingTables
 from cometrt.trace import Tracer
 from cometrt.world import World
+from cometrt.world.base import value_of
 from cometrt.world.failure import Failure, Wanted
 
+_CALL = ("operation", "layer", "spec_hash", "forward_epoch")  # equal in all ranks' headers
 OPERATIONS = ("", "forward", "backward")  # numbers on the wire
 
 
@@ -78,7 +80,7 @@ class Exchange:
                 clipped = np.clip(ids, limits.min, limits.max)
                 self.heap.array("ids")[parity, :num_tokens] = clipped
                 self.heap.array("weights")[parity, :num_tokens] = weights
-            mine = (
+            header = (
                 self.epoch,
                 OPERATIONS.index(operation),
                 self.layer,
@@ -87,17 +89,15 @@ class Exchange:
                 num_tokens,
             )
             for board in self.world.boards:
-                board["header"][parity, self.world.rank] = mine
+                board["header"][parity, self.world.rank] = header
             self.world.fence()
             for peer in self.shape.geometry.ring():
                 self.world.boards[peer]["source_ready"][self.world.rank] = self.epoch
         with self.step("compute", "wait"):
             ready = self.world.board["source_ready"]
             for source in self.shape.geometry.ring():
-                self.world.wait(
-                    lambda s=source: ready[s],
-                    Wanted("source_ready", source, self.epoch, epoch=self.epoch),
-                )
+                wanted = Wanted("source_ready", source, self.epoch, self.epoch)
+                self.world.wait(value_of(ready, source), wanted)
         headers = self.world.board["header"][parity]
         self._check_headers(headers)
         return [int(tokens) for tokens in headers["num_tokens"]]
@@ -114,11 +114,7 @@ class Exchange:
         return RoutingTables(ids, weights, np.array(num_tokens, np.int32))
 
     def _check_headers(self, headers: np.ndarray) -> None:
-        calls = [
-            tuple(int(header[name]) for name in ("operation", "layer", "spec_hash"))
-            + (int(header["forward_epoch"]),)
-            for header in headers
-        ]
+        calls = [tuple(int(header[name]) for name in _CALL) for header in headers]
         if len(set(calls)) == 1:
             return
         text = f"ranks called different things in epoch {self.epoch}: " + ", ".join(
@@ -159,10 +155,8 @@ class Exchange:
         index = (contributor, block, chunk)
         if ready[index] < self.epoch:
             with self.step("comm", "wait", block):
-                self.world.wait(
-                    lambda: ready[index],
-                    Wanted("partials_ready", contributor, self.epoch, self.epoch, block, chunk),
-                )
+                wanted = Wanted("partials_ready", contributor, self.epoch, self.epoch, block, chunk)
+                self.world.wait(value_of(ready, index), wanted)
         else:
             self.world.fence()
 
@@ -174,7 +168,7 @@ class Exchange:
         chunk = index[1] if len(index) > 1 else -1
         wanted = Wanted(flag, self.world.rank, expected, self.epoch, index[0], chunk)
         with self.step(role, "wait", index[0]):
-            self.world.wait(lambda: counter[index], wanted)
+            self.world.wait(value_of(counter, index), wanted)
 
     def run(self, phases: list[tuple[str, Callable[[], None]]], *, overlapped: bool) -> None:
         """Run (role, function) phases: each role's in order on a thread of its own, or, not

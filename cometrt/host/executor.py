@@ -48,6 +48,8 @@ class HostExecutor:
         num_tokens = ex.publish("forward", {"x": x}, len(x), ids=ids, weights=weights)
         with ex.step("compute", "plan"):
             ex.plan = make_plan(ex.read_routing(num_tokens), self._shape)
+        pulls_again = training and self._shape.geometry.spec.save == "z"
+        tokens = self._own_tokens(x) if pulls_again else None  # now: `out` may be x itself
         x_rows, z = self._rows(), self._rows(self._shape.geometry.up_columns)
         a, o = self._rows(self._shape.geometry.local_intermediate), self._rows()
         up, down = compute.ExpertWeights(w_up), compute.ExpertWeights(w_down)
@@ -67,7 +69,7 @@ class HostExecutor:
             layer=self._layer,
             num_tokens=len(x),
             forward_epoch=ex.epoch,
-            x=x_rows if self._shape.geometry.spec.save == "rows" else self._own_tokens(x),
+            x=x_rows if tokens is None else tokens,
             z=z,
             plan=ex.plan,
             w_up=w_up,

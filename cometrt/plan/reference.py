@@ -177,9 +177,7 @@ def _check_capacity(ranks: list[_RankTiles], shape: PlanShape) -> None:
         raise CapacityError.build(rank=rank, need=needs[rank], capacity=shape.capacity)
 
 
-def _pulls(
-    first: np.ndarray, mine: _RankTiles, shape: PlanShape
-) -> tuple[np.ndarray, np.ndarray]:
+def _pulls(first: np.ndarray, mine: _RankTiles, shape: PlanShape) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.flatnonzero(first < _NEVER)
     distance = (tokens // shape.geometry.spec.max_tokens - mine.rank) % shape.geometry.size
     tokens = tokens[np.lexsort((tokens, distance, first[tokens]))]
@@ -193,9 +191,7 @@ def _finish_order(first: np.ndarray) -> np.ndarray:
     return tokens[np.lexsort((tokens, -first[tokens]))]
 
 
-def _sends(
-    first: np.ndarray, shape: PlanShape
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def _sends(first: np.ndarray, shape: PlanShape) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     geometry, size = shape.geometry, shape.config.block_tokens
     max_tokens = geometry.spec.max_tokens
     by_home, keys, items = [], [], []

@@ -8,6 +8,7 @@ that memory comes from (`_allocate`), how to order accesses to it (`fence`) and 
 from __future__ import annotations
 
 import abc
+import functools
 import logging
 import pickle
 import threading
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from cometrt.errors import MismatchError
-from cometrt.specs import check_timeout
+from cometrt.specs import check_positive
 from cometrt.world.blas import pin_blas_threads, unpin_blas_threads
 from cometrt.world.failure import KINDS, Failure, Wanted, failure_dtype
 
@@ -59,6 +60,11 @@ def board_dtype(size: int) -> np.dtype:
     )
 
 
+def value_of(flags: np.ndarray, index: int | tuple[int, ...] = 0) -> Callable[[], Any]:
+    """Reads one flag anew at each call; for `World.wait`."""
+    return lambda: flags[index]
+
+
 class World(abc.ABC):
     """W ranks. Made by ``cometrt.connect`` or ``cometrt.spawn``.
 
@@ -71,7 +77,7 @@ class World(abc.ABC):
 
     def __init__(self, rank: int, size: int, device: str, timeout_sec: float) -> None:
         self.rank, self.size, self.device = rank, size, device
-        self.timeout_sec = check_timeout(timeout_sec)
+        self.timeout_sec = check_positive("timeout_sec", timeout_sec)
         self.epoch = 0
         self.num_layers = 0
         self._generation = 1
@@ -193,7 +199,8 @@ class World(abc.ABC):
 
         try:
             for peer in range(self.size):
-                self.wait(lambda p=peer: asked(p), Wanted("reset", peer, 1), even_if_stopped=True)
+                wanted = Wanted("reset", peer, 1)
+                self.wait(functools.partial(asked, peer), wanted, even_if_stopped=True)
             generation = int(board["reset_request"][0])
             self.epoch = max(int(other["epoch"][0]) for other in self.boards)
             self._round = max(int(other["round"][0]) for other in self.boards)
@@ -201,9 +208,9 @@ class World(abc.ABC):
             self.fence()
             board["generation"][0] = generation
             for peer in range(self.size):
-                reached = self.boards[peer]["generation"]
                 wanted = Wanted("reset", peer, generation)
-                self.wait(lambda r=reached: r[0], wanted, even_if_stopped=True)
+                reached = value_of(self.boards[peer]["generation"])
+                self.wait(reached, wanted, even_if_stopped=True)
         except BaseException:
             board["reset_request"][0] = 0
             raise
@@ -263,8 +270,8 @@ class World(abc.ABC):
         self.fence()
         board["round"][0] = self._round
         for peer in range(self.size):
-            reached = self.boards[peer]["round"]
-            self.wait(lambda r=reached: r[0], Wanted("rendezvous", peer, self._round))
+            wanted = Wanted("rendezvous", peer, self._round)
+            self.wait(value_of(self.boards[peer]["round"]), wanted)
         return [
             (int(peer["mail_bytes"][parity]), peer["mail"][parity].tobytes())
             for peer in self.boards

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from cometrt.errors import PeerTimeout
-from cometrt.specs import check_timeout
-from cometrt.world.base import World
+from cometrt.specs import check_positive
+from cometrt.world.base import World, value_of
 from cometrt.world.failure import Wanted
 from cometrt.world.threads import check_device
 
@@ -36,7 +36,7 @@ class MPIWorld(World):
         self._windows.append(window)
         memories = []
         for rank in range(self.size):
-            buffer, _ = window.Shared_query(rank)
+            buffer: Any = window.Shared_query(rank)[0]
             memories.append(np.frombuffer(buffer, np.uint8, count=nbytes))
         memories[self.rank][:] = 0
         self.fence()
@@ -50,8 +50,8 @@ class MPIWorld(World):
         self.board["closing"][0] = 1
         try:
             for peer in range(self.size):
-                closing = self.boards[peer]["closing"]
-                self.wait(lambda c=closing: c[0], Wanted("close", peer, 1), even_if_stopped=True)
+                closing = value_of(self.boards[peer]["closing"])
+                self.wait(closing, Wanted("close", peer, 1), even_if_stopped=True)
         except BaseException as error:
             _log.warning("shared memory stays until the process ends: %s", error)
             raise
@@ -75,7 +75,7 @@ def connect(comm: Any, device: str = "cuda", *, timeout_sec: float = 30.0) -> Wo
             another MPI than mpi4py uses, or an MPI without full thread support.
         PeerTimeout: if a rank does not call it within timeout_sec.
     """
-    timeout_sec = check_timeout(timeout_sec)
+    timeout_sec = check_positive("timeout_sec", timeout_sec)
     check_device(device)
     try:
         from mpi4py import MPI

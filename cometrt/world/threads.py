@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cometrt.specs import check_choice, check_int, check_timeout
+from cometrt.specs import check_choice, check_int, check_positive
 from cometrt.world.base import World
 
 Result = TypeVar("Result")
@@ -79,7 +79,7 @@ def spawn(
         Exception: the first one that a rank raised; the others' waits end at once.
     """
     ranks = check_int("ranks", ranks, minimum=1)
-    timeout_sec = check_timeout(timeout_sec)
+    timeout_sec = check_positive("timeout_sec", timeout_sec)
     check_device(device)
     if not callable(fn):
         raise ValueError(f"fn must be callable with a world (got {fn!r})")

@@ -134,8 +134,9 @@ def test_layers_of_different_shape_share_the_heap():
         check_case(case, inputs[case], [outputs[case] for outputs in results])
 
 
-def test_x_in_the_heap_is_used_in_place_and_may_be_the_output():
-    case = Case((4, 1))
+@pytest.mark.parametrize("save", ["rows", "z"])
+def test_x_in_the_heap_is_used_in_place_and_may_be_the_output(save):
+    case = Case((4, 1), save=save)
     inputs = make_inputs(case)
     expected = cometrt.spawn(lambda world: run_case(world, case, inputs, 1), 4)
 

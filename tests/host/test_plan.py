@@ -174,7 +174,7 @@ def test_contributors_and_homes_agree_on_every_slot(case):
 @settings(max_examples=150)
 @given(routings())
 def test_blocks_leave_in_the_order_in_which_layer1_finishes_them(case):
-    spec, config, size, _ = case
+    spec, config, _size, _ = case
     shapes, plans = plans_of(case)
     for shape, plan in zip(shapes, plans, strict=True):
         place = {tile: p for p, tile in enumerate(plan.layer1_tiles())}
@@ -208,7 +208,7 @@ def test_a_source_is_complete_once_its_wave_is(case):
 @settings(max_examples=60)
 @given(routings())
 def test_tables_have_fixed_shapes_and_do_not_depend_on_what_lies_past_num_tokens(case):
-    spec, config, size, tables = case
+    spec, _config, _size, tables = case
     shapes, plans = plans_of(case)
     garbage = RoutingTables(tables.ids.copy(), tables.weights.copy(), tables.num_tokens)
     past = np.arange(spec.max_tokens) >= tables.num_tokens[:, None]
@@ -230,7 +230,7 @@ def test_tables_have_fixed_shapes_and_do_not_depend_on_what_lies_past_num_tokens
 @given(routings())
 def test_capacity_is_enough_for_the_worst_case_and_counted_exactly(case):
     spec, config, size, tables = case
-    shapes, plans = plans_of(case)
+    _shapes, plans = plans_of(case)
     need = max(plan.num_rows for plan in plans)
     tight = MoESpec(
         **{**{f: getattr(spec, f) for f in spec.__dataclass_fields__}, "capacity_factor": 1e-6}

@@ -1,5 +1,6 @@
 """The recording of both roles, the numbers drawn from it, and the files."""
 
+import itertools
 import json
 import math
 import sys
@@ -104,7 +105,7 @@ def test_chrome_trace(timelines, tmp_path):
     # Perfetto nests spans of one track: none may begin inside another and end after it.
     for track in {(r["pid"], r["tid"]) for r in spans}:
         lane = sorted((r["ts"], r["ts"] + r["dur"]) for r in spans if (r["pid"], r["tid"]) == track)
-        for (_, end), (begin, _) in zip(lane, lane[1:], strict=False):
+        for (_, end), (begin, _) in itertools.pairwise(lane):
             assert begin >= end - 1e-3
 
 
