@@ -1,0 +1,1 @@
+"""CUDA kernels: compiling, loading and launching what lies in kernels_cu/."""

@@ -1,0 +1,187 @@
+"""Kernel sources to cubins for sm_90a, by NVRTC, without nvcc and without a GPU.
+
+A cubin is cached under the hash of all kernel sources, the options and NVRTC's version; it is
+written to a temporary name and renamed, so that many ranks may compile at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+
+from cometrt.errors import CometError
+
+_log = logging.getLogger("cometrt")
+
+ARCHITECTURE = "sm_90a"
+_OPTIONS = (
+    f"-arch={ARCHITECTURE}",
+    "-std=c++17",
+    "-default-device",
+    "-lineinfo",
+    "--ptxas-options=-v",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What ptxas reports of one kernel. Bytes are per thread."""
+
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cubin:
+    """Machine code in the cache, and each kernel's resources by name."""
+
+    path: Path
+    resources: dict[str, Resources]
+
+
+def kernels_folder() -> Path:
+    """kernels_cu: within the installed package, or beside it in a source tree."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "kernels_cu", package.parent / "kernels_cu"):
+        if folder.is_dir():
+            return folder
+    raise CometError(f"kernels_cu is missing beside {package}: the installation is incomplete")
+
+
+def cache_folder() -> Path:
+    """$COMETRT_CACHE_DIR, or the user's cache folder."""
+    if path := os.environ.get("COMETRT_CACHE_DIR"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cometrt"
+
+
+def compile_cubin(source: Path, defines: tuple[tuple[str, int], ...] = ()) -> Cubin:
+    """The cubin of a .cu file with those macros, from the cache where it is there.
+
+    Raises:
+        CometError: where NVRTC or CUDA's headers are missing, or with the compiler's log.
+    """
+    options = _OPTIONS + tuple(f"-D{name}={value}" for name, value in defines)
+    text = source.read_text()
+    key = hashlib.sha256(
+        repr((source.name, text, options, _nvrtc_version(), _sources_digest())).encode()
+    ).hexdigest()[:32]
+    path = cache_folder() / f"{source.stem}-{key}.cubin"
+    report = path.with_suffix(".txt")
+    if not (path.exists() and report.exists()):
+        begin = time.monotonic()
+        _log.info("compiling %s %s", source.name, dict(defines))
+        code, log = _nvrtc_compile(source.name, text, options)
+        _write(report, log.encode())
+        _write(path, code)
+        _log.info("compiled %s in %.1f s", source.name, time.monotonic() - begin)
+    return Cubin(path, _parse_report(report.read_text()))
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+    os.replace(name, path)
+
+
+def _sources_digest() -> str:
+    """Of every file a kernel may include."""
+    folder, digest = kernels_folder(), hashlib.sha256()
+    for path in sorted(folder.rglob("*.cu*")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _parse_report(log: str) -> dict[str, Resources]:
+    found = {}
+    for part in re.split(r"Compiling entry function '", log)[1:]:
+        name = part[: part.index("'")]
+        stack, stores, loads = (
+            int(value)
+            for value in re.search(  # type: ignore[union-attr]
+                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+            ).groups()
+        )
+        registers = int(re.search(r"Used (\d+) registers", part).group(1))  # type: ignore[union-attr]
+        found[name] = Resources(registers, stack, stores + loads)
+    return found
+
+
+def _nvrtc_version() -> tuple[int, int]:
+    nvrtc = _nvrtc()
+    error, major, minor = nvrtc.nvrtcVersion()
+    _check(nvrtc, error)
+    return major, minor
+
+
+def _nvrtc_compile(name: str, text: str, options: tuple[str, ...]) -> tuple[bytes, str]:
+    nvrtc = _nvrtc()
+    includes = (f"-I{kernels_folder()}", f"-I{_cuda_headers()}")
+    encoded = [option.encode() for option in options + includes]
+    error, program = nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], [])
+    _check(nvrtc, error)
+    try:
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+        _, size = nvrtc.nvrtcGetProgramLogSize(program)
+        log = b" " * size
+        nvrtc.nvrtcGetProgramLog(program, log)
+        text_log = log.decode(errors="replace").rstrip("\0 \n")
+        if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise CometError(f"NVRTC could not compile {name}:\n{text_log}")
+        error, size = nvrtc.nvrtcGetCUBINSize(program)
+        _check(nvrtc, error)
+        code = b" " * size
+        _check(nvrtc, *nvrtc.nvrtcGetCUBIN(program, code))
+        return code, text_log
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _check(nvrtc: object, error: object) -> None:
+    if int(error) != 0:  # type: ignore[call-overload]
+        raise CometError(f"NVRTC failed: {error}")
+
+
+@functools.cache
+def _nvrtc():  # type: ignore[no-untyped-def]
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError) as error:
+        raise CometError(
+            f"compiling kernels needs cuda-bindings and NVRTC: pip install 'cometrt[cuda13]' "
+            f"({error})"
+        ) from error
+    return nvrtc
+
+
+@functools.cache
+def _cuda_headers() -> Path:
+    """The folder of cuda_bf16.h: of the nvidia-cuda-runtime package, or of a toolkit."""
+    candidates = []
+    try:
+        import nvidia
+
+        candidates += [Path(p) / "cu13" / "include" for p in nvidia.__path__]
+        candidates += [Path(p) / "cuda_runtime" / "include" for p in nvidia.__path__]
+    except ImportError:
+        pass
+    candidates += [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"]
+    for folder in candidates:
+        if (folder / "cuda_bf16.h").exists():
+            return folder
+    raise CometError(
+        "compiling kernels needs CUDA's headers: pip install 'cometrt[cuda13]', or set CUDA_HOME "
+        f"(looked in {', '.join(map(str, candidates))})"
+    )

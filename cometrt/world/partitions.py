@@ -1,0 +1,62 @@
+"""Partitions of one GPU: streams whose kernels stay on their own SMs (CUDA green contexts)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from cometrt.errors import CometError
+
+
+class Partition(NamedTuple):
+    """A stream, and the number of SMs that its kernels run on."""
+
+    stream: Any  # cupy.cuda.Stream
+    num_sms: int
+
+
+class _StreamHandle:
+    """What `cupy.cuda.Stream.from_external` takes; keeps the green context alive."""
+
+    def __init__(self, handle: int, context: Any) -> None:
+        self._handle, self.context = handle, context
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return (0, self._handle)
+
+
+def split_gpu(count: int, device_id: int = 0) -> list[Partition]:
+    """`count` partitions of equal size, as many SMs as fit (a multiple of 8 each).
+
+    Raises:
+        CometError: where the GPU cannot be split so.
+    """
+    import cupy
+    from cuda.bindings import driver
+
+    cupy.cuda.Device(device_id).use()
+    cupy.cuda.runtime.free(0)  # the primary context exists from here on
+
+    def check(result: tuple[Any, ...]) -> Any:
+        if int(result[0]) != 0:
+            raise CometError(f"cannot split the GPU into {count} partitions: {result[0]}")
+        return result[1] if len(result) == 2 else result[1:]
+
+    device = check(driver.cuDeviceGet(device_id))
+    kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
+    whole = check(driver.cuDeviceGetDevResource(device, kind))
+    num_sms = whole.sm.smCount // count // 8 * 8
+    if num_sms < 8:
+        raise CometError(f"{whole.sm.smCount} SMs are too few for {count} partitions of 8 or more")
+    groups, found, _ = check(driver.cuDevSmResourceSplitByCount(count, whole, 0, num_sms))
+    if found < count:
+        raise CometError(f"the GPU gives {found} partitions of {num_sms} SMs (wanted {count})")
+    partitions = []
+    for group in groups[:count]:
+        description = check(driver.cuDevResourceGenerateDesc([group], 1))
+        flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
+        context = check(driver.cuGreenCtxCreate(description, device, flags))
+        non_blocking = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+        handle = check(driver.cuGreenCtxStreamCreate(context, non_blocking, 0))
+        stream = cupy.cuda.Stream.from_external(_StreamHandle(int(handle), context))
+        partitions.append(Partition(stream, int(group.sm.smCount)))
+    return partitions

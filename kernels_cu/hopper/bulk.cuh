@@ -1,0 +1,55 @@
+// Bulk copies: rows between global and shared memory, and tiles by tensor map.
+#pragma once
+
+#include "hopper/mbarrier.cuh"
+
+namespace cometrt {
+
+struct alignas(128) TensorMap {  // CUtensorMap, encoded on the host
+  u64 opaque[16];
+};
+
+// Global to shared; completes on the barrier. Addresses and bytes are multiples of 16.
+__device__ inline void bulk_load(void* shared, const void* global, u32 bytes, u64* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// Shared to global; completes in this thread's bulk group.
+__device__ inline void bulk_store(void* global, const void* shared, u32 bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+               "r"(shared_address(shared)), "r"(bytes)
+               : "memory");
+}
+
+__device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// At most kPending groups have not read their shared memory yet: older slots may be refilled.
+template <int kPending>
+__device__ inline void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// At most kPending groups are not complete yet: what older ones wrote may be released.
+template <int kPending>
+__device__ inline void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ inline void tensor_load_2d(void* shared, const TensorMap* map, int column, int row,
+                                      u64* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
+      : "memory");
+}
+
+__device__ inline void tensor_map_prefetch(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+}  // namespace cometrt

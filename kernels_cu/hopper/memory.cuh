@@ -1,0 +1,57 @@
+// Ordered accesses to flags, fences between the generic and the async proxy, the clock.
+#pragma once
+
+namespace cometrt {
+
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+__device__ inline u64 global_timer_ns() {
+  u64 now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+  return now;
+}
+
+// ---- flags. gpu scope: peers on this GPU's partition of the call; sys scope: other ranks -------
+
+__device__ inline u32 load_acquire_gpu(const u32* flag) {
+  u32 value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+__device__ inline u64 load_acquire_sys(const u64* flag) {
+  u64 value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+__device__ inline void add_release_gpu(u32* flag, u32 value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+__device__ inline void store_release_sys(u64* flag, u64 value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
+}
+
+__device__ inline void max_release_sys(u64* flag, u64 value) {
+  asm volatile("red.release.sys.global.max.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
+}
+
+__device__ inline void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+__device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// Between accesses of this thread through one proxy and later ones through the other: after an
+// ordinary acquire and before a TMA load of what it protects, and after ordinary stores that a
+// bulk copy will read.
+__device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+__device__ inline void nanosleep(u32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns) : "memory"); }
+
+// Among `threads` threads of the block; barrier 0 is __syncthreads.
+__device__ inline void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+}  // namespace cometrt
