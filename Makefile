@@ -29,7 +29,8 @@ $(STAMP): pyproject.toml
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); $(PYTHON) -m virtualenv -q $(VENV); } || \
 	  { echo "needs the venv module: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
-	$(RUN) -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@echo "setting up $(VENV): about a minute, from the Python package index"
+	@$(RUN) -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS)]'
 	@rm -f $(VENV)/.cometrt-*
 	@touch $@
 

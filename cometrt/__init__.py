@@ -8,7 +8,7 @@
 Importing needs neither MPI, CUDA nor matplotlib.
 """
 
-from cometrt import reference, router, trace
+from cometrt import models, reference, router, trace
 from cometrt.errors import CapacityError, CometError, MismatchError, PeerTimeout, RoutingError
 from cometrt.layer import MoELayer
 from cometrt.plan import TileConfig
@@ -31,6 +31,7 @@ __all__ = [
     "World",
     "__version__",
     "connect",
+    "models",
     "reference",
     "router",
     "shard_weights",

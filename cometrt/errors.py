@@ -29,10 +29,11 @@ class CapacityError(CometError):
     capacity: int
 
     @classmethod
-    def build(cls, *, rank: int, need: int, capacity: int) -> CapacityError:
+    def build(cls, *, rank: int, need: int, capacity: int, enough: float) -> CapacityError:
+        """`enough` is a capacity_factor that would have done."""
         error = cls(
             f"rank {rank} needs {need} rows (pads included) but its capacity is {capacity}: "
-            f"raise MoESpec.capacity_factor or balance the router"
+            f"balance the router, or raise MoESpec.capacity_factor ({enough:.2f} is enough)"
         )
         error.rank, error.need, error.capacity = rank, need, capacity
         return error

@@ -25,6 +25,11 @@ class MoELayer:
 
     Construction is collective; so are `forward` and `backward`, in the same order on all ranks.
 
+    Below, T is this rank's tokens; H, I, E, K are the spec's hidden, intermediate, num_experts
+    and topk; with W ranks there are EP = W / tp groups of experts, and this rank (group
+    rank // tp, shard rank % tp) holds the I_s = I / tp columns of its shard of the
+    E_l = E / EP experts of its group.
+
     Args:
         world: from ``cometrt.connect`` or ``cometrt.spawn``.
         spec: equal on all ranks.
@@ -93,7 +98,8 @@ class MoELayer:
         Raises:
             ValueError: for a wrong argument; the call has not happened.
             RoutingError, CapacityError: on every rank; nothing was exchanged.
-            PeerTimeout, MismatchError: until ``world.reset()``. With a CometError, `out` is NaN.
+            PeerTimeout, MismatchError: until ``world.reset()``.
+            With any of these `out` is NaN: where it is x itself, the tokens are lost.
         """
         self._check_usable(stream)
         spec, geometry = self.spec, self.geometry

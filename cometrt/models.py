@@ -1,4 +1,7 @@
-"""The Mixture-of-Experts layers of well-known models, whole or scaled down."""
+"""The shapes of well-known models' Mixture-of-Experts layers, whole or scaled down.
+
+Routed experts only: H, I, E, K. Shared experts and each model's own router are not part of them.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +21,19 @@ class Model(NamedTuple):
 
 
 MODELS = {
+    # The first three as in COMET's table of models (arXiv 2502.19811).
     "mixtral-8x7b": Model(4096, 14336, 8, 2),
     "qwen2-moe": Model(2048, 1408, 64, 4),
     "phi-3.5-moe": Model(4096, 6400, 16, 2),
-    "qwen3-30b-a3b": Model(2048, 768, 128, 8),
-    "deepseek-v3": Model(7168, 2048, 256, 8),
+    "qwen3-30b-a3b": Model(2048, 768, 128, 8),  # arXiv 2505.09388
+    "deepseek-v3": Model(7168, 2048, 256, 8),  # arXiv 2412.19437
 }
 
 
 def scaled_spec(name: str, factor: int = 1, *, max_tokens: int, **spec: Any) -> MoESpec:
     """The spec of a model's layer with H and I divided by `factor`, rounded up to what is legal.
 
-    E and K stay, so that routing is that of the model. Further arguments go to ``MoESpec``.
+    E and K stay as they are. Further arguments go to ``MoESpec``.
 
     Raises:
         ValueError: for an unknown model, a factor below 1, or what ``MoESpec`` refuses.

@@ -36,7 +36,9 @@ class MoESpec:
         dtype: of x, the weights, y: "bfloat16", or "float32" (host only).
         save: what forward keeps for backward: "rows" (the gathered token rows) or "z" (only
             the pre-activations; backward pulls the token rows again).
-        capacity_factor: rows a rank can hold over its balanced share, before pads.
+        capacity_factor: a rank holds min(capacity_factor * W * max_tokens * K / EP,
+            W * max_tokens * min(K, E_l)) rows, and pads: up to block_m - 1 per local expert.
+            EP always suffices. With W ranks, EP = W / tp and E_l = E / EP.
 
     Raises:
         ValueError: naming the argument, its value and the rule.

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Protocol
 
 from cometrt.world import World
 
-COMM_WORK = ("pull", "reduce and push", "reduce at home")
 ROLES = ("comm", "compute")
 _COLORS = {
     "pull": "#4c9be8",
@@ -27,9 +26,9 @@ _COLORS = {
     "reduce at home": "#c95f8a",
     "up": "#3c8d5a",
     "down": "#8bc34a",
-    "down dgrad": "#3c8d5a",
-    "up dgrad": "#8bc34a",
-    "wgrad": "#607d4b",
+    "down dgrad": "#00897b",
+    "up dgrad": "#80cbc4",
+    "wgrad": "#33691e",
     "publish": "#7d6fb3",
     "plan": "#b3a6d9",
     "wait": "#e4e4e4",
@@ -38,6 +37,9 @@ _COLORS = {
 
 class Event(NamedTuple):
     """One stretch of one role. Times in ns on a clock that all ranks of a host share.
+
+    Names: "publish", "plan", "wait"; comm "pull", "reduce and push", "reduce at home"; compute
+    "up", "down" in forward, "down dgrad", "up dgrad", "wgrad" in backward.
 
     `tile` is an M-tile, a block of tokens or an expert, -1 where none applies; `local_bytes`
     and `link_bytes` are the bytes moved within the rank and between ranks.
@@ -129,16 +131,18 @@ class Timeline:
     def hidden_share(self) -> float:
         """Share of the communication that ran under compute, in [0, 1]; NaN without any.
 
-        Communication is the time that comm roles spend moving and adding rows, waits left out;
-        it is hidden while the compute role of the same rank is working, waits left out too.
+        Communication is the time of events that move bytes between ranks ("pull" and "reduce
+        and push" of rows with another home). It is hidden while the compute role of the same
+        rank is working: waits, publishing and planning do not count as work. Where roles share
+        cores, as threads of a host do, this shows the order of things, not time saved.
         """
         total = hidden = 0
         for rank in self.ranks:
-            comm = _union(e for e in self.events if e.rank == rank and e.name in COMM_WORK)
+            comm = _union(e for e in self.events if e.rank == rank and e.link_bytes > 0)
             compute = _union(
                 e
                 for e in self.events
-                if e.rank == rank and e.role == "compute" and e.name not in ("wait", *_SETUP)
+                if e.rank == rank and e.role == "compute" and e.name not in _NO_WORK
             )
             total += sum(end - begin for begin, end in comm)
             hidden += _overlap(comm, compute)
@@ -197,7 +201,7 @@ class Timeline:
         except ImportError as error:
             raise ImportError("save_png needs matplotlib: pip install 'cometrt[plot]'") from error
 
-        figure = Figure(figsize=(13, 1.3 + 0.75 * len(self.ranks)), layout="constrained")
+        figure = Figure(figsize=(13, 1.6 + 0.75 * len(self.ranks)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         start = self.events[0].begin_ns if self.events else 0
@@ -219,13 +223,13 @@ class Timeline:
         figure.legend(
             handles=[Patch(color=_COLORS[name], label=name) for name in names],
             loc="outside lower center",
-            ncols=max(len(names), 1),
+            ncols=min(max(len(names), 1), 6),
             frameon=False,
         )
         figure.savefig(path, dpi=120, format="png")
 
 
-_SETUP = ("publish", "plan")
+_NO_WORK = ("wait", "publish", "plan")
 
 
 def _metadata(name: str, rank: int, lane: int, label: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 The bytes of Python's own standard library are the tokens: each is embedded by a fixed random
 table plus its position and routed by a softmax top-8 router over 128 experts, so that the load
-is as uneven as text is. The layer has the routing of qwen3-30b-a3b and is scaled down.
+is as uneven as text is. The layer has qwen3-30b-a3b's experts and top-k, and smaller widths.
 
 mpirun -n 4 python -m mpi4py examples/demo.py        (or: make demo)
 """
@@ -112,13 +112,13 @@ def report(comm, spec, ids, seconds, timeline, error, out) -> None:
         f"{load.idle} of {spec.num_experts} idle"
     )
     print(
-        f"hidden share: {timeline.hidden_share:.0%} of the time that ranks spend moving and "
-        f"adding rows runs under their own GEMMs"
+        f"hidden share: {timeline.hidden_share:.0%} of the time in which rows cross between ranks "
+        f"runs under GEMMs of the same rank"
     )
     print("every result agrees with the float64 reference")
     out.mkdir(parents=True, exist_ok=True)
     timeline.save_json(out / "timeline.json")
-    title = f"forward and backward on {size} ranks, {timeline.hidden_share:.0%} hidden"
+    title = f"one forward, then one backward, on {size} ranks: {timeline.hidden_share:.0%} hidden"
     try:
         timeline.save_png(out / "timeline.png", title)
         print(f"timeline: {out / 'timeline.png'}; for Perfetto: {out / 'timeline.json'}")

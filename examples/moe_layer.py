@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trace", metavar="FILE.json", help="write a Chrome trace")
     args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f"--repeats must be >= 1 (got {args.repeats})")
 
     spec = scaled_spec(
         args.model, args.scale, max_tokens=args.tokens, tp=args.tp, dtype=args.dtype,

@@ -110,7 +110,7 @@ def main() -> None:
                         f"busiest expert {load.imbalance:.2f}x the mean",
                         flush=True,
                     )
-    if not np.mean(losses[-5:]) < losses[0] - 1:
+    if len(losses) >= 30 and not np.mean(losses[-5:]) < losses[0] - 1:
         raise SystemExit(f"the loss did not fall: {losses[0]:.3f} -> {np.mean(losses[-5:]):.3f}")
 
 

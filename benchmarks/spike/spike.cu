@@ -40,48 +40,66 @@ struct SpikeParams {
 
 // ---- comm: pull ---------------------------------------------------------------------------------
 
-// One thread. Rows in flight: up to kSlots / 2 loads ahead of the stores, so that a slot is
-// refilled only when its store of kSlots / 2 rows ago has been read.
-__device__ void pull_tiles(const SpikeParams& p, char* slots, u64* full, int comm_idx) {
-  constexpr int kAhead = kSlots / 2;
-  const u32 row_bytes = p.hidden * 2;
-  const int my_tiles = (p.num_tiles - comm_idx + p.num_comm - 1) / p.num_comm;
-  const int num_rows = my_tiles * BLOCK_M;
-  const auto tile_of = [&](int i) { return comm_idx + i / BLOCK_M * p.num_comm; };
-  const auto load = [&](int i) {
-    const int source = p.row_source[tile_of(i) * BLOCK_M + i % BLOCK_M];
-    const __nv_bfloat16* from =
-        p.x[source / p.tokens] + static_cast<long long>(source % p.tokens) * p.hidden;
-    const int slot = i % kSlots;
+constexpr int kPullWarps = 4, kPullLanes = kSlots / kPullWarps;
+
+// Warps 0 to 3, a slot of shared memory for each of their first lanes; a round moves a row a
+// lane. Warps run apart, so that one's loads overlap another's stores. `row_of(i)` is where row i
+// comes from, `to` where rows go in order, `stored(i)` is called by one lane a warp and round
+// once the warp's rows up to i + kPullLanes - 1 are complete.
+template <typename RowOf, typename To, typename Stored>
+__device__ inline void copy_through_shared(char* shared, u64* full, int num_rows, u32 row_bytes,
+                                           RowOf row_of, To to, Stored stored) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp >= kPullWarps || lane >= kPullLanes) return;
+  constexpr u32 kLanes = (1u << kPullLanes) - 1;
+  const int slot = warp * kPullLanes + lane;
+  char* buffer = shared + slot * row_bytes;
+  const char* next = slot < num_rows ? row_of(slot) : nullptr;
+  for (int i = slot, round = 0; i < num_rows; i += kSlots, ++round) {
+    bulk_wait_read<0>();  // this slot's last store has left it
     mbarrier_arrive_expect(&full[slot], row_bytes);
-    bulk_load(slots + slot * row_bytes, from, row_bytes, &full[slot]);
-  };
-  const auto release = [&](int i) {  // all rows up to i have been stored
-    const int tile = tile_of(i);
-    if (p.row_source[tile * BLOCK_M] / p.tokens != p.wait.rank) {
-      pace(p.pull_pace, static_cast<u64>(BLOCK_M) * row_bytes);
-    }
-    add_release_gpu(&p.tile_filled[tile], BLOCK_M);
-  };
-  for (int i = 0; i < kAhead && i < num_rows; ++i) load(i);
-  for (int i = 0; i < num_rows; ++i) {
-    if (p.wait.rank == p.stall_rank && tile_of(i) == p.stall_tile) return;
-    const int slot = i % kSlots;
-    mbarrier_wait(&full[slot], i / kSlots & 1);
-    const long long row = static_cast<long long>(tile_of(i)) * BLOCK_M + i % BLOCK_M;
-    bulk_store(p.rows + row * p.hidden, slots + slot * row_bytes, row_bytes);
+    bulk_load(buffer, next, row_bytes, &full[slot]);
+    if (i + kSlots < num_rows) next = row_of(i + kSlots);  // its latency hides under the load
+    mbarrier_wait(&full[slot], round & 1);
+    bulk_store(to(i), buffer, row_bytes);
     bulk_commit();
-    if (i + kAhead < num_rows) {
-      bulk_wait_read<kAhead>();  // the store that last used this slot is kAhead rows back
-      load(i + kAhead);
-    }
-    if (i % BLOCK_M == kAhead && i >= BLOCK_M) {  // the last tile's stores are all complete
-      bulk_wait<kAhead>();
-      release(i - BLOCK_M);
+    if (round > 0) {
+      bulk_wait<1>();  // all but the store just issued
+      __syncwarp(kLanes);
+      if (lane == 0) stored(i - kSlots);
     }
   }
   bulk_wait<0>();
-  if (num_rows) release(num_rows - 1);
+  __syncwarp(kLanes);
+  const int rounds = num_rows / kSlots;
+  if (lane == 0 && rounds > 0) stored((rounds - 1) * kSlots + warp * kPullLanes);
+}
+
+__device__ void pull_tiles(const SpikeParams& p, char* shared, u64* full, int comm_idx) {
+  const u32 row_bytes = p.hidden * 2;
+  const int my_tiles = (p.num_tiles - comm_idx + p.num_comm - 1) / p.num_comm;
+  const auto row = [&](int i) {
+    return static_cast<long long>(comm_idx + i / BLOCK_M * p.num_comm) * BLOCK_M + i % BLOCK_M;
+  };
+  int num_rows = my_tiles * BLOCK_M;
+  if (p.wait.rank == p.stall_rank && p.stall_tile % p.num_comm == comm_idx) {
+    num_rows = p.stall_tile / p.num_comm * BLOCK_M;
+  }
+  copy_through_shared(
+      shared, full, num_rows, row_bytes,
+      [&](int i) {
+        const int source = p.row_source[row(i)];
+        return reinterpret_cast<const char*>(
+            p.x[source / p.tokens] + static_cast<long long>(source % p.tokens) * p.hidden);
+      },
+      [&](int i) { return p.rows + row(i) * p.hidden; },
+      [&](int i) {
+        const int tile = row(i) / BLOCK_M;
+        if (p.row_source[tile * BLOCK_M] / p.tokens != p.wait.rank) {
+          pace(p.pull_pace, static_cast<u64>(kPullLanes) * row_bytes);
+        }
+        add_release_gpu(&p.tile_filled[tile], kPullLanes);
+      });
 }
 
 // ---- comm: combine ------------------------------------------------------------------------------
@@ -168,7 +186,7 @@ __device__ bool home_block(const SpikeParams& p, int block) {
 }
 
 __device__ void comm_role(const SpikeParams& p, char* shared, u64* full, int comm_idx) {
-  if (threadIdx.x == 0) pull_tiles(p, shared, full, comm_idx);
+  pull_tiles(p, shared, full, comm_idx);
   __syncthreads();
   const int blocks = p.tokens / kBlockTokens;
   for (int item = comm_idx; item < (kRanks - 1) * blocks; item += p.num_comm) {
@@ -271,52 +289,74 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- single measurements ------------------------------------------------------------------------
 
-// Each CTA moves rows of row_bytes through shared memory by bulk copies, as pull_tiles does.
+// Each CTA moves its share of the rows, in random order, as pull_tiles does.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     copy_rows(const char* from, char* to, const int* order, int num_rows, int row_bytes,
               u64* free_at_ns, u64 picoseconds_per_byte) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ u64 full[kSlots];
-  if (threadIdx.x != 0) return;
-  constexpr int kAhead = kSlots / 2;
-  for (int i = 0; i < kSlots; ++i) mbarrier_init(&full[i], 1);
-  mbarrier_init_fence();
-  const int mine = (num_rows - blockIdx.x + gridDim.x - 1) / gridDim.x;
-  const auto load = [&](int i) {
-    const long long row = order[blockIdx.x + i * gridDim.x];
-    mbarrier_arrive_expect(&full[i % kSlots], row_bytes);
-    bulk_load(shared + i % kSlots * row_bytes, from + row * row_bytes, row_bytes,
-              &full[i % kSlots]);
-  };
-  for (int i = 0; i < kAhead && i < mine; ++i) load(i);
-  for (int i = 0; i < mine; ++i) {
-    mbarrier_wait(&full[i % kSlots], i / kSlots & 1);
-    const long long row = blockIdx.x + static_cast<long long>(i) * gridDim.x;
-    bulk_store(to + row * row_bytes, shared + i % kSlots * row_bytes, row_bytes);
-    bulk_commit();
-    if (i + kAhead < mine) {
-      bulk_wait_read<kAhead>();
-      load(i + kAhead);
-    }
-    if (i % 128 == 127) pace({free_at_ns, picoseconds_per_byte}, 128ull * row_bytes);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kSlots; ++i) mbarrier_init(&full[i], 1);
+    mbarrier_init_fence();
   }
-  bulk_wait<0>();
+  __syncthreads();
+  const int mine = num_rows / gridDim.x;
+  const long long first = static_cast<long long>(blockIdx.x) * mine;
+  copy_through_shared(
+      shared, full, mine, row_bytes,
+      [&](int i) { return from + static_cast<long long>(order[first + i]) * row_bytes; },
+      [&](int i) { return to + (first + i) * row_bytes; },
+      [&](int) {
+        pace({free_at_ns, picoseconds_per_byte}, static_cast<u64>(kPullLanes) * row_bytes);
+      });
 }
 
-// out[t] = sum of `terms` rows index[t, :] of `rows`, fp32 inside: reduce-and-push, home reduce.
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    sum_rows(const __nv_bfloat16* rows, const int* index, __nv_bfloat16* out, int num_tokens,
-             int terms, int columns) {
-  const int vectors = columns / 8;
-  for (int token = blockIdx.x; token < num_tokens; token += gridDim.x) {
-    for (int v = threadIdx.x; v < vectors; v += kThreads) {
-      float sum[8] = {};
-      for (int k = 0; k < terms; ++k) {
-        add_row(sum, rows + static_cast<long long>(index[token * terms + k]) * columns + v * 8);
+// out[t] = sum of kTerms rows index[t, :] of `rows`, fp32 inside: reduce-and-push, home reduce.
+// A warp a token; a lane has all its loads of kVectors * kTerms * 16 bytes in flight.
+template <int kTerms>
+__device__ inline void sum_rows(const __nv_bfloat16* rows, const int* index, __nv_bfloat16* out,
+                                int num_tokens, int columns) {
+  constexpr int kVectors = 4;
+  const int warps = gridDim.x * (kThreads / 32), lane = threadIdx.x % 32;
+  for (int token = (blockIdx.x * kThreads + threadIdx.x) / 32; token < num_tokens;
+       token += warps) {
+    long long row[kTerms];
+#pragma unroll
+    for (int k = 0; k < kTerms; ++k) {
+      row[k] = static_cast<long long>(index[token * kTerms + k]) * columns;
+    }
+    for (int begin = lane * 8; begin < columns; begin += 32 * 8 * kVectors) {
+      uint4 packed[kVectors][kTerms];
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int k = 0; k < kTerms; ++k) {
+          packed[v][k] = *reinterpret_cast<const uint4*>(rows + row[k] + begin + v * 256);
+        }
       }
-      store_row(out + static_cast<long long>(token) * columns + v * 8, sum);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        float sum[8] = {};
+#pragma unroll
+        for (int k = 0; k < kTerms; ++k) {
+          add_row(sum, reinterpret_cast<const __nv_bfloat16*>(&packed[v][k]));
+        }
+        store_row(out + static_cast<long long>(token) * columns + begin + v * 256, sum);
+      }
     }
   }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    sum_2_rows(const __nv_bfloat16* rows, const int* index, __nv_bfloat16* out, int num_tokens,
+               int columns) {
+  sum_rows<2>(rows, index, out, num_tokens, columns);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    sum_4_rows(const __nv_bfloat16* rows, const int* index, __nv_bfloat16* out, int num_tokens,
+               int columns) {
+  sum_rows<4>(rows, index, out, num_tokens, columns);
 }
 
 // Two ranks hand a number to and fro; one CTA each, on its own partition.
@@ -326,8 +366,8 @@ extern "C" __global__ void ping_pong(u64* mine, u64* theirs, int hops, int first
     if ((hop & 1) == first) {
       store_release_sys(theirs, hop);
     } else {
-      while (load_acquire_sys(mine) < static_cast<u64>(hop)) {
-        if (global_timer_ns() > deadline) return;
+      for (u32 polls = 1; load_acquire_sys(mine) < static_cast<u64>(hop); ++polls) {
+        if (polls % 64 == 0 && global_timer_ns() > deadline) return;
       }
     }
   }

@@ -186,7 +186,7 @@ def events_us(launch, repeats: int = 10) -> dict[str, float]:
 
 
 def single_measurements(module: cp.RawModule, report) -> None:
-    copy, add = module.get_function("copy_rows"), module.get_function("sum_rows")
+    copy = module.get_function("copy_rows")
     copy.max_dynamic_shared_size_bytes = SHARED
     hidden, num_rows = 2048, 1 << 17
     source = cp.random.standard_normal((num_rows, hidden), cp.float32).astype(BF16)
@@ -205,13 +205,14 @@ def single_measurements(module: cp.RawModule, report) -> None:
         gbps = rows * hidden * 2 / us["median"] / 1e3
         report(f"pull, {num_comm} CTAs", gbps / num_comm, "GB/s per CTA (one way)", us)
     for name, terms in (("reduce and push, 2 terms", 2), ("home reduce, 4 terms", 4)):
+        add = module.get_function(f"sum_{terms}_rows")
         for num_comm in (1, 8, 32):
             tokens = 2048 * num_comm
             index = cp.random.randint(0, num_rows, tokens * terms).astype(cp.int32)
             us = events_us(
-                lambda n=num_comm, t=tokens, k=terms, i=index: add(
+                lambda n=num_comm, t=tokens, f=add, i=index: f(
                     (n,), (384,),
-                    (source, i, target, np.int32(t), np.int32(k), np.int32(hidden)),
+                    (source, i, target, np.int32(t), np.int32(hidden)),
                 )
             )  # fmt: skip
             gbps = tokens * hidden * 2 / us["median"] / 1e3

@@ -7,6 +7,7 @@ on every slot without asking each other.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -174,7 +175,10 @@ def _check_capacity(ranks: list[_RankTiles], shape: PlanShape) -> None:
     needs = [tiles.num_tiles * shape.config.block_m for tiles in ranks]
     if max(needs) > shape.capacity:
         rank = int(np.argmax(needs))
-        raise CapacityError.build(rank=rank, need=needs[rank], capacity=shape.capacity)
+        enough = math.ceil(100 * (needs[rank] / shape.balanced_rows)) / 100
+        raise CapacityError.build(
+            rank=rank, need=needs[rank], capacity=shape.capacity, enough=enough
+        )
 
 
 def _pulls(first: np.ndarray, mine: _RankTiles, shape: PlanShape) -> tuple[np.ndarray, np.ndarray]:

@@ -24,13 +24,19 @@ class PlanShape:
     config: TileConfig
 
     @property
+    def balanced_rows(self) -> float:
+        """Rows of a rank when every rank brings max_tokens and all experts get the same."""
+        spec = self.geometry.spec
+        return self.geometry.size * spec.max_tokens * spec.topk / self.geometry.ep
+
+    @property
     def capacity(self) -> int:
         """Rows a rank holds: capacity_factor times the balanced count, plus pads; a multiple
         of block_m, at most the worst case."""
         spec, block_m = self.geometry.spec, self.config.block_m
         local_experts = self.geometry.local_experts
         tokens = self.geometry.size * spec.max_tokens
-        wanted = math.ceil(spec.capacity_factor * tokens * spec.topk / self.geometry.ep)
+        wanted = math.ceil(spec.capacity_factor * self.balanced_rows)
         worst = tokens * min(spec.topk, local_experts)
         rows = min(wanted, worst) + local_experts * (block_m - 1)
         return rows // block_m * block_m  # an aligned need never exceeds an aligned bound

@@ -70,7 +70,7 @@ class World(abc.ABC):
 
     Attributes:
         rank, size: this rank, and W.
-        device: "host" or "cuda".
+        device: "host".
         timeout_sec: longest that any single wait may last.
         epoch: exchanges begun so far; equal on all ranks between calls.
     """
@@ -168,9 +168,12 @@ class World(abc.ABC):
         """Raise what stopped the world, if anything did."""
         if self._closed:
             raise ValueError("world must be open (it was closed)")
-        if int(self.board["abort"][0]) >= self._generation:
+        if self._stopped():
             self.fence()
             raise self._failure().error(prefix)
+
+    def _stopped(self) -> bool:
+        return int(self.board["abort"][0]) >= self._generation
 
     def _failure(self) -> Failure:
         """The record that explains most: raised, mismatch, timeout; this rank's own first."""
@@ -313,7 +316,8 @@ class World(abc.ABC):
         Shared memory stays until the process ends, since a peer may still be using it.
         """
         if not self._closed:
-            self.stop_for(error)
+            if not self._stopped():  # else the others know already, and from the source
+                self.stop_for(error)
             self._closed = True
             unpin_blas_threads()
 

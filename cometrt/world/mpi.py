@@ -62,12 +62,12 @@ class MPIWorld(World):
         self._comm.Free()
 
 
-def connect(comm: Any, device: str = "cuda", *, timeout_sec: float = 30.0) -> World:
+def connect(comm: Any, device: str, *, timeout_sec: float = 30.0) -> World:
     """Collective: the world of an mpi4py communicator whose ranks are all on this host.
 
     Args:
         comm: an intracommunicator; it is duplicated.
-        device: "host".
+        device: "host", the only one of this release.
         timeout_sec: longest that any single wait may last.
 
     Raises:

@@ -67,8 +67,8 @@ def spawn(
     Args:
         fn: called with the rank's world, which is closed when it returns.
         ranks: W, at least 1.
-        device: "host".
-        link: pacing of a modelled link; only for device="cuda".
+        device: "host", the only one of this release.
+        link: None; it belongs to device="cuda".
         timeout_sec: longest that any single wait of a rank may last.
 
     Returns:
@@ -122,4 +122,4 @@ def spawn(
 def check_device(device: str) -> None:
     check_choice("device", device, ("host", "cuda"))
     if device == "cuda":
-        raise ValueError("device must be 'host': this release has no CUDA world yet (got 'cuda')")
+        raise ValueError("device must be 'host', this release has no CUDA world yet (got 'cuda')")

@@ -91,7 +91,7 @@ def test_spawn(arguments, message):
     [
         ({"comm": None}, "comm must be an mpi4py intracommunicator (got None)"),
         ({"device": "gpu"}, "device must be one of host, cuda (got 'gpu')"),
-        ({}, "no CUDA world yet (got 'cuda')"),
+        ({"device": "cuda"}, "no CUDA world yet (got 'cuda')"),
         ({"device": "host", "timeout_sec": -1}, "timeout_sec must be a finite number > 0"),
     ],
 )

@@ -311,6 +311,7 @@ def test_too_many_rows():
     assert error.rank == 0
     assert f"needs {error.need} rows" in str(error)
     assert f"capacity is {error.capacity}" in str(error)
+    assert f"({np.ceil(error.need / 1.2) / 100:.2f} is enough)" in str(error)
 
 
 # ---- the world itself ---------------------------------------------------------------------------
@@ -388,6 +389,6 @@ def test_timeouts_of_a_meeting_name_who_is_missing():
 def test_errors_survive_pickling():
     import pickle
 
-    error = cometrt.CapacityError.build(rank=1, need=20, capacity=10)
+    error = cometrt.CapacityError.build(rank=1, need=20, capacity=10, enough=2.0)
     copy = pickle.loads(pickle.dumps(error))
     assert (str(copy), copy.need, copy.rank) == (str(error), 20, 1)

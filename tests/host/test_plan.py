@@ -1,5 +1,8 @@
 """Properties of the planner, over random and adversarial routings, all ranks' plans together."""
 
+import dataclasses
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -232,9 +235,7 @@ def test_capacity_is_enough_for_the_worst_case_and_counted_exactly(case):
     spec, config, size, tables = case
     _shapes, plans = plans_of(case)
     need = max(plan.num_rows for plan in plans)
-    tight = MoESpec(
-        **{**{f: getattr(spec, f) for f in spec.__dataclass_fields__}, "capacity_factor": 1e-6}
-    )
+    tight = dataclasses.replace(spec, capacity_factor=1e-6)
     shape = PlanShape(Geometry(tight, 0, size), config)
     if need <= shape.capacity:
         make_plan(tables, shape)
@@ -243,6 +244,9 @@ def test_capacity_is_enough_for_the_worst_case_and_counted_exactly(case):
             make_plan(tables, shape)
         assert (error.value.need, error.value.capacity) == (need, shape.capacity)
         assert plans[error.value.rank].num_rows == need
+        enough = float(re.search(r"\((\S+) is enough\)", str(error.value)).group(1))
+        wider = dataclasses.replace(spec, capacity_factor=enough)
+        make_plan(tables, PlanShape(Geometry(wider, 0, size), config))
 
 
 def test_balanced_routing_fits_a_capacity_factor_of_one():

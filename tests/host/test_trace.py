@@ -62,16 +62,17 @@ def test_bytes_are_those_of_the_tokens_that_cross(timelines):
     assert 0 <= timeline.hidden_share <= 1
 
 
-def event(role, name, begin, end, rank=0):
-    return Event(rank, role, name, begin, end)
+def event(role, name, begin, end, rank=0, link_bytes=0):
+    return Event(rank, role, name, begin, end, link_bytes=link_bytes)
 
 
 def test_hidden_share_counts_communication_under_compute_of_the_same_rank():
     timeline = Timeline(
         [
-            event("comm", "pull", 0, 100),
+            event("comm", "pull", 0, 100, link_bytes=8),
+            event("comm", "pull", 100, 120),  # local rows are not communication
             event("comm", "wait", 100, 500),  # waiting is not communication
-            event("comm", "reduce and push", 500, 600),
+            event("comm", "reduce and push", 500, 600, link_bytes=8),
             event("compute", "plan", 0, 20),  # planning hides nothing
             event("compute", "wait", 20, 40),
             event("compute", "up", 40, 90),
