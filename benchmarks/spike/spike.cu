@@ -23,18 +23,18 @@ constexpr int kBlockTokens = 16;
 struct SpikeParams {
   WaitContext wait;
   Pace pull_pace, push_pace;
-  const __nv_bfloat16* x[kRanks];     // [tokens, hidden] of every rank
-  __nv_bfloat16* rows;                // [num_tiles * BLOCK_M, hidden]
-  const int* row_source;              // [rows] rank * tokens + token
-  u32* tile_filled;                   // [num_tiles]
-  u32* tile_done;                     // [num_tiles]
-  __nv_bfloat16* o;                   // [num_tiles * BLOCK_M, BLOCK_N]
-  const int* token_rows;              // [ranks * tokens, kRowsPerToken]
-  __nv_bfloat16* staging[kRanks];     // [contributor, tokens, BLOCK_N] at every home
-  u64* partials_ready[kRanks];        // [contributor, tokens / kBlockTokens] at every home
-  __nv_bfloat16* y;                   // [tokens, BLOCK_N]
+  const __nv_bfloat16* x[kRanks];  // [tokens, hidden] of every rank
+  __nv_bfloat16* rows;             // [num_tiles * BLOCK_M, hidden]
+  const int* row_source;           // [rows] rank * tokens + token
+  u32* tile_filled;                // [num_tiles]
+  u32* tile_done;                  // [num_tiles]
+  __nv_bfloat16* o;                // [num_tiles * BLOCK_M, BLOCK_N]
+  const int* token_rows;           // [ranks * tokens, kRowsPerToken]
+  __nv_bfloat16* staging[kRanks];  // [contributor, tokens, BLOCK_N] at every home
+  u64* partials_ready[kRanks];     // [contributor, tokens / kBlockTokens] at every home
+  __nv_bfloat16* y;                // [tokens, BLOCK_N]
   u32* ticket;
-  u64* span_ns;                       // [2]: first start, last end
+  u64* span_ns;  // [2]: first start, last end
   int tokens, hidden, num_tiles, num_comm, stall_tile, stall_rank;
 };
 
@@ -44,21 +44,24 @@ constexpr int kPullWarps = 4, kPullLanes = kSlots / kPullWarps;
 
 // Warps 0 to 3, a slot of shared memory for each of their first lanes; a round moves a row a
 // lane. Warps run apart, so that one's loads overlap another's stores. `row_of(i)` is where row i
-// comes from, `to` where rows go in order, `stored(i)` is called by one lane a warp and round
-// once the warp's rows up to i + kPullLanes - 1 are complete.
-template <typename RowOf, typename To, typename Stored>
+// comes from, `to(i)` where it goes. One lane a warp and round calls `reserve(i)` when the round's
+// loads are issued, and `stored(i, what reserve gave)` once its rows are complete.
+template <typename RowOf, typename To, typename Reserve, typename Stored>
 __device__ inline void copy_through_shared(char* shared, u64* full, int num_rows, u32 row_bytes,
-                                           RowOf row_of, To to, Stored stored) {
+                                           RowOf row_of, To to, Reserve reserve, Stored stored) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp >= kPullWarps || lane >= kPullLanes) return;
   constexpr u32 kLanes = (1u << kPullLanes) - 1;
   const int slot = warp * kPullLanes + lane;
   char* buffer = shared + slot * row_bytes;
   const char* next = slot < num_rows ? row_of(slot) : nullptr;
+  u64 crossed = 0, crossed_before = 0;
   for (int i = slot, round = 0; i < num_rows; i += kSlots, ++round) {
     bulk_wait_read<0>();  // this slot's last store has left it
     mbarrier_arrive_expect(&full[slot], row_bytes);
     bulk_load(buffer, next, row_bytes, &full[slot]);
+    crossed_before = crossed;
+    if (lane == 0) crossed = reserve(i);
     if (i + kSlots < num_rows) next = row_of(i + kSlots);  // its latency hides under the load
     mbarrier_wait(&full[slot], round & 1);
     bulk_store(to(i), buffer, row_bytes);
@@ -66,13 +69,13 @@ __device__ inline void copy_through_shared(char* shared, u64* full, int num_rows
     if (round > 0) {
       bulk_wait<1>();  // all but the store just issued
       __syncwarp(kLanes);
-      if (lane == 0) stored(i - kSlots);
+      if (lane == 0) stored(i - kSlots, crossed_before);
     }
   }
   bulk_wait<0>();
   __syncwarp(kLanes);
   const int rounds = num_rows / kSlots;
-  if (lane == 0 && rounds > 0) stored((rounds - 1) * kSlots + warp * kPullLanes);
+  if (lane == 0 && rounds > 0) stored((rounds - 1) * kSlots + warp * kPullLanes, crossed);
 }
 
 __device__ void pull_tiles(const SpikeParams& p, char* shared, u64* full, int comm_idx) {
@@ -89,16 +92,17 @@ __device__ void pull_tiles(const SpikeParams& p, char* shared, u64* full, int co
       shared, full, num_rows, row_bytes,
       [&](int i) {
         const int source = p.row_source[row(i)];
-        return reinterpret_cast<const char*>(
-            p.x[source / p.tokens] + static_cast<long long>(source % p.tokens) * p.hidden);
+        return reinterpret_cast<const char*>(p.x[source / p.tokens] +
+                                             static_cast<long long>(source % p.tokens) * p.hidden);
       },
       [&](int i) { return p.rows + row(i) * p.hidden; },
       [&](int i) {
-        const int tile = row(i) / BLOCK_M;
-        if (p.row_source[tile * BLOCK_M] / p.tokens != p.wait.rank) {
-          pace(p.pull_pace, static_cast<u64>(kPullLanes) * row_bytes);
-        }
-        add_release_gpu(&p.tile_filled[tile], kPullLanes);
+        const bool local = p.row_source[row(i)] / p.tokens == p.wait.rank;
+        return reserve_link(p.pull_pace, local ? 0 : static_cast<u64>(kPullLanes) * row_bytes);
+      },
+      [&](int i, u64 crossed) {
+        wait_crossed(crossed);
+        add_release_gpu(&p.tile_filled[row(i) / BLOCK_M], kPullLanes);
       });
 }
 
@@ -153,7 +157,7 @@ __device__ bool push_block(const SpikeParams& p, int home, int block) {
   }
   __syncthreads();  // all stores of the block happen before the release by thread 0
   if (threadIdx.x == 0) {
-    pace(p.push_pace, kBlockTokens * BLOCK_N * 2);
+    wait_crossed(reserve_link(p.push_pace, kBlockTokens * BLOCK_N * 2));
     fence_acq_rel_sys();
     store_release_sys(&p.partials_ready[home][me * (p.tokens / kBlockTokens) + block],
                       p.wait.epoch);
@@ -166,10 +170,9 @@ __device__ bool home_block(const SpikeParams& p, int block) {
   if (!wait_rows(p, me * p.tokens + first)) return false;
   bool ok = true;
   if (threadIdx.x < kRanks && static_cast<int>(threadIdx.x) != me) {
-    const u64* flag =
-        &p.partials_ready[me][threadIdx.x * (p.tokens / kBlockTokens) + block];
-    ok = wait_until(p.wait, {kPartialsReady, static_cast<int>(threadIdx.x), block, 0},
-                    p.wait.epoch, [&] { return load_acquire_sys(flag); });
+    const u64* flag = &p.partials_ready[me][threadIdx.x * (p.tokens / kBlockTokens) + block];
+    ok = wait_until(p.wait, {kPartialsReady, static_cast<int>(threadIdx.x), block, 0}, p.wait.epoch,
+                    [&] { return load_acquire_sys(flag); });
   }
   if (!__syncthreads_and(ok)) return false;
   for (int i = threadIdx.x; i < kBlockTokens * BLOCK_N / 8; i += kThreads) {
@@ -226,8 +229,8 @@ __device__ void produce(const SpikeParams& p, const TensorMap* a_map, const Tens
   }
 }
 
-__device__ void consume(const SpikeParams& p, char* shared, u64* full, u64* empty,
-                        int compute_idx, int num_compute, volatile int* stopped) {
+__device__ void consume(const SpikeParams& p, char* shared, u64* full, u64* empty, int compute_idx,
+                        int num_compute, volatile int* stopped) {
   const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 128;
   int it = 0;
   for (int tile = num_compute - 1 - compute_idx; tile < p.num_tiles; tile += num_compute) {
@@ -307,8 +310,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       [&](int i) { return from + static_cast<long long>(order[first + i]) * row_bytes; },
       [&](int i) { return to + (first + i) * row_bytes; },
       [&](int) {
-        pace({free_at_ns, picoseconds_per_byte}, static_cast<u64>(kPullLanes) * row_bytes);
-      });
+        return reserve_link({free_at_ns, picoseconds_per_byte},
+                            static_cast<u64>(kPullLanes) * row_bytes);
+      },
+      [&](int, u64 crossed) { wait_crossed(crossed); });
 }
 
 // out[t] = sum of kTerms rows index[t, :] of `rows`, fp32 inside: reduce-and-push, home reduce.
@@ -318,8 +323,7 @@ __device__ inline void sum_rows(const __nv_bfloat16* rows, const int* index, __n
                                 int num_tokens, int columns) {
   constexpr int kVectors = 4;
   const int warps = gridDim.x * (kThreads / 32), lane = threadIdx.x % 32;
-  for (int token = (blockIdx.x * kThreads + threadIdx.x) / 32; token < num_tokens;
-       token += warps) {
+  for (int token = (blockIdx.x * kThreads + threadIdx.x) / 32; token < num_tokens; token += warps) {
     long long row[kTerms];
 #pragma unroll
     for (int k = 0; k < kTerms; ++k) {

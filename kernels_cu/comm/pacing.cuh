@@ -6,12 +6,14 @@
 namespace cometrt {
 
 struct Pace {
-  u64* free_at_ns;       // when the link of this rank and direction is free again; null: no pacing
+  u64* free_at_ns;  // when the link of this rank and direction is free again; null: no pacing
   u64 picoseconds_per_byte;
 };
 
-// Reserves the link for `bytes` and returns when they have crossed it. No credit for idle time.
+// When the bytes will have crossed; called as they leave. 0 where nothing is paced. No credit
+// for idle time: a link that was free starts now.
 __device__ inline u64 reserve_link(const Pace& pace, u64 bytes) {
+  if (pace.free_at_ns == nullptr || bytes == 0) return 0;
   const u64 cost_ns = bytes * pace.picoseconds_per_byte / 1000;
   u64 seen = *reinterpret_cast<volatile u64*>(pace.free_at_ns);
   while (true) {
@@ -23,11 +25,9 @@ __device__ inline u64 reserve_link(const Pace& pace, u64 bytes) {
   }
 }
 
-// One thread, between the end of the copy and the release of its flag.
-__device__ inline void pace(const Pace& pace, u64 bytes) {
-  if (pace.free_at_ns == nullptr) return;
-  const u64 free_at = reserve_link(pace, bytes);
-  while (global_timer_ns() < free_at) {
+// Between the end of the copy and the release of its flag.
+__device__ inline void wait_crossed(u64 crossed_ns) {
+  while (crossed_ns > global_timer_ns()) {
   }
 }
 

@@ -26,10 +26,10 @@ __device__ inline void mbarrier_arrive(u64* barrier) {
 }
 
 __device__ inline void mbarrier_arrive_expect(u64* barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 __device__ inline bool mbarrier_test(u64* barrier, u32 phase) {
