@@ -2,7 +2,7 @@
 #
 #   make demo      real text through a MoE layer on four ranks, checked, with its timeline
 #   make test      the tests that CI runs (no GPU needed)
-#   make test-all  also the full product of parameters (about half an hour on 2 cores)
+#   make test-all  also the full product of parameters (minutes more)
 #   make gpu-test  the tests that need an NVIDIA GPU
 #   make lint      formatter, linter, types
 #   make format    let the formatters write

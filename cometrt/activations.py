@@ -15,7 +15,8 @@ _GELU_CUBE = 0.044715
 
 
 def _sigmoid(z: np.ndarray) -> np.ndarray:
-    return 0.5 * (1.0 + np.tanh(0.5 * z))  # the tanh form cannot overflow
+    small = np.exp(-np.abs(z))  # neither overflows nor loses its digits far below zero
+    return np.where(z >= 0, z.dtype.type(1), small) / (1 + small)
 
 
 def _silu(z: np.ndarray) -> np.ndarray:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 
 class CometError(RuntimeError):
-    """Base of everything cometrt raises besides ``ValueError``."""
+    """Base of everything cometrt raises besides ``ValueError``.
+
+    Attributes:
+        relayed: it only tells of what another thread or rank raised.
+    """
+
+    relayed: bool = False
+
+
+def first_original(errors: list[tuple[float, BaseException]]) -> BaseException:
+    """Of (time, error): the first that does not only tell of another one."""
+    return min(errors, key=lambda item: (getattr(item[1], "relayed", False), item[0]))[1]
 
 
 class RoutingError(CometError):

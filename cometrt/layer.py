@@ -53,14 +53,12 @@ class MoELayer:
         if not isinstance(world, World):
             raise ValueError(f"world must come from cometrt.connect or spawn (got {world!r})")
         config = TileConfig() if config is None else config
-        self._check_equal(world, spec, mode, config)
+        self._layer = self._check_equal(world, spec, mode, config)
         self.world, self.spec, self.config = world, spec, config
         self.mode = mode or "fused"
         self.tracer: Tracer = NullTracer()
         self.geometry = Geometry(spec, world.rank, world.size)
         self._shape = PlanShape(self.geometry, config)
-        self._layer = world.num_layers
-        world.num_layers += 1
         self._closed = False
         self._executor = HostExecutor(world, self._shape, self._layer, self.mode)
 
@@ -154,7 +152,7 @@ class MoELayer:
         """
         self._check_usable(stream)
         spec, geometry = self.spec, self.geometry
-        kept = Saved.unpack(saved, shape=self._shape, layer=self._layer)
+        kept = Saved.unpack(saved, shape=self._shape, layer=self._layer, world=self.world.identity)
         dtypes = (spec.numpy_dtype,)
         check_array("dy", dy, (kept.num_tokens, spec.hidden), dtypes)
         if not isinstance(accumulate, (bool, np.bool_)):
@@ -190,6 +188,7 @@ class MoELayer:
         """Heap memory [max_tokens, H]: tokens written here and passed as ``x = buffer()[:T]``
         are not copied. Valid until the next call of any layer of the world, or its end."""
         self._check_open()
+        self.world.check_running(_STOPPED)
         return self._executor.buffer()
 
     def synchronize(self) -> None:
@@ -217,8 +216,12 @@ class MoELayer:
         return f"<MoELayer {self._layer} of {self.world!r}, mode={self.mode!r}, {self.spec}>"
 
     @staticmethod
-    def _check_equal(world: World, spec: Any, mode: Any, config: Any) -> None:
-        """Compare all ranks' arguments, wrong ones too, so that all raise the same."""
+    def _check_equal(world: World, spec: Any, mode: Any, config: Any) -> int:
+        """Compare all ranks' arguments, wrong ones too, so that all raise the same.
+
+        Returns:
+            the layer's number, equal on all ranks.
+        """
         problem = ""
         try:
             if not isinstance(spec, MoESpec):
@@ -230,20 +233,23 @@ class MoELayer:
             Geometry(spec, world.rank, world.size)
         except ValueError as error:
             problem = str(error)
-        mine = (problem, repr(spec), repr(mode), repr(config))
+        mine = (problem, repr(spec), repr(mode), repr(config), world.num_layers)
         ranks = world.allgather(mine, purpose="MoELayer")
+        number = max(rank[-1] for rank in ranks)
+        world.num_layers = number + 1
         for rank, (text, *_) in enumerate(ranks):
             if text:
                 raise ValueError(f"{text} [rank {rank}]")
         for rank, values in enumerate(ranks):
             for name, value, first in zip(
-                ("spec", "mode", "config"), values[1:], ranks[0][1:], strict=True
+                ("spec", "mode", "config"), values[1:-1], ranks[0][1:-1], strict=True
             ):
                 if value != first:
                     raise ValueError(
                         f"{name} must be equal on all ranks "
                         f"(got {first} on rank 0, {value} on rank {rank})"
                     )
+        return number
 
     def _check_open(self) -> None:
         if self._closed:

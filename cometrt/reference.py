@@ -34,6 +34,7 @@ def moe_forward(
         ValueError: for shapes or names that do not fit.
     """
     x, topk_weights, w_up, w_down = _float64(x, topk_weights, w_up, w_down)
+    topk_ids = np.asarray(topk_ids)
     _check(x, topk_ids, topk_weights, w_up, w_down, activation)
     share = _shares(topk_ids, topk_weights, len(w_up))  # [T, E]
     a = activate(activation, _pre_activations(x, w_up))  # [T, E, I]
@@ -55,6 +56,7 @@ def moe_backward(
         ValueError: for shapes or names that do not fit.
     """
     dy, x, topk_weights, w_up, w_down = _float64(dy, x, topk_weights, w_up, w_down)
+    topk_ids = np.asarray(topk_ids)
     _check(x, topk_ids, topk_weights, w_up, w_down, activation)
     if dy.shape != x.shape:
         raise ValueError(f"dy must have x's shape {x.shape} (got {dy.shape})")

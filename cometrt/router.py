@@ -37,11 +37,11 @@ def softmax_topk(logits: np.ndarray, topk: int, *, renormalize: bool = True) -> 
         ValueError: for a wrong shape, K, or a logit that is not finite.
     """
     scores = _check_logits(logits, topk)
-    probabilities = _softmax(scores)
     ids = _top(scores, topk)
-    weights = np.take_along_axis(probabilities, ids, axis=1)
     if renormalize:
         weights = _softmax(np.take_along_axis(scores, ids, axis=1))
+    else:
+        weights = np.take_along_axis(_softmax(scores), ids, axis=1)
     return Routing(ids.astype(np.int32), weights.astype(np.float32))
 
 
@@ -116,9 +116,8 @@ def sigmoid_topk(
         np.put_along_axis(allowed, _top(best_two, topk_groups), True, axis=1)
         choice = np.where(allowed[:, :, None], grouped, -np.inf).reshape(choice.shape)
     ids = _top(choice, topk)
-    weights = np.take_along_axis(affinity, ids, axis=1)
-    if renormalize:
-        weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), _TINY)
+    chosen = np.take_along_axis(scores, ids, axis=1)
+    weights = _softmax(_log_sigmoid(chosen)) if renormalize else _sigmoid(chosen)
     return Routing(ids.astype(np.int32), (scale * weights).astype(np.float32))
 
 
@@ -136,14 +135,13 @@ def sigmoid_topk_backward(
         ValueError: for shapes or ids that do not fit.
     """
     scores, ids, dweights = _check_backward(dweights, logits, ids)
-    affinity = _sigmoid(np.take_along_axis(scores, ids, axis=1))
-    daffinity = scale * dweights
-    if renormalize:
-        total = np.maximum(affinity.sum(axis=1, keepdims=True), _TINY)
-        dot = (daffinity * affinity).sum(axis=1, keepdims=True) / total
-        daffinity = (daffinity - dot) / total
-    dlogits = _scatter(daffinity * affinity * (1.0 - affinity), ids, scores.shape)
-    return dlogits.astype(np.float32)
+    chosen, dlog = np.take_along_axis(scores, ids, axis=1), scale * dweights
+    if renormalize:  # a softmax over log(sigmoid)
+        weights = _softmax(_log_sigmoid(chosen))
+        dlog = weights * (dlog - (weights * dlog).sum(axis=1, keepdims=True))
+    else:
+        dlog = _sigmoid(chosen) * dlog
+    return _scatter(dlog * _sigmoid(-chosen), ids, scores.shape).astype(np.float32)
 
 
 class LoadStatistics(NamedTuple):
@@ -204,16 +202,18 @@ def balance_loss(logits: np.ndarray, topk_ids: np.ndarray) -> float:
     return float(scores.shape[1] * (counts / counts.sum()) @ _softmax(scores).mean(axis=0))
 
 
-_TINY = np.finfo(np.float64).tiny
-
-
 def _softmax(scores: np.ndarray) -> np.ndarray:
     exponent = np.exp(scores - scores.max(axis=1, keepdims=True, initial=-np.inf))
     return exponent / exponent.sum(axis=1, keepdims=True)
 
 
 def _sigmoid(scores: np.ndarray) -> np.ndarray:
-    return 0.5 * (1.0 + np.tanh(0.5 * scores))
+    small = np.exp(-np.abs(scores))  # keeps its digits far below zero
+    return np.where(scores >= 0, 1.0, small) / (1.0 + small)
+
+
+def _log_sigmoid(scores: np.ndarray) -> np.ndarray:
+    return np.minimum(scores, 0.0) - np.log1p(np.exp(-np.abs(scores)))
 
 
 def _top(scores: np.ndarray, count: int) -> np.ndarray:
@@ -260,4 +260,7 @@ def _check_backward(
             f"dweights and ids must have the same shape ({len(scores)}, K) "
             f"(got {dweights.shape} and {ids.shape})"
         )
+    ordered = np.sort(ids, axis=1)
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        raise ValueError("ids must be distinct within a token (got a repeated id)")
     return scores, ids, dweights

@@ -1,6 +1,6 @@
 """What forward keeps for backward: a flat tuple of arrays of fixed shape, and the weights.
 
-(meta [6] int64, x, z [capacity, 2 * I_s], the plan's tables, w_up, w_down), where x is the
+(meta [7] int64, x, z [capacity, 2 * I_s], the plan's tables, w_up, w_down), where x is the
 gathered rows [capacity, H] (save="rows") or this rank's tokens [max_tokens, H] (save="z").
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from cometrt.plan import Plan, PlanShape
 
-_META = ("spec_hash", "layer", "num_tokens", "forward_epoch", "world_size", "used")
+_META = ("world", "layer", "shape", "rank", "num_tokens", "forward_epoch", "used")
 _PLAN_FIELDS = len(dataclasses.fields(Plan))
 
 
@@ -35,28 +35,21 @@ class Saved:
         layer: int,
         num_tokens: int,
         forward_epoch: int,
+        world: int,
         x: np.ndarray,
         z: np.ndarray,
         plan: Plan,
         w_up: Any,
         w_down: Any,
     ) -> tuple[Any, ...]:
-        meta = np.array(
-            [
-                shape.geometry.spec.digest(),
-                layer,
-                num_tokens,
-                forward_epoch,
-                shape.geometry.size,
-                0,
-            ],
-            np.int64,
-        )
+        rank = shape.geometry.rank
+        values = [world, layer, shape.digest(), rank, num_tokens, forward_epoch, 0]
+        meta = np.array(values, np.int64)
         return (meta, x, z, *plan.arrays(), w_up, w_down)
 
     @staticmethod
-    def unpack(saved: Any, *, shape: PlanShape, layer: int) -> Saved:
-        """Check that it is this layer's and not used yet.
+    def unpack(saved: Any, *, shape: PlanShape, layer: int, world: int) -> Saved:
+        """Check that it is this layer's, on this rank, and not used yet.
 
         Raises:
             ValueError: otherwise.
@@ -73,9 +66,10 @@ class Saved:
             raise ValueError("saved must begin with forward's meta array (got something else)")
         found = dict(zip(_META, (int(value) for value in meta), strict=True))
         for name, expected in (
-            ("spec_hash", shape.geometry.spec.digest()),
+            ("world", world),
             ("layer", layer),
-            ("world_size", shape.geometry.size),
+            ("shape", shape.digest()),
+            ("rank", shape.geometry.rank),
         ):
             if found[name] != expected:
                 raise ValueError(

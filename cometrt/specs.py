@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 import numbers
+import threading
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -87,8 +88,7 @@ class MoESpec:
 
     def digest(self) -> int:
         """63-bit hash that peers compare: equal specs, equal digests, on every platform."""
-        text = repr(dataclasses.astuple(self)).encode()
-        return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+        return digest(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +163,12 @@ class Gradients(NamedTuple):
     w_down: Any
 
 
+def digest(*values: Any) -> int:
+    """63-bit hash of what the values' reprs say, the same on every platform."""
+    text = repr(values).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+
+
 def check_int(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
     """`value` as an int, or a ValueError that says what it should have been."""
     rule = (
@@ -183,7 +189,17 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def check_positive(name: str, value: Any) -> float:
     """`value` as a float, or a ValueError."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name} must be a finite number > 0 (got {value!r})")
-    return float(value)
+    try:
+        number = float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:
+        number = math.inf
+    if isinstance(value, bool) or not math.isfinite(number) or number <= 0:
+        raise ValueError(f"{name} must be a finite number > 0 (got {value!r:.40})")
+    return number
+
+
+def check_timeout(timeout_sec: Any) -> float:
+    number = check_positive("timeout_sec", timeout_sec)
+    if number > threading.TIMEOUT_MAX:
+        raise ValueError(f"timeout_sec must be at most {threading.TIMEOUT_MAX:.0f} (got {number})")
+    return number

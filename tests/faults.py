@@ -37,12 +37,12 @@ def jitter(seed: int, seconds: float) -> Disturbed:
     return Disturbed(disturb)
 
 
-def at(wanted: str, action, *, tile: int | None = None) -> Disturbed:
-    """Runs `action` once, when a span of that name (and tile) begins."""
+def at(wanted: str, action, *, tile: int | None = None, always: bool = False) -> Disturbed:
+    """Runs `action` when a span of that name (and tile) begins: once, or always."""
     done = []
 
     def disturb(role, name, t):
-        if name == wanted and (tile is None or t == tile) and not done:
+        if name == wanted and (tile is None or t == tile) and (always or not done):
             done.append(True)
             action()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cometrt.errors import MismatchError, PeerTimeout
+from cometrt.errors import CometError, MismatchError, first_original
 from cometrt.heap import SymmetricHeap
 from cometrt.plan import Plan, PlanShape
 from cometrt.plan.routing import RoutingTables
@@ -18,7 +19,7 @@ from cometrt.world import World
 from cometrt.world.base import value_of
 from cometrt.world.failure import Failure, Wanted
 
-_CALL = ("operation", "layer", "spec_hash", "forward_epoch")  # equal in all ranks' headers
+_CALL = ("operation", "layer", "forward_epoch", "epoch", "spec_hash")  # equal on all ranks
 OPERATIONS = ("", "forward", "backward")  # numbers on the wire
 
 
@@ -97,7 +98,8 @@ class Exchange:
             ready = self.world.board["source_ready"]
             for source in self.shape.geometry.ring():
                 wanted = Wanted("source_ready", source, self.epoch, self.epoch)
-                self.world.wait(value_of(ready, source), wanted)
+                misplaced = functools.partial(self.world.is_meeting, source)
+                self.world.wait(value_of(ready, source), wanted, misplaced=misplaced)
         headers = self.world.board["header"][parity]
         self._check_headers(headers)
         return [int(tokens) for tokens in headers["num_tokens"]]
@@ -120,7 +122,7 @@ class Exchange:
         text = f"ranks called different things in epoch {self.epoch}: " + ", ".join(
             f"rank {rank}: {OPERATIONS[operation]} of layer {layer}"
             + (f" (of the forward of epoch {forward_epoch})" if forward_epoch else "")
-            for rank, (operation, layer, _, forward_epoch) in enumerate(calls)
+            for rank, (operation, layer, forward_epoch, *_) in enumerate(calls)
         )
         rank = self.world.rank
         self.world.stop(Failure(kind="mismatch", waiter=rank, text=text, epoch=self.epoch))
@@ -177,7 +179,8 @@ class Exchange:
             self._run_overlapped(phases)
         else:
             for role, phase in phases:
-                self._guarded(role, [phase])
+                with self.guard(role):
+                    phase()
         self.world.check_running()
 
     def _run_overlapped(self, phases: list[tuple[str, Callable[[], None]]]) -> None:
@@ -185,7 +188,10 @@ class Exchange:
 
         def run_role(role: str) -> None:
             try:
-                self._guarded(role, [phase for owner, phase in phases if owner == role])
+                with self.guard(role):
+                    for owner, phase in phases:
+                        if owner == role:
+                            phase()
             except BaseException as error:
                 errors.append((time.monotonic(), error))
 
@@ -193,18 +199,25 @@ class Exchange:
         comm = threading.Thread(target=run_role, args=("comm",), name=name, daemon=True)
         comm.start()
         run_role("compute")
-        comm.join()  # its waits have deadlines
-        if errors:
-            raise min(errors, key=lambda item: item[0])[1]
-
-    def _guarded(self, role: str, phases: list[Callable[[], None]]) -> None:
         try:
-            for phase in phases:
-                phase()
-        except (PeerTimeout, MismatchError):
-            raise  # the world is stopped already
+            comm.join()  # its waits have deadlines
+        except BaseException as error:  # Ctrl-C: nothing of this call may run on
+            self.world.stop_for(error, f" in epoch {self.epoch}")
+            comm.join()
+            raise
+        if errors:
+            raise first_original(errors)
+
+    @contextlib.contextmanager
+    def guard(self, role: str) -> Iterator[None]:
+        """Stop the world if this rank raises what its peers do not know of."""
+        try:
+            yield
+        except CometError:
+            raise  # they have stopped already, or raise the same themselves
         except BaseException as error:
             name, tile = self._at.get(role, ("", -1))
-            where = f" in {name} of tile {tile}, epoch {self.epoch}"
-            self.world.stop_for(error, where, tile)
+            where = f" in {name}" if name else ""
+            where += f" of tile {tile}" if tile >= 0 else ""
+            self.world.stop_for(error, f"{where}, epoch {self.epoch}", tile)
             raise

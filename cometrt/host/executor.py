@@ -45,6 +45,20 @@ class HostExecutor:
         tracer: Tracer,
     ) -> tuple[Any, ...] | None:
         ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
+        with ex.guard("compute"):
+            return self._forward(ex, x, ids, weights, w_up, w_down, training, out)
+
+    def _forward(
+        self,
+        ex: Exchange,
+        x: np.ndarray,
+        ids: np.ndarray,
+        weights: np.ndarray,
+        w_up: np.ndarray,
+        w_down: np.ndarray,
+        training: bool,
+        out: np.ndarray,
+    ) -> tuple[Any, ...] | None:
         num_tokens = ex.publish("forward", {"x": x}, len(x), ids=ids, weights=weights)
         with ex.step("compute", "plan"):
             ex.plan = make_plan(ex.read_routing(num_tokens), self._shape)
@@ -69,6 +83,7 @@ class HostExecutor:
             layer=self._layer,
             num_tokens=len(x),
             forward_epoch=ex.epoch,
+            world=self._world.identity,
             x=x_rows if tokens is None else tokens,
             z=z,
             plan=ex.plan,
@@ -79,6 +94,10 @@ class HostExecutor:
     def backward(self, dy: np.ndarray, saved: Saved, *, out: Gradients, tracer: Tracer) -> None:
         """Fill out.x and out.topk_weights [T, ...] and out.w_up, out.w_down (fp32 here)."""
         ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
+        with ex.guard("compute"):
+            self._backward(ex, dy, saved, out)
+
+    def _backward(self, ex: Exchange, dy: np.ndarray, saved: Saved, out: Gradients) -> None:
         ex.plan, pull_x = saved.plan, self._shape.geometry.spec.save == "z"
         payloads = {"dy": dy} | ({"x": saved.x[: len(dy)]} if pull_x else {})
         comm.clear_dweight(ex, len(dy))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from cometrt.plan.config import TileConfig
-from cometrt.specs import Geometry
+from cometrt.specs import Geometry, digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,10 @@ class PlanShape:
 
     geometry: Geometry
     config: TileConfig
+
+    def digest(self) -> int:
+        """63-bit hash: equal where tables and saved arrays have the same shapes and meaning."""
+        return digest(self.geometry.spec, self.config, self.geometry.size)
 
     @property
     def balanced_rows(self) -> float:
@@ -36,9 +40,9 @@ class PlanShape:
         spec, block_m = self.geometry.spec, self.config.block_m
         local_experts = self.geometry.local_experts
         tokens = self.geometry.size * spec.max_tokens
-        wanted = math.ceil(spec.capacity_factor * self.balanced_rows)
         worst = tokens * min(spec.topk, local_experts)
-        rows = min(wanted, worst) + local_experts * (block_m - 1)
+        wanted = math.ceil(min(spec.capacity_factor * self.balanced_rows, worst))
+        rows = wanted + local_experts * (block_m - 1)
         return rows // block_m * block_m  # an aligned need never exceeds an aligned bound
 
     @property
@@ -94,6 +98,9 @@ class Plan:
             distance d (column d; column 0, this rank itself, is not staged).
         home_base [W]: first slot of the contributor at ring distance d.
     num_tokens [W]: tokens of each rank.
+
+    expert_rows, tile_distance and num_tokens are for GEMMs on the device and for checks; the host
+    executor does without.
     """
 
     expert_offsets: np.ndarray

@@ -11,6 +11,7 @@ import abc
 import functools
 import logging
 import pickle
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from cometrt.errors import MismatchError
-from cometrt.specs import check_positive
+from cometrt.specs import check_timeout
 from cometrt.world.blas import pin_blas_threads, unpin_blas_threads
 from cometrt.world.failure import KINDS, Failure, Wanted, failure_dtype
 
@@ -52,7 +53,7 @@ def board_dtype(size: int) -> np.dtype:
             ("generation", np.int64, 1),  # the owner; all read
             ("epoch", np.int64, 1),  # the owner; all read, in reset
             ("reset_request", np.int64, 1),  # the owner; all read
-            ("closing", np.int64, 1),  # the owner; all read
+            ("closing", np.int64, 1),  # the owner, -1 if it will not come; all read
             ("round", np.int64, 1),  # the owner; all read
             ("mail_bytes", np.int64, 2),  # [round parity]: the owner; all read
             ("mail", np.uint8, (2, _MAIL_BYTES)),  # likewise
@@ -77,11 +78,12 @@ class World(abc.ABC):
 
     def __init__(self, rank: int, size: int, device: str, timeout_sec: float) -> None:
         self.rank, self.size, self.device = rank, size, device
-        self.timeout_sec = check_positive("timeout_sec", timeout_sec)
+        self.timeout_sec = check_timeout(timeout_sec)
         self.epoch = 0
         self.num_layers = 0
         self._generation = 1
         self._round = 0
+        self._num_allocations = 0
         self._closed = False
         self._stop_lock = threading.Lock()
         self._segments: dict[str, list[np.ndarray]] = {}
@@ -89,12 +91,19 @@ class World(abc.ABC):
         self.boards = [memory.view(dtype)[0] for memory in self._allocate(dtype.itemsize)]
         self.board["generation"][0] = self._generation
         pin_blas_threads()
+        try:
+            # Tells this world from others, in what outlives it.
+            self.identity = int(self.allgather(secrets.randbits(62), purpose="world")[0])
+        except BaseException as error:
+            self.abandon(error)
+            raise
 
     # ---- what a subclass brings -------------------------------------------------------------
 
     @abc.abstractmethod
     def _allocate(self, nbytes: int) -> list[np.ndarray]:
-        """Collective: zeroed memory of every rank, as bytes, in rank order."""
+        """Collective: memory of every rank, as bytes, in rank order, zeroed before any rank has
+        it. `_num_allocations` is equal on all ranks."""
 
     @abc.abstractmethod
     def fence(self) -> None:
@@ -115,10 +124,17 @@ class World(abc.ABC):
 
         A grown segment is new, zeroed memory; nothing is carried over.
         """
-        wanted = max(self.allgather(nbytes, purpose=f"segment {name}"))
-        if wanted > self._segment_bytes(name):
+        mine = (nbytes, self._num_allocations)
+        ranks = self.allgather(mine, purpose=f"segment {name}")
+        wanted = max(nbytes for nbytes, _ in ranks)
+        if wanted <= self._segment_bytes(name):
+            return
+        self._num_allocations = 1 + max(count for _, count in ranks)
+        try:
             self._segments[name] = self._allocate(max(wanted, 1))
-            self.barrier()  # zeroed everywhere before anyone writes into a peer's
+        except BaseException as error:
+            self.stop_for(error, " in allocating shared memory")
+            raise
 
     def segment(self, name: str, rank: int) -> np.ndarray:
         """Bytes of one rank's segment; look it up at each call, it may have grown."""
@@ -130,19 +146,30 @@ class World(abc.ABC):
     # ---- waiting and stopping ---------------------------------------------------------------
 
     def wait(
-        self, read: Callable[[], Any], wanted: Wanted, *, even_if_stopped: bool = False
+        self,
+        read: Callable[[], Any],
+        wanted: Wanted,
+        *,
+        even_if_stopped: bool = False,
+        misplaced: Callable[[], str] = str,
     ) -> None:
         """Return when ``read() >= wanted.expected``; what its setter wrote before is visible.
 
+        `misplaced` says how the peer has gone another way, if it has, or nothing.
+
         Raises:
-            PeerTimeout: after timeout_sec, having stopped the world on all ranks; or, as
-                MismatchError, because another rank stopped it.
+            PeerTimeout: after timeout_sec, having stopped the world on all ranks.
+            MismatchError: when the peer is misplaced, likewise.
+            Either: because another rank stopped the world.
         """
         deadline = time.monotonic() + self.timeout_sec
         pause = _FIRST_PAUSE_SEC
         while (found := int(read())) < wanted.expected:
             if not even_if_stopped:
                 self.check_running()
+                if text := misplaced():
+                    self.stop(Failure(kind="mismatch", waiter=self.rank, text=text))
+                    raise MismatchError(text)
             if time.monotonic() > deadline:
                 failure = wanted.failure(self.rank, found, self.timeout_sec)
                 if not even_if_stopped:
@@ -170,7 +197,9 @@ class World(abc.ABC):
             raise ValueError("world must be open (it was closed)")
         if self._stopped():
             self.fence()
-            raise self._failure().error(prefix)
+            error = self._failure().error(prefix)
+            error.relayed = True
+            raise error
 
     def _stopped(self) -> bool:
         return int(self.board["abort"][0]) >= self._generation
@@ -274,11 +303,30 @@ class World(abc.ABC):
         board["round"][0] = self._round
         for peer in range(self.size):
             wanted = Wanted("rendezvous", peer, self._round)
-            self.wait(value_of(self.boards[peer]["round"]), wanted)
+            misplaced = functools.partial(self._is_exchanging, peer)
+            self.wait(value_of(self.boards[peer]["round"]), wanted, misplaced=misplaced)
         return [
             (int(peer["mail_bytes"][parity]), peer["mail"][parity].tobytes())
             for peer in self.boards
         ]
+
+    def _is_exchanging(self, peer: int) -> str:
+        """How a peer that this rank waits for in a meeting has gone on without it."""
+        if int(self.boards[peer]["epoch"][0]) <= self.epoch:
+            return ""
+        return (
+            f"ranks called different things: rank {peer} began the exchange of epoch "
+            f"{self.epoch + 1} while rank {self.rank} waits for it in a meeting"
+        )
+
+    def is_meeting(self, peer: int) -> str:
+        """How a peer that this rank waits for in an exchange has gone to a meeting instead."""
+        if int(self.boards[peer]["round"][0]) <= self._round:
+            return ""
+        return (
+            f"ranks called different things: rank {peer} went to a meeting (a layer made, a "
+            f"barrier) while rank {self.rank} waits for it in the exchange of epoch {self.epoch}"
+        )
 
     # ---- the end ----------------------------------------------------------------------------
 
@@ -318,6 +366,7 @@ class World(abc.ABC):
         if not self._closed:
             if not self._stopped():  # else the others know already, and from the source
                 self.stop_for(error)
+            self.board["closing"][0] = -1
             self._closed = True
             unpin_blas_threads()
 

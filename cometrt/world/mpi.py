@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -10,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from cometrt.errors import PeerTimeout
-from cometrt.specs import check_positive
-from cometrt.world.base import World, value_of
+from cometrt.specs import check_timeout
+from cometrt.world.base import World
 from cometrt.world.failure import Wanted
 from cometrt.world.threads import check_device
 
@@ -50,8 +51,11 @@ class MPIWorld(World):
         self.board["closing"][0] = 1
         try:
             for peer in range(self.size):
-                closing = value_of(self.boards[peer]["closing"])
-                self.wait(closing, Wanted("close", peer, 1), even_if_stopped=True)
+                closing = self.boards[peer]["closing"]
+                wanted = Wanted("close", peer, 1)
+                self.wait(functools.partial(np.any, closing), wanted, even_if_stopped=True)
+                if closing[0] < 0:
+                    raise self._failure().error(f"rank {peer} left without closing: ")
         except BaseException as error:
             _log.warning("shared memory stays until the process ends: %s", error)
             raise
@@ -73,9 +77,10 @@ def connect(comm: Any, device: str, *, timeout_sec: float = 30.0) -> World:
     Raises:
         ValueError: for a wrong argument, ranks on several hosts, a launcher that belongs to
             another MPI than mpi4py uses, or an MPI without full thread support.
-        PeerTimeout: if a rank does not call it within timeout_sec.
+        PeerTimeout: if a rank does not call it within timeout_sec. The communicator may not be
+            used for `connect` again then.
     """
-    timeout_sec = check_positive("timeout_sec", timeout_sec)
+    timeout_sec = check_timeout(timeout_sec)
     check_device(device)
     try:
         from mpi4py import MPI
@@ -96,21 +101,21 @@ def connect(comm: Any, device: str, *, timeout_sec: float = 30.0) -> World:
             "comm must come from an MPI initialised with MPI_THREAD_MULTIPLE "
             f"(got thread level {MPI.Query_thread()})"
         )
-    _meet(comm, timeout_sec)
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    if node.Get_size() != comm.Get_size():
-        hosts = node.Get_size()
-        node.Free()
-        raise ValueError(
-            f"comm must have all ranks on one host (got {hosts} of {comm.Get_size()} here)"
-        )
+    own = _duplicate(comm, timeout_sec)
+    node = own.Split_type(MPI.COMM_TYPE_SHARED)
+    here = node.Get_size()
     node.Free()
-    return MPIWorld(comm.Dup(), timeout_sec)
+    if here != own.Get_size():
+        own.Free()
+        raise ValueError(f"comm must have all ranks on one host (got {here} of {comm.Get_size()})")
+    return MPIWorld(own, timeout_sec)
 
 
-def _meet(comm: Any, timeout_sec: float) -> None:
-    """A barrier with a deadline: the blocking calls after it find every rank there."""
-    request, deadline = comm.Ibarrier(), time.monotonic() + timeout_sec
+def _duplicate(comm: Any, timeout_sec: float) -> Any:
+    """A communicator of our own, within a deadline: it takes all ranks, so that the blocking
+    calls after it find every rank there, also a late one after others gave up."""
+    own, request = comm.Idup()
+    deadline = time.monotonic() + timeout_sec
     while not request.Test():
         if time.monotonic() > deadline:
             raise PeerTimeout(
@@ -118,3 +123,4 @@ def _meet(comm: Any, timeout_sec: float) -> None:
                 f"a rank of the communicator did not call it"
             )
         time.sleep(1e-3)
+    return own

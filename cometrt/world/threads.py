@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cometrt.specs import check_choice, check_int, check_positive
+from cometrt.errors import first_original
+from cometrt.specs import check_choice, check_int, check_timeout
 from cometrt.world.base import World
+from cometrt.world.failure import Wanted
 
 Result = TypeVar("Result")
 
@@ -20,19 +22,8 @@ class _Process:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.condition = threading.Condition()
-        self.allocations: list[dict[int, np.ndarray]] = []
-
-    def allocate(self, rank: int, index: int, nbytes: int, timeout_sec: float) -> list[np.ndarray]:
-        with self.condition:
-            while len(self.allocations) <= index:
-                self.allocations.append({})
-            ranks = self.allocations[index]
-            ranks[rank] = np.zeros(nbytes, np.uint8)
-            self.condition.notify_all()
-            if not self.condition.wait_for(lambda: len(ranks) == self.size, timeout_sec):
-                raise RuntimeError("a rank's thread did not start")
-            return [ranks[r] for r in range(self.size)]
+        self.lock = threading.Lock()
+        self.allocations: dict[int, dict[int, np.ndarray]] = {}  # by number, by rank
 
 
 class ThreadWorld(World):
@@ -40,12 +31,18 @@ class ThreadWorld(World):
 
     def __init__(self, rank: int, process: _Process, timeout_sec: float) -> None:
         self._process = process
-        self._num_allocations = 0
         super().__init__(rank, process.size, "host", timeout_sec)
 
     def _allocate(self, nbytes: int) -> list[np.ndarray]:
-        index, self._num_allocations = self._num_allocations, self._num_allocations + 1
-        return self._process.allocate(self.rank, index, nbytes, self.timeout_sec)
+        memory = np.zeros(nbytes, np.uint8)
+        with self._process.lock:
+            ranks = self._process.allocations.setdefault(self._num_allocations, {})
+            ranks[self.rank] = memory
+        first = self._num_allocations == 0  # the boards themselves: no board to look at yet
+        for peer in range(self.size):
+            wanted = Wanted("rendezvous", peer, 1)
+            self.wait(lambda p=peer: p in ranks, wanted, even_if_stopped=first)  # type: ignore[misc]
+        return [ranks[rank] for rank in range(self.size)]
 
     def fence(self) -> None:
         pass  # threads of one interpreter: taking the interpreter lock orders their accesses
@@ -76,10 +73,11 @@ def spawn(
 
     Raises:
         ValueError: for a wrong argument.
+        PeerTimeout: if a rank's thread does not start within timeout_sec.
         Exception: the first one that a rank raised; the others' waits end at once.
     """
     ranks = check_int("ranks", ranks, minimum=1)
-    timeout_sec = check_positive("timeout_sec", timeout_sec)
+    timeout_sec = check_timeout(timeout_sec)
     check_device(device)
     if not callable(fn):
         raise ValueError(f"fn must be callable with a world (got {fn!r})")
@@ -92,13 +90,15 @@ def spawn(
     worlds: list[ThreadWorld | None] = [None] * ranks
 
     def run(rank: int) -> None:
-        world = worlds[rank] = ThreadWorld(rank, process, timeout_sec)
+        world = None
         try:
+            world = worlds[rank] = ThreadWorld(rank, process, timeout_sec)
             results[rank] = fn(world)
             world.close()
         except BaseException as error:
             errors.append((time.monotonic(), error))
-            world.abandon(error)
+            if world is not None:
+                world.abandon(error)
 
     threads = [
         threading.Thread(target=run, args=(rank,), name=f"cometrt-rank{rank}", daemon=True)
@@ -115,7 +115,7 @@ def spawn(
                 world.abandon(error)
         raise
     if errors:
-        raise min(errors, key=lambda item: item[0])[1]
+        raise first_original(errors)
     return results
 
 

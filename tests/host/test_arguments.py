@@ -38,6 +38,8 @@ SPEC = {"hidden": 64, "intermediate": 96, "num_experts": 8, "topk": 2, "max_toke
         ({"capacity_factor": 0}, "capacity_factor must be a finite number > 0 (got 0)"),
         ({"capacity_factor": float("nan")}, "capacity_factor must be a finite number > 0"),
         ({"capacity_factor": "2"}, "capacity_factor must be a finite number > 0 (got '2')"),
+        ({"capacity_factor": True}, "capacity_factor must be a finite number > 0 (got True)"),
+        ({"capacity_factor": 10**400}, "capacity_factor must be a finite number > 0 (got 1000"),
     ],
 )
 def test_spec(change, message):
@@ -77,6 +79,7 @@ def test_tile_config(change, message):
         ({"device": "cuda"}, "no CUDA world yet (got 'cuda')"),
         ({"timeout_sec": 0}, "timeout_sec must be a finite number > 0 (got 0)"),
         ({"timeout_sec": float("inf")}, "timeout_sec must be a finite number > 0 (got inf)"),
+        ({"timeout_sec": 1e12}, "timeout_sec must be at most "),
         ({"link": "h100"}, "link must be None on device='host' (got 'h100')"),
         ({"fn": 3}, "fn must be callable with a world (got 3)"),
     ],
@@ -353,29 +356,50 @@ def test_closed_layers_and_worlds_refuse_calls():
         world.barrier()
         world.close()
         world.close()
-        for call in (lambda: second.forward(*model), world.barrier, world.reset):
+        for call in (
+            lambda: second.forward(*model),
+            second.buffer,
+            second.synchronize,
+            world.barrier,
+            world.reset,
+        ):
             with pytest.raises(ValueError, match=r"world must be open \(it was closed\)"):
                 call()
 
     cometrt.spawn(fn, 2)
 
 
-def test_saved_of_another_world_size_is_refused():
-    spec = cometrt.MoESpec(16, 16, num_experts=2, topk=1, max_tokens=4)
+@pytest.mark.parametrize("other", ["world", "layer", "rank", "tiles"])
+def test_saved_of_something_else_is_refused(other):
+    inputs = make_inputs(CASE)
 
-    def fn(world):
-        layer = cometrt.MoELayer(world, spec)
-        experts = 2 // world.size
-        up, down = np.zeros((experts, 32, 16), BF16), np.zeros((experts, 16, 16), BF16)
-        x, ids = np.zeros((1, 16), BF16), np.zeros((1, 1), np.int32)
-        return layer, x, layer.forward(x, ids, np.ones((1, 1), np.float32), up, down)[1]
+    def forward(world, config=CASE.config, layers=1):
+        r = world.rank
+        w_up, w_down = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, 2, CASE.spec)
+        for _ in range(layers):
+            layer = cometrt.MoELayer(world, CASE.spec, config=config)
+        model = inputs.x[r], inputs.ids[r], inputs.weights[r], w_up, w_down
+        return layer, layer.forward(*model)[1]
 
-    saved = cometrt.spawn(fn, 1)[0][2]
+    tiles = cometrt.TileConfig(block_m=32)
+    strangers = {
+        "world": lambda: cometrt.spawn(forward, 2),
+        "tiles": lambda: cometrt.spawn(lambda world: forward(world, tiles), 2),
+    }.get(other, lambda: None)()
 
     def use(world):
-        layer, x, _ = fn(world)
-        with pytest.raises(ValueError, match="world_size is 2, got 1"):
-            layer.backward(x, saved)
+        layer, saved = forward(world)
+        if other == "layer":
+            stranger = forward(world)[1]
+        elif other == "rank":
+            stranger = world.allgather(saved)[1 - world.rank]
+        else:
+            stranger = strangers[world.rank][1]
+        name = "world" if other == "tiles" else other
+        rule = rf"saved must come from this layer's forward \({name} is "
+        with pytest.raises(ValueError, match=rule):
+            layer.backward(inputs.dy[world.rank], stranger)
+        layer.backward(inputs.dy[world.rank], saved)
 
     cometrt.spawn(use, 2)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import cometrt
+from cometrt.world.threads import ThreadWorld
 from tests.cases import Case, Output, check_case, make_inputs
 from tests.faults import at
 from tests.host.test_orders import Rank
@@ -331,6 +332,132 @@ def test_spawn_raises_the_first_original_exception():
     with pytest.raises(MyError, match="mine"):
         cometrt.spawn(fn, 4, timeout_sec=20)
     assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("where", ["publish", "plan", "pull", "down", "reduce at home"])
+def test_spawn_raises_what_a_rank_raised_in_the_middle_of_a_call(where):
+    inputs = make_inputs(CASE)
+
+    def fail():
+        raise LookupError("mine")
+
+    def fn(world):
+        rank = Rank(world, CASE, [inputs])
+        if world.rank == 1:
+            rank.layer.tracer = at(where, fail)
+        rank.forward(0)
+
+    begin = time.monotonic()
+    for _ in range(4):
+        with pytest.raises(LookupError, match="mine"):
+            cometrt.spawn(fn, CASE.size, timeout_sec=20)
+    assert time.monotonic() - begin < 10
+
+
+def test_a_call_that_failed_while_publishing_cannot_be_repeated_out_of_step():
+    inputs = make_inputs(CASE)
+
+    def fail():
+        raise MemoryError
+
+    def fn(world):
+        rank = Rank(world, CASE, [inputs])
+        rank.forward(0)
+        rank.forward(0)
+        if world.rank == 1:
+            rank.layer.tracer = at("publish", fail)
+        error = caught(rank.forward, 0)
+        assert isinstance(error, MemoryError if world.rank == 1 else cometrt.PeerTimeout)
+        assert isinstance(caught(rank.forward, 0), cometrt.PeerTimeout)
+        return works_again(world, rank)
+
+    check_case(CASE, inputs, cometrt.spawn(fn, CASE.size, timeout_sec=20))
+
+
+def test_spawn_raises_what_the_worlds_own_start_raised():
+    with pytest.raises(cometrt.PeerTimeout, match="rendezvous"):
+        cometrt.spawn(lambda world: world.rank, 8, timeout_sec=1e-6)
+
+
+def test_a_failed_allocation_is_told_and_recovered_from(monkeypatch):
+    inputs, failing = make_inputs(CASE), [True]
+    allocate = ThreadWorld._allocate
+
+    def fails_once(self, nbytes):
+        if self.rank == 1 and self._num_allocations > 1 and failing:
+            failing.clear()
+            raise MemoryError("no room")
+        return allocate(self, nbytes)
+
+    monkeypatch.setattr(ThreadWorld, "_allocate", fails_once)
+
+    def fn(world):
+        error = caught(cometrt.MoELayer, world, CASE.spec)
+        assert isinstance(error, MemoryError if world.rank == 1 else cometrt.PeerTimeout)
+        if world.rank != 1:
+            assert "rank 1 raised MemoryError in allocating shared memory" in str(error)
+        world.reset()
+        rank = Rank(world, CASE, [inputs])
+        rank.forward(0)
+        return rank.backward(0)
+
+    check_case(CASE, inputs, cometrt.spawn(fn, CASE.size, timeout_sec=20))
+
+
+def test_an_exchange_against_a_meeting_is_a_mismatch():
+    inputs = make_inputs(CASE)
+
+    def fn(world):
+        rank = Rank(world, CASE, [inputs])
+        if world.rank == 2:
+            error = caught(cometrt.MoELayer, world, CASE.spec)
+        else:
+            error = caught(rank.forward, 0)
+        assert isinstance(error, cometrt.MismatchError), error
+        assert "meeting" in str(error)
+        return works_again(world, rank)
+
+    begin = time.monotonic()
+    check_case(CASE, inputs, cometrt.spawn(fn, CASE.size, timeout_sec=20))
+    assert time.monotonic() - begin < 10
+
+
+def test_reset_brings_meetings_back_into_step():
+    def fn(world):
+        if world.rank != 1:
+            with pytest.raises(cometrt.PeerTimeout, match="rendezvous from rank 1"):
+                world.barrier()
+        world.timeout_sec = 20.0
+        world.reset()
+        for value in range(3):
+            assert world.allgather((value, world.rank)) == [(value, r) for r in range(3)]
+
+    cometrt.spawn(fn, 3, timeout_sec=TIMEOUT)
+
+
+def test_ctrl_c_ends_the_whole_call():
+    import _thread
+
+    inputs, world_of = make_inputs(Case((1, 1))), {}
+
+    def interrupt_later():
+        time.sleep(0.3)
+        _thread.interrupt_main()
+
+    def fn(world):
+        world_of[0] = world
+        rank = Rank(world, Case((1, 1)), [inputs])
+        rank.layer.tracer = at("reduce at home", lambda: time.sleep(1.0))
+        rank.forward(0)
+
+    # spawn joins the rank's thread here, in the main thread, which gets the interrupt.
+    threading.Thread(target=interrupt_later).start()
+    with pytest.raises(KeyboardInterrupt):
+        cometrt.spawn(fn, 1)
+    deadline = time.monotonic() + 10
+    while any(t.name.startswith("cometrt-") for t in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_reset_without_a_peer_times_out_and_may_be_tried_again():

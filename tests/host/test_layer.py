@@ -2,10 +2,12 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from allpairspy import AllPairs
 
 import cometrt
+from cometrt.activations import activate
 from tests.cases import (
     ACTIVATIONS,
     RANKS,
@@ -14,6 +16,7 @@ from tests.cases import (
     Output,
     check_case,
     make_inputs,
+    relative_error,
     run_case,
     spawn_case,
 )
@@ -68,6 +71,26 @@ def test_modes_and_saves_have_the_same_bits(ranks, routing):
         check_case(case, inputs, outputs)
         digests.add(tuple(output.digest() for output in outputs))
     assert len(digests) == 1
+
+
+def test_activations_are_of_the_rounded_pre_activations():
+    # So that backward, which has z in bf16 only, finds forward's a.
+    case = Case((1, 1), shard_columns=80)
+    inputs, y = make_inputs(case), spawn_case(case, repeats=1)[0].y
+    wide = [w.astype(np.float32) for w in (inputs.x[0], inputs.w_up, inputs.w_down)]
+    results = {}
+    for rounded in (True, False):
+        total = np.zeros_like(wide[0])
+        for k in range(inputs.ids[0].shape[1]):
+            for token, expert in enumerate(inputs.ids[0][:, k]):
+                z = wide[1][expert] @ wide[0][token]
+                z = z.astype(case.spec.numpy_dtype).astype(np.float32) if rounded else z
+                a = activate(case.activation, z).astype(case.spec.numpy_dtype)
+                o = (wide[2][expert] @ a.astype(np.float32)).astype(case.spec.numpy_dtype)
+                total[token] += inputs.weights[0][token, k] * o.astype(np.float32)
+        expected = total.astype(case.spec.numpy_dtype).astype(np.float64)
+        results[rounded] = relative_error(y, expected)
+    assert results[True] < 3e-4 < 1e-3 < results[False]
 
 
 def test_inference_gives_the_same_y_and_saves_nothing():

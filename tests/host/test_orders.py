@@ -3,12 +3,14 @@
 A stale read or an early overwrite would give another answer than the same call made alone.
 """
 
+import time
+
 import numpy as np
 import pytest
 
 import cometrt
 from tests.cases import Case, Inputs, Output, check_case, make_inputs, run_case
-from tests.faults import jitter, slow
+from tests.faults import at, jitter, slow
 
 
 class Rank:
@@ -99,6 +101,17 @@ def test_ranks_that_never_exchange_a_token(order, save):
         batches_of(case, 3, ("at_home", "uniform", "at_home")),
         order,
         lambda rank: slow(0.003) if rank == 2 else None,
+    )
+
+
+def test_a_rank_that_plans_late_reads_the_tables_of_its_own_epoch():
+    # The others have published the next epoch when rank 2 begins to read this one's.
+    case = Case((4, 1), "at_home")
+    run_orders(
+        case,
+        batches_of(case, 3, ("at_home", "uniform", "at_home")),
+        "f0 f1 f2 b2 b1 b0",
+        lambda rank: at("plan", lambda: time.sleep(0.5), always=True) if rank == 2 else None,
     )
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from cometrt.activations import activate, activate_backward
 from cometrt.reference import moe_backward, moe_forward
 
 NAMES = ["swiglu", "geglu", "silu", "gelu", "relu", "relu2"]
@@ -83,6 +84,14 @@ def test_backward_equals_finite_differences(name):
             numeric[index] = (losses[0] - losses[1]) / (2 * step)
         np.testing.assert_allclose(getattr(grads, field), numeric, rtol=1e-6, atol=1e-7)
     assert (grads.topk_weights[ids < 0] == 0).all()
+
+
+def test_silu_keeps_its_digits_far_below_zero():
+    z = np.array([-30.0, -18.0, -1.0, 0.0, 1.0, 30.0], np.float32)
+    expected = [v / (1 + math.exp(-v)) for v in z.tolist()]
+    np.testing.assert_allclose(activate("silu", z), expected, rtol=1e-6)
+    assert activate("silu", z).dtype == np.float32
+    assert activate_backward("silu", z, z).dtype == np.float32
 
 
 def test_no_tokens():

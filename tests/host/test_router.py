@@ -34,7 +34,18 @@ def test_extreme_logits_stay_finite():
     assert np.isfinite(router.softmax_topk(logits, 2).weights).all()
     assert np.isfinite(router.sigmoid_topk(logits, np.zeros(3), 3).weights).all()
     low = np.full((1, 3), -1e4)  # all affinities underflow
-    assert np.isfinite(router.sigmoid_topk(low, np.zeros(3), 2).weights).all()
+    np.testing.assert_allclose(router.sigmoid_topk(low, np.zeros(3), 2).weights, [[0.5, 0.5]])
+
+
+def test_sigmoid_keeps_its_digits_far_below_zero():
+    logits = np.array([[-40.0, -41.0, -60.0]])
+    ids, weights = router.sigmoid_topk(logits, np.zeros(3), 2)
+    p = 1 / (1 + np.exp(-1.0))  # sigmoid is exp there
+    np.testing.assert_allclose(weights, [[p, 1 - p]], rtol=1e-6)
+    dlogits = router.sigmoid_topk_backward(np.array([[1.0, 0.0]]), logits, ids)
+    np.testing.assert_allclose(dlogits, [[p * (1 - p), -p * (1 - p), 0]], rtol=1e-6)
+    plain = router.sigmoid_topk(logits, np.zeros(3), 1, renormalize=False).weights
+    np.testing.assert_allclose(plain, [[np.exp(-40.0)]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
@@ -146,6 +157,12 @@ def test_balance_loss():
                 np.zeros((1, 1)), np.zeros((1, 4)), np.array([[0, 1]])
             ),
             "dweights and ids must have the same shape",
+        ),
+        (
+            lambda: router.softmax_topk_backward(
+                np.zeros((1, 2)), np.zeros((1, 4)), np.array([[1, 1]])
+            ),
+            "ids must be distinct within a token",
         ),
         (lambda: router.load_statistics(np.array([[4]]), 4), r"topk_ids must lie in \[-1, 4\)"),
         (lambda: router.load_statistics(np.array([[0.5]]), 4), "topk_ids must be integers"),

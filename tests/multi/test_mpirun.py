@@ -49,6 +49,54 @@ with cometrt.connect(MPI.COMM_WORLD, device="host", timeout_sec=50) as world:
 """
 
 
+LATE = """
+import time
+from mpi4py import MPI
+import cometrt
+rank = MPI.COMM_WORLD.Get_rank()
+time.sleep(1.5 * rank)
+begin = time.monotonic()
+try:
+    cometrt.connect(MPI.COMM_WORLD, device="host", timeout_sec=0.5)
+except cometrt.PeerTimeout:
+    print(f"rank {rank} gave up after {time.monotonic() - begin:.0f} s", flush=True)
+time.sleep(2)
+MPI.COMM_WORLD.Abort(3)
+"""
+
+
+def test_a_rank_that_connects_too_late_has_a_deadline_too(tmp_path):
+    (tmp_path / "late.py").write_text(LATE)
+    result = mpirun(2, str(tmp_path / "late.py"), timeout_sec=50)
+    assert "rank 0 gave up" in result.stdout, result.stderr
+    assert "rank 1 gave up" in result.stdout, result.stderr
+
+
+LEAVES = """
+import time
+from mpi4py import MPI
+import cometrt
+rank, begin = MPI.COMM_WORLD.Get_rank(), time.monotonic()
+try:
+    with cometrt.connect(MPI.COMM_WORLD, device="host", timeout_sec=40) as world:
+        if rank == 1:
+            time.sleep(0.5)
+            raise LookupError("mine")
+except cometrt.PeerTimeout as error:
+    assert time.monotonic() - begin < 15
+    print("told:", error, flush=True)
+except LookupError:
+    pass
+"""
+
+
+def test_closing_with_a_rank_that_left_by_an_exception_tells_why_at_once(tmp_path):
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    result = mpirun(3, str(tmp_path / "leaves.py"), timeout_sec=60)
+    told = "told: rank 1 left without closing: rank 1 raised LookupError: mine"
+    assert result.stdout.count(told) == 2, result.stdout + result.stderr
+
+
 def test_an_exception_in_a_script_ends_all_ranks(tmp_path):
     (tmp_path / "raises.py").write_text(RAISES)
     result = mpirun(3, str(tmp_path / "raises.py"), timeout_sec=30)

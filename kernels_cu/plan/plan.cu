@@ -1,0 +1,427 @@
+// The device planner: the tables of cometrt/plan/reference.py, bit for bit, in eight launches
+// without a host synchronisation. Read the kernels in order; each says what it adds.
+//
+// A segment (c, s, p) is the rows of source s in the p-th tile of rank c's layer0 order. Rows of
+// one expert and source lie in token order, so a segment is a stretch of the sorted pairs of
+// (s, expert), and every rank can find the segments of every other from pair counts alone.
+#include "plan/plan.cuh"
+
+using namespace cometrt;
+
+namespace {
+
+constexpr int kChunk = 128;  // tokens, and threads of a block
+constexpr u32 kNever = 0xffffffffu;
+
+__device__ int num_chunks(const PlanParams& p) { return (p.g.max_tokens + kChunk - 1) / kChunk; }
+
+// Exclusive sum over the block; `total` gets the sum. `shared` has kChunk / 32 words.
+__device__ int block_scan(int value, int* shared, int* total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int sum = value;
+  for (int step = 1; step < 32; step *= 2) {
+    const int left = __shfl_up_sync(~0u, sum, step);
+    if (lane >= step) sum += left;
+  }
+  if (lane == 31) shared[warp] = sum;
+  __syncthreads();
+  int before = 0;
+  *total = 0;
+  for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
+    if (w < warp) before += shared[w];
+    *total += shared[w];
+  }
+  __syncthreads();
+  return before + sum - value;
+}
+
+// What follows from pair counts for rank c. Tables [size, ...] of p.rank_*.
+struct RankTiles {
+  const PlanParams& p;
+  int c, first_expert;
+
+  __device__ RankTiles(const PlanParams& params, int rank)
+      : p(params), c(rank), first_expert(rank / params.g.tp * params.g.local_experts) {}
+
+  __device__ long long at(int d, int expert) const {
+    return (static_cast<long long>(c) * p.g.size + d) * p.g.local_experts + expert;
+  }
+  // Rows of the expert from sources at most d away.
+  __device__ int upto(int d, int expert) const { return p.rank_upto[at(d, expert)]; }
+  __device__ int before(int d, int expert) const { return d ? upto(d - 1, expert) : 0; }
+  __device__ int rows(int expert) const { return upto(p.g.size - 1, expert); }
+  // Tiles of the expert whose rows all come from sources at most d away.
+  __device__ int tiles_within(int d, int expert) const {
+    const int end = upto(d, expert), all = rows(expert), m = p.g.block_m;
+    return end == all ? (all + m - 1) / m : end / m;
+  }
+  __device__ int tile_distance(int expert, int index) const {
+    int d = 0;
+    while (tiles_within(d, expert) <= index) ++d;
+    return d;
+  }
+  // Place in layer0's order of the index-th tile of the expert, at that distance.
+  __device__ int position(int expert, int index, int d) const {
+    const int first = d ? tiles_within(d - 1, expert) : 0;
+    return p.rank_position[at(d, expert)] + index - first;
+  }
+  // The row of a pair within its expert.
+  __device__ int row(int source, int expert, int pair_index) const {
+    return before(ring_distance(p.g, c, source), expert) + pair_index;
+  }
+  // Place of the first tile that needs the token, or kNever.
+  __device__ u32 first_position(int source, long long token) const {
+    u32 first = kNever;
+    for (int k = 0; k < p.g.topk; ++k) {
+      const long long pair = token * p.g.topk + k;
+      const int expert = p.ids[pair] - first_expert;
+      if (p.pair_index[pair] < 0 || expert < 0 || expert >= p.g.local_experts) continue;
+      const int index = row(source, expert, p.pair_index[pair]) / p.g.block_m;
+      first = min(first, static_cast<u32>(position(expert, index, tile_distance(expert, index))));
+    }
+    return first;
+  }
+};
+
+// The contributor and the home of column j: contributors' side first, homes' side after.
+__device__ void column(const PlanParams& p, int j, int* c, int* s) {
+  *c = j < p.g.size ? p.g.rank : j - p.g.size;
+  *s = j < p.g.size ? j : p.g.rank;
+}
+
+// A segment as a stretch [begin, end) of the sorted pairs of (s, expert); returns false if empty.
+__device__ bool segment(const PlanParams& p, int c, int s, int position, int* expert, int* begin,
+                        int* end) {
+  const RankTiles tiles(p, c);
+  if (position >= p.rank_num_tiles[c]) return false;
+  const int packed = p.rank_order[static_cast<long long>(c) * p.g.max_tiles + position];
+  *expert = packed % p.g.local_experts;
+  const int index = packed / p.g.local_experts, d = ring_distance(p.g, c, s);
+  const int first = tiles.before(d, *expert), last = tiles.upto(d, *expert);
+  *begin = max(index * p.g.block_m, first) - first;
+  *end = min((index + 1) * p.g.block_m, last) - first;
+  return *begin < *end;
+}
+
+__device__ long long pair_list_at(const PlanParams& p, int s, int c, int expert) {
+  const int global_expert = c / p.g.tp * p.g.local_experts + expert;
+  return static_cast<long long>(s) * p.g.max_tokens * p.g.topk +
+         p.list_start[s * p.g.num_experts + global_expert];
+}
+
+}  // namespace
+
+// 1. Checks ids and weights; counts pairs by (source, chunk of tokens, expert); each pair's index
+// among its chunk's pairs of its expert. Grid (chunks, size).
+extern "C" __global__ void plan_count(const __grid_constant__ PlanParams p) {
+  extern __shared__ u32 members[];  // [num_experts, 4]: which tokens of the chunk chose it
+  const int source = blockIdx.y, thread = threadIdx.x;
+  for (int i = thread; i < 4 * p.g.num_experts; i += kChunk) members[i] = 0;
+  __syncthreads();
+  const int token = blockIdx.x * kChunk + thread;
+  const long long first_pair = (static_cast<long long>(source) * p.g.max_tokens + token) * p.g.topk;
+  const bool used = token < p.num_tokens[source];
+  u64 groups = 0;
+  for (int k = 0; k < p.g.topk && token < p.g.max_tokens; ++k) {
+    const int id = used ? p.ids[first_pair + k] : -1;
+    bool wrong = id < -1 || id >= p.g.num_experts;
+    for (int j = 0; j < k && used; ++j) wrong |= id >= 0 && id == p.ids[first_pair + j];
+    wrong |= used && !isfinite(p.weights[first_pair + k]);
+    if (wrong) atomicMin(p.first_wrong_pair, static_cast<u64>(first_pair + k));
+    const bool kept = id >= 0 && !wrong;
+    p.pair_index[first_pair + k] = kept ? 0 : -1;
+    if (!kept) continue;
+    atomicOr(&members[4 * id + thread / 32], 1u << (thread % 32));
+    groups |= 1ull << (id / p.g.local_experts);
+  }
+  for (int group = 0; group < p.g.ep; ++group) {
+    const int count = __syncthreads_count(groups >> group & 1);
+    if (thread == 0 && count) atomicAdd(&p.token_counts[source * p.g.ep + group], count);
+  }
+  __syncthreads();
+  for (int k = 0; k < p.g.topk && used; ++k) {
+    if (p.pair_index[first_pair + k] < 0) continue;
+    const u32* mask = &members[4 * p.ids[first_pair + k]];
+    int index = __popc(mask[thread / 32] & ((1u << (thread % 32)) - 1));
+    for (int word = 0; word < thread / 32; ++word) index += __popc(mask[word]);
+    p.pair_index[first_pair + k] = index;
+  }
+  int* counts =
+      p.chunk_counts + (static_cast<long long>(source) * gridDim.x + blockIdx.x) * p.g.num_experts;
+  for (int e = thread; e < p.g.num_experts; e += kChunk) {
+    const u32* mask = &members[4 * e];
+    counts[e] = __popc(mask[0]) + __popc(mask[1]) + __popc(mask[2]) + __popc(mask[3]);
+  }
+}
+
+// 2. Sums chunk counts up, in place; counts [size, num_experts] and where each (source, expert)
+// starts in the source's sorted pairs. Grid (size).
+extern "C" __global__ void plan_sum_chunks(const __grid_constant__ PlanParams p) {
+  __shared__ int warps[kChunk / 32];
+  const int source = blockIdx.x, chunks = num_chunks(p);
+  int* counts = p.chunk_counts + static_cast<long long>(source) * chunks * p.g.num_experts;
+  int start = 0;
+  for (int first = 0; first < p.g.num_experts; first += kChunk) {
+    const int e = first + threadIdx.x;
+    int sum = 0;
+    if (e < p.g.num_experts) {
+#pragma unroll 8
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        const int here = counts[chunk * p.g.num_experts + e];
+        counts[chunk * p.g.num_experts + e] = sum;
+        sum += here;
+      }
+    }
+    int total;
+    const int before = block_scan(sum, warps, &total);
+    if (e < p.g.num_experts) {
+      p.counts[source * p.g.num_experts + e] = sum;
+      p.list_start[source * p.g.num_experts + e] = start + before;
+    }
+    start += total;
+  }
+}
+
+// 3. The tiles of every rank. Grid (size): a block a rank; this rank's also writes its tables.
+extern "C" __global__ void plan_tiles(const __grid_constant__ PlanParams p) {
+  __shared__ int warps[kChunk / 32];
+  const int c = blockIdx.x;
+  const RankTiles tiles(p, c);
+  const int experts = p.g.local_experts;
+  for (int e = threadIdx.x; e < experts; e += kChunk) {
+    int sum = 0;
+    for (int d = 0; d < p.g.size; ++d) {
+      sum += p.counts[(c + d) % p.g.size * p.g.num_experts + tiles.first_expert + e];
+      p.rank_upto[tiles.at(d, e)] = sum;
+    }
+  }
+  __syncthreads();
+  int start = 0;  // places by (distance, expert)
+  for (int first = 0; first < p.g.size * experts; first += kChunk) {
+    const int i = first + threadIdx.x, d = i / experts, e = i % experts;
+    const bool valid = i < p.g.size * experts;
+    const int count = valid ? tiles.tiles_within(d, e) - (d ? tiles.tiles_within(d - 1, e) : 0) : 0;
+    int total;
+    const int before = block_scan(count, warps, &total);
+    if (valid) p.rank_position[tiles.at(d, e)] = start + before;
+    start += total;
+  }
+  const int num_tiles = start;
+  int first_tile = 0;  // by expert
+  for (int first = 0; first < experts; first += kChunk) {
+    const int e = first + threadIdx.x;
+    const int count = e < experts ? tiles.tiles_within(p.g.size - 1, e) : 0;
+    int total;
+    const int before = block_scan(count, warps, &total);
+    if (e < experts) p.rank_first_tile[c * experts + e] = first_tile + before;
+    first_tile += total;
+  }
+  if (threadIdx.x == 0) {
+    p.rank_num_tiles[c] = num_tiles;
+    const u64 need = static_cast<u64>(num_tiles) * p.g.block_m;
+    if (need > static_cast<u64>(p.g.capacity)) {  // the largest need, of the lowest rank
+      atomicMax(p.largest_need, need << 16 | static_cast<u64>(0xffff - c));
+    }
+  }
+  __syncthreads();
+  if (num_tiles > p.g.max_tiles) return;
+  const bool mine = c == p.g.rank;
+  for (int e = 0; e < experts; ++e) {
+    for (int index = threadIdx.x; index < tiles.tiles_within(p.g.size - 1, e); index += kChunk) {
+      const int d = tiles.tile_distance(e, index);
+      const int position = tiles.position(e, index, d);
+      p.rank_order[static_cast<long long>(c) * p.g.max_tiles + position] = index * experts + e;
+      if (!mine) continue;
+      const int tile = p.rank_first_tile[c * experts + e] + index;
+      p.tile_expert[tile] = e;
+      p.tile_distance[tile] = d;
+      p.tile_order[position] = tile;
+    }
+  }
+  if (!mine) return;
+  for (int e = threadIdx.x; e < experts; e += kChunk) {
+    p.expert_offsets[e] = p.rank_first_tile[c * experts + e] * p.g.block_m;
+    p.expert_rows[e] = tiles.rows(e);
+  }
+  for (int s = threadIdx.x; s < p.g.size; s += kChunk) p.out_num_tokens[s] = p.num_tokens[s];
+  if (threadIdx.x == 0) {
+    p.expert_offsets[experts] = num_tiles * p.g.block_m;
+    p.out_num_tiles[0] = num_tiles;
+  }
+}
+
+// The tables of a call that is wrong are not filled, and nothing reads them.
+__device__ bool plan_is_wrong(const PlanParams& p) {
+  return *p.first_wrong_pair != ~0ull || *p.largest_need != 0;
+}
+
+// 4. Each pair's place among all pairs of its (source, expert), the sorted pairs, and the rows
+// of this rank. Grid (chunks, size).
+extern "C" __global__ void plan_rows(const __grid_constant__ PlanParams p) {
+  if (plan_is_wrong(p)) return;
+  const int source = blockIdx.y, token = blockIdx.x * kChunk + threadIdx.x;
+  if (token >= p.num_tokens[source]) return;
+  const RankTiles tiles(p, p.g.rank);
+  const long long global_token = static_cast<long long>(source) * p.g.max_tokens + token;
+  const int* chunk =
+      p.chunk_counts + (static_cast<long long>(source) * gridDim.x + blockIdx.x) * p.g.num_experts;
+  for (int k = 0; k < p.g.topk; ++k) {
+    const long long pair = global_token * p.g.topk + k;
+    if (p.pair_index[pair] < 0) continue;
+    const int id = p.ids[pair], index = p.pair_index[pair] + chunk[id];
+    p.pair_index[pair] = index;
+    p.pair_list[static_cast<long long>(source) * p.g.max_tokens * p.g.topk +
+                p.list_start[source * p.g.num_experts + id] + index] = static_cast<int>(pair);
+    const int e = id - tiles.first_expert;
+    if (e < 0 || e >= p.g.local_experts) continue;
+    const int row = p.rank_first_tile[p.g.rank * p.g.local_experts + e] * p.g.block_m +
+                    tiles.row(source, e, index);
+    p.pair_row[pair] = row;
+    p.row_pair[row] = static_cast<int>(pair);
+    p.row_weight[row] = p.weights[pair];
+  }
+}
+
+// 5. Tokens of each segment whose first tile it is: on this rank for all sources, and of this
+// source on all ranks. Grid (max_tiles, 2 * size).
+extern "C" __global__ void plan_segments(const __grid_constant__ PlanParams p) {
+  if (plan_is_wrong(p)) return;
+  const int position = blockIdx.x, j = blockIdx.y;
+  int c, s, expert, begin, end, count = 0;
+  column(p, j, &c, &s);
+  if (segment(p, c, s, position, &expert, &begin, &end)) {
+    const RankTiles tiles(p, c);
+    const int* pairs = p.pair_list + pair_list_at(p, s, c, expert);
+    for (int first = begin; first < end; first += kChunk) {
+      const int i = first + threadIdx.x;
+      const bool is_first =
+          i < end && tiles.first_position(s, pairs[i] / p.g.topk) == static_cast<u32>(position);
+      count += __syncthreads_count(is_first);
+    }
+  }
+  if (threadIdx.x == 0) p.segment_counts[j * p.g.max_tiles + position] = count;
+}
+
+// 6. Sums along the orders: pulls forwards over all sources, sends and slots backwards for each
+// home. Grid (1 + 2 * size): block 0 for pulls, block 1 + j for column j.
+extern "C" __global__ void plan_sum_segments(const __grid_constant__ PlanParams p) {
+  if (plan_is_wrong(p)) return;
+  __shared__ int warps[kChunk / 32];
+  const int size = p.g.size, max_tiles = p.g.max_tiles, j = blockIdx.x - 1;
+  int sum = 0;
+  for (int first = 0; first < max_tiles; first += kChunk) {
+    const int i = first + threadIdx.x;
+    int count = 0;
+    const int position = j < 0 ? i : max_tiles - 1 - i;  // layer1 walks backwards
+    if (i < max_tiles) {
+      if (j < 0) {
+        for (int s = 0; s < size; ++s) count += p.segment_counts[s * max_tiles + position];
+      } else {
+        count = p.segment_counts[j * max_tiles + position];
+      }
+    }
+    int total;
+    const int before = block_scan(count, warps, &total);
+    if (i < max_tiles) {
+      int* out = j < 0 ? p.pull_offsets : p.segment_before + j * max_tiles;
+      out[position] = sum + before;
+    }
+    sum += total;
+  }
+  if (threadIdx.x == 0) {
+    if (j < 0) {
+      p.pull_offsets[max_tiles] = sum;
+    } else {
+      p.column_tokens[j] = sum;
+    }
+  }
+  if (j >= 0 || threadIdx.x != 0) return;
+  // Slots: contributors packed by ring distance from the home, whose own sum is not staged.
+  for (int home = 0; home < size; ++home) {
+    int base = 0;
+    for (int d = 1; d < size; ++d) {
+      const int c = (home + d) % size;
+      if (c == p.g.rank) p.send_base[home] = base;
+      if (home == p.g.rank) p.home_base[d] = base;
+      base += p.token_counts[home * p.g.ep + c / p.g.tp];
+    }
+  }
+  p.send_base[p.g.rank] = 0;
+  p.home_base[0] = 0;
+  int sends = 0, blocks = 0;
+  for (int home = 0; home < size; ++home) {
+    p.send_offsets[home] = sends;
+    if (home == p.g.rank) continue;
+    const int tokens = p.token_counts[home * p.g.ep + p.g.rank / p.g.tp];
+    sends += tokens;
+    blocks += (tokens + p.g.block_tokens - 1) / p.g.block_tokens;
+  }
+  p.send_offsets[size] = sends;
+  p.num_blocks[0] = blocks;
+}
+
+// 7. Puts each token of a segment in its place: pulls and sends of this rank, slots of this home.
+// Grid (max_tiles, 2 * size).
+extern "C" __global__ void plan_place(const __grid_constant__ PlanParams p) {
+  if (plan_is_wrong(p)) return;
+  __shared__ int warps[kChunk / 32];
+  const int position = blockIdx.x, j = blockIdx.y, max_tiles = p.g.max_tiles;
+  int c, s, expert, begin, end;
+  column(p, j, &c, &s);
+  if (j >= p.g.size && c == p.g.rank) return;  // the home's own sum has no slot
+  if (!segment(p, c, s, position, &expert, &begin, &end)) return;
+  const RankTiles tiles(p, c);
+  const int* pairs = p.pair_list + pair_list_at(p, s, c, expert);
+  int pulls = 0;
+  if (j < p.g.size) {
+    pulls = p.pull_offsets[position];
+    for (int d = 0; d < ring_distance(p.g, c, s); ++d) {
+      pulls += p.segment_counts[(c + d) % p.g.size * max_tiles + position];
+    }
+  }
+  int place = p.segment_before[j * max_tiles + position];  // in the send order of (c, s)
+  for (int first = begin; first < end; first += kChunk) {
+    const int i = first + threadIdx.x;
+    const int token = i < end ? pairs[i] / p.g.topk : 0;
+    const bool is_first = i < end && tiles.first_position(s, token) == static_cast<u32>(position);
+    int total;
+    const int before = block_scan(is_first, warps, &total);
+    if (is_first) {
+      const int at = place + before;
+      if (j >= p.g.size) {
+        const int d = ring_distance(p.g, p.g.rank, c);
+        p.home_slot[(token - s * p.g.max_tokens) * p.g.size + d] = p.home_base[d] + at;
+      } else {
+        p.pull_tokens[pulls + before] = token;
+        if (s != p.g.rank) {
+          p.send_tokens[p.send_offsets[s] + at] = token;
+          const int last = p.column_tokens[j] - 1, size = p.g.block_tokens;
+          if (at % size == size - 1 || at == last) {
+            p.block_position[s * p.g.blocks_per_home + at / size] = position;
+          }
+        }
+      }
+    }
+    pulls += total;
+    place += total;
+  }
+}
+
+// 8. Orders the blocks by (when layer1 finishes them, distance of the home, block).
+// Grid: a thread a possible block.
+extern "C" __global__ void plan_push_order(const __grid_constant__ PlanParams p) {
+  if (plan_is_wrong(p)) return;
+  const int count = p.g.size * p.g.blocks_per_home;
+  const int item = blockIdx.x * blockDim.x + threadIdx.x;
+  if (item >= count || p.block_position[item] < 0) return;
+  const auto key = [&](int i) {
+    const int home = i / p.g.blocks_per_home, block = i % p.g.blocks_per_home;
+    const u64 late = p.g.max_tiles - p.block_position[i];
+    return late << 40 | static_cast<u64>(ring_distance(p.g, p.g.rank, home)) << 32 |
+           static_cast<u64>(block);
+  };
+  const u64 mine = key(item);
+  int place = 0;
+  for (int i = 0; i < count; ++i) place += p.block_position[i] >= 0 && key(i) < mine;
+  p.push_blocks[place] = item;
+}

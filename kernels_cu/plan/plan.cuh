@@ -1,0 +1,33 @@
+// What the planner's kernels read and write. Mirrored by plan_params in cometrt/kernels/params.py.
+#pragma once
+
+#include "common/geometry.cuh"
+
+namespace cometrt {
+
+struct PlanParams {
+  Geometry g;
+  // All ranks' tables: [size, max_tokens, topk] and [size].
+  const int* ids;
+  const float* weights;
+  const int* num_tokens;
+  // Scratch. chunk_counts [size, chunks, num_experts]; counts, list_start [size, num_experts];
+  // token_counts [size, ep], zeroed; pair_index, pair_list [size, max_tokens, topk];
+  // rank_upto, rank_position [size, size, local_experts]; rank_first_tile [size, local_experts];
+  // rank_num_tiles [size]; rank_order [size, max_tiles]; segment_counts, segment_before
+  // [2 * size, max_tiles]; column_tokens [2 * size]; block_position [size, blocks_per_home], -1.
+  int *chunk_counts, *counts, *list_start, *token_counts, *pair_index, *pair_list;
+  int *rank_upto, *rank_position, *rank_first_tile, *rank_num_tiles, *rank_order;
+  int *segment_counts, *segment_before, *column_tokens, *block_position;
+  // Errors: the first wrong pair, ~0 if none; (rows << 16 | 0xffff - rank) of the largest need
+  // over capacity, 0 if none.
+  u64 *first_wrong_pair, *largest_need;
+  // The plan: fields of cometrt.plan.Plan in their order, filled with -1 (row_weight with 0).
+  int *expert_offsets, *expert_rows, *row_pair;
+  float* row_weight;
+  int *pair_row, *out_num_tiles, *tile_expert, *tile_distance, *tile_order;
+  int *pull_tokens, *pull_offsets, *send_tokens, *send_offsets, *send_base;
+  int *push_blocks, *num_blocks, *home_slot, *home_base, *out_num_tokens;
+};
+
+}  // namespace cometrt
