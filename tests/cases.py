@@ -251,7 +251,7 @@ def check_case(case: Case, inputs: Inputs, outputs: list[Output]) -> None:
     for name, (found, expected) in pairs.items():
         assert found.shape == expected.shape, name
         error = relative_error(found, expected)
-        few = 3 if expected.size < 32 else 1  # a handful of dot products may all cancel
+        few = 10 if expected.size < 32 else 1  # a handful of dot products may all cancel
         assert error < few * tolerance(case.dtype), f"{name}: relative error {error:.2e} in {case}"
 
 
