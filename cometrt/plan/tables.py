@@ -150,3 +150,30 @@ class Plan:
             home, block = divmod(int(item), shape.blocks_per_home)
             tokens = self.send_tokens[self.send_offsets[home] : self.send_offsets[home + 1]]
             yield home, block, tokens[block * size : (block + 1) * size]
+
+
+def plan_table_shapes(shape: PlanShape) -> dict[str, tuple[int, ...]]:
+    """Shape of each table, in the order of Plan's fields."""
+    geometry, spec = shape.geometry, shape.geometry.spec
+    size, experts = geometry.size, geometry.local_experts
+    return {
+        "expert_offsets": (experts + 1,),
+        "expert_rows": (experts,),
+        "row_pair": (shape.capacity,),
+        "row_weight": (shape.capacity,),
+        "pair_row": (shape.global_tokens, spec.topk),
+        "num_tiles": (1,),
+        "tile_expert": (shape.max_tiles,),
+        "tile_distance": (shape.max_tiles,),
+        "tile_order": (shape.max_tiles,),
+        "pull_tokens": (shape.global_tokens,),
+        "pull_offsets": (shape.max_tiles + 1,),
+        "send_tokens": (shape.global_tokens,),
+        "send_offsets": (size + 1,),
+        "send_base": (size,),
+        "push_blocks": (size * shape.blocks_per_home,),
+        "num_blocks": (1,),
+        "home_slot": (spec.max_tokens, size),
+        "home_base": (size,),
+        "num_tokens": (size,),
+    }

@@ -12,6 +12,7 @@ import cometrt
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.plan.reference import make_plan
 from cometrt.plan.routing import RoutingTables
+from cometrt.plan.tables import plan_table_shapes
 from cometrt.specs import Geometry, MoESpec
 
 
@@ -218,6 +219,8 @@ def test_tables_have_fixed_shapes_and_do_not_depend_on_what_lies_past_num_tokens
     garbage.ids[past], garbage.weights[past] = 10**6, np.nan
     empty = RoutingTables(np.full_like(tables.ids, -1), tables.weights, tables.num_tokens)
     for shape, plan in zip(shapes, plans, strict=True):
+        shapes_of = {name: getattr(plan, name).shape for name in plan_table_shapes(shape)}
+        assert shapes_of == plan_table_shapes(shape)
         for array, other, bare in zip(
             plan.arrays(),
             make_plan(garbage, shape).arrays(),

@@ -1,0 +1,1 @@
+"""The layer on CUDA, piece by piece as it comes."""

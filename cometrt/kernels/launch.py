@@ -1,0 +1,44 @@
+"""The one place where kernels are loaded and launched."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from cometrt.kernels.compiler import compile_cubin, kernels_folder
+
+
+class Kernel:
+    """A kernel whose only argument is its params struct (and tensor maps, by value)."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        block: int,
+        params: np.ndarray,
+        *maps: np.ndarray,
+        shared_bytes: int = 0,
+    ) -> None:
+        """Launch on CuPy's current stream. `params` is a size-1 array of the struct's mirror."""
+        if shared_bytes > self._function.max_dynamic_shared_size_bytes:
+            self._function.max_dynamic_shared_size_bytes = shared_bytes
+        by_value = params.view(f"V{params.dtype.itemsize}")
+        self._function(grid, (block,), (by_value, *maps), shared_mem=shared_bytes)
+
+
+@functools.cache
+def load_kernels(source: str, *names: str) -> tuple[Kernel, ...]:
+    """Kernels of a file of kernels_cu, compiled where they are not cached, on this device.
+
+    Load all of them before the first kernel that waits for a peer: loading may wait for the
+    device.
+    """
+    import cupy
+
+    module = cupy.RawModule(path=str(compile_cubin(kernels_folder() / source).path))
+    return tuple(Kernel(module.get_function(name)) for name in names)

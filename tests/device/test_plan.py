@@ -1,0 +1,125 @@
+"""The device planner's tables against the NumPy planner's, bit for bit."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import cometrt
+from cometrt.plan import PlanShape, TileConfig
+from cometrt.plan.reference import make_plan
+from cometrt.plan.routing import RoutingTables
+from cometrt.specs import Geometry, MoESpec
+
+cp = pytest.importorskip("cupy")
+pytestmark = pytest.mark.gpu
+
+
+def random_case(seed):
+    """(spec, config, size, tables) with anything from one rank to 3 x 4, adversarial too."""
+    rng = np.random.default_rng(seed)
+    tp, ep = int(rng.integers(1, 4)), int(rng.integers(1, 6))
+    num_experts = ep * int(rng.integers(1, 5))
+    topk = int(rng.integers(1, min(num_experts, 8) + 1))
+    max_tokens = int(rng.choice([1, 24, 128, 300]))
+    spec = MoESpec(
+        16, 16 * tp, num_experts, topk, max_tokens, tp=tp, capacity_factor=float(10 * ep)
+    )
+    config = TileConfig(
+        block_m=int(rng.choice([1, 16, 64, 128, 256])), block_tokens=int(rng.choice([1, 8, 64]))
+    )
+    size = ep * tp
+    num_tokens = rng.integers(0, max_tokens + 1, size) * (rng.random(size) < 0.85)
+    noisy = rng.normal(scale=rng.choice([0.0, 3.0]), size=num_experts) + rng.gumbel(
+        size=(size, max_tokens, num_experts)
+    )
+    ids = np.argsort(-noisy, axis=2)[:, :, :topk].astype(np.int32)
+    ids[rng.random(ids.shape) < rng.choice([0.0, 0.3, 1.0], p=[0.5, 0.4, 0.1])] = -1
+    weights = rng.uniform(0.5, 1.5, ids.shape).astype(np.float32)
+    return spec, config, size, RoutingTables(ids, weights, num_tokens.astype(np.int32))
+
+
+def device_plan(tables, shape):
+    from cometrt.cuda.planner import DevicePlanner
+
+    planner = DevicePlanner(shape)
+    return planner, planner.plan(
+        cp.asarray(tables.ids), cp.asarray(tables.weights), cp.asarray(tables.num_tokens)
+    )
+
+
+def assert_equal(plan, expected):
+    for field in dataclasses.fields(expected):
+        np.testing.assert_array_equal(
+            cp.asnumpy(getattr(plan, field.name)), getattr(expected, field.name), field.name
+        )
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_random_routings(seed):
+    spec, config, size, tables = random_case(seed)
+    for rank in {0, size // 2, size - 1}:
+        shape = PlanShape(Geometry(spec, rank, size), config)
+        planner, plan = device_plan(tables, shape)
+        assert planner.wrong_pair() is None
+        assert planner.largest_need() is None
+        assert_equal(plan, make_plan(tables, shape))
+
+
+@pytest.mark.parametrize(
+    ("size", "tp", "experts", "topk", "intermediate"), [(8, 1, 128, 8, 768), (8, 2, 64, 4, 1408)]
+)
+def test_a_model_of_full_size(size, tp, experts, topk, intermediate):
+    spec = MoESpec(2048, intermediate, experts, topk, 8192, tp=tp, capacity_factor=1.25)
+    config = TileConfig(block_m=128, block_tokens=64)
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((size, 8192, experts)), axis=2)[:, :, :topk].astype(np.int32)
+    weights = rng.random(ids.shape, dtype=np.float32)
+    tables = RoutingTables(ids, weights, np.full(size, 8192, np.int32))
+    shape = PlanShape(Geometry(spec, 3, size), config)
+    planner, plan = device_plan(tables, shape)
+    expected = make_plan(tables, shape)
+    assert_equal(plan, expected)
+    arguments = cp.asarray(ids), cp.asarray(weights), cp.asarray(tables.num_tokens)
+    again = [planner.plan(*arguments) for _ in range(3)]
+    assert_equal(again[-1], expected)
+    begin, end = cp.cuda.Event(), cp.cuda.Event()
+    begin.record()
+    for _ in range(20):
+        planner.plan(*arguments)
+    end.record()
+    end.synchronize()
+    print(f"plan W={size} TP={tp}: {cp.cuda.get_elapsed_time(begin, end) / 20 * 1e3:.0f} us")
+
+
+@pytest.mark.parametrize("value", [-2, 12, 2**31 - 1])
+def test_the_first_wrong_pair_is_found(value):
+    spec = MoESpec(16, 16, num_experts=12, topk=3, max_tokens=40)
+    rng = np.random.default_rng(1)
+    ids = np.argsort(rng.random((4, 40, 12)), axis=2)[:, :, :3].astype(np.int32)
+    weights = rng.random(ids.shape, dtype=np.float32)
+    tokens = np.full(4, 30, np.int32)
+    ids[:, 30:] = 99  # past the tokens: not looked at
+    shape = PlanShape(Geometry(spec, 1, 4), TileConfig(block_m=16))
+    ids[2, 7, 1] = value
+    ids[3, 0, 0] = value
+    planner, _ = device_plan(RoutingTables(ids, weights, tokens), shape)
+    assert planner.wrong_pair() == (2 * 40 + 7) * 3 + 1
+    ids[1, 9, 2] = ids[1, 9, 0]  # repeated
+    planner, _ = device_plan(RoutingTables(ids, weights, tokens), shape)
+    assert planner.wrong_pair() == (40 + 9) * 3 + 2
+    weights[0, 29, 2] = np.nan
+    planner, _ = device_plan(RoutingTables(ids, weights, tokens), shape)
+    assert planner.wrong_pair() == 29 * 3 + 2
+
+
+def test_too_many_rows_are_counted():
+    spec = MoESpec(16, 16, num_experts=8, topk=2, max_tokens=64, capacity_factor=0.5)
+    ids = np.tile(np.array([5, 6], np.int32), (4, 64, 1))
+    tables = RoutingTables(ids, np.ones(ids.shape, np.float32), np.full(4, 64, np.int32))
+    for rank in range(4):
+        shape = PlanShape(Geometry(spec, rank, 4), TileConfig(block_m=16))
+        planner, _ = device_plan(tables, shape)
+        with pytest.raises(cometrt.CapacityError) as error:
+            make_plan(tables, shape)
+        assert planner.largest_need() == (error.value.rank, error.value.need)

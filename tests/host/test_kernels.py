@@ -1,0 +1,121 @@
+"""Every shipped kernel compiles for sm_90a, without a GPU, spills or local memory."""
+
+import re
+import threading
+
+import numpy as np
+import pytest
+
+from cometrt import CometError
+from cometrt.kernels import compiler
+from cometrt.kernels.compiler import compile_cubin, kernels_folder
+from cometrt.kernels.params import MIRRORS
+from tests.launch import ROOT
+
+pytest.importorskip("cuda.bindings", reason="needs NVRTC")
+
+SOURCES = sorted(kernels_folder().rglob("*.cu")) + sorted((ROOT / "benchmarks").rglob("*.cu"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch, request):
+    monkeypatch.setenv("COMETRT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_kernels_compile_without_spills(source):
+    cubin = compile_cubin(source)
+    assert cubin.path.read_bytes().startswith(b"\x7fELF")
+    assert cubin.resources
+    for name, used in cubin.resources.items():
+        assert used.spill_bytes == 0, name
+        assert used.stack_bytes == 0, name
+        assert 0 < used.registers <= 255, name
+
+
+def layout_of(struct: str, header: str, names: list[str]) -> list[int]:
+    """Offsets of the members and the size, as the compiler folds them into PTX."""
+    from cuda.bindings import nvrtc
+
+    values = [f"(u64)&((cometrt::{struct}*)0)->{name}" for name in names]
+    values.append(f"sizeof(cometrt::{struct})")
+    stores = "".join(f"out[{i}] = {value};" for i, value in enumerate(values))
+    text = (
+        f'#include "{header}"\nusing u64 = unsigned long long;\n'
+        f'extern "C" __global__ void layout(volatile u64* out) {{ {stores} }}'
+    )
+    options = ["-arch=compute_90a", "-std=c++17", f"-I{kernels_folder()}"]
+    options.append(f"-I{compiler._cuda_headers()}")
+    _, program = nvrtc.nvrtcCreateProgram(text.encode(), b"layout.cu", 0, [], [])
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    assert int(error) == 0
+    _, size = nvrtc.nvrtcGetPTXSize(program)
+    ptx = b" " * size
+    nvrtc.nvrtcGetPTX(program, ptx)
+    constants = dict(re.findall(r"mov\.[bu]64\s+(%rd\d+), (\d+);", ptx.decode()))
+    stored = re.findall(
+        r"st\.volatile\.global\.\w64\s+\[%rd\d+(?:\+(\d+))?\], (\S+);", ptx.decode()
+    )
+    found = {int(at or 0) // 8: int(constants.get(value, value)) for at, value in stored}
+    return [found[i] for i in range(len(values))]
+
+
+@pytest.mark.parametrize("struct", MIRRORS)
+def test_structs_are_laid_out_as_their_mirrors(struct):
+    header, mirror = MIRRORS[struct]
+    expected = [mirror.fields[name][1] for name in mirror.names] + [mirror.itemsize]
+    assert layout_of(struct, header, list(mirror.names)) == expected
+
+
+def test_local_memory_is_reported(tmp_path):
+    (tmp_path / "local.cu").write_text(
+        'extern "C" __global__ void local(float* x, int* at) {\n'
+        "  float a[64];\n"
+        "  for (int i = 0; i < 64; ++i) a[i] = x[i * i] * x[3 * i];\n"
+        "  __syncthreads();\n"
+        "  for (int i = 0; i < 64; ++i) a[at[i]] += 1;\n"
+        "  x[0] = a[at[threadIdx.x]];\n"
+        "}\n"
+    )
+    assert compile_cubin(tmp_path / "local.cu").resources["local"].stack_bytes == 256
+
+
+def test_an_error_carries_the_compilers_words(tmp_path):
+    (tmp_path / "bad.cu").write_text("__global__ void f() { undefined_name; }")
+    with pytest.raises(CometError, match=r"(?s)could not compile bad\.cu.*undefined_name"):
+        compile_cubin(tmp_path / "bad.cu")
+
+
+def test_the_cache_knows_sources_headers_macros_and_versions(tmp_path, monkeypatch):
+    source = tmp_path / "k.cu"
+    source.write_text('extern "C" __global__ void k(int* x) { *x = VALUE; }')
+    compiled = []
+    real = compiler._nvrtc_compile
+    monkeypatch.setattr(
+        compiler, "_nvrtc_compile", lambda *args: compiled.append(args) or real(*args)
+    )
+    first = compile_cubin(source, (("VALUE", 1),))
+    assert compile_cubin(source, (("VALUE", 1),)) == first
+    assert len(compiled) == 1
+    assert compile_cubin(source, (("VALUE", 2),)).path != first.path
+    monkeypatch.setattr(compiler, "_sources_digest", lambda: "a header has changed")
+    assert compile_cubin(source, (("VALUE", 1),)).path != first.path
+    monkeypatch.undo()
+    assert not [p for p in first.path.parent.iterdir() if p.suffix not in (".cubin", ".txt")]
+
+
+def test_many_ranks_may_compile_at_once(tmp_path):
+    source = tmp_path / "k.cu"
+    source.write_text('extern "C" __global__ void k(int* x) { *x = 3; }')
+    cubins = [None] * 6
+
+    def compile_one(index):
+        cubins[index] = compile_cubin(source)
+
+    threads = [threading.Thread(target=compile_one, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({cubin.path for cubin in cubins}) == 1
+    assert np.frombuffer(cubins[0].path.read_bytes()[:4], np.uint8)[1] == ord("E")
