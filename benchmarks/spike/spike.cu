@@ -21,7 +21,8 @@ constexpr int kRowsPerToken = 2;
 constexpr int kBlockTokens = 16;
 
 struct SpikeParams {
-  WaitContext wait;
+  World world;
+  u64 epoch;
   Pace pull_pace, push_pace;
   const __nv_bfloat16* x[kRanks];  // [tokens, hidden] of every rank
   __nv_bfloat16* rows;             // [num_tiles * BLOCK_M, hidden]
@@ -85,7 +86,7 @@ __device__ void pull_tiles(const SpikeParams& p, char* shared, u64* full, int co
     return static_cast<long long>(comm_idx + i / BLOCK_M * p.num_comm) * BLOCK_M + i % BLOCK_M;
   };
   int num_rows = my_tiles * BLOCK_M;
-  if (p.wait.rank == p.stall_rank && p.stall_tile % p.num_comm == comm_idx) {
+  if (p.world.rank == p.stall_rank && p.stall_tile % p.num_comm == comm_idx) {
     num_rows = p.stall_tile / p.num_comm * BLOCK_M;
   }
   copy_through_shared(
@@ -97,7 +98,7 @@ __device__ void pull_tiles(const SpikeParams& p, char* shared, u64* full, int co
       },
       [&](int i) { return p.rows + row(i) * p.hidden; },
       [&](int i) {
-        const bool local = p.row_source[row(i)] / p.tokens == p.wait.rank;
+        const bool local = p.row_source[row(i)] / p.tokens == p.world.rank;
         return reserve_link(p.pull_pace, local ? 0 : static_cast<u64>(kPullLanes) * row_bytes);
       },
       [&](int i, u64 crossed) {
@@ -132,7 +133,7 @@ __device__ bool wait_rows(const SpikeParams& p, int first_token) {
   bool ok = true;
   if (threadIdx.x < kBlockTokens * kRowsPerToken) {
     const int tile = p.token_rows[first_token * kRowsPerToken + threadIdx.x] / BLOCK_M;
-    ok = wait_until(p.wait, {kTileDone, p.wait.rank, tile, 0}, 1,
+    ok = wait_until(p.world, {kTileDone, p.world.rank, tile, 0}, p.epoch, 1,
                     [&] { return load_acquire_gpu(&p.tile_done[tile]); });
   }
   return __syncthreads_and(ok);
@@ -146,7 +147,7 @@ __device__ void add_local(const SpikeParams& p, int token, int column, float (&s
 }
 
 __device__ bool push_block(const SpikeParams& p, int home, int block) {
-  const int first = home * p.tokens + block * kBlockTokens, me = p.wait.rank;
+  const int first = home * p.tokens + block * kBlockTokens, me = p.world.rank;
   if (!wait_rows(p, first)) return false;
   for (int i = threadIdx.x; i < kBlockTokens * BLOCK_N / 8; i += kThreads) {
     const int token = i / (BLOCK_N / 8), column = i % (BLOCK_N / 8) * 8;
@@ -160,18 +161,18 @@ __device__ bool push_block(const SpikeParams& p, int home, int block) {
     wait_crossed(reserve_link(p.push_pace, kBlockTokens * BLOCK_N * 2));
     fence_acq_rel_sys();
     store_release_sys(&p.partials_ready[home][me * (p.tokens / kBlockTokens) + block],
-                      p.wait.epoch);
+                      p.epoch);
   }
   return true;
 }
 
 __device__ bool home_block(const SpikeParams& p, int block) {
-  const int me = p.wait.rank, first = block * kBlockTokens;
+  const int me = p.world.rank, first = block * kBlockTokens;
   if (!wait_rows(p, me * p.tokens + first)) return false;
   bool ok = true;
   if (threadIdx.x < kRanks && static_cast<int>(threadIdx.x) != me) {
     const u64* flag = &p.partials_ready[me][threadIdx.x * (p.tokens / kBlockTokens) + block];
-    ok = wait_until(p.wait, {kPartialsReady, static_cast<int>(threadIdx.x), block, 0}, p.wait.epoch,
+    ok = wait_until(p.wait, {kPartialsReady, static_cast<int>(threadIdx.x), block, 0}, p.epoch,
                     [&] { return load_acquire_sys(flag); });
   }
   if (!__syncthreads_and(ok)) return false;
@@ -193,7 +194,7 @@ __device__ void comm_role(const SpikeParams& p, char* shared, u64* full, int com
   __syncthreads();
   const int blocks = p.tokens / kBlockTokens;
   for (int item = comm_idx; item < (kRanks - 1) * blocks; item += p.num_comm) {
-    const int home = (p.wait.rank + kRanks - 1 - item / blocks) % kRanks;  // farthest first
+    const int home = (p.world.rank + kRanks - 1 - item / blocks) % kRanks;  // farthest first
     if (!push_block(p, home, item % blocks)) return;
   }
   for (int block = comm_idx; block < blocks; block += p.num_comm) {
@@ -208,7 +209,7 @@ __device__ void produce(const SpikeParams& p, const TensorMap* a_map, const Tens
                         volatile int* stopped) {
   int it = 0;
   for (int tile = num_compute - 1 - compute_idx; tile < p.num_tiles; tile += num_compute) {
-    const bool ok = wait_until(p.wait, {kTileFilled, p.wait.rank, tile, -1}, BLOCK_M,
+    const bool ok = wait_until(p.wait, {kTileFilled, p.world.rank, tile, -1}, BLOCK_M,
                                [&] { return load_acquire_gpu(&p.tile_filled[tile]); });
     if (!ok) {
       *stopped = 1;  // the consumers see it with the next full stage

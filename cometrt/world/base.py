@@ -167,7 +167,10 @@ class World(abc.ABC):
         while (found := int(read())) < wanted.expected:
             if not even_if_stopped:
                 self.check_running()
-                if text := misplaced():
+                text = misplaced()
+                self.fence()
+                # The peer may have come and gone on since `read`: what it did first counts.
+                if text and int(read()) < wanted.expected:
                     self.stop(Failure(kind="mismatch", waiter=self.rank, text=text))
                     raise MismatchError(text)
             if time.monotonic() > deadline:

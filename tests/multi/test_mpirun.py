@@ -93,7 +93,7 @@ except LookupError:
 def test_closing_with_a_rank_that_left_by_an_exception_tells_why_at_once(tmp_path):
     (tmp_path / "leaves.py").write_text(LEAVES)
     result = mpirun(3, str(tmp_path / "leaves.py"), timeout_sec=60)
-    told = "told: rank 1 left without closing: rank 1 raised LookupError: mine"
+    told = "rank 1 left without closing: rank 1 raised LookupError: mine"
     assert result.stdout.count(told) == 2, result.stdout + result.stderr
 
 

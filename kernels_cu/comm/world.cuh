@@ -1,0 +1,46 @@
+// What the ranks of a world share on the device. Mirrored in cometrt/kernels/params.py.
+#pragma once
+
+#include "hopper/memory.cuh"
+
+namespace cometrt {
+
+constexpr int kMaxRanks = 64;
+
+struct Header {
+  long long epoch, operation, layer, spec_hash, forward_epoch, num_tokens;
+};
+
+// Numbers of KINDS and FLAGS in cometrt/world/failure.py.
+enum FailureKind : int { kRaised = 1, kMismatch = 2, kTimeout = 3 };
+enum Flag : int { kSourceReady = 1, kTileFilled = 2, kTileDone = 3, kPartialsReady = 4 };
+
+struct FailureRecord {
+  u64 generation;  // written last: then the rest is valid
+  long long kind, waiter, flag, peer, tile, chunk, epoch, expected, found;
+};
+
+// One a rank, written by all: as the board of cometrt/world/base.py.
+struct Control {
+  u64 source_ready[kMaxRanks];         // [s]: rank s
+  Header header[2][kMaxRanks];         // [epoch parity, s]: rank s
+  FailureRecord failure[kMaxRanks];    // [r]: rank r
+  u64 abort;                           // any rank: the generation it stops
+  u64 reported;                        // the owner: last generation it has reported a failure of
+  u64 epoch;                           // the owner
+};
+
+// This rank's view of all.
+struct World {
+  Control* control[kMaxRanks];
+  char* data[kMaxRanks];   // segments of the symmetric heap
+  char* flags[kMaxRanks];
+  u64 generation, timeout_ns;
+  int rank, size;
+
+  __device__ const Control& own() const { return *control[rank]; }
+  __device__ u64 epoch() const { return own().epoch; }
+  __device__ bool stopped() const { return load_acquire_sys(&own().abort) >= generation; }
+};
+
+}  // namespace cometrt
