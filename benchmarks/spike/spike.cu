@@ -160,8 +160,7 @@ __device__ bool push_block(const SpikeParams& p, int home, int block) {
   if (threadIdx.x == 0) {
     wait_crossed(reserve_link(p.push_pace, kBlockTokens * BLOCK_N * 2));
     fence_acq_rel_sys();
-    store_release_sys(&p.partials_ready[home][me * (p.tokens / kBlockTokens) + block],
-                      p.epoch);
+    store_release_sys(&p.partials_ready[home][me * (p.tokens / kBlockTokens) + block], p.epoch);
   }
   return true;
 }
@@ -172,8 +171,8 @@ __device__ bool home_block(const SpikeParams& p, int block) {
   bool ok = true;
   if (threadIdx.x < kRanks && static_cast<int>(threadIdx.x) != me) {
     const u64* flag = &p.partials_ready[me][threadIdx.x * (p.tokens / kBlockTokens) + block];
-    ok = wait_until(p.wait, {kPartialsReady, static_cast<int>(threadIdx.x), block, 0}, p.epoch,
-                    [&] { return load_acquire_sys(flag); });
+    ok = wait_until(p.world, {kPartialsReady, static_cast<int>(threadIdx.x), block, 0}, p.epoch,
+                    p.epoch, [&] { return load_acquire_sys(flag); });
   }
   if (!__syncthreads_and(ok)) return false;
   for (int i = threadIdx.x; i < kBlockTokens * BLOCK_N / 8; i += kThreads) {
@@ -209,7 +208,7 @@ __device__ void produce(const SpikeParams& p, const TensorMap* a_map, const Tens
                         volatile int* stopped) {
   int it = 0;
   for (int tile = num_compute - 1 - compute_idx; tile < p.num_tiles; tile += num_compute) {
-    const bool ok = wait_until(p.wait, {kTileFilled, p.world.rank, tile, -1}, BLOCK_M,
+    const bool ok = wait_until(p.world, {kTileFilled, p.world.rank, tile, -1}, p.epoch, BLOCK_M,
                                [&] { return load_acquire_gpu(&p.tile_filled[tile]); });
     if (!ok) {
       *stopped = 1;  // the consumers see it with the next full stage

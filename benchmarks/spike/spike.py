@@ -21,29 +21,21 @@ import numpy as np
 
 from cometrt.kernels import tensor_map
 from cometrt.kernels.compiler import compile_cubin
+from cometrt.kernels.params import control_dtype, world_dtype
 from cometrt.world.partitions import split_gpu
 
 HERE = Path(__file__).resolve().parent
 RANKS, BLOCK_M, BLOCK_N, BLOCK_TOKENS, SHARED = 4, 128, 128, 16, 4 * 32768
 BF16 = ml_dtypes.bfloat16
 
-wait_context = np.dtype(
-    [("abort", "u8", 64), ("failure", "u8"), ("generation", "u8"), ("timeout_ns", "u8"),
-     ("epoch", "u8"), ("rank", "i4"), ("size", "i4")]
-)  # fmt: skip
 pace = np.dtype([("free_at_ns", "u8"), ("picoseconds_per_byte", "u8")])
 spike_params = np.dtype(
-    [("wait", wait_context), ("pull_pace", pace), ("push_pace", pace), ("x", "u8", RANKS),
+    [("world", world_dtype), ("epoch", "u8"), ("pull_pace", pace), ("push_pace", pace), ("x", "u8", RANKS),
      ("rows", "u8"), ("row_source", "u8"), ("tile_filled", "u8"), ("tile_done", "u8"),
      ("o", "u8"), ("token_rows", "u8"), ("staging", "u8", RANKS),
      ("partials_ready", "u8", RANKS), ("y", "u8"), ("ticket", "u8"), ("span_ns", "u8"),
      ("tokens", "i4"), ("hidden", "i4"), ("num_tiles", "i4"), ("num_comm", "i4"),
      ("stall_tile", "i4"), ("stall_rank", "i4")]
-)  # fmt: skip
-failure_record = np.dtype(
-    [(n, "i8") for n in
-     ("kind", "waiter", "flag", "peer", "tile", "chunk", "epoch", "expected", "found")]
-    + [("taken", "u4"), ("valid", "u4")]
 )  # fmt: skip
 
 
@@ -68,9 +60,6 @@ class Fused:
         self.num_tiles = self.num_rows // BLOCK_M
         self.rng = np.random.default_rng(0)
         self.epoch, self.generation = 0, 1
-        self.pinned = cp.cuda.alloc_pinned_memory(RANKS * failure_record.itemsize)
-        self.failures = np.frombuffer(self.pinned, failure_record, RANKS)
-        self.failures[:] = 0
         blocks = tokens // BLOCK_TOKENS
         self.ranks = []
         for rank in range(RANKS):
@@ -95,7 +84,7 @@ class Fused:
                 "staging": cp.zeros((RANKS * tokens, BLOCK_N), BF16),
                 "partials_ready": cp.zeros(RANKS * blocks, cp.uint64),
                 "y": cp.zeros((tokens, BLOCK_N), BF16),
-                "abort": cp.zeros(1, cp.uint64),
+                "control": cp.zeros(control_dtype.itemsize, cp.uint8),
                 "span": cp.zeros(2, cp.uint64),
                 "links": cp.zeros(2, cp.uint64),
             }
@@ -116,15 +105,14 @@ class Fused:
 
     def params(self, rank: int, *, num_comm, gbps, timeout_ms, stall) -> np.ndarray:
         state, p = self.ranks[rank], np.zeros(1, spike_params)
-        wait = p["wait"][0]
+        world = p["world"][0]
         for peer in range(RANKS):
-            wait["abort"][peer] = self.ranks[peer]["abort"].data.ptr
+            world["control"][peer] = self.ranks[peer]["control"].data.ptr
             p["x"][0, peer] = self.ranks[peer]["x"].data.ptr
             p["staging"][0, peer] = self.ranks[peer]["staging"].data.ptr
             p["partials_ready"][0, peer] = self.ranks[peer]["partials_ready"].data.ptr
-        wait["failure"] = self.pinned.ptr + rank * failure_record.itemsize
-        wait["generation"], wait["timeout_ns"] = self.generation, int(timeout_ms * 1e6)
-        wait["epoch"], wait["rank"], wait["size"] = self.epoch, rank, RANKS
+        world["generation"], world["timeout_ns"] = self.generation, int(timeout_ms * 1e6)
+        world["rank"], world["size"], p["epoch"] = rank, RANKS, self.epoch
         if gbps:
             for i, name in enumerate(("pull_pace", "push_pace")):
                 p[name][0]["free_at_ns"] = state["links"].data.ptr + 8 * i
@@ -158,6 +146,12 @@ class Fused:
         cp.cuda.Device().synchronize()
         spans = [state["span"].get() for state in self.ranks]
         return [int(end - begin) / 1e3 for begin, end in spans]
+
+    def failures(self) -> list[dict[str, int]]:
+        """What ranks reported of this generation, as rank 0 was told."""
+        records = self.ranks[0]["control"].get().view(control_dtype)[0]["failure"]
+        valid = records[records["generation"] == self.generation]
+        return [{n: int(record[n]) for n in record.dtype.names} for record in valid]
 
     def error(self) -> float:
         """Largest ||y - expected|| / ||expected|| of a rank against float64."""
@@ -283,7 +277,7 @@ def main() -> None:
                 if call < 3:
                     errors.append(spike.error())
             assert max(errors) < 1e-2, errors
-            assert not spike.failures["valid"].any(), spike.failures
+            assert not spike.failures(), spike.failures()
             name = f"fused, {num_comm} comm of {spike.partitions[0].num_sms} CTAs, "
             name += f"link {gbps:.0f} GB/s" if gbps else "no pacing"
             spread = median_spread(spans[1:])
@@ -298,13 +292,12 @@ def main() -> None:
     wall = time.perf_counter()
     spike.run(timeout_ms=50.0, stall=(2, 5))
     seconds = time.perf_counter() - wall
-    failed = [{n: int(f[n]) for n in f.dtype.names} for f in spike.failures if f["valid"]]
+    failed = spike.failures()
     print(f"stalled rank 2, tile 5: ended in {seconds * 1e3:.0f} ms; records {failed}")
     assert failed
     assert seconds < 5
     results["stall"] = failed
     # A new generation: the stop of the old one does not reach it.
-    spike.failures[:] = 0
     spike.generation += 1
     spike.new_inputs()
     spike.run()

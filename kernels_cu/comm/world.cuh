@@ -22,18 +22,18 @@ struct FailureRecord {
 
 // One a rank, written by all: as the board of cometrt/world/base.py.
 struct Control {
-  u64 source_ready[kMaxRanks];         // [s]: rank s
-  Header header[2][kMaxRanks];         // [epoch parity, s]: rank s
-  FailureRecord failure[kMaxRanks];    // [r]: rank r
-  u64 abort;                           // any rank: the generation it stops
-  u64 reported;                        // the owner: last generation it has reported a failure of
-  u64 epoch;                           // the owner
+  u64 source_ready[kMaxRanks];       // [s]: rank s
+  Header header[2][kMaxRanks];       // [epoch parity, s]: rank s
+  FailureRecord failure[kMaxRanks];  // [r]: rank r
+  u64 abort;                         // any rank: the generation it stops
+  u64 reported;                      // the owner: last generation it has reported a failure of
+  u64 epoch;                         // the owner
 };
 
 // This rank's view of all.
 struct World {
   Control* control[kMaxRanks];
-  char* data[kMaxRanks];   // segments of the symmetric heap
+  char* data[kMaxRanks];  // segments of the symmetric heap
   char* flags[kMaxRanks];
   u64 generation, timeout_ns;
   int rank, size;

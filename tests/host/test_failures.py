@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import cometrt
+from cometrt.world.failure import Wanted
 from cometrt.world.threads import ThreadWorld
 from tests.cases import Case, Output, check_case, make_inputs
 from tests.faults import at
@@ -421,6 +422,25 @@ def test_an_exchange_against_a_meeting_is_a_mismatch():
     begin = time.monotonic()
     check_case(CASE, inputs, cometrt.spawn(fn, CASE.size, timeout_sec=20))
     assert time.monotonic() - begin < 10
+
+
+def test_a_peer_that_went_on_between_two_reads_is_not_misplaced():
+    def fn(world):
+        values = [0, 1]  # it comes while the waiter looks where it is
+
+        def read():
+            return values[0]
+
+        def misplaced():
+            values.pop(0)
+            return "it has begun the next exchange"
+
+        wanted = Wanted("rendezvous", 0, 1)
+        world.wait(read, wanted, misplaced=misplaced)
+        with pytest.raises(cometrt.MismatchError, match="it has begun"):
+            world.wait(lambda: 0, wanted, misplaced=lambda: "it has begun")
+
+    cometrt.spawn(fn, 1)
 
 
 def test_reset_brings_meetings_back_into_step():
