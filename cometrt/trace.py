@@ -101,7 +101,13 @@ class Recording:
 
 @contextlib.contextmanager
 def record(layer: Any) -> Iterator[Recording]:
-    """Record the layer's calls on this rank. Only what is inside the ``with`` is kept."""
+    """Record the layer's calls on this rank. Only what is inside the ``with`` is kept.
+
+    Raises:
+        ValueError: for what is no layer.
+    """
+    if not hasattr(layer, "tracer"):
+        raise ValueError(f"layer must be a cometrt.MoELayer (got {layer!r})")
     recording = Recording(layer.world)
     previous, layer.tracer = layer.tracer, recording
     try:

@@ -30,7 +30,8 @@ BF16 = ml_dtypes.bfloat16
 
 pace = np.dtype([("free_at_ns", "u8"), ("picoseconds_per_byte", "u8")])
 spike_params = np.dtype(
-    [("world", world_dtype), ("epoch", "u8"), ("pull_pace", pace), ("push_pace", pace), ("x", "u8", RANKS),
+    [("world", world_dtype), ("epoch", "u8"), ("pull_pace", pace), ("push_pace", pace),
+     ("x", "u8", RANKS),
      ("rows", "u8"), ("row_source", "u8"), ("tile_filled", "u8"), ("tile_done", "u8"),
      ("o", "u8"), ("token_rows", "u8"), ("staging", "u8", RANKS),
      ("partials_ready", "u8", RANKS), ("y", "u8"), ("ticket", "u8"), ("span_ns", "u8"),

@@ -12,7 +12,7 @@ import numpy as np
 from cometrt.activations import ACTIVATIONS
 from cometrt.plan import Plan, PlanShape
 from cometrt.world.base import header_dtype
-from cometrt.world.failure import failure_dtype
+from cometrt.world.failure import FAILURE_NUMBERS
 
 geometry_dtype = np.dtype(
     [
@@ -52,15 +52,12 @@ plan_params = np.dtype(
 )
 
 MAX_RANKS = 64  # kMaxRanks of comm/world.cuh
-_record_dtype = np.dtype(
-    [("generation", np.uint64)]
-    + [(name, np.int64) for name in failure_dtype.names if name not in ("generation", "text")]
-)
+record_dtype = np.dtype([(name, np.int64) for name in FAILURE_NUMBERS])
 control_dtype = np.dtype(
     [
         ("source_ready", np.uint64, MAX_RANKS),
         ("header", header_dtype, (2, MAX_RANKS)),
-        ("failure", _record_dtype, MAX_RANKS),
+        ("failure", record_dtype, MAX_RANKS),
         ("abort", np.uint64),
         ("reported", np.uint64),
         ("epoch", np.uint64),
@@ -83,7 +80,7 @@ MIRRORS = {
     "Geometry": ("common/geometry.cuh", geometry_dtype),
     "PlanParams": ("plan/plan.cuh", plan_params),
     "Header": ("comm/world.cuh", header_dtype),
-    "FailureRecord": ("comm/world.cuh", _record_dtype),
+    "FailureRecord": ("comm/world.cuh", record_dtype),
     "Control": ("comm/world.cuh", control_dtype),
     "World": ("comm/world.cuh", world_dtype),
 }

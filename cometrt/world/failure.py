@@ -23,20 +23,10 @@ FLAGS = (
 )
 _TEXT_BYTES = 480
 
+_PLACE = ("waiter", "peer", "tile", "chunk", "epoch", "expected", "found")
+FAILURE_NUMBERS = ("generation", "kind", "flag", *_PLACE)
 failure_dtype = np.dtype(
-    [
-        ("generation", np.int64),
-        ("kind", np.int64),
-        ("waiter", np.int64),
-        ("flag", np.int64),
-        ("peer", np.int64),
-        ("tile", np.int64),
-        ("chunk", np.int64),
-        ("epoch", np.int64),
-        ("expected", np.int64),
-        ("found", np.int64),
-        ("text", f"S{_TEXT_BYTES}"),
-    ]
+    [(name, np.int64) for name in FAILURE_NUMBERS] + [("text", f"S{_TEXT_BYTES}")]
 )
 
 
@@ -60,7 +50,7 @@ class Failure:
         if self.kind == "mismatch":
             return MismatchError(prefix + self.text)
         error = PeerTimeout(prefix + self.text)
-        for name in ("waiter", "flag", "peer", "tile", "chunk", "epoch", "expected", "found"):
+        for name in ("flag", *_PLACE):
             setattr(error, name, getattr(self, name))
         return error
 
@@ -68,7 +58,7 @@ class Failure:
         """Into one board's slot; the generation last, it makes the record valid."""
         record["kind"] = KINDS.index(self.kind)
         record["flag"] = FLAGS.index(self.flag)
-        for name in ("waiter", "peer", "tile", "chunk", "epoch", "expected", "found"):
+        for name in _PLACE:
             record[name] = getattr(self, name)
         text = self.text.encode()[:_TEXT_BYTES]
         record["text"] = text.decode(errors="ignore").encode()
@@ -80,10 +70,7 @@ class Failure:
             kind=KINDS[int(record["kind"])],
             flag=FLAGS[int(record["flag"])],
             text=bytes(record["text"]).decode(errors="replace"),
-            **{
-                name: int(record[name])
-                for name in ("waiter", "peer", "tile", "chunk", "epoch", "expected", "found")
-            },
+            **{name: int(record[name]) for name in _PLACE},
         )
 
 

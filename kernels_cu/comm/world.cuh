@@ -17,7 +17,7 @@ enum Flag : int { kSourceReady = 1, kTileFilled = 2, kTileDone = 3, kPartialsRea
 
 struct FailureRecord {
   u64 generation;  // written last: then the rest is valid
-  long long kind, waiter, flag, peer, tile, chunk, epoch, expected, found;
+  long long kind, flag, waiter, peer, tile, chunk, epoch, expected, found;
 };
 
 // One a rank, written by all: as the board of cometrt/world/base.py.

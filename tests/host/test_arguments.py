@@ -404,6 +404,37 @@ def test_saved_of_something_else_is_refused(other):
     cometrt.spawn(use, 2)
 
 
+def test_record_wants_a_layer():
+    with pytest.raises(ValueError, match="layer must be a cometrt.MoELayer"), trace.record(3):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "gpt-2"}, "name must be one of mixtral-8x7b, qwen2-moe, phi-3.5-moe, qwen3"),
+        ({"factor": 0}, "factor must be an integer >= 1 (got 0)"),
+        ({"factor": 1.5}, "factor must be an integer >= 1 (got 1.5)"),
+        ({"tp": 0}, "tp must be an integer >= 1 (got 0)"),
+        ({"max_tokens": 0}, "max_tokens must be an integer >= 1 (got 0)"),
+        ({"dtype": "int8"}, "dtype must be one of bfloat16, float32 (got 'int8')"),
+    ],
+)
+def test_scaled_spec(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cometrt.models.scaled_spec(**({"name": "qwen2-moe", "max_tokens": 8} | arguments))
+
+
+@pytest.mark.parametrize("name", list(cometrt.models.MODELS))
+@pytest.mark.parametrize(("factor", "tp"), [(1, 1), (1, 2), (7, 1), (16, 4), (1000, 2)])
+def test_every_scale_of_every_model_is_legal(name, factor, tp):
+    model = cometrt.models.MODELS[name]
+    spec = cometrt.models.scaled_spec(name, factor, max_tokens=8, tp=tp)
+    assert (spec.num_experts, spec.topk) == (model.num_experts, model.topk)
+    for wide, scaled in ((model.hidden, spec.hidden), (model.intermediate, spec.intermediate)):
+        assert wide / factor <= scaled < wide / factor + 16 * tp
+
+
 def test_record_puts_the_previous_tracer_back():
     def fn(world):
         layer = cometrt.MoELayer(world, cometrt.MoESpec(**SPEC))
