@@ -405,7 +405,7 @@ def test_saved_of_something_else_is_refused(other):
 
 
 def test_record_wants_a_layer():
-    with pytest.raises(ValueError, match="layer must be a cometrt.MoELayer"), trace.record(3):
+    with pytest.raises(ValueError, match=r"layer must be a cometrt\.MoELayer"), trace.record(3):
         pass
 
 
