@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
 
 
-def check_array(
-    name: str,
-    array: Any,
-    shape: tuple[int | None, ...],
-    dtypes: tuple[np.dtype, ...],
-    *,
-    writable: bool = False,
-) -> np.ndarray:
-    """`array` if it is a C-contiguous NumPy array of that shape (None: any length) and dtype.
+class HostArrays:
+    """What the layer does with arrays, for NumPy's."""
 
-    Raises:
-        ValueError: naming the argument, its value and the rule.
-    """
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{name} must be a numpy.ndarray on device='host' (got {type(array)!r})")
+    def check(
+        self,
+        name: str,
+        array: Any,
+        shape: tuple[int | None, ...],
+        dtypes: tuple[np.dtype, ...],
+        *,
+        writable: bool = False,
+    ) -> Any:
+        """`array` if it is a C-contiguous array of that shape (None: any length) and dtype.
+
+        Raises:
+            ValueError: naming the argument, its value and the rule.
+        """
+        if not isinstance(array, np.ndarray):
+            raise ValueError(
+                f"{name} must be a numpy.ndarray on device='host' (got {type(array)!r})"
+            )
+        check_form(name, array, shape, dtypes)
+        if writable and not array.flags.writeable:
+            raise ValueError(f"{name} must be writable (got a read-only array)")
+        return array
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        return np.empty(shape, dtype)
+
+    def stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        if stream is not None:
+            raise ValueError(f"stream must be None on device='host' (got {stream!r})")
+        return contextlib.nullcontext()
+
+
+def check_form(
+    name: str, array: Any, shape: tuple[int | None, ...], dtypes: tuple[np.dtype, ...]
+) -> None:
     if array.dtype not in dtypes:
         rule = " or ".join(str(dtype) for dtype in dtypes)
         raise ValueError(f"{name} must have dtype {rule} (got {array.dtype})")
@@ -33,6 +57,3 @@ def check_array(
         raise ValueError(f"{name} must have shape ({rule}) (got {array.shape})")
     if not array.flags.c_contiguous:
         raise ValueError(f"{name} must be C-contiguous (got strides {array.strides})")
-    if writable and not array.flags.writeable:
-        raise ValueError(f"{name} must be writable (got a read-only array)")
-    return array

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from cometrt.arrays import check_array
+from cometrt.arrays import HostArrays
 from cometrt.host import HostExecutor
-from cometrt.host.executor import MODES
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.saved import Saved
 from cometrt.specs import Geometry, Gradients, MoESpec, check_choice
 from cometrt.trace import NullTracer, Tracer
 from cometrt.world import World
 
+MODES = {"host": ("fused", "sequential"), "cuda": ("sequential",)}  # the best first
 _FLOAT32 = np.dtype(np.float32)
 _IDS = (np.dtype(np.int32), np.dtype(np.int64))
 
@@ -55,12 +56,22 @@ class MoELayer:
         config = TileConfig() if config is None else config
         self._layer = self._check_equal(world, spec, mode, config)
         self.world, self.spec, self.config = world, spec, config
-        self.mode = mode or "fused"
+        self.mode = mode or MODES[world.device][0]
         self.tracer: Tracer = NullTracer()
         self.geometry = Geometry(spec, world.rank, world.size)
         self._shape = PlanShape(self.geometry, config)
         self._closed = False
-        self._executor = HostExecutor(world, self._shape, self._layer, self.mode)
+        self._arrays: Any
+        self._executor: Any
+        if world.device == "cuda":
+            from cometrt.cuda.arrays import CudaArrays
+            from cometrt.cuda.executor import CudaExecutor
+
+            self._arrays = CudaArrays()
+            self._executor = CudaExecutor(world, self._shape, self._layer)
+        else:
+            self._arrays = HostArrays()
+            self._executor = HostExecutor(world, self._shape, self._layer, self.mode)
 
     def forward(
         self,
@@ -99,26 +110,27 @@ class MoELayer:
             PeerTimeout, MismatchError: until ``world.reset()``.
             With any of these `out` is NaN: where it is x itself, the tokens are lost.
         """
-        self._check_usable(stream)
-        spec, geometry = self.spec, self.geometry
+        on_stream = self._check_usable(stream)
+        spec, geometry, check = self.spec, self.geometry, self._arrays.check
         x = self._check_tokens("x", x)
         pairs = (len(x), spec.topk)
-        check_array("topk_ids", topk_ids, pairs, _IDS)
-        check_array("topk_weights", topk_weights, pairs, (_FLOAT32,))
+        topk_ids = check("topk_ids", topk_ids, pairs, _IDS)
+        topk_weights = check("topk_weights", topk_weights, pairs, (_FLOAT32,))
         dtypes = (spec.numpy_dtype,)
-        check_array("w_up", w_up, geometry.w_up_shape, dtypes)
-        check_array("w_down", w_down, geometry.w_down_shape, dtypes)
+        w_up = check("w_up", w_up, geometry.w_up_shape, dtypes)
+        w_down = check("w_down", w_down, geometry.w_down_shape, dtypes)
         if not isinstance(training, (bool, np.bool_)):
             raise ValueError(f"training must be True or False (got {training!r})")
-        y = self._result("out", out, x.shape, dtypes)
-        try:
-            saved = self._executor.forward(
-                x, topk_ids, topk_weights, w_up, w_down, training=bool(training), out=y,
-                tracer=self.tracer,
-            )  # fmt: skip
-        except BaseException:
-            y.fill(np.nan)
-            raise
+        with on_stream:
+            y = self._result("out", out, x.shape, dtypes)
+            try:
+                saved = self._executor.forward(
+                    x, topk_ids, topk_weights, w_up, w_down, training=bool(training), out=y,
+                    tracer=self.tracer,
+                )  # fmt: skip
+            except BaseException:
+                y.fill(np.nan)
+                raise
         return y, saved
 
     def backward(
@@ -150,11 +162,11 @@ class MoELayer:
             PeerTimeout, MismatchError: until ``world.reset()``; x and topk_weights of `out` are
                 NaN, its weight gradients are untouched, and `saved` may be used again.
         """
-        self._check_usable(stream)
+        on_stream = self._check_usable(stream)
         spec, geometry = self.spec, self.geometry
         kept = Saved.unpack(saved, shape=self._shape, layer=self._layer, world=self.world.identity)
         dtypes = (spec.numpy_dtype,)
-        check_array("dy", dy, (kept.num_tokens, spec.hidden), dtypes)
+        dy = self._arrays.check("dy", dy, (kept.num_tokens, spec.hidden), dtypes)
         if not isinstance(accumulate, (bool, np.bool_)):
             raise ValueError(f"accumulate must be True or False (got {accumulate!r})")
         given = Gradients(None, None, None, None) if out is None else out
@@ -163,28 +175,26 @@ class MoELayer:
         given = Gradients(*given)
         if accumulate and (given.w_up is None or given.w_down is None):
             raise ValueError("out must have w_up and w_down when accumulate=True (got None)")
-        grads = Gradients(
-            self._result("out.x", given.x, dy.shape, dtypes),
-            self._result("out.topk_weights", given.topk_weights, (len(dy), spec.topk), (_FLOAT32,)),
-            self._result("out.w_up", given.w_up, geometry.w_up_shape, (*dtypes, _FLOAT32)),
-            self._result("out.w_down", given.w_down, geometry.w_down_shape, (*dtypes, _FLOAT32)),
-        )
-        wide = grads._replace(
-            w_up=np.empty(geometry.w_up_shape, _FLOAT32),
-            w_down=np.empty(geometry.w_down_shape, _FLOAT32),
-        )
-        try:
-            self._executor.backward(dy, kept, out=wide, tracer=self.tracer)
-        except BaseException:
-            grads.x.fill(np.nan)
-            grads.topk_weights.fill(np.nan)
-            raise
+        weights, wide = (len(dy), spec.topk), (*dtypes, _FLOAT32)
+        with on_stream:
+            grads = Gradients(
+                self._result("out.x", given.x, dy.shape, dtypes),
+                self._result("out.topk_weights", given.topk_weights, weights, (_FLOAT32,)),
+                self._result("out.w_up", given.w_up, geometry.w_up_shape, wide),
+                self._result("out.w_down", given.w_down, geometry.w_down_shape, wide),
+            )
+            try:
+                self._executor.backward(
+                    dy, kept, out=grads, accumulate=bool(accumulate), tracer=self.tracer
+                )
+            except BaseException:
+                grads.x.fill(np.nan)
+                grads.topk_weights.fill(np.nan)
+                raise
         kept.mark_used()
-        for result, value in ((grads.w_up, wide.w_up), (grads.w_down, wide.w_down)):
-            result[:] = result + value if accumulate else value
         return grads
 
-    def buffer(self) -> np.ndarray:
+    def buffer(self) -> Any:
         """Heap memory [max_tokens, H]: tokens written here and passed as ``x = buffer()[:T]``
         are not copied. Valid until the next call of any layer of the world, or its end."""
         self._check_open()
@@ -195,11 +205,14 @@ class MoELayer:
         """Wait for this layer's calls and raise what they have not raised yet. On the host
         every call has ended, and has raised, when it returns."""
         self._check_open()
+        self._executor.synchronize()
         self.world.check_running(_STOPPED)
 
     def close(self) -> None:
-        """Give this layer up, on this rank; may be repeated."""
-        self._closed = True
+        """Give this layer up, on this rank; may be repeated. Raises what `synchronize` would."""
+        if not self._closed:
+            self._closed = True
+            self._executor.close()
 
     def __enter__(self) -> MoELayer:
         return self
@@ -210,7 +223,9 @@ class MoELayer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        self._closed = True
 
     def __repr__(self) -> str:
         return f"<MoELayer {self._layer} of {self.world!r}, mode={self.mode!r}, {self.spec}>"
@@ -229,8 +244,10 @@ class MoELayer:
             if not isinstance(config, TileConfig):
                 raise ValueError(f"config must be a TileConfig (got {type(config)!r})")
             if mode is not None:
-                check_choice("mode", mode, MODES)
+                check_choice("mode", mode, MODES[world.device])
             Geometry(spec, world.rank, world.size)
+            if world.device == "cuda" and spec.dtype != "bfloat16":
+                raise ValueError(f"dtype must be 'bfloat16' on device='cuda' (got {spec.dtype!r})")
         except ValueError as error:
             problem = str(error)
         mine = (problem, repr(spec), repr(mode), repr(config), world.num_layers)
@@ -255,14 +272,14 @@ class MoELayer:
         if self._closed:
             raise ValueError("layer must be open (it was closed)")
 
-    def _check_usable(self, stream: Any) -> None:
+    def _check_usable(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         self._check_open()
-        if stream is not None:
-            raise ValueError(f"stream must be None on device='host' (got {stream!r})")
         self.world.check_running(_STOPPED)
+        return self._arrays.stream(stream)
 
-    def _check_tokens(self, name: str, tokens: Any) -> np.ndarray:
-        tokens = check_array(name, tokens, (None, self.spec.hidden), (self.spec.numpy_dtype,))
+    def _check_tokens(self, name: str, tokens: Any) -> Any:
+        shape = (None, self.spec.hidden)
+        tokens = self._arrays.check(name, tokens, shape, (self.spec.numpy_dtype,))
         if len(tokens) > self.spec.max_tokens:
             raise ValueError(
                 f"{name} must have at most max_tokens={self.spec.max_tokens} rows "
@@ -270,13 +287,12 @@ class MoELayer:
             )
         return tokens
 
-    @staticmethod
     def _result(
-        name: str, given: Any, shape: tuple[int, ...], dtypes: tuple[np.dtype, ...]
-    ) -> np.ndarray:
+        self, name: str, given: Any, shape: tuple[int, ...], dtypes: tuple[np.dtype, ...]
+    ) -> Any:
         if given is None:
-            return np.empty(shape, dtypes[0])
-        return check_array(name, given, shape, dtypes, writable=True)
+            return self._arrays.empty(shape, dtypes[0])
+        return self._arrays.check(name, given, shape, dtypes, writable=True)
 
 
 _STOPPED = "the world is stopped until world.reset(): "

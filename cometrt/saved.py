@@ -1,7 +1,8 @@
 """What forward keeps for backward: a flat tuple of arrays of fixed shape, and the weights.
 
-(meta [7] int64, x, z [capacity, 2 * I_s], the plan's tables, w_up, w_down), where x is the
-gathered rows [capacity, H] (save="rows") or this rank's tokens [max_tokens, H] (save="z").
+(meta [6] int64 on the host, epoch [1] int64, x, z [capacity, 2 * I_s], the plan's tables, w_up,
+w_down), where x is the gathered rows [capacity, H] (save="rows") or this rank's tokens
+[max_tokens, H] (save="z").
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from cometrt.plan import Plan, PlanShape
 
-_META = ("world", "layer", "shape", "rank", "num_tokens", "forward_epoch", "used")
+_META = ("world", "layer", "shape", "rank", "num_tokens", "used")
 _PLAN_FIELDS = len(dataclasses.fields(Plan))
 
 
@@ -22,8 +23,9 @@ class Saved:
     """The tuple with names; `meta` is shared with it, so that a use is seen by both."""
 
     meta: np.ndarray
-    x: np.ndarray
-    z: np.ndarray
+    epoch: Any  # of the forward
+    x: Any
+    z: Any
     plan: Plan
     w_up: Any
     w_down: Any
@@ -34,18 +36,18 @@ class Saved:
         shape: PlanShape,
         layer: int,
         num_tokens: int,
-        forward_epoch: int,
         world: int,
-        x: np.ndarray,
-        z: np.ndarray,
+        epoch: Any,
+        x: Any,
+        z: Any,
         plan: Plan,
         w_up: Any,
         w_down: Any,
     ) -> tuple[Any, ...]:
         rank = shape.geometry.rank
-        values = [world, layer, shape.digest(), rank, num_tokens, forward_epoch, 0]
+        values = [world, layer, shape.digest(), rank, num_tokens, 0]
         meta = np.array(values, np.int64)
-        return (meta, x, z, *plan.arrays(), w_up, w_down)
+        return (meta, epoch, x, z, *plan.arrays(), w_up, w_down)
 
     @staticmethod
     def unpack(saved: Any, *, shape: PlanShape, layer: int, world: int) -> Saved:
@@ -54,7 +56,7 @@ class Saved:
         Raises:
             ValueError: otherwise.
         """
-        length = 3 + _PLAN_FIELDS + 2
+        length = 4 + _PLAN_FIELDS + 2
         if not isinstance(saved, (tuple, list)) or len(saved) != length:
             what = f"{len(saved)} items" if isinstance(saved, (tuple, list)) else repr(type(saved))
             raise ValueError(
@@ -77,20 +79,14 @@ class Saved:
                     f"({name} is {expected}, got {found[name]})"
                 )
         if found["used"]:
-            raise ValueError(
-                f"saved must be used for one backward only (forward of epoch "
-                f"{found['forward_epoch']} has had its backward)"
-            )
-        plan = Plan(*saved[3 : 3 + _PLAN_FIELDS])
-        return Saved(meta, saved[1], saved[2], plan, saved[-2], saved[-1])
+            raise ValueError("saved must be used for one backward only (it has had its backward)")
+        plan = Plan(*saved[4 : 4 + _PLAN_FIELDS])
+        epoch, x, z = saved[1:4]
+        return Saved(meta, epoch, x, z, plan, saved[-2], saved[-1])
 
     @property
     def num_tokens(self) -> int:
         return int(self.meta[_META.index("num_tokens")])
-
-    @property
-    def forward_epoch(self) -> int:
-        return int(self.meta[_META.index("forward_epoch")])
 
     def mark_used(self) -> None:
         self.meta[_META.index("used")] = 1

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -192,25 +193,44 @@ def poisoned(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
     return np.full(shape, np.nan, dtype)
 
 
+def on_device(world: cometrt.World) -> Callable[[np.ndarray], Any]:
+    """Moves an array to where the world's layers want it."""
+    if world.device == "host":
+        return lambda array: array
+    import cupy
+
+    return cupy.asarray
+
+
+def on_host(array: Any) -> np.ndarray:
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
 def run_case(world: cometrt.World, case: Case, inputs: Inputs, repeats: int = 2) -> Output:
     """Forward and backward `repeats` times into poisoned outputs; the bits must repeat."""
-    rank, spec, dtype = world.rank, case.spec, case.spec.numpy_dtype
-    w_up, w_down = cometrt.shard_weights(inputs.w_up, inputs.w_down, rank, case.size, spec)
-    x, dy, ids, weights = (
-        inputs.x[rank], inputs.dy[rank], inputs.ids[rank], inputs.weights[rank],
-    )  # fmt: skip
+    rank, spec, dtype, move = world.rank, case.spec, case.spec.numpy_dtype, on_device(world)
+    w_up, w_down = map(
+        move, cometrt.shard_weights(inputs.w_up, inputs.w_down, rank, case.size, spec)
+    )
+    x, dy, ids, weights = map(
+        move, (inputs.x[rank], inputs.dy[rank], inputs.ids[rank], inputs.weights[rank])
+    )
     wgrad_dtype = np.float32 if case.seed % 2 else dtype
     outputs = []
     with cometrt.MoELayer(world, spec, case.mode, config=case.config) as layer:
         for _ in range(repeats):
-            y, saved = layer.forward(x, ids, weights, w_up, w_down, out=poisoned(x.shape, dtype))
-            out = cometrt.Gradients(
-                poisoned(x.shape, dtype),
-                poisoned(weights.shape, np.float32),
-                poisoned(w_up.shape, wgrad_dtype),
-                poisoned(w_down.shape, wgrad_dtype),
+            y, saved = layer.forward(
+                x, ids, weights, w_up, w_down, out=move(poisoned(x.shape, dtype))
             )
-            outputs.append(Output(y, layer.backward(dy, saved, out=out)))
+            out = cometrt.Gradients(
+                move(poisoned(x.shape, dtype)),
+                move(poisoned(weights.shape, np.float32)),
+                move(poisoned(w_up.shape, wgrad_dtype)),
+                move(poisoned(w_down.shape, wgrad_dtype)),
+            )
+            grads = layer.backward(dy, saved, out=out)
+            layer.synchronize()
+            outputs.append(Output(on_host(y), cometrt.Gradients(*map(on_host, grads))))
     assert len({output.digest() for output in outputs}) == 1, "bits differ between repeats"
     return outputs[0]
 
@@ -255,10 +275,13 @@ def check_case(case: Case, inputs: Inputs, outputs: list[Output]) -> None:
         assert error < few * tolerance(case.dtype), f"{name}: relative error {error:.2e} in {case}"
 
 
-def spawn_case(case: Case, repeats: int = 2) -> list[Output]:
+def spawn_case(case: Case, repeats: int = 2, device: str = "host") -> list[Output]:
     inputs = make_inputs(case)
     outputs = cometrt.spawn(
-        lambda world: run_case(world, case, inputs, repeats), case.size, timeout_sec=60
+        lambda world: run_case(world, case, inputs, repeats),
+        case.size,
+        device,
+        timeout_sec=60 if device == "host" else 10,
     )
     check_case(case, inputs, outputs)
     return outputs

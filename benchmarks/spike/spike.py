@@ -21,7 +21,7 @@ import numpy as np
 
 from cometrt.kernels import tensor_map
 from cometrt.kernels.compiler import compile_cubin
-from cometrt.kernels.params import control_dtype, world_dtype
+from cometrt.world.layout import control_dtype, world_dtype
 from cometrt.world.partitions import split_gpu
 
 HERE = Path(__file__).resolve().parent
@@ -135,7 +135,7 @@ class Fused:
             state["counters"].fill(0)
             state["span"].set(np.array([2**63, 0], np.uint64))
         cp.cuda.Device().synchronize()
-        for rank, (stream, num_sms) in enumerate(self.partitions):
+        for rank, (stream, num_sms, _) in enumerate(self.partitions):
             state = self.ranks[rank]
             p = self.params(rank, num_comm=num_comm, gbps=gbps, timeout_ms=timeout_ms, stall=stall)
             with stream:

@@ -1,1 +1,1 @@
-"""The layer on CUDA, piece by piece as it comes."""
+"""The layer on CUDA."""

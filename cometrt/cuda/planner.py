@@ -76,19 +76,26 @@ class DevicePlanner:
             "plan_push_order",
         )
 
-    def plan(self, ids: Any, weights: Any, num_tokens: Any) -> Plan:
-        """A plan of CuPy arrays, on the current stream.
+    def new_plan(self) -> Plan:
+        """Memory for one: CuPy arrays, not filled."""
+        import cupy as cp
+
+        return Plan(
+            **{
+                name: cp.empty(shape, cp.float32 if name == "row_weight" else cp.int32)
+                for name, shape in plan_table_shapes(self._shape).items()
+            }
+        )
+
+    def plan(self, ids: Any, weights: Any, num_tokens: Any, out: Plan) -> Plan:
+        """Fill `out`, from `new_plan`, on the current stream.
 
         Args:
             ids: [W, max_tokens, K] int32, weights likewise float32, num_tokens [W] int32.
         """
-        import cupy as cp
-
         shape, size = self._shape, self._shape.geometry.size
-        tables = {}
-        for name, table_shape in plan_table_shapes(shape).items():
-            kind = cp.float32 if name == "row_weight" else cp.int32
-            tables[name] = cp.empty(table_shape, kind)
+        tables: dict[str, Any] = {name: getattr(out, name) for name, _ in PLAN_OUTPUTS}
+        for name in tables:
             tables[name].data.memset_async(0 if name == "row_weight" else 0xFF, tables[name].nbytes)
         for name, byte in (("token_counts", 0), ("block_position", 0xFF)):
             self._scratch[name].data.memset_async(byte, self._scratch[name].nbytes)
@@ -115,7 +122,7 @@ class DevicePlanner:
         self._place(by_segment, _CHUNK, params)
         blocks = math.ceil(size * shape.blocks_per_home / _CHUNK)
         self._push_order((blocks,), _CHUNK, params)
-        return Plan(**tables)
+        return out
 
     def wrong_pair(self) -> int | None:
         """The first wrong pair of the last plan, or None. Synchronises."""

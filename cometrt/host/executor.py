@@ -16,8 +16,6 @@ from cometrt.specs import Gradients
 from cometrt.trace import Tracer
 from cometrt.world import World
 
-MODES = ("fused", "sequential")
-
 
 class HostExecutor:
     """mode "fused": both roles at once. "sequential": dispatch, GEMMs, combine, one after the
@@ -82,7 +80,7 @@ class HostExecutor:
             shape=self._shape,
             layer=self._layer,
             num_tokens=len(x),
-            forward_epoch=ex.epoch,
+            epoch=np.array([ex.epoch], np.int64),
             world=self._world.identity,
             x=x_rows if tokens is None else tokens,
             z=z,
@@ -91,17 +89,32 @@ class HostExecutor:
             w_down=w_down,
         )
 
-    def backward(self, dy: np.ndarray, saved: Saved, *, out: Gradients, tracer: Tracer) -> None:
-        """Fill out.x and out.topk_weights [T, ...] and out.w_up, out.w_down (fp32 here)."""
+    def backward(
+        self, dy: np.ndarray, saved: Saved, *, out: Gradients, accumulate: bool, tracer: Tracer
+    ) -> None:
+        """Fill `out`; weight gradients only once the exchange has succeeded."""
         ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
+        geometry = self._shape.geometry
+        wide = out._replace(
+            w_up=np.empty(geometry.w_up_shape, np.float32),
+            w_down=np.empty(geometry.w_down_shape, np.float32),
+        )
         with ex.guard("compute"):
-            self._backward(ex, dy, saved, out)
+            self._backward(ex, dy, saved, wide)
+        for result, value in ((out.w_up, wide.w_up), (out.w_down, wide.w_down)):
+            result[:] = result + value if accumulate else value
+
+    def synchronize(self) -> None:
+        """Every call has ended, and has raised, when it returns."""
+
+    def close(self) -> None:
+        """Holds nothing that needs it."""
 
     def _backward(self, ex: Exchange, dy: np.ndarray, saved: Saved, out: Gradients) -> None:
         ex.plan, pull_x = saved.plan, self._shape.geometry.spec.save == "z"
         payloads = {"dy": dy} | ({"x": saved.x[: len(dy)]} if pull_x else {})
         comm.clear_dweight(ex, len(dy))
-        ex.publish("backward", payloads, len(dy), forward_epoch=saved.forward_epoch)
+        ex.publish("backward", payloads, len(dy), forward_epoch=int(saved.epoch[0]))
         dy_rows, dx_rows, dz = self._rows(), self._rows(), np.empty_like(saved.z)
         x_rows = self._rows() if pull_x else saved.x
         weighted_a = self._rows(self._shape.geometry.local_intermediate)

@@ -11,7 +11,7 @@ from cometrt.kernels.compiler import compile_cubin, kernels_folder
 
 
 class Kernel:
-    """A kernel whose only argument is its params struct (and tensor maps, by value)."""
+    """A kernel whose only argument is its params struct (and what else it takes by value)."""
 
     def __init__(self, function: Any) -> None:
         self._function = function
@@ -21,14 +21,14 @@ class Kernel:
         grid: tuple[int, ...],
         block: int,
         params: np.ndarray,
-        *maps: np.ndarray,
+        *more: Any,
         shared_bytes: int = 0,
     ) -> None:
         """Launch on CuPy's current stream. `params` is a size-1 array of the struct's mirror."""
         if shared_bytes > self._function.max_dynamic_shared_size_bytes:
             self._function.max_dynamic_shared_size_bytes = shared_bytes
         by_value = params.view(f"V{params.dtype.itemsize}")
-        self._function(grid, (block,), (by_value, *maps), shared_mem=shared_bytes)
+        self._function(grid, (block,), (by_value, *more), shared_mem=shared_bytes)
 
 
 @functools.cache

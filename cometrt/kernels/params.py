@@ -11,8 +11,7 @@ import numpy as np
 
 from cometrt.activations import ACTIVATIONS
 from cometrt.plan import Plan, PlanShape
-from cometrt.world.base import header_dtype
-from cometrt.world.failure import FAILURE_NUMBERS
+from cometrt.world.layout import control_dtype, header_dtype, record_dtype, world_dtype
 
 geometry_dtype = np.dtype(
     [
@@ -51,28 +50,46 @@ plan_params = np.dtype(
     ]
 )
 
-MAX_RANKS = 64  # kMaxRanks of comm/world.cuh
-record_dtype = np.dtype([(name, np.int64) for name in FAILURE_NUMBERS])
-control_dtype = np.dtype(
+call_state_dtype = np.dtype(
     [
-        ("source_ready", np.uint64, MAX_RANKS),
-        ("header", header_dtype, (2, MAX_RANKS)),
-        ("failure", record_dtype, MAX_RANKS),
-        ("abort", np.uint64),
-        ("reported", np.uint64),
-        ("epoch", np.uint64),
+        ("ticket", np.uint32),
+        ("mismatch", np.uint32),
+        ("epoch", np.int64),
+        ("ok", np.uint32),
+        ("unused", np.uint32),
     ]
 )
-world_dtype = np.dtype(
-    [
-        ("control", np.uint64, MAX_RANKS),
-        ("data", np.uint64, MAX_RANKS),
-        ("flags", np.uint64, MAX_RANKS),
-        ("generation", np.uint64),
-        ("timeout_ns", np.uint64),
-        ("rank", np.int32),
-        ("size", np.int32),
+HEAP_OFFSETS = {  # field of Call -> array of the heap
+    "x_at": "x",
+    "dy_at": "dy",
+    "ids_at": "ids",
+    "weights_at": "weights",
+    "staging_at": "staging",
+    "dweight_at": "dweight",
+    "partials_at": "partials_ready",
+}
+CALL_TABLES = (
+    "expert_offsets row_pair row_weight pair_row pull_tokens pull_offsets send_tokens "
+    "send_offsets send_base push_blocks num_blocks home_slot home_base"
+).split()
+call_dtype = np.dtype(
+    [("world", world_dtype), ("g", geometry_dtype)]
+    + [(name, np.int32) for name in "num_chunks num_tokens ids_are_64 weighted".split()]
+    + [(name, np.uint64) for name in HEAP_OFFSETS]
+    + [(name, np.int64) for name in "operation layer spec_hash".split()]
+    + [
+        (name, np.uint64)
+        for name in (
+            *"forward_epoch state x dy ids weights all_ids all_weights all_num_tokens".split(),
+            "errors",
+            *CALL_TABLES,
+            *"pull_at rows partial_rows out dweight_rows out_dweight".split(),
+        )
     ]
+)
+activation_params = np.dtype(
+    [("g", geometry_dtype)]
+    + [(name, np.uint64) for name in "expert_offsets row_weight z a da dz dweight_rows".split()]
 )
 
 # struct in kernels_cu -> (header, mirror)
@@ -83,6 +100,9 @@ MIRRORS = {
     "FailureRecord": ("comm/world.cuh", record_dtype),
     "Control": ("comm/world.cuh", control_dtype),
     "World": ("comm/world.cuh", world_dtype),
+    "CallState": ("exchange/call.cuh", call_state_dtype),
+    "Call": ("exchange/call.cuh", call_dtype),
+    "ActivationParams": ("exchange/activation.cuh", activation_params),
 }
 
 

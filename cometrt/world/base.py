@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,22 +24,15 @@ from cometrt.errors import MismatchError
 from cometrt.specs import check_timeout
 from cometrt.world.blas import pin_blas_threads, unpin_blas_threads
 from cometrt.world.failure import KINDS, Failure, Wanted, failure_dtype
+from cometrt.world.layout import header_dtype
+
+if TYPE_CHECKING:
+    from cometrt.world.device import DeviceMemory
 
 _log = logging.getLogger("cometrt")
 
 _MAIL_BYTES = 1 << 16
 _FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 50e-6, 1e-3
-
-header_dtype = np.dtype(
-    [
-        ("epoch", np.int64),
-        ("operation", np.int64),
-        ("layer", np.int64),
-        ("spec_hash", np.int64),
-        ("forward_epoch", np.int64),  # backward: the forward that it belongs to
-        ("num_tokens", np.int64),
-    ]
-)
 
 
 def board_dtype(size: int) -> np.dtype:
@@ -71,7 +64,8 @@ class World(abc.ABC):
 
     Attributes:
         rank, size: this rank, and W.
-        device: "host".
+        device: "host" or "cuda".
+        gpu: this rank's device memory on "cuda", else None.
         timeout_sec: longest that any single wait may last.
         epoch: exchanges begun so far; equal on all ranks between calls.
     """
@@ -86,7 +80,9 @@ class World(abc.ABC):
         self._num_allocations = 0
         self._closed = False
         self._stop_lock = threading.Lock()
-        self._segments: dict[str, list[np.ndarray]] = {}
+        self._segments: dict[str, list[Any]] = {}
+        self._segment_bytes: dict[str, int] = {}
+        self.gpu: DeviceMemory | None = None
         dtype = board_dtype(size)
         self.boards = [memory.view(dtype)[0] for memory in self._allocate(dtype.itemsize)]
         self.board["generation"][0] = self._generation
@@ -94,6 +90,10 @@ class World(abc.ABC):
         try:
             # Tells this world from others, in what outlives it.
             self.identity = int(self.allgather(secrets.randbits(62), purpose="world")[0])
+            if device == "cuda":
+                from cometrt.world.device import DeviceMemory
+
+                self.gpu = DeviceMemory(self)
         except BaseException as error:
             self.abandon(error)
             raise
@@ -116,6 +116,15 @@ class World(abc.ABC):
     # ---- memory -----------------------------------------------------------------------------
 
     @property
+    def shares_gpu(self) -> bool:
+        """Whether other ranks of this process work on the same GPU."""
+        return False
+
+    @property
+    def generation(self) -> int:
+        return self._generation
+
+    @property
     def board(self) -> Any:
         return self.boards[self.rank]
 
@@ -127,21 +136,25 @@ class World(abc.ABC):
         mine = (nbytes, self._num_allocations)
         ranks = self.allgather(mine, purpose=f"segment {name}")
         wanted = max(nbytes for nbytes, _ in ranks)
-        if wanted <= self._segment_bytes(name):
+        if wanted <= self._segment_bytes.get(name, 0):
             return
+        self._segment_bytes[name] = wanted
         self._num_allocations = 1 + max(count for _, count in ranks)
         try:
-            self._segments[name] = self._allocate(max(wanted, 1))
+            allocate = self.gpu.allocate if self.gpu else self._allocate
+            self._segments[name] = allocate(max(wanted, 1))
         except BaseException as error:
             self.stop_for(error, " in allocating shared memory")
             raise
 
-    def segment(self, name: str, rank: int) -> np.ndarray:
-        """Bytes of one rank's segment; look it up at each call, it may have grown."""
+    def segment(self, name: str, rank: int) -> Any:
+        """Bytes of one rank's segment, on "cuda" its address on this rank's device; look it up
+        at each call, it may have grown."""
         return self._segments[name][rank]
 
-    def _segment_bytes(self, name: str) -> int:
-        return self._segments[name][0].nbytes if name in self._segments else 0
+    @abc.abstractmethod
+    def share_device_memory(self, pointer: int) -> list[int]:
+        """Collective, on "cuda": every rank's allocation as this rank's device reaches it."""
 
     # ---- waiting and stopping ---------------------------------------------------------------
 
@@ -225,6 +238,8 @@ class World(abc.ABC):
         if self._closed:
             raise ValueError("world must be open (it was closed)")
         board = self.board
+        if self.gpu:
+            self.epoch = board["epoch"][0] = self.gpu.read_epoch()
 
         def asked(peer: int) -> bool:
             # A rank whose last reset failed half-way asks for a later generation: follow it.
@@ -251,6 +266,8 @@ class World(abc.ABC):
             raise
         finally:
             self._generation = int(board["generation"][0])
+        if self.gpu:
+            self.gpu.write_epoch(self.epoch)
 
     # ---- meeting ----------------------------------------------------------------------------
 

@@ -24,10 +24,10 @@ _LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 class MPIWorld(World):
     """A rank of `connect`."""
 
-    def __init__(self, comm: Any, timeout_sec: float) -> None:
+    def __init__(self, comm: Any, device: str, timeout_sec: float) -> None:
         self._comm = comm
         self._windows: list[Any] = []
-        super().__init__(comm.Get_rank(), comm.Get_size(), "host", timeout_sec)
+        super().__init__(comm.Get_rank(), comm.Get_size(), device, timeout_sec)
 
     def _allocate(self, nbytes: int) -> list[np.ndarray]:
         from mpi4py import MPI
@@ -47,6 +47,15 @@ class MPIWorld(World):
     def fence(self) -> None:
         self._windows[0].Sync()
 
+    def share_device_memory(self, pointer: int) -> list[int]:
+        from cupy.cuda import runtime
+
+        handles = self.allgather(runtime.ipcGetMemHandle(pointer), purpose="device memory")
+        return [
+            pointer if rank == self.rank else runtime.ipcOpenMemHandle(handle)
+            for rank, handle in enumerate(handles)
+        ]
+
     def _free(self) -> None:
         self.board["closing"][0] = 1
         try:
@@ -59,6 +68,8 @@ class MPIWorld(World):
         except BaseException as error:
             _log.warning("shared memory stays until the process ends: %s", error)
             raise
+        if self.gpu:
+            self.gpu.close_peers()
         for window in self._windows:
             window.Unlock_all()
             window.Free()
@@ -71,7 +82,7 @@ def connect(comm: Any, device: str, *, timeout_sec: float = 30.0) -> World:
 
     Args:
         comm: an intracommunicator; it is duplicated.
-        device: "host", the only one of this release.
+        device: "host"; or "cuda": ranks take the host's GPUs in turn.
         timeout_sec: longest that any single wait may last.
 
     Raises:
@@ -101,6 +112,10 @@ def connect(comm: Any, device: str, *, timeout_sec: float = 30.0) -> World:
             "comm must come from an MPI initialised with MPI_THREAD_MULTIPLE "
             f"(got thread level {MPI.Query_thread()})"
         )
+    if device == "cuda":
+        import cupy
+
+        cupy.cuda.Device(comm.Get_rank() % cupy.cuda.runtime.getDeviceCount()).use()
     own = _duplicate(comm, timeout_sec)
     node = own.Split_type(MPI.COMM_TYPE_SHARED)
     here = node.Get_size()
@@ -108,7 +123,7 @@ def connect(comm: Any, device: str, *, timeout_sec: float = 30.0) -> World:
     if here != own.Get_size():
         own.Free()
         raise ValueError(f"comm must have all ranks on one host (got {here} of {comm.Get_size()})")
-    return MPIWorld(own, timeout_sec)
+    return MPIWorld(own, device, timeout_sec)
 
 
 def _duplicate(comm: Any, timeout_sec: float) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from cometrt.errors import CometError
@@ -12,6 +15,7 @@ class Partition(NamedTuple):
 
     stream: Any  # cupy.cuda.Stream
     num_sms: int
+    device_id: int
 
 
 class _StreamHandle:
@@ -58,5 +62,56 @@ def split_gpu(count: int, device_id: int = 0) -> list[Partition]:
         non_blocking = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         handle = check(driver.cuGreenCtxStreamCreate(context, non_blocking, 0))
         stream = cupy.cuda.Stream.from_external(_StreamHandle(int(handle), context))
-        partitions.append(Partition(stream, int(group.sm.smCount)))
+        partitions.append(Partition(stream, int(group.sm.smCount), device_id))
     return partitions
+
+
+@contextlib.contextmanager
+def _seat(partition: Partition) -> Iterator[None]:
+    """This thread works on the partition's device and stream."""
+    import cupy
+
+    with cupy.cuda.Device(partition.device_id), partition.stream:
+        _seats.partition = partition
+        try:
+            yield
+        finally:
+            partition.stream.synchronize()
+            _seats.partition = None
+
+
+_seats = threading.local()
+
+
+def gpu_seats(ranks: int) -> list[contextlib.AbstractContextManager[None]]:
+    """For each rank's thread: a GPU of its own if there are enough, else a partition of one."""
+    import cupy
+
+    if cupy.cuda.runtime.getDeviceCount() < ranks:
+        partitions = split_gpu(ranks) if ranks > 1 else [_whole_gpu(0)]
+    else:
+        partitions = [_whole_gpu(device_id) for device_id in range(ranks)]
+        for device_id in range(ranks):
+            with cupy.cuda.Device(device_id):
+                for peer in range(ranks):
+                    if peer != device_id:
+                        cupy.cuda.runtime.deviceEnablePeerAccess(peer)
+    return [_seat(partition) for partition in partitions]
+
+
+def num_sms() -> int:
+    """SMs that this thread's kernels run on."""
+    partition = getattr(_seats, "partition", None)
+    if partition is not None:
+        return partition.num_sms
+    import cupy
+
+    return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
+
+
+def _whole_gpu(device_id: int) -> Partition:
+    import cupy
+
+    with cupy.cuda.Device(device_id) as device:
+        stream = cupy.cuda.Stream(non_blocking=True)
+        return Partition(stream, int(device.attributes["MultiProcessorCount"]), device_id)

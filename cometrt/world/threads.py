@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from cometrt.errors import first_original
 from cometrt.specs import check_choice, check_int, check_timeout
 from cometrt.world.base import World
 from cometrt.world.failure import Wanted
+from cometrt.world.partitions import gpu_seats
 
 Result = TypeVar("Result")
 
@@ -23,15 +25,16 @@ class _Process:
     def __init__(self, size: int) -> None:
         self.size = size
         self.lock = threading.Lock()
+        self.device_memory: list[Any] = []  # freed when no rank is left
         self.allocations: dict[int, dict[int, np.ndarray]] = {}  # by number, by rank
 
 
 class ThreadWorld(World):
     """A rank of `spawn`."""
 
-    def __init__(self, rank: int, process: _Process, timeout_sec: float) -> None:
+    def __init__(self, rank: int, process: _Process, device: str, timeout_sec: float) -> None:
         self._process = process
-        super().__init__(rank, process.size, "host", timeout_sec)
+        super().__init__(rank, process.size, device, timeout_sec)
 
     def _allocate(self, nbytes: int) -> list[np.ndarray]:
         memory = np.zeros(nbytes, np.uint8)
@@ -47,8 +50,16 @@ class ThreadWorld(World):
     def fence(self) -> None:
         pass  # threads of one interpreter: taking the interpreter lock orders their accesses
 
+    @property
+    def shares_gpu(self) -> bool:
+        return self.device == "cuda" and self.size > 1
+
+    def share_device_memory(self, pointer: int) -> list[int]:
+        return self.allgather(pointer, purpose="device memory")
+
     def _free(self) -> None:
-        pass  # plain arrays: each lives as long as some rank holds it
+        if self.gpu:
+            self._process.device_memory.append(self.gpu)  # a peer may still be writing
 
 
 def spawn(
@@ -64,8 +75,8 @@ def spawn(
     Args:
         fn: called with the rank's world, which is closed when it returns.
         ranks: W, at least 1.
-        device: "host", the only one of this release.
-        link: None; it belongs to device="cuda".
+        device: "host"; or "cuda": one GPU a rank if there are enough, else partitions of one.
+        link: None; pacing of a modelled link is not in this release.
         timeout_sec: longest that any single wait of a rank may last.
 
     Returns:
@@ -82,8 +93,9 @@ def spawn(
     if not callable(fn):
         raise ValueError(f"fn must be callable with a world (got {fn!r})")
     if link is not None:
-        raise ValueError(f"link must be None on device='host' (got {link!r})")
+        raise ValueError(f"link must be None in this release (got {link!r})")
 
+    seats = [contextlib.nullcontext()] * ranks if device == "host" else gpu_seats(ranks)
     process = _Process(ranks)
     results: list[Any] = [None] * ranks
     errors: list[tuple[float, BaseException]] = []
@@ -92,9 +104,10 @@ def spawn(
     def run(rank: int) -> None:
         world = None
         try:
-            world = worlds[rank] = ThreadWorld(rank, process, timeout_sec)
-            results[rank] = fn(world)
-            world.close()
+            with seats[rank]:
+                world = worlds[rank] = ThreadWorld(rank, process, device, timeout_sec)
+                results[rank] = fn(world)
+                world.close()
         except BaseException as error:
             errors.append((time.monotonic(), error))
             if world is not None:
@@ -122,4 +135,11 @@ def spawn(
 def check_device(device: str) -> None:
     check_choice("device", device, ("host", "cuda"))
     if device == "cuda":
-        raise ValueError("device must be 'host', this release has no CUDA world yet (got 'cuda')")
+        try:
+            import cupy
+
+            cupy.cuda.runtime.getDeviceCount()
+        except Exception as error:  # CuPy raises types of its own
+            raise ValueError(
+                f"device='cuda' needs an NVIDIA GPU and the cuda13 extra ({error})"
+            ) from error

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -70,21 +71,27 @@ def test_tile_config(change, message):
         cometrt.TileConfig(**change)
 
 
+def without_gpu(monkeypatch, message):
+    if "NVIDIA" in message:
+        monkeypatch.setitem(sys.modules, "cupy", None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"ranks": 0}, "ranks must be an integer >= 1 (got 0)"),
         ({"ranks": 2.0}, "ranks must be an integer >= 1 (got 2.0)"),
         ({"device": "tpu"}, "device must be one of host, cuda (got 'tpu')"),
-        ({"device": "cuda"}, "no CUDA world yet (got 'cuda')"),
+        ({"device": "cuda"}, "device='cuda' needs an NVIDIA GPU and the cuda13 extra ("),
         ({"timeout_sec": 0}, "timeout_sec must be a finite number > 0 (got 0)"),
         ({"timeout_sec": float("inf")}, "timeout_sec must be a finite number > 0 (got inf)"),
         ({"timeout_sec": 1e12}, "timeout_sec must be at most "),
-        ({"link": "h100"}, "link must be None on device='host' (got 'h100')"),
+        ({"link": "h100"}, "link must be None in this release (got 'h100')"),
         ({"fn": 3}, "fn must be callable with a world (got 3)"),
     ],
 )
-def test_spawn(arguments, message):
+def test_spawn(arguments, message, monkeypatch):
+    without_gpu(monkeypatch, message)
     with pytest.raises(ValueError, match=re.escape(message)):
         cometrt.spawn(**({"fn": lambda world: None, "ranks": 2} | arguments))
 
@@ -94,11 +101,12 @@ def test_spawn(arguments, message):
     [
         ({"comm": None}, "comm must be an mpi4py intracommunicator (got None)"),
         ({"device": "gpu"}, "device must be one of host, cuda (got 'gpu')"),
-        ({"device": "cuda"}, "no CUDA world yet (got 'cuda')"),
+        ({"device": "cuda"}, "device='cuda' needs an NVIDIA GPU and the cuda13 extra ("),
         ({"device": "host", "timeout_sec": -1}, "timeout_sec must be a finite number > 0"),
     ],
 )
-def test_connect(arguments, message):
+def test_connect(arguments, message, monkeypatch):
+    without_gpu(monkeypatch, message)
     MPI = pytest.importorskip("mpi4py.MPI")
     device = {"device": "host"} if "comm" in arguments else {}
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -265,8 +273,8 @@ def readonly(shape, dtype):
     [
         (lambda g: {"dy": g["dy"].astype(np.float32)}, "dy must have dtype bfloat16 (got float32)"),
         (lambda g: {"dy": g["dy"][1:]}, "dy must have shape ("),
-        (lambda g: {"saved": None}, "saved must be the tuple of 24 that forward(training=True)"),
-        (lambda g: {"saved": g["saved"][:-1]}, "(got 23 items)"),
+        (lambda g: {"saved": None}, "saved must be the tuple of 25 that forward(training=True)"),
+        (lambda g: {"saved": g["saved"][:-1]}, "(got 24 items)"),
         (lambda g: {"saved": (1, *g["saved"][1:])}, "saved must begin with forward's meta array"),
         (lambda g: {"saved": g["other"]}, "saved must come from this layer's forward (layer is 0,"),
         (lambda g: {"accumulate": "yes"}, "accumulate must be True or False (got 'yes')"),

@@ -1,0 +1,61 @@
+"""A rank's memory on its GPU, reached by its peers: plain allocations, shared by address."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cometrt.world.layout import control_dtype
+
+if TYPE_CHECKING:
+    from cometrt.world.base import World
+
+
+class DeviceMemory:
+    """Segments on the device, and the control block, which is one of them."""
+
+    def __init__(self, world: World) -> None:
+        """Collective."""
+        self._world = world
+        self._own: list[Any] = []  # cupy.cuda.Memory: freed with this object
+        self._opened: list[int] = []  # of other processes
+        self.control = self.allocate(control_dtype.itemsize)  # address of each rank's
+
+    def allocate(self, nbytes: int) -> list[int]:
+        """Collective: zeroed memory of every rank, as addresses on this rank's device.
+
+        What was there before is kept to the end: a peer may still be reading it.
+        """
+        import cupy
+
+        memory = cupy.cuda.Memory(nbytes)
+        cupy.cuda.runtime.memset(memory.ptr, 0, nbytes)
+        cupy.cuda.runtime.deviceSynchronize()
+        self._own.append(memory)
+        pointers = self._world.share_device_memory(memory.ptr)
+        self._opened += [pointer for pointer in pointers if pointer != memory.ptr]
+        return pointers
+
+    def read_epoch(self) -> int:
+        return int(self._epoch().get()[0])
+
+    def write_epoch(self, epoch: int) -> None:
+        self._epoch().set(np.array([epoch], np.uint64))
+
+    def _epoch(self) -> Any:
+        import cupy
+
+        cupy.cuda.get_current_stream().synchronize()
+        offset = control_dtype.fields["epoch"][1]  # type: ignore[index]
+        memory = cupy.cuda.MemoryPointer(self._own[0], offset)
+        return cupy.ndarray((1,), cupy.uint64, memory)
+
+    def close_peers(self) -> None:
+        """Let go of other processes' memory, before they free it."""
+        import cupy
+
+        cupy.cuda.runtime.deviceSynchronize()
+        for pointer in self._opened:
+            cupy.cuda.runtime.ipcCloseMemHandle(pointer)
+        self._opened.clear()

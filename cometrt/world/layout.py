@@ -1,0 +1,43 @@
+"""Records that ranks leave in each other's memory, on the host and, the same, on the device."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cometrt.world.failure import FAILURE_NUMBERS
+
+header_dtype = np.dtype(
+    [
+        ("epoch", np.int64),
+        ("operation", np.int64),
+        ("layer", np.int64),
+        ("spec_hash", np.int64),
+        ("forward_epoch", np.int64),  # backward: the forward that it belongs to
+        ("num_tokens", np.int64),
+    ]
+)
+
+# On the device: comm/world.cuh.
+MAX_RANKS = 64  # kMaxRanks of comm/world.cuh
+record_dtype = np.dtype([(name, np.int64) for name in FAILURE_NUMBERS])
+control_dtype = np.dtype(
+    [
+        ("source_ready", np.uint64, MAX_RANKS),
+        ("header", header_dtype, (2, MAX_RANKS)),
+        ("failure", record_dtype, MAX_RANKS),
+        ("abort", np.uint64),
+        ("reported", np.uint64),
+        ("epoch", np.uint64),
+    ]
+)
+world_dtype = np.dtype(
+    [
+        ("control", np.uint64, MAX_RANKS),
+        ("data", np.uint64, MAX_RANKS),
+        ("flags", np.uint64, MAX_RANKS),
+        ("generation", np.uint64),
+        ("timeout_ns", np.uint64),
+        ("rank", np.int32),
+        ("size", np.int32),
+    ]
+)
