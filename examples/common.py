@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
 import numpy as np
 
 import cometrt
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    help_text = "where the layer runs; auto: on a GPU if there is one"
+    parser.add_argument(
+        "--device", choices=["auto", "host", "cuda"], default="auto", help=help_text
+    )
+
+
+def pick_device(wanted: str) -> str:
+    if wanted != "auto":
+        return wanted
+    try:
+        import cupy
+
+        return "cuda" if cupy.cuda.runtime.getDeviceCount() else "host"
+    except Exception:  # no CuPy, no driver, no GPU
+        return "host"
+
+
+def to_device(world: cometrt.World, *arrays: np.ndarray) -> list[Any]:
+    """The arrays where the world's layers want them."""
+    if world.device == "host":
+        return list(arrays)
+    import cupy
+
+    return [cupy.asarray(array) for array in arrays]
+
+
+def to_host(*arrays: Any) -> list[np.ndarray]:
+    return [array if isinstance(array, np.ndarray) else array.get() for array in arrays]
 
 
 def random_weights(spec: cometrt.MoESpec, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,11 +10,25 @@ import argparse
 import time
 
 import numpy as np
-from common import errors_against_reference, random_weights, stop_if_wrong
+from common import (
+    add_device_option,
+    errors_against_reference,
+    pick_device,
+    random_weights,
+    stop_if_wrong,
+    to_device,
+    to_host,
+)
 from mpi4py import MPI
 
 import cometrt
 from cometrt.models import MODELS, scaled_spec
+
+
+def share(timeline: cometrt.trace.Timeline) -> str:
+    """As text; "unknown share" where nothing crossed or the device is not traced."""
+    hidden = timeline.hidden_share
+    return "unknown share" if hidden != hidden else f"{hidden:.0%}"
 
 
 def main() -> None:
@@ -25,7 +39,8 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1, help="shards of each expert")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--save", choices=["rows", "z"], default="rows")
-    parser.add_argument("--mode", choices=["fused", "sequential"], default="fused")
+    parser.add_argument("--mode", choices=["fused", "sequential"], help="default: the best")
+    add_device_option(parser)
     parser.add_argument("--layer1-order", choices=["waves", "columns"], default="waves")
     parser.add_argument("--skew", type=float, default=0.0, help="spread of the router's bias")
     parser.add_argument("--repeats", type=int, default=3)
@@ -50,7 +65,9 @@ def main() -> None:
     ids, topk_weights = cometrt.router.softmax_topk(logits, spec.topk)
 
     config = cometrt.TileConfig(layer1_order=args.layer1_order)
-    with cometrt.connect(comm, device="host") as world:
+    with cometrt.connect(comm, device=pick_device(args.device)) as world:
+        inputs = to_device(world, x, ids, topk_weights, w_up, w_down)
+        dy_there = to_device(world, dy)[0]
         layer = cometrt.MoELayer(world, spec, args.mode, config=config)
         if rank == 0:
             print(layer, flush=True)
@@ -58,9 +75,11 @@ def main() -> None:
             world.barrier()
             begin = time.perf_counter()
             with cometrt.trace.record(layer) as recording:
-                y, saved = layer.forward(x, ids, topk_weights, w_up, w_down)
+                y, saved = layer.forward(*inputs)
+                layer.synchronize()
                 forward = time.perf_counter()
-                grads = layer.backward(dy, saved)
+                grads = layer.backward(dy_there, saved)
+                layer.synchronize()
             end = time.perf_counter()
             seconds = [comm.allreduce(s, MPI.MAX) for s in (forward - begin, end - forward)]
             timeline = recording.gather()
@@ -68,12 +87,15 @@ def main() -> None:
                 print(
                     f"call {repeat}: forward {seconds[0] * 1e3:.1f} ms, "
                     f"backward {seconds[1] * 1e3:.1f} ms (slowest rank), "
-                    f"{timeline.hidden_share:.0%} of the communication under compute",
+                    f"{share(timeline)} of the communication under compute",
                     flush=True,
                 )
         if args.trace and rank == 0:
             timeline.save_json(args.trace)
-        errors = errors_against_reference(comm, spec, weights, (x, ids, topk_weights), dy, y, grads)
+        y, *grads = to_host(y, *grads)
+        errors = errors_against_reference(
+            comm, spec, weights, (x, ids, topk_weights), dy, y, cometrt.Gradients(*grads)
+        )
         stop_if_wrong(comm, errors, spec)
         largest = {name: comm.allreduce(error, MPI.MAX) for name, error in errors.items()}
         if rank == 0:

@@ -240,6 +240,10 @@ class CudaExecutor:
     def _start(self, call: np.ndarray) -> bool:
         """Publish and wait for all; False if ranks that share the GPU did not even meet."""
         self._state.data.memset_async(0, self._state.nbytes)
+        if self._world.shares_gpu:
+            # No copy of the caller's may still be queued: copies of all ranks share queues, and
+            # one behind a waiting kernel would hold up the others.
+            self._cp.cuda.get_current_stream().synchronize()
         if not self._meet():
             return False
         self._publish((num_sms(),), _THREADS, call)

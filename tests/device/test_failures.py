@@ -132,11 +132,12 @@ def test_a_flag_that_never_comes_is_told_by_the_device():
             rank.layer._executor._push = lambda *_: None
         rank.world.timeout_sec = 1.0
         y, _ = rank.forward()
-        with pytest.raises(cometrt.PeerTimeout, match="partials_ready") as error:
-            rank.layer.synchronize()
-        assert (error.value.peer, error.value.epoch) == (1, 1)
-        assert error.value.tile >= 0
-        assert np.isnan(on_host(y).astype(np.float32)).all()
+        error = caught(rank.layer.synchronize)
+        if world.rank != 1:  # which has all it needs, and may have ended before
+            assert isinstance(error, cometrt.PeerTimeout)
+            assert (error.flag, error.peer, error.epoch) == ("partials_ready", 1, 1)
+            assert error.tile >= 0
+            assert np.isnan(on_host(y).astype(np.float32)).all()
         world.timeout_sec = 10.0
         world.reset()
         layer = Rank(world, inputs)

@@ -1,0 +1,51 @@
+"""Ranks as processes that share one GPU over CUDA IPC, with and without the multi-process
+service."""
+
+import os
+import subprocess
+
+import pytest
+
+from tests.launch import mpirun
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def service(tmp_path, monkeypatch, request):
+    """The multi-process service in a folder of its own, where the parameter says so."""
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    # `spawn` wants many hardware queues; clients of the service are refused with them.
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    if not request.param:
+        yield
+        return
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    monkeypatch.setenv("CUDA_MPS_LOG_DIRECTORY", str(tmp_path))
+    try:
+        subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=20)
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no multi-process service here: {error}")
+    monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "25")
+    yield
+    quit_service = ["nvidia-cuda-mps-control"]
+    subprocess.run(quit_service, input="quit\n", text=True, timeout=30, env=os.environ)
+
+
+@pytest.mark.parametrize("service", [False, True], ids=["time-sliced", "service"], indirect=True)
+def test_cases_under_mpirun(service):
+    result = mpirun(4, "-m", "tests.multi.run_cuda_cases", timeout_sec=150)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    assert "all cases passed" in result.stdout
+
+
+@pytest.mark.parametrize("service", [True], ids=["service"], indirect=True)
+def test_examples_use_the_gpu(service, tmp_path):
+    result = mpirun(4, "-m", "mpi4py", "examples/demo.py", "--scale", "16", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "4 ranks on cuda, mode sequential" in result.stdout
+    assert "every result agrees with the float64 reference" in result.stdout
+    result = mpirun(4, "-m", "mpi4py", "examples/moe_layer.py", "--scale", "32", "--tp", "2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "checked: y " in result.stdout
