@@ -1,10 +1,17 @@
 """What every test needs: which of them run, and Hypothesis without its deadline."""
 
+import os
+
 import hypothesis
 import pytest
 
 hypothesis.settings.register_profile("cometrt", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("cometrt")
+
+
+def pytest_configure(config):
+    if config.getoption("--gpu"):  # before anything starts CUDA; see cometrt.spawn
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 def pytest_addoption(parser):

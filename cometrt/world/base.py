@@ -143,9 +143,19 @@ class World(abc.ABC):
         try:
             allocate = self.gpu.allocate if self.gpu else self._allocate
             self._segments[name] = allocate(max(wanted, 1))
+            if name == "data":
+                self._poison(name)
         except BaseException as error:
             self.stop_for(error, " in allocating shared memory")
             raise
+
+    def _poison(self, name: str) -> None:
+        """NaN, or -1, until it is written: what is read too early shows."""
+        if self.gpu:
+            self.gpu.poison(self._segments[name][self.rank], self._segment_bytes[name])
+        else:
+            self._segments[name][self.rank][:] = 0xFF
+        self.barrier()  # before a peer writes into it
 
     def segment(self, name: str, rank: int) -> Any:
         """Bytes of one rank's segment, on "cuda" its address on this rank's device; look it up
@@ -206,6 +216,8 @@ class World(abc.ABC):
             self.fence()
             for board in self.boards:
                 board["abort"][0] = max(int(board["abort"][0]), self._generation)
+            if self.gpu:
+                self.gpu.abort(self._generation)
 
     def check_running(self, prefix: str = "") -> None:
         """Raise what stopped the world, if anything did."""

@@ -17,7 +17,12 @@ class DeviceMemory:
 
     def __init__(self, world: World) -> None:
         """Collective."""
+        import cupy
+
         self._world = world
+        self._side_stream = cupy.cuda.Stream(non_blocking=True)
+        pinned = cupy.cuda.alloc_pinned_memory(8)
+        self._generation = np.frombuffer(pinned, np.uint64, 1)
         self._own: list[Any] = []  # cupy.cuda.Memory: freed with this object
         self._opened: list[int] = []  # of other processes
         self.control = self.allocate(control_dtype.itemsize)  # address of each rank's
@@ -36,6 +41,28 @@ class DeviceMemory:
         pointers = self._world.share_device_memory(memory.ptr)
         self._opened += [pointer for pointer in pointers if pointer != memory.ptr]
         return pointers
+
+    def poison(self, pointer: int, nbytes: int) -> None:
+        import cupy
+
+        cupy.cuda.runtime.memset(pointer, 0xFF, nbytes)
+        cupy.cuda.runtime.deviceSynchronize()
+
+    def abort(self, generation: int) -> None:
+        """Stop what waits on the device, on all ranks, while it is waiting."""
+        import cupy
+
+        runtime = cupy.cuda.runtime
+        self._generation[0] = generation
+        offset = control_dtype.fields["abort"][1]  # type: ignore[index]
+        for pointer in self.control:
+            runtime.memcpyAsync(
+                pointer + offset,
+                self._generation.ctypes.data,
+                8,
+                runtime.memcpyHostToDevice,
+                self._side_stream.ptr,
+            )
 
     def read_epoch(self) -> int:
         return int(self._epoch().get()[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -86,9 +85,6 @@ _seats = threading.local()
 
 def gpu_seats(ranks: int) -> list[contextlib.AbstractContextManager[None]]:
     """For each rank's thread: a GPU of its own if there are enough, else a partition of one."""
-    # Read when the context is made: with fewer hardware queues, streams of several ranks would
-    # share one, and wait behind each other's waiting kernels.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     import cupy
 
     if cupy.cuda.runtime.getDeviceCount() < ranks:

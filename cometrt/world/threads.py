@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -89,6 +90,10 @@ def spawn(
     """
     ranks = check_int("ranks", ranks, minimum=1)
     timeout_sec = check_timeout(timeout_sec)
+    if device == "cuda":
+        # Read when CUDA starts: with fewer hardware queues, streams of several ranks would share
+        # one, and wait behind each other's waiting kernels.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     check_device(device)
     if not callable(fn):
         raise ValueError(f"fn must be callable with a world (got {fn!r})")
