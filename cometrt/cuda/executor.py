@@ -6,8 +6,10 @@ cuBLAS has to know the experts' rows on the host, so each call waits once for it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -102,6 +104,12 @@ class CudaExecutor:
         tracer: Tracer,
     ) -> tuple[Any, ...] | None:
         self.raise_pending()
+        with self._guard():
+            return self._forward(x, ids, weights, w_up, w_down, training, out)
+
+    def _forward(
+        self, x: Any, ids: Any, weights: Any, w_up: Any, w_down: Any, training: bool, out: Any
+    ) -> tuple[Any, ...] | None:
         cp, geometry, spec = self._cp, self._shape.geometry, self._shape.geometry.spec
         tokens = None
         if training and spec.save == "z":
@@ -154,6 +162,10 @@ class CudaExecutor:
         self, dy: Any, saved: Saved, *, out: Gradients, accumulate: bool, tracer: Tracer
     ) -> None:
         self.raise_pending()
+        with self._guard():
+            self._backward(dy, saved, out, accumulate)
+
+    def _backward(self, dy: Any, saved: Saved, out: Gradients, accumulate: bool) -> None:
         cp, geometry, spec = self._cp, self._shape.geometry, self._shape.geometry.spec
         pulls_again = spec.save == "z"
         call = self._call("backward", len(dy), x=saved.x if pulls_again else None, out=out.x)
@@ -209,6 +221,17 @@ class CudaExecutor:
         error, self._pending = self._pending, None
         if error is not None:
             raise error
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Stop the world if this rank raises what its peers do not know of."""
+        try:
+            yield
+        except CometError:
+            raise
+        except BaseException as error:
+            self._world.stop_for(error, f" in a call of layer {self._layer}")
+            raise
 
     # ---- the stages of a call ---------------------------------------------------------------
 
@@ -379,6 +402,12 @@ class CudaExecutor:
         if int(control["abort"]) < world.generation:
             return None
         records = [r for r in control["failure"] if int(r["generation"]) >= world.generation]
+        if not records:  # a host stopped it
+            try:
+                world.check_running()
+            except CometError as error:
+                return error
+            return None
         record = min(records, key=lambda r: (int(r["kind"]), int(r["waiter"]) != world.rank))
         epoch = int(record["epoch"])
         if KINDS[int(record["kind"])] == "mismatch":

@@ -146,6 +146,30 @@ def test_a_flag_that_never_comes_is_told_by_the_device():
     check_case(CASE, inputs, cometrt.spawn(fn, 4, "cuda", timeout_sec=10))
 
 
+def test_a_rank_that_raises_in_the_middle_ends_the_others_at_once():
+    inputs = make_inputs(CASE)
+
+    def fail(*_):
+        raise LookupError("mine")
+
+    def fn(world):
+        rank = Rank(world, inputs)
+        if world.rank == 2:
+            rank.layer._executor._pull = fail
+        error = caught(rank.forward) or caught(rank.layer.synchronize)
+        if world.rank == 2:
+            assert isinstance(error, LookupError)
+        else:
+            assert isinstance(error, cometrt.PeerTimeout)
+            assert "rank 2 raised LookupError in a call of layer 0: mine" in str(error)
+        world.reset()
+        return Rank(world, inputs).step()
+
+    begin = time.monotonic()
+    check_case(CASE, inputs, cometrt.spawn(fn, 4, "cuda", timeout_sec=30))
+    assert time.monotonic() - begin < 20
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
