@@ -23,7 +23,7 @@ class DeviceMemory:
         self._side_stream = cupy.cuda.Stream(non_blocking=True)
         pinned = cupy.cuda.alloc_pinned_memory(8)
         self._generation = np.frombuffer(pinned, np.uint64, 1)
-        self._own: list[Any] = []  # cupy.cuda.Memory: freed with this object
+        self._own: list[Any] = []  # cupy.cuda.MemoryPointer: freed with this object
         self._opened: list[int] = []  # of other processes
         self.control = self.allocate(control_dtype.itemsize)  # address of each rank's
 
@@ -34,7 +34,12 @@ class DeviceMemory:
         """
         import cupy
 
-        memory = cupy.cuda.Memory(nbytes)
+        if self._world.shares_gpu:
+            # From the pool: freeing plain memory waits for the whole device, and the garbage
+            # collector may do it while a kernel of another world waits for a peer.
+            memory = cupy.cuda.alloc(nbytes)
+        else:
+            memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(nbytes), 0)
         cupy.cuda.runtime.memset(memory.ptr, 0, nbytes)
         cupy.cuda.runtime.deviceSynchronize()
         self._own.append(memory)
@@ -75,8 +80,7 @@ class DeviceMemory:
 
         cupy.cuda.get_current_stream().synchronize()
         offset = control_dtype.fields["epoch"][1]  # type: ignore[index]
-        memory = cupy.cuda.MemoryPointer(self._own[0], offset)
-        return cupy.ndarray((1,), cupy.uint64, memory)
+        return cupy.ndarray((1,), cupy.uint64, self._own[0] + offset)
 
     def close_peers(self) -> None:
         """Let go of other processes' memory, before they free it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -28,8 +29,10 @@ class _StreamHandle:
         return (0, self._handle)
 
 
+@functools.cache
 def split_gpu(count: int, device_id: int = 0) -> list[Partition]:
-    """`count` partitions of equal size, as many SMs as fit (a multiple of 8 each).
+    """`count` partitions of equal size, as many SMs as fit (a multiple of 8 each). They live as
+    long as the process, and whoever asks again gets the same.
 
     Raises:
         CometError: where the GPU cannot be split so.
@@ -109,6 +112,7 @@ def num_sms() -> int:
     return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
 
 
+@functools.cache
 def _whole_gpu(device_id: int) -> Partition:
     import cupy
 
