@@ -26,6 +26,7 @@ _OPTIONS = (
     "-std=c++17",
     "-default-device",
     "-lineinfo",
+    "--no-cache",  # NVRTC's own: what comes from it has no resource report
     "--ptxas-options=-v",
 )
 

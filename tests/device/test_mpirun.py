@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from cometrt.models import MODELS
 from tests.launch import mpirun
 
 pytestmark = pytest.mark.gpu
@@ -38,6 +39,15 @@ def test_cases_under_mpirun(service):
     result = mpirun(4, "-m", "tests.multi.run_cuda_cases", timeout_sec=150)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     assert "all cases passed" in result.stdout
+
+
+@pytest.mark.parametrize("service", [False, True], ids=["time-sliced", "service"], indirect=True)
+@pytest.mark.parametrize("model", list(MODELS))
+def test_scaled_models_under_mpirun(service, model):
+    options = ["--model", model, "--scale", "32", "--tokens", "96", "--device", "cuda"]
+    result = mpirun(4, "-m", "mpi4py", "examples/moe_layer.py", *options, timeout_sec=100)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "checked: y " in result.stdout
 
 
 @pytest.mark.parametrize("service", [True], ids=["service"], indirect=True)

@@ -83,7 +83,7 @@ class ModelCase(Case):
         return cometrt.TileConfig(block_m=128, block_tokens=32)
 
 
-@pytest.mark.parametrize("ranks", [(4, 1), (4, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 1), (4, 1), (4, 2), (8, 1)], ids=str)
 @pytest.mark.parametrize(
     ("model", "factor"),
     [("mixtral-8x7b", 16), ("qwen2-moe", 8), ("phi-3.5-moe", 16), ("qwen3-30b-a3b", 8),
