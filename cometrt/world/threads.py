@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -76,7 +77,8 @@ def spawn(
     Args:
         fn: called with the rank's world, which is closed when it returns.
         ranks: W, at least 1.
-        device: "host"; or "cuda": one GPU a rank if there are enough, else partitions of one.
+        device: "host"; or "cuda": one GPU a rank if there are enough, else partitions of one. On
+            "cuda" the process's cyclic garbage collector rests until spawn returns.
         link: None; pacing of a modelled link is not in this release.
         timeout_sec: longest that any single wait of a rank may last.
 
@@ -100,6 +102,29 @@ def spawn(
     if link is not None:
         raise ValueError(f"link must be None in this release (got {link!r})")
 
+    if device == "cuda" and ranks > 1:
+        with collector_at_rest():
+            return _run_ranks(fn, ranks, device, timeout_sec)
+    return _run_ranks(fn, ranks, device, timeout_sec)
+
+
+@contextlib.contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """No cyclic garbage collection within: what it would free on the device (streams, memory,
+    library handles of worlds gone by) may wait for kernels that wait for a peer."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _run_ranks(
+    fn: Callable[[World], Result], ranks: int, device: str, timeout_sec: float
+) -> list[Result]:
     seats = [contextlib.nullcontext()] * ranks if device == "host" else gpu_seats(ranks)
     process = _Process(ranks)
     results: list[Any] = [None] * ranks

@@ -8,7 +8,7 @@ import pytest
 
 import cometrt
 from cometrt.world.failure import Wanted
-from cometrt.world.threads import ThreadWorld
+from cometrt.world.threads import ThreadWorld, collector_at_rest
 from tests.cases import Case, Output, check_case, make_inputs
 from tests.faults import at
 from tests.host.test_orders import Rank
@@ -532,6 +532,21 @@ def test_timeouts_of_a_meeting_name_who_is_missing():
             time.sleep(3 * TIMEOUT)
 
     cometrt.spawn(fn, 3, timeout_sec=TIMEOUT)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_rests_and_is_put_back(enabled):
+    import gc
+
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(KeyError), collector_at_rest():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_errors_survive_pickling():
