@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,15 @@ if TYPE_CHECKING:
     from cometrt.world.base import World
 
 
+@functools.cache
+def _side_stream(device_id: int) -> Any:
+    """For copies that must not wait for the caller's stream; one a device, never destroyed."""
+    import cupy
+
+    with cupy.cuda.Device(device_id):
+        return cupy.cuda.Stream(non_blocking=True)
+
+
 class DeviceMemory:
     """Segments on the device, and the control block, which is one of them."""
 
@@ -19,8 +29,8 @@ class DeviceMemory:
         """Collective."""
         import cupy
 
+        _side_stream(cupy.cuda.Device().id)  # made now: nothing waits on the device yet
         self._world = world
-        self._side_stream = cupy.cuda.Stream(non_blocking=True)
         pinned = cupy.cuda.alloc_pinned_memory(8)
         self._generation = np.frombuffer(pinned, np.uint64, 1)
         self._own: list[Any] = []  # cupy.cuda.MemoryPointer: freed with this object
@@ -59,6 +69,7 @@ class DeviceMemory:
 
         runtime = cupy.cuda.runtime
         self._generation[0] = generation
+        stream = _side_stream(cupy.cuda.Device().id)
         offset = control_dtype.fields["abort"][1]  # type: ignore[index]
         for pointer in self.control:
             runtime.memcpyAsync(
@@ -66,7 +77,7 @@ class DeviceMemory:
                 self._generation.ctypes.data,
                 8,
                 runtime.memcpyHostToDevice,
-                self._side_stream.ptr,
+                stream.ptr,
             )
 
     def read_epoch(self) -> int:

@@ -541,9 +541,16 @@ def test_the_collector_rests_and_is_put_back(enabled):
     before = gc.isenabled()
     try:
         (gc.enable if enabled else gc.disable)()
-        with pytest.raises(KeyError), collector_at_rest():
-            assert not gc.isenabled()
-            raise KeyError
+        seen = []
+
+        def fails():
+            with collector_at_rest():
+                seen.append(gc.isenabled())
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            fails()
+        assert seen == [False]
         assert gc.isenabled() == enabled
     finally:
         (gc.enable if before else gc.disable)()
