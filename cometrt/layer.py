@@ -31,11 +31,16 @@ class MoELayer:
     rank // tp, shard rank % tp) holds the I_s = I / tp columns of its shard of the
     E_l = E / EP experts of its group.
 
+    On device="host" arrays are NumPy's and a call has ended when it returns. On "cuda" they are
+    CuPy's, or any DLPack arrays on this rank's GPU; a call is queued on the stream, and a
+    CometError of it is raised by `synchronize`, the next call, or `close`.
+
     Args:
         world: from ``cometrt.connect`` or ``cometrt.spawn``.
         spec: equal on all ranks.
-        mode: "fused" (exchange and GEMMs overlap tile by tile), "sequential" (dispatch, GEMMs,
-            combine one after the other; same bits), or None: the best there is.
+        mode: "fused" (exchange and GEMMs overlap tile by tile; on "host"), "sequential"
+            (dispatch, GEMMs, combine one after the other; on the host the same bits), or None:
+            the best there is.
         config: tile sizes and layer1's order; None: defaults.
 
     Raises:
@@ -96,7 +101,8 @@ class MoELayer:
             w_down: [E_l, H, I_s] in spec.dtype.
             training: also return what `backward` needs.
             out: [T, H] to write y into; it may be x.
-            stream: None on device="host".
+            stream: on "cuda", anything with ``__cuda_stream__``; None: CuPy's current stream,
+                and always on "host".
 
         All arrays are C-contiguous. x and the tables may be overwritten when it returns; the
         weights must not change before backward.
@@ -151,7 +157,7 @@ class MoELayer:
                 in spec.dtype, or float32 where `out` has float32.
             accumulate: add to out.w_up and out.w_down, which must be given, in place of
                 overwriting them; x and topk_weights are overwritten as always.
-            stream: None on device="host".
+            stream: as for `forward`.
 
         Returns:
             Gradients: x [T, H] in spec.dtype, topk_weights [T, K] float32 (0 for a dropped
@@ -160,7 +166,8 @@ class MoELayer:
         Raises:
             ValueError: for a wrong argument; the call has not happened.
             PeerTimeout, MismatchError: until ``world.reset()``; x and topk_weights of `out` are
-                NaN, its weight gradients are untouched, and `saved` may be used again.
+                NaN. On the host its weight gradients are untouched then, and `saved` may be
+                used again.
         """
         on_stream = self._check_usable(stream)
         spec, geometry = self.spec, self.geometry

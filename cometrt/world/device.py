@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cometrt.world.layout import control_dtype
+from cometrt.world.layout import MAX_RANKS, control_dtype
 
 if TYPE_CHECKING:
     from cometrt.world.base import World
@@ -29,6 +29,8 @@ class DeviceMemory:
         """Collective."""
         import cupy
 
+        if world.size > MAX_RANKS:
+            raise ValueError(f"ranks must be <= {MAX_RANKS} on device='cuda' (got {world.size})")
         _side_stream(cupy.cuda.Device().id)  # made now: nothing waits on the device yet
         self._world = world
         pinned = cupy.cuda.alloc_pinned_memory(8)
