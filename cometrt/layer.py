@@ -282,6 +282,7 @@ class MoELayer:
     def _check_usable(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         self._check_open()
         self.world.check_running(_STOPPED)
+        self._executor.raise_pending()
         return self._arrays.stream(stream)
 
     def _check_tokens(self, name: str, tokens: Any) -> Any:

@@ -103,7 +103,6 @@ class CudaExecutor:
         out: Any,
         tracer: Tracer,
     ) -> tuple[Any, ...] | None:
-        self.raise_pending()
         with self._guard():
             return self._forward(x, ids, weights, w_up, w_down, training, out)
 
@@ -161,7 +160,6 @@ class CudaExecutor:
     def backward(
         self, dy: Any, saved: Saved, *, out: Gradients, accumulate: bool, tracer: Tracer
     ) -> None:
-        self.raise_pending()
         with self._guard():
             self._backward(dy, saved, out, accumulate)
 
@@ -262,6 +260,10 @@ class CudaExecutor:
 
     def _start(self, call: np.ndarray) -> bool:
         """Publish and wait for all; False if ranks that share the GPU did not even meet."""
+        gpu = self._world.gpu
+        assert gpu is not None
+        if gpu.last_call is not None:  # perhaps on another stream
+            self._cp.cuda.get_current_stream().wait_event(gpu.last_call)
         self._state.data.memset_async(0, self._state.nbytes)
         if self._world.shares_gpu:
             # No copy of the caller's may still be queued: copies of all ranks share queues, and
@@ -356,6 +358,8 @@ class CudaExecutor:
         self._poison((num_sms(),), _THREADS, call)
         self._copy_report(None)
         self._in_flight = True
+        assert self._world.gpu is not None
+        self._world.gpu.last_call = self._report.event
 
     # ---- what the device has found ----------------------------------------------------------
 

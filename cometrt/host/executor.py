@@ -104,6 +104,9 @@ class HostExecutor:
         for result, value in ((out.w_up, wide.w_up), (out.w_down, wide.w_down)):
             result[:] = result + value if accumulate else value
 
+    def raise_pending(self) -> None:
+        """Nothing: a call has raised what it has to when it returns."""
+
     def synchronize(self) -> None:
         """Every call has ended, and has raised, when it returns."""
 

@@ -50,15 +50,7 @@ plan_params = np.dtype(
     ]
 )
 
-call_state_dtype = np.dtype(
-    [
-        ("ticket", np.uint32),
-        ("mismatch", np.uint32),
-        ("epoch", np.int64),
-        ("ok", np.uint32),
-        ("unused", np.uint32),
-    ]
-)
+call_state_dtype = np.dtype([("ticket", np.uint32), ("ok", np.uint32), ("epoch", np.int64)])
 HEAP_OFFSETS = {  # field of Call -> array of the heap
     "x_at": "x",
     "dy_at": "dy",

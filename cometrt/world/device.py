@@ -37,6 +37,7 @@ class DeviceMemory:
         self._generation = np.frombuffer(pinned, np.uint64, 1)
         self._own: list[Any] = []  # cupy.cuda.MemoryPointer: freed with this object
         self._opened: list[int] = []  # of other processes
+        self.last_call: Any = None  # event at the end of the last call of any layer of the world
         self.control = self.allocate(control_dtype.itemsize)  # address of each rank's
 
     def allocate(self, nbytes: int) -> list[int]:

@@ -10,9 +10,8 @@
 namespace cometrt {
 
 struct CallState {
-  u32 ticket, mismatch;
+  u32 ticket, ok;
   long long epoch;
-  u32 ok, unused;
 };
 
 struct Call {

@@ -109,7 +109,6 @@ extern "C" __global__ void verdict(const __grid_constant__ Call c) {
     stop_world(c.world, kMismatch, {kSourceReady, -1, -1, -1}, mine.epoch, 0, 0);
   }
   const bool planned = c.errors == nullptr || (c.errors[0] == ~0ull && c.errors[1] == 0);
-  c.state->mismatch = !same && !stopped;
   c.state->ok = same && !stopped && planned;
 }
 

@@ -26,10 +26,9 @@ class Rank:
         self.ids, self.topk_weights = move(inputs.ids[r]), move(inputs.weights[r])
         self.layer = cometrt.MoELayer(world, spec, config=CASE.config)
 
-    def forward(self, count=None):
-        return self.layer.forward(
-            self.x[:count], self.ids[:count], self.topk_weights[:count], *self.weights
-        )
+    def forward(self, count=None, **more):
+        inputs = (self.x[:count], self.ids[:count], self.topk_weights[:count])
+        return self.layer.forward(*inputs, *self.weights, **more)
 
     def step(self, count=None):
         y, saved = self.forward(count)
@@ -72,9 +71,12 @@ def test_too_many_rows_are_told_by_the_next_call():
     def fn(world):
         rank = Rank(world, inputs, spec)
         y, _ = rank.forward()
+        time.sleep(0.2)  # until the device has found out
+        kept = rank.x.copy()
         with pytest.raises(cometrt.CapacityError, match="capacity_factor"):
-            rank.forward()
+            rank.forward(out=kept)
         assert np.isnan(on_host(y).astype(np.float32)).all()
+        assert (kept == rank.x).all()  # the second call has not happened
         return rank.step(4)
 
     outputs = cometrt.spawn(fn, 4, "cuda", timeout_sec=10)

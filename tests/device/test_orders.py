@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 
 import cometrt
@@ -67,6 +68,36 @@ def test_any_order_with_a_slow_rank(ranks, routings, order, save):
         check_case(case, batches[batch], [outputs[batch] for outputs in results])
 
 
+def test_calls_on_different_streams_follow_each_other():
+    # The first call's stream is held up; the second, on another, must not overtake it.
+    case = Case((2, 1), mode="sequential")
+    batches = batches_of(case, 2, ("uniform", "skewed"))
+
+    def fn(world):
+        import cupy
+
+        rank = Rank(world, case, batches, 0.0)
+        first, second = cupy.cuda.Stream(non_blocking=True), cupy.cuda.get_current_stream()
+        busy = cupy.ones((2048, 2048), np.float32)
+        second.synchronize()
+        if world.rank == 1:
+            with first:
+                for _ in range(200):
+                    busy = busy @ busy * 1e-4
+        outputs = []
+        for stream, batch in ((first, 0), (second, 1)):
+            *inputs, dy = rank.arrays[batch]
+            y, saved = rank.layer.forward(*inputs, rank.w_up, rank.w_down, stream=stream)
+            grads = rank.layer.backward(dy, saved, stream=stream)
+            outputs.append((y, grads))
+        rank.layer.synchronize()
+        return [Output(on_host(y), cometrt.Gradients(*map(on_host, g))) for y, g in outputs]
+
+    results = cometrt.spawn(fn, case.size, "cuda", timeout_sec=10)
+    for batch in range(2):
+        check_case(case, batches[batch], [outputs[batch] for outputs in results])
+
+
 class ModelCase(Case):
     """A case with a known model's shape, scaled down."""
 
@@ -90,8 +121,6 @@ class ModelCase(Case):
      ("deepseek-v3", 16)],
 )  # fmt: skip
 def test_scaled_models(model, factor, ranks, monkeypatch):
-    import numpy as np
-
     import tests.cases as cases
 
     class This(ModelCase):
