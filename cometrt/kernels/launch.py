@@ -32,13 +32,16 @@ class Kernel:
 
 
 @functools.cache
-def load_kernels(source: str, *names: str) -> tuple[Kernel, ...]:
-    """Kernels of a file of kernels_cu, compiled where they are not cached, on this device.
+def load_kernels(
+    source: str, *names: str, defines: tuple[tuple[str, int], ...] = ()
+) -> tuple[Kernel, ...]:
+    """Kernels of a file of kernels_cu with those macros, compiled where they are not cached, on
+    this device.
 
     Load all of them before the first kernel that waits for a peer: loading may wait for the
     device.
     """
     import cupy
 
-    module = cupy.RawModule(path=str(compile_cubin(kernels_folder() / source).path))
+    module = cupy.RawModule(path=str(compile_cubin(kernels_folder() / source, defines).path))
     return tuple(Kernel(module.get_function(name)) for name in names)

@@ -11,6 +11,7 @@ import numpy as np
 
 from cometrt.activations import ACTIVATIONS
 from cometrt.plan import Plan, PlanShape
+from cometrt.plan.turns import work_item_dtype
 from cometrt.world.layout import control_dtype, header_dtype, record_dtype, world_dtype
 
 geometry_dtype = np.dtype(
@@ -83,6 +84,23 @@ activation_params = np.dtype(
     [("g", geometry_dtype)]
     + [(name, np.uint64) for name in "expert_offsets row_weight z a da dz dweight_rows".split()]
 )
+gemm_params = np.dtype(
+    [
+        ("items", np.uint64),
+        ("num_turns", np.uint64),
+        ("num_k_blocks", np.int32),
+        ("unused", np.int32),
+    ]
+)
+turns_params = np.dtype(
+    [
+        (name, np.uint64)
+        for name in (
+            "tile_order num_tiles tile_expert expert_offsets expert_rows items num_turns"
+        ).split()
+    ]
+    + [(name, np.int32) for name in "num_columns max_run backwards unused".split()]
+)
 
 # struct in kernels_cu -> (header, mirror)
 MIRRORS = {
@@ -94,6 +112,9 @@ MIRRORS = {
     "World": ("comm/world.cuh", world_dtype),
     "CallState": ("exchange/call.cuh", call_state_dtype),
     "Call": ("exchange/call.cuh", call_dtype),
+    "WorkItem": ("gemm/tile.cuh", work_item_dtype),
+    "GemmParams": ("gemm/tile.cuh", gemm_params),
+    "TurnsParams": ("schedule/turns.cuh", turns_params),
     "ActivationParams": ("exchange/activation.cuh", activation_params),
 }
 

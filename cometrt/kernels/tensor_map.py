@@ -15,6 +15,7 @@ _L2_PROMOTION_256B = 3
 _MAP_BYTES = 128
 
 
+@functools.lru_cache(maxsize=4096)
 def encode(
     pointer: int, shape: tuple[int, ...], box: tuple[int, ...], *, swizzle: bool = True
 ) -> np.ndarray:
@@ -25,7 +26,7 @@ def encode(
         shape, box: outermost first; the innermost box is at most 128 bytes with the swizzle.
 
     Returns:
-        size-1 array of dtype V128, at a 128-byte aligned address.
+        size-1 array of dtype V128, at a 128-byte aligned address; not to be written to.
 
     Raises:
         CometError: where the driver refuses it.

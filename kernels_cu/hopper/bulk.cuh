@@ -48,6 +48,25 @@ __device__ inline void tensor_load_2d(void* shared, const TensorMap* map, int co
       : "memory");
 }
 
+__device__ inline void tensor_load_4d(void* shared, const TensorMap* map, int c0, int c1, int c2,
+                                      int c3, u64* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+// Out of bounds nothing is written. Completes in this thread's bulk group.
+__device__ inline void tensor_store_3d(const TensorMap* map, const void* shared, int c0, int c1,
+                                       int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+          map),
+      "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+
 __device__ inline void tensor_map_prefetch(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

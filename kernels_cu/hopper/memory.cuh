@@ -3,6 +3,7 @@
 
 namespace cometrt {
 
+using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
@@ -46,6 +47,11 @@ __device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" :
 // ordinary acquire and before a TMA load of what it protects, and after ordinary stores that a
 // bulk copy will read.
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// As above, for shared memory alone: before a bulk copy reads what this thread has stored there.
+__device__ inline void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 __device__ inline void nanosleep(u32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns) : "memory"); }
 

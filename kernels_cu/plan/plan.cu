@@ -4,6 +4,7 @@
 // A segment (c, s, p) is the rows of source s in the p-th tile of rank c's layer0 order. Rows of
 // one expert and source lie in token order, so a segment is a stretch of the sorted pairs of
 // (s, expert), and every rank can find the segments of every other from pair counts alone.
+#include "common/scan.cuh"
 #include "plan/plan.cuh"
 
 using namespace cometrt;
@@ -14,26 +15,6 @@ constexpr int kChunk = 128;  // tokens, and threads of a block
 constexpr u32 kNever = 0xffffffffu;
 
 __device__ int num_chunks(const PlanParams& p) { return (p.g.max_tokens + kChunk - 1) / kChunk; }
-
-// Exclusive sum over the block; `total` gets the sum. `shared` has kChunk / 32 words.
-__device__ int block_scan(int value, int* shared, int* total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int sum = value;
-  for (int step = 1; step < 32; step *= 2) {
-    const int left = __shfl_up_sync(~0u, sum, step);
-    if (lane >= step) sum += left;
-  }
-  if (lane == 31) shared[warp] = sum;
-  __syncthreads();
-  int before = 0;
-  *total = 0;
-  for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
-    if (w < warp) before += shared[w];
-    *total += shared[w];
-  }
-  __syncthreads();
-  return before + sum - value;
-}
 
 // What follows from pair counts for rank c. Tables [size, ...] of p.rank_*.
 struct RankTiles {

@@ -1,0 +1,107 @@
+"""The grouped GEMM engine (kernels_cu/gemm): all experts of a rank in one launch, tiles in the
+plan's order, group sizes known on the device alone."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from cometrt.activations import ACTIVATIONS, is_gated
+from cometrt.kernels.launch import Kernel, load_kernels
+from cometrt.kernels.params import gemm_params, turns_params
+from cometrt.kernels.tensor_map import encode
+from cometrt.plan.turns import BLOCK_M, MAX_RUN, column_tiles, most_turns, work_item_dtype
+from cometrt.world.partitions import num_sms
+
+_BLOCK_K, _SLAB, _HALF_M, _HALF_N = 64, 64, BLOCK_M // 2, 128
+_THREADS, _TURNS_THREADS, _TURNS_BLOCKS = 384, 1024, 8
+_SHARED_BYTES = 4 * 48 * 1024 + 4 * 8 * 1024 + 64  # sizeof(Shared) of gemm/tile.cuh
+
+
+class Tiles(Protocol):
+    """What the engine reads of a Plan made with block_m = 128; arrays on the device."""
+
+    tile_order: Any
+    num_tiles: Any
+    tile_expert: Any
+    expert_offsets: Any
+    expert_rows: Any
+
+
+class Turns(NamedTuple):
+    """The order of a GEMM's tiles; see cometrt.plan.turns."""
+
+    items: Any  # [most, 2] of work_item_dtype, as bytes
+    num_turns: Any  # [1] int32
+
+
+def order_turns(
+    tiles: Tiles, num_columns: int, *, backwards: bool = False, max_run: int = MAX_RUN
+) -> Turns:
+    """`cometrt.plan.turns.make_turns` on the device, queued on the current stream."""
+    import cupy as cp
+
+    most = most_turns(len(tiles.tile_order), num_columns)
+    out = Turns(cp.empty(2 * most * work_item_dtype.itemsize, cp.uint8), cp.empty(1, cp.int32))
+    params = np.zeros(1, turns_params)
+    for name in "tile_order num_tiles tile_expert expert_offsets expert_rows".split():
+        params[name] = getattr(tiles, name).data.ptr
+    params["items"], params["num_turns"] = out.items.data.ptr, out.num_turns.data.ptr
+    params["num_columns"], params["max_run"], params["backwards"] = num_columns, max_run, backwards
+    (kernel,) = load_kernels("schedule/turns.cu", "turns")
+    kernel((_TURNS_BLOCKS,), _TURNS_THREADS, params)
+    return out
+
+
+class GroupedGemm:
+    """out = act(a b[expert]^T), row by row; bf16 operands and results, fp32 accumulation.
+
+    Args:
+        activation: of cometrt.activations, or None for none.
+        write_z: also write what the activation is applied to (rounded; out has its bits).
+    """
+
+    def __init__(self, activation: str | None = None, *, write_z: bool = False) -> None:
+        self.gated = activation is not None and is_gated(activation)
+        self._activates, self._write_z = activation is not None, write_z
+        self._kernel = _kernel(activation, write_z)
+
+    def column_tiles(self, b: Any) -> int:
+        """N-tiles of a result, for `order_turns`."""
+        columns = b.shape[1] // 2 if self.gated else b.shape[1]
+        return column_tiles(columns, gated=self.gated)
+
+    def __call__(self, a: Any, b: Any, out: Any, turns: Turns, *, z: Any = None) -> None:
+        """Queue it on the current stream.
+
+        Args:
+            a: [rows, K], pads zero.
+            b: [E, N, K]; gated: [E, 2 * N, K], the gate rows first.
+            out: [rows, N]; pads become act(0) = 0.
+            z: [rows, N or 2 * N], where write_z.
+        """
+        (rows, inner), (experts, b_rows, _) = a.shape, b.shape
+        parts = 2 if self.gated else 1
+        columns = b_rows // parts
+        a_map = encode(a.data.ptr, (1, 1, rows, inner), (1, 1, _HALF_M, _BLOCK_K))
+        b_map = encode(b.data.ptr, (experts, parts, columns, inner), (1, 1, _HALF_N, _BLOCK_K))
+        out_map = encode(out.data.ptr, (rows, 1, columns), (_HALF_M, 1, _SLAB))
+        z_map = out_map
+        if self._write_z:
+            z_map = encode(z.data.ptr, (rows, parts, columns), (_HALF_M, 1, _SLAB))
+        params = np.zeros(1, gemm_params)
+        params["items"], params["num_turns"] = turns.items.data.ptr, turns.num_turns.data.ptr
+        params["num_k_blocks"] = -(-inner // _BLOCK_K)
+        grid = (num_sms() // 2 * 2,)
+        self._kernel(
+            grid, _THREADS, params, a_map, b_map, out_map, z_map, shared_bytes=_SHARED_BYTES
+        )
+
+
+@functools.cache
+def _kernel(activation: str | None, write_z: bool) -> Kernel:
+    number = -1 if activation is None else list(ACTIVATIONS).index(activation)
+    defines = (("ACTIVATION", number), ("WRITE_Z", int(write_z)))
+    return load_kernels("gemm/forward.cu", "gemm", defines=defines)[0]

@@ -1,0 +1,33 @@
+// The activations of cometrt/activations.py in fp32, each with its derivative.
+#pragma once
+
+namespace cometrt {
+
+struct ValueAndSlope {
+  float value, slope;
+};
+
+// Numbers of ACTIVATIONS in cometrt/activations.py.
+enum Activation : int { kSwiglu, kGeglu, kSilu, kGelu, kRelu, kRelu2 };
+
+__device__ inline constexpr bool is_gated(int kind) { return kind == kSwiglu || kind == kGeglu; }
+
+// Two operations of the special function unit; far below zero it goes to 0 as it should.
+__device__ inline float sigmoid(float z) { return __fdividef(1.0f, 1.0f + __expf(-z)); }
+
+__device__ inline ValueAndSlope activation_of(int kind, float z) {
+  if (kind == kSwiglu || kind == kSilu) {
+    const float s = sigmoid(z);
+    return {z * s, s * (1.0f + z * (1.0f - s))};
+  }
+  if (kind == kGeglu || kind == kGelu) {  // (1 + tanh(u)) / 2 is sigmoid(2 u)
+    const float c = 1.5957691216057308f, cube = 0.044715f;
+    const float s = sigmoid(c * (z + cube * z * z * z));
+    return {z * s, s * (1.0f + z * (1.0f - s) * c * (1.0f + 3.0f * cube * z * z))};
+  }
+  const float positive = fmaxf(z, 0.0f);
+  if (kind == kRelu) return {positive, z > 0 ? 1.0f : 0.0f};
+  return {positive * positive, 2.0f * positive};
+}
+
+}  // namespace cometrt

@@ -1,0 +1,45 @@
+// Grouped GEMM, forward forms: up (with activation) and down. Macros: ACTIVATION, a number of
+// common/activation.cuh or -1; WRITE_Z, 1 when training.
+#include "gemm/consumer.cuh"
+#include "gemm/epilogue.cuh"
+#include "gemm/hooks.cuh"
+#include "gemm/producer.cuh"
+
+#ifndef ACTIVATION
+#define ACTIVATION -1
+#define WRITE_Z 0
+#endif
+
+using namespace cometrt;
+
+// Grid: an even number of CTAs, at most as many as run at once. Dynamic shared memory: Shared.
+extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
+    gemm(const __grid_constant__ GemmParams p, const __grid_constant__ TensorMap a_map,
+         const __grid_constant__ TensorMap b_map, const __grid_constant__ TensorMap out_map,
+         const __grid_constant__ TensorMap z_map) {
+  extern __shared__ __align__(1024) char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  const u32 cta = cluster_cta();
+  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128) - 1, 0);  // uniform
+  const NoHooks hooks;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(&shared.full[i], 1);
+      mbarrier_init(&shared.empty[i], kReleasesOfSlot);
+    }
+    mbarrier_init_fence();
+  }
+  cluster_barrier();
+  if (warpgroup < 0) {
+    give_registers<40>();
+    if (threadIdx.x == 0) {
+      produce<ACTIVATION >= 0 && is_gated(ACTIVATION)>(shared, p, &a_map, &b_map, cta, hooks);
+    }
+    __syncwarp();
+  } else {
+    take_registers<232>();
+    Epilogue<ACTIVATION, WRITE_Z, NoHooks> epilogue(shared, warpgroup, &out_map, &z_map, hooks);
+    consume(shared, p, cta, warpgroup, epilogue);
+  }
+  cluster_barrier();  // nobody leaves while the neighbour may still write here
+}

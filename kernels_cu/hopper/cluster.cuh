@@ -1,0 +1,46 @@
+// CTAs of a cluster: each sees the others' shared memory, and copies may land in several.
+#pragma once
+
+#include "hopper/bulk.cuh"
+
+namespace cometrt {
+
+__device__ inline u32 cluster_cta() {
+  u32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of all CTAs: what they did before it happens before what they do after it.
+__device__ inline void cluster_barrier() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
+// On the barrier at the same place in a CTA of the cluster, this one's own included. Orders no
+// ordinary accesses of this thread before it for the other CTA (release at cluster scope would be
+// a fence of the whole GPU): for slots that were read by completed wgmma, and by nothing else.
+__device__ inline void mbarrier_arrive_at(u64* barrier, u32 cta) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(cta)
+      : "memory");
+}
+
+// Into the same place of each CTA in `ctas`; completes on the barrier at the same place of each.
+__device__ inline void tensor_load_4d_multicast(void* shared, const TensorMap* map, int c0, int c1,
+                                                int c2, int c3, u64* barrier, u16 ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(ctas)
+      : "memory");
+}
+
+}  // namespace cometrt

@@ -1,0 +1,16 @@
+// What the kernel that orders a GEMM's tiles reads and writes.
+#pragma once
+
+#include "gemm/tile.cuh"
+
+namespace cometrt {
+
+// Mirrored by turns_params in cometrt/kernels/params.py.
+struct TurnsParams {
+  const int *tile_order, *num_tiles, *tile_expert, *expert_offsets, *expert_rows;
+  WorkItem* items;
+  int* num_turns;
+  int num_columns, max_run, backwards, unused;
+};
+
+}  // namespace cometrt
