@@ -12,12 +12,12 @@ from cometrt.activations import ACTIVATIONS, is_gated
 from cometrt.kernels.launch import Kernel, load_kernels
 from cometrt.kernels.params import gemm_params, turns_params
 from cometrt.kernels.tensor_map import encode
-from cometrt.plan.turns import BLOCK_M, MAX_RUN, column_tiles, most_turns, work_item_dtype
+from cometrt.plan.turns import BLOCK_M, column_tiles, longest_run, most_turns, work_item_dtype
 from cometrt.world.partitions import num_sms
 
-_BLOCK_K, _SLAB, _HALF_M, _HALF_N = 64, 64, BLOCK_M // 2, 128
+_BLOCK_K, _HALF_M, _HALF_N, _SLAB_ROWS, _SLAB_COLUMNS = 64, BLOCK_M // 2, 128, 16, 64
 _THREADS, _TURNS_THREADS, _TURNS_BLOCKS = 384, 1024, 8
-_SHARED_BYTES = 4 * 48 * 1024 + 4 * 8 * 1024 + 64  # sizeof(Shared) of gemm/tile.cuh
+_SHARED_BYTES = 4 * 48 * 1024 + 16 * 2 * 1024 + 2 * 16 + 12 * 8  # sizeof(Shared) of gemm/tile.cuh
 
 
 class Tiles(Protocol):
@@ -34,25 +34,35 @@ class Turns(NamedTuple):
     """The order of a GEMM's tiles; see cometrt.plan.turns."""
 
     items: Any  # [most, 2] of work_item_dtype, as bytes
-    num_turns: Any  # [1] int32
+    counts: Any  # [3] int32: turns; turns dealt and clusters that have finished, 0 between launches
 
 
 def order_turns(
-    tiles: Tiles, num_columns: int, *, backwards: bool = False, max_run: int = MAX_RUN
+    tiles: Tiles, num_columns: int, *, backwards: bool = False, max_run: int | None = None
 ) -> Turns:
-    """`cometrt.plan.turns.make_turns` on the device, queued on the current stream."""
+    """`cometrt.plan.turns.make_turns` on the device, queued on the current stream.
+
+    Turns serve any number of GEMMs, one after the other. max_run None: of `longest_run`.
+    """
     import cupy as cp
 
     most = most_turns(len(tiles.tile_order), num_columns)
-    out = Turns(cp.empty(2 * most * work_item_dtype.itemsize, cp.uint8), cp.empty(1, cp.int32))
+    out = Turns(cp.empty(2 * most * work_item_dtype.itemsize, cp.uint8), cp.empty(3, cp.int32))
     params = np.zeros(1, turns_params)
     for name in "tile_order num_tiles tile_expert expert_offsets expert_rows".split():
         params[name] = getattr(tiles, name).data.ptr
-    params["items"], params["num_turns"] = out.items.data.ptr, out.num_turns.data.ptr
-    params["num_columns"], params["max_run"], params["backwards"] = num_columns, max_run, backwards
+    _set_turns(params, out)
+    params["num_columns"], params["backwards"] = num_columns, backwards
+    params["max_run"] = longest_run(num_sms()) if max_run is None else max_run
     (kernel,) = load_kernels("schedule/turns.cu", "turns")
     kernel((_TURNS_BLOCKS,), _TURNS_THREADS, params)
     return out
+
+
+def _set_turns(params: np.ndarray, turns: Turns) -> None:
+    counts = turns.counts.data.ptr
+    params["items"], params["num_turns"] = turns.items.data.ptr, counts
+    params["progress"] = counts + 4
 
 
 class GroupedGemm:
@@ -87,12 +97,12 @@ class GroupedGemm:
         columns = b_rows // parts
         a_map = encode(a.data.ptr, (1, 1, rows, inner), (1, 1, _HALF_M, _BLOCK_K))
         b_map = encode(b.data.ptr, (experts, parts, columns, inner), (1, 1, _HALF_N, _BLOCK_K))
-        out_map = encode(out.data.ptr, (rows, 1, columns), (_HALF_M, 1, _SLAB))
+        out_map = encode(out.data.ptr, (rows, 1, columns), (_SLAB_ROWS, 1, _SLAB_COLUMNS))
         z_map = out_map
         if self._write_z:
-            z_map = encode(z.data.ptr, (rows, parts, columns), (_HALF_M, 1, _SLAB))
+            z_map = encode(z.data.ptr, (rows, parts, columns), (_SLAB_ROWS, 1, _SLAB_COLUMNS))
         params = np.zeros(1, gemm_params)
-        params["items"], params["num_turns"] = turns.items.data.ptr, turns.num_turns.data.ptr
+        _set_turns(params, turns)
         params["num_k_blocks"] = -(-inner // _BLOCK_K)
         grid = (num_sms() // 2 * 2,)
         self._kernel(

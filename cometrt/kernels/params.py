@@ -85,18 +85,14 @@ activation_params = np.dtype(
     + [(name, np.uint64) for name in "expert_offsets row_weight z a da dz dweight_rows".split()]
 )
 gemm_params = np.dtype(
-    [
-        ("items", np.uint64),
-        ("num_turns", np.uint64),
-        ("num_k_blocks", np.int32),
-        ("unused", np.int32),
-    ]
+    [(name, np.uint64) for name in "items num_turns progress".split()]
+    + [(name, np.int32) for name in "num_k_blocks unused".split()]
 )
 turns_params = np.dtype(
     [
         (name, np.uint64)
         for name in (
-            "tile_order num_tiles tile_expert expert_offsets expert_rows items num_turns"
+            "tile_order num_tiles tile_expert expert_offsets expert_rows items num_turns progress"
         ).split()
     ]
     + [(name, np.int32) for name in "num_columns max_run backwards unused".split()]

@@ -7,12 +7,14 @@ against two neighbouring column tiles (they share A).
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 
 from cometrt.plan.tables import Plan
 
 BLOCK_M, BLOCK_N = 128, 256  # of kernels_cu/gemm/tile.cuh
-MAX_RUN = 16  # divides 1024, the threads of the kernel that does this on the device
 SHARES_NOTHING, SHARES_A, SHARES_B = range(3)
 
 work_item_dtype = np.dtype(
@@ -36,49 +38,59 @@ def most_turns(max_tiles: int, num_columns: int) -> int:
     return max_tiles * (-(-num_columns // 2))
 
 
+def longest_run(num_sms: int) -> int:
+    """M-tiles that take column tiles together, so that what all SMs compute at one time is
+    about as many rows as columns: fewest operands in the cache."""
+    return 2 * round(math.sqrt(max(num_sms // 2, 1)))
+
+
 def make_turns(
-    plan: Plan, num_columns: int, *, backwards: bool = False, max_run: int = MAX_RUN
+    plan: Plan, num_columns: int, *, max_run: int, backwards: bool = False
 ) -> np.ndarray:
     """The specification of kernels_cu/schedule/turns.cu.
 
-    The plan's order is cut into runs of tiles of one expert, at multiples of `max_run` too. Within
-    a run all tiles take one column tile after the other, so that what is computed at one time
-    reads few rows and few columns. Tiles of more than 64 rows go in pairs; what is left goes
-    alone, behind them, two column tiles at a time.
+    The plan's order is cut where the expert changes, and into even runs of at most about `max_run`
+    tiles. A run takes two column tiles at a time: first its tiles of more than 64 rows, in pairs,
+    for the one and for the other; then what is left, alone, for both.
 
     Args:
         plan: made with block_m = 128.
         num_columns: of `column_tiles`.
+        max_run: of `longest_run`.
         backwards: walk the order from its end.
 
     Returns:
         [turns, 2] of work_item_dtype.
     """
     order = plan.layer0_tiles()[::-1] if backwards else plan.layer0_tiles()
-    begins = [
-        p
-        for p in range(len(order))
-        if p % max_run == 0 or plan.tile_expert[order[p]] != plan.tile_expert[order[p - 1]]
-    ]
     items: list[tuple[int, ...]] = []  # two a turn
-    for begin, end in zip(begins, [*begins[1:], len(order)], strict=True):
-        run = order[begin:end]
-        expert = int(plan.tile_expert[run[0]])
-        last_row = int(plan.expert_offsets[expert] + plan.expert_rows[expert])
-        rows = {tile: min(BLOCK_M, last_row - tile * BLOCK_M) for tile in run}
-        large = [tile for tile in run if rows[tile] > BLOCK_M // 2]
-        paired = large[: len(large) // 2 * 2]
-
-        def item(tile: int, column: int, sharing: int) -> tuple[int, ...]:
-            return (tile, column, expert, rows[tile], sharing)  # noqa: B023
-
-        for column in range(num_columns):
-            for one, two in zip(paired[::2], paired[1::2], strict=True):
-                items += [item(one, column, SHARES_B), item(two, column, SHARES_B)]
-        for tile in [tile for tile in run if tile not in paired]:
-            for column in range(0, num_columns, 2):
-                if column + 1 < num_columns:
-                    items += [item(tile, column, SHARES_A), item(tile, column + 1, SHARES_A)]
-                else:
-                    items += [item(tile, column, SHARES_NOTHING), (-1, 0, 0, 0, 0)]
+    for expert, stretch in itertools.groupby(order, key=lambda tile: int(plan.tile_expert[tile])):
+        tiles = list(stretch)
+        pieces = -(-len(tiles) // max_run)
+        length = -(-len(tiles) // (2 * pieces)) * 2
+        for begin in range(0, len(tiles), length):
+            items += _run(plan, expert, tiles[begin : begin + length], num_columns)
     return np.array(items, work_item_dtype).reshape(-1, 2)
+
+
+def _run(plan: Plan, expert: int, run: list[int], num_columns: int) -> list[tuple[int, ...]]:
+    end = int(plan.expert_offsets[expert] + plan.expert_rows[expert])
+    rows = {tile: min(BLOCK_M, end - tile * BLOCK_M) for tile in run}
+    large = [tile for tile in run if rows[tile] > BLOCK_M // 2]
+    paired = large[: len(large) // 2 * 2]
+    singles = [tile for tile in run if tile not in paired]
+
+    def item(tile: int, column: int, sharing: int) -> tuple[int, ...]:
+        return (tile, column, expert, rows[tile], sharing)
+
+    items = []
+    for first in range(0, num_columns, 2):
+        columns = range(first, min(first + 2, num_columns))
+        for column in columns:
+            items += [item(tile, column, SHARES_B) for tile in paired]
+        for tile in singles:
+            if len(columns) == 2:
+                items += [item(tile, column, SHARES_A) for column in columns]
+            else:
+                items += [item(tile, first, SHARES_NOTHING), (-1, 0, 0, 0, SHARES_NOTHING)]
+    return items

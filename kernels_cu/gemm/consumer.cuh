@@ -1,8 +1,7 @@
 // A warpgroup multiplies its 64 rows of each tile, as slots fill, and hands them to the epilogue.
 #pragma once
 
-#include "gemm/tile.cuh"
-#include "hopper/cluster.cuh"
+#include "gemm/turns.cuh"
 #include "hopper/wgmma.cuh"
 
 namespace cometrt {
@@ -49,9 +48,9 @@ __device__ inline void pass_by(Shared& shared, Cursor& at, int num_k_blocks) {
 }
 
 template <typename Epilogue>
-__device__ inline void consume(Shared& shared, const GemmParams& p, u32 cta, int warpgroup,
+__device__ inline void consume(Shared& shared, const GemmParams& p, int warpgroup,
                                Epilogue& epilogue) {
-  Turns turns(p, cta);
+  Turns<32> turns(shared);
   Cursor at;
   WorkItem item;
   while (turns.take(item)) {

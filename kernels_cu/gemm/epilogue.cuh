@@ -18,31 +18,28 @@ __device__ inline float2 unpack(u32 pair) {
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
 }
 
-// One warpgroup's way out.
+// One warp's way out: 16 rows, 64 columns at a time.
 class SlabStore {
  public:
-  __device__ SlabStore(__nv_bfloat16 (&slabs)[kSlabsInFlight][kHalfM * kSlabColumns], int warpgroup)
-      : slabs_(slabs), barrier_(1 + warpgroup), leader_(threadIdx.x % 128 == 0) {}
+  __device__ explicit SlabStore(Slab (&slabs)[kSlabsInFlight]) : slabs_(slabs) {}
 
   // `pairs` [16]: eight columns after the other, this thread's two values of row r, then of r + 8,
-  // as the accumulators have them. To columns [column, column + 64) of part `part`, 64 rows from
-  // `row` on.
+  // as the accumulators have them. To columns [column, column + 64) of part `part`, from `row` on.
   __device__ void store(const u32 (&pairs)[16], const TensorMap* map, int column, int part,
                         int row) {
-    char* slab = reinterpret_cast<char*>(slabs_[next_]);
-    if (leader_) bulk_wait_read<kSlabsInFlight - 1>();
-    named_barrier(barrier_, 128);  // the slab's last store has left it
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    char* to = slab + (16 * warp + lane % 16) * 128;
+    const int lane = threadIdx.x % 32;
+    char* slab = reinterpret_cast<char*>(slabs_[next_].values);
+    if (lane == 0) bulk_wait_read<kSlabsInFlight - 1>();
+    __syncwarp();  // the slab's last store has left it
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // 16 columns: chunks 2 i and 2 i + 1 of 16 bytes, swizzled
       const int chunk = (2 * i + lane / 16) ^ (lane % 8);
-      store_matrices(to + 16 * chunk, pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2],
-                     pairs[4 * i + 3]);
+      store_matrices(slab + lane % 16 * 128 + 16 * chunk, pairs[4 * i], pairs[4 * i + 1],
+                     pairs[4 * i + 2], pairs[4 * i + 3]);
     }
     fence_proxy_async_shared();
-    named_barrier(barrier_, 128);  // all of the slab is there
-    if (leader_) {
+    __syncwarp();  // all of the slab is there
+    if (lane == 0) {
       tensor_store_3d(map, slab, column, part, row);
       bulk_commit();
     }
@@ -51,13 +48,12 @@ class SlabStore {
 
   // What was stored is complete, and its slabs are free.
   __device__ void finish() {
-    if (leader_) bulk_wait<0>();
+    if (threadIdx.x % 32 == 0) bulk_wait<0>();
   }
 
  private:
-  __nv_bfloat16 (&slabs_)[kSlabsInFlight][kHalfM * kSlabColumns];
-  int barrier_, next_ = 0;
-  bool leader_;
+  Slab (&slabs_)[kSlabsInFlight];
+  int next_ = 0;
 };
 static_assert(kSlabsInFlight == 2);
 
@@ -69,16 +65,13 @@ class Epilogue {
   static constexpr int kColumns = kGated ? kHalfN : BLOCK_N;  // of out in a tile
 
  public:
-  __device__ Epilogue(Shared& shared, int warpgroup, const TensorMap* out_map,
-                      const TensorMap* z_map, const Hooks& hooks)
-      : slabs_(shared.slabs[warpgroup], warpgroup),
-        warpgroup_(warpgroup),
-        out_map_(out_map),
-        z_map_(z_map),
-        hooks_(hooks) {}
+  // `warp` counts those that multiply.
+  __device__ Epilogue(Shared& shared, int warp, const TensorMap* out_map, const TensorMap* z_map,
+                      const Hooks& hooks)
+      : slabs_(shared.slabs[warp]), warp_(warp), out_map_(out_map), z_map_(z_map), hooks_(hooks) {}
 
   __device__ void store(const WorkItem& item, const float (&d)[128]) {
-    const int row = item.tile * BLOCK_M + warpgroup_ * kHalfM, column = item.column * kColumns;
+    const int row = item.tile * BLOCK_M + warp_ * kSlabRows, column = item.column * kColumns;
 #pragma unroll
     for (int slab = 0; slab < kColumns / kSlabColumns; ++slab) {
       u32 first[16], second[16];
@@ -111,7 +104,7 @@ class Epilogue {
   }
 
   SlabStore slabs_;
-  int warpgroup_;
+  int warp_;
   const TensorMap *out_map_, *z_map_;
   const Hooks& hooks_;
 };

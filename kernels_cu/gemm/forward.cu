@@ -20,26 +20,32 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
   extern __shared__ __align__(1024) char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const u32 cta = cluster_cta();
-  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128) - 1, 0);  // uniform
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
   const NoHooks hooks;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(&shared.full[i], 1);
       mbarrier_init(&shared.empty[i], kReleasesOfSlot);
     }
+    for (int i = 0; i < kTurnsAhead; ++i) {
+      mbarrier_init(&shared.turn_full[i], 1);
+      mbarrier_init(&shared.turn_empty[i], kReadersOfTurn);
+    }
     mbarrier_init_fence();
   }
   cluster_barrier();
-  if (warpgroup < 0) {
+  if (warp < 4) {
     give_registers<40>();
     if (threadIdx.x == 0) {
       produce<ACTIVATION >= 0 && is_gated(ACTIVATION)>(shared, p, &a_map, &b_map, cta, hooks);
+    } else if (threadIdx.x == 32 && cta == 0) {
+      deal_turns(shared, p);
     }
     __syncwarp();
   } else {
     take_registers<232>();
-    Epilogue<ACTIVATION, WRITE_Z, NoHooks> epilogue(shared, warpgroup, &out_map, &z_map, hooks);
-    consume(shared, p, cta, warpgroup, epilogue);
+    Epilogue<ACTIVATION, WRITE_Z, NoHooks> epilogue(shared, warp - 4, &out_map, &z_map, hooks);
+    consume(shared, p, warp / 4 - 1, epilogue);
   }
   cluster_barrier();  // nobody leaves while the neighbour may still write here
 }

@@ -1,8 +1,7 @@
 // One thread loads: for each tile, 64 columns of K at a time, a slot each.
 #pragma once
 
-#include "gemm/tile.cuh"
-#include "hopper/cluster.cuh"
+#include "gemm/turns.cuh"
 
 namespace cometrt {
 
@@ -21,7 +20,7 @@ __device__ inline void load_half(bool shared_by_both, u32 cta, u32 half, void* t
 template <bool kGated, typename Hooks>
 __device__ inline void produce(Shared& shared, const GemmParams& p, const TensorMap* a_map,
                                const TensorMap* b_map, u32 cta, const Hooks& hooks) {
-  Turns turns(p, cta);
+  Turns<1> turns(shared);
   Cursor at;
   WorkItem item;
   while (turns.take(item)) {

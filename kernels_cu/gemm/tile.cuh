@@ -17,7 +17,8 @@ constexpr int kWarpgroups = 2;  // that multiply: each has 64 rows of the tile, 
 constexpr int kHalfM = BLOCK_M / kWarpgroups, kHalfN = BLOCK_N / 2;
 constexpr int kStages = 4, kClusterSize = 2;
 constexpr int kThreads = 128 * (1 + kWarpgroups);  // the first warpgroup loads
-constexpr int kSlabColumns = 64, kSlabsInFlight = 2;
+constexpr int kSlabRows = 16, kSlabColumns = 64, kSlabsInFlight = 2;
+constexpr int kTurnsAhead = 2;
 
 enum Sharing : u16 { kSharesNothing, kSharesA, kSharesB };
 
@@ -35,6 +36,7 @@ struct WorkItem {
 struct GemmParams {
   const WorkItem* items;  // [*num_turns, kClusterSize]
   const int* num_turns;
+  int* progress;  // [2]: turns dealt, clusters that have finished; both 0 between launches
   int num_k_blocks, unused;
 };
 
@@ -43,49 +45,32 @@ struct Slot {
   __nv_bfloat16 b[2][kHalfN * BLOCK_K];  // gated: gate rows, then the up rows that belong to them
 };
 
+// Results of a warp on their way out: 128-byte rows, swizzled.
+struct Slab {
+  __nv_bfloat16 values[kSlabRows * kSlabColumns];
+};
+
 struct Shared {
   Slot slots[kStages];
-  __nv_bfloat16 slabs[kWarpgroups][kSlabsInFlight][kHalfM * kSlabColumns];  // of results
-  u64 full[kStages];   // this CTA's slot holds its tile's next 64 columns of K
-  u64 empty[kStages];  // all warps of the cluster have done with this slot
+  Slab slabs[4 * kWarpgroups][kSlabsInFlight];  // of each warp that multiplies
+  WorkItem turns[kTurnsAhead];
+  u64 full[kStages];            // this CTA's slot holds its tile's next 64 columns of K
+  u64 empty[kStages];           // all warps of the cluster have done with this slot
+  u64 turn_full[kTurnsAhead];   // this CTA's item is there
+  u64 turn_empty[kTurnsAhead];  // of the cluster's first CTA: all warps have read theirs
 };
 static_assert(sizeof(Shared) <= 227 * 1024, "shared memory of an SM");
 
-// Walks the slots; the phase bit flips with each round.
-struct Cursor {
+// Walks a ring of slots; the phase bit flips with each round.
+template <int kSlots>
+struct Ring {
   int slot = 0;
   u32 phase = 0;
 
   __device__ void advance() {
-    if (++slot == kStages) slot = 0, phase ^= 1;
+    if (++slot == kSlots) slot = 0, phase ^= 1;
   }
 };
-
-// This CTA's turns, one after the other; the next is read ahead.
-class Turns {
- public:
-  __device__ Turns(const GemmParams& p, u32 cta)
-      : items_(p.items + cta), num_turns_(*p.num_turns), turn_(blockIdx.x / kClusterSize) {
-    fetch();
-  }
-  __device__ bool take(WorkItem& item) {
-    if (turn_ >= num_turns_) return false;
-    item = next_;
-    turn_ += gridDim.x / kClusterSize;
-    fetch();
-    return true;
-  }
-
- private:
-  __device__ void fetch() {
-    if (turn_ >= num_turns_) return;
-    const int4 raw = *reinterpret_cast<const int4*>(items_ + static_cast<long long>(turn_) * 2);
-    next_ = {raw.x, raw.y, raw.z, static_cast<u16>(raw.w), static_cast<u16>(raw.w >> 16)};
-  }
-
-  const WorkItem* items_;
-  int num_turns_, turn_;
-  WorkItem next_;
-};
+using Cursor = Ring<kStages>;
 
 }  // namespace cometrt

@@ -33,6 +33,31 @@ __device__ inline void mbarrier_arrive_at(u64* barrier, u32 cta) {
       : "memory");
 }
 
+__device__ inline void mbarrier_arrive_expect_at(u64* barrier, u32 cta, u32 bytes) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.expect_tx.shared::cluster.b64 _, [remote], %2;\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(cta), "r"(bytes)
+      : "memory");
+}
+
+// 16 bytes to the same place in a CTA of the cluster; completes on its barrier.
+__device__ inline void store_async(void* shared, int4 value, u64* barrier, u32 cta) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 to, remote;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\n"
+      "mapa.shared::cluster.u32 remote, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3, %4, %5, %6}, "
+      "[remote];\n"
+      "}\n" ::"r"(shared_address(shared)),
+      "r"(shared_address(barrier)), "r"(cta), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+      : "memory");
+}
+
 // Into the same place of each CTA in `ctas`; completes on the barrier at the same place of each.
 __device__ inline void tensor_load_4d_multicast(void* shared, const TensorMap* map, int c0, int c1,
                                                 int c2, int c3, u64* barrier, u16 ctas) {

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kScanThreads = 1024;
 
-// Positions of the plan's order, which a run of tiles of one expert cuts into pieces.
+// Positions of the plan's order.
 struct Order {
   const TurnsParams& p;
   int num_tiles;
@@ -18,9 +18,6 @@ struct Order {
     return p.tile_order[p.backwards ? num_tiles - 1 - position : position];
   }
   __device__ int expert(int position) const { return p.tile_expert[tile(position)]; }
-  __device__ bool begins(int position) const {
-    return position % p.max_run == 0 || expert(position) != expert(position - 1);
-  }
   __device__ int rows(int position) const {
     const int t = tile(position), e = p.tile_expert[t];
     return min(BLOCK_M, p.expert_offsets[e] + p.expert_rows[e] - t * BLOCK_M);
@@ -29,20 +26,27 @@ struct Order {
   __device__ bool is_large(int position) const { return rows(position) > kHalfM; }
 };
 
+// The tiles around a position that are computed together, column tile by column tile.
 struct Run {
-  int first, size, num_large;
+  int first, size, num_pairs, num_singles;
 
-  __device__ Run(const Order& order, int position) : first(position), num_large(0) {
-    while (!order.begins(first)) --first;
-    int end = first;
-    do {
-      num_large += order.is_large(end++);
-    } while (end < order.num_tiles && !order.begins(end));
-    size = end - first;
+  __device__ Run(const Order& order, int position) {
+    const int expert = order.expert(position);
+    int begin = position, end = position + 1;  // of the stretch of this expert
+    while (begin > 0 && order.expert(begin - 1) == expert) --begin;
+    while (end < order.num_tiles && order.expert(end) == expert) ++end;
+    const int pieces = (end - begin + order.p.max_run - 1) / order.p.max_run;
+    const int length = (end - begin + 2 * pieces - 1) / (2 * pieces) * 2;
+    first = begin + (position - begin) / length * length;
+    size = min(length, end - first);
+    int num_large = 0;
+    for (int i = first; i < first + size; ++i) num_large += order.is_large(i);
+    num_pairs = num_large / 2;
+    num_singles = size - 2 * num_pairs;
   }
-  __device__ int num_pairs() const { return num_large / 2; }
+  // A single takes two column tiles a turn.
   __device__ int num_turns(int columns) const {
-    return num_pairs() * columns + (size - 2 * num_pairs()) * ((columns + 1) / 2);
+    return num_pairs * columns + num_singles * ((columns + 1) / 2);
   }
 };
 
@@ -53,32 +57,31 @@ __device__ WorkItem item_of(const Order& order, int position, int column, Sharin
 
 __device__ void write(const TurnsParams& p, const Order& order, const Run& run, int position,
                       int base) {
-  const int columns = p.num_columns, pairs = run.num_pairs();
-  int larges = 0, mate = -1, singles = 0;  // before this one; the last large one
+  int larges = 0, smalls = 0, mate = -1;  // before this one; the last large one
   for (int i = run.first; i < position; ++i) {
     const bool large = order.is_large(i);
     if (large) mate = i;
-    singles += !large;
     larges += large;
+    smalls += !large;
   }
-  const bool large = order.is_large(position);
-  if (large && larges < 2 * pairs) {
-    if (larges % 2 == 0) return;  // the second of a pair writes both
-    for (int c = blockIdx.x; c < columns; c += gridDim.x) {
-      WorkItem* turn = p.items + 2ll * (base + c * pairs + larges / 2);
-      turn[0] = item_of(order, mate, c, kSharesB);
-      turn[1] = item_of(order, position, c, kSharesB);
+  const int pairs = run.num_pairs, columns = p.num_columns;
+  const bool paired = order.is_large(position) && larges < 2 * pairs;
+  if (paired && larges % 2 == 0) return;  // the second of a pair writes both
+  const int index = paired ? larges / 2 : smalls + max(0, larges - 2 * pairs);
+  for (int j = blockIdx.x; j < (columns + 1) / 2; j += gridDim.x) {  // two column tiles
+    WorkItem* turns = p.items + 2ll * (base + j * (2 * pairs + run.num_singles));
+    const int column = 2 * j, count = min(2, columns - column);
+    if (paired) {
+      for (int c = 0; c < count; ++c) {
+        turns[2 * (c * pairs + index)] = item_of(order, mate, column + c, kSharesB);
+        turns[2 * (c * pairs + index) + 1] = item_of(order, position, column + c, kSharesB);
+      }
+    } else {
+      WorkItem* turn = turns + 2 * (count * pairs + index);
+      const WorkItem nothing{-1, 0, 0, 0, kSharesNothing};
+      turn[0] = item_of(order, position, column, count == 2 ? kSharesA : kSharesNothing);
+      turn[1] = count == 2 ? item_of(order, position, column + 1, kSharesA) : nothing;
     }
-    return;
-  }
-  singles += max(0, larges - 2 * pairs);  // a large one that is left over, in its place
-  const int half = (columns + 1) / 2;
-  for (int i = blockIdx.x; i < half; i += gridDim.x) {
-    WorkItem* turn = p.items + 2ll * (base + pairs * columns + singles * half + i);
-    const bool both = 2 * i + 1 < columns;
-    turn[0] = item_of(order, position, 2 * i, both ? kSharesA : kSharesNothing);
-    turn[1] = both ? item_of(order, position, 2 * i + 1, kSharesA)
-                   : WorkItem{-1, 0, 0, 0, kSharesNothing};
   }
 }
 
@@ -92,14 +95,16 @@ extern "C" __global__ void __launch_bounds__(kScanThreads, 1)
   for (int first = 0; first < order.num_tiles; first += kScanThreads) {
     const int position = first + threadIdx.x;
     const bool used = position < order.num_tiles;
-    const Run run = used ? Run(order, position) : Run(order, first);
+    const Run run(order, used ? position : first);
     const int turns = run.num_turns(p.num_columns);
+    const int mine = used && run.first == position ? turns : 0;  // a run counts where it begins
     int total;
-    const bool begins = used && run.first == position;
-    const int upto = block_scan(begins ? turns : 0, shared, &total) + (begins ? turns : 0);
-    // max_run divides kScanThreads: a run lies within one round.
-    if (used) write(p, order, run, position, before + upto - turns);
+    const int end = before + block_scan(mine, shared, &total) + mine;
+    if (used) write(p, order, run, position, end - turns);
     before += total;
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) *p.num_turns = before;
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    *p.num_turns = before;
+    p.progress[0] = p.progress[1] = 0;
+  }
 }

@@ -9,7 +9,7 @@ namespace cometrt {
 struct TurnsParams {
   const int *tile_order, *num_tiles, *tile_expert, *expert_offsets, *expert_rows;
   WorkItem* items;
-  int* num_turns;
+  int *num_turns, *progress;
   int num_columns, max_run, backwards, unused;
 };
 
