@@ -15,7 +15,7 @@ from cometrt.kernels.tensor_map import encode
 from cometrt.plan.turns import BLOCK_M, column_tiles, longest_run, most_turns, work_item_dtype
 from cometrt.world.partitions import num_sms
 
-_BLOCK_K, _HALF_M, _HALF_N, _SLAB_ROWS, _SLAB_COLUMNS = 64, BLOCK_M // 2, 128, 16, 64
+_BLOCK_K, _HALF_M, _HALF_N = 64, BLOCK_M // 2, 128
 _THREADS, _TURNS_THREADS, _TURNS_BLOCKS = 384, 1024, 8
 _SHARED_BYTES = 4 * 48 * 1024 + 16 * 2 * 1024 + 2 * 16 + 12 * 8  # sizeof(Shared) of gemm/tile.cuh
 
@@ -97,17 +97,14 @@ class GroupedGemm:
         columns = b_rows // parts
         a_map = encode(a.data.ptr, (1, 1, rows, inner), (1, 1, _HALF_M, _BLOCK_K))
         b_map = encode(b.data.ptr, (experts, parts, columns, inner), (1, 1, _HALF_N, _BLOCK_K))
-        out_map = encode(out.data.ptr, (rows, 1, columns), (_SLAB_ROWS, 1, _SLAB_COLUMNS))
-        z_map = out_map
-        if self._write_z:
-            z_map = encode(z.data.ptr, (rows, parts, columns), (_SLAB_ROWS, 1, _SLAB_COLUMNS))
         params = np.zeros(1, gemm_params)
         _set_turns(params, turns)
-        params["num_k_blocks"] = -(-inner // _BLOCK_K)
+        params["num_k_blocks"], params["num_columns"] = -(-inner // _BLOCK_K), columns
+        params["out"] = out.data.ptr
+        if self._write_z:
+            params["z"] = z.data.ptr
         grid = (num_sms() // 2 * 2,)
-        self._kernel(
-            grid, _THREADS, params, a_map, b_map, out_map, z_map, shared_bytes=_SHARED_BYTES
-        )
+        self._kernel(grid, _THREADS, params, a_map, b_map, shared_bytes=_SHARED_BYTES)
 
 
 @functools.cache

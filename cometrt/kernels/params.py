@@ -85,8 +85,8 @@ activation_params = np.dtype(
     + [(name, np.uint64) for name in "expert_offsets row_weight z a da dz dweight_rows".split()]
 )
 gemm_params = np.dtype(
-    [(name, np.uint64) for name in "items num_turns progress".split()]
-    + [(name, np.int32) for name in "num_k_blocks unused".split()]
+    [(name, np.uint64) for name in "items num_turns progress out z".split()]
+    + [(name, np.int32) for name in "num_k_blocks num_columns".split()]
 )
 turns_params = np.dtype(
     [

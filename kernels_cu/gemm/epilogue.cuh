@@ -1,10 +1,10 @@
-// From a warpgroup's accumulators to the results: activation, rounding, 64 columns at a time
-// through shared memory to a tensor store, which clips what lies beyond the matrix.
+// From a warp's accumulators to the results. A tile's results are rounded and kept in registers;
+// they leave in pieces while the next tile is multiplied, since an SM stores slowly (about 32
+// bytes a cycle).
 #pragma once
 
 #include "common/activation.cuh"
 #include "gemm/tile.cuh"
-#include "hopper/bulk.cuh"
 #include "hopper/warpgroup.cuh"
 
 namespace cometrt {
@@ -18,37 +18,34 @@ __device__ inline float2 unpack(u32 pair) {
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
 }
 
-// One warp's way out: 16 rows, 64 columns at a time.
+// One warp's way out: 16 rows, 64 columns at a time. Through shared memory, so that each store is
+// 16 bytes and eight lanes write 128 bytes of a row; a slab is written again only after the warp
+// has met once more.
 class SlabStore {
  public:
   __device__ explicit SlabStore(Slab (&slabs)[kSlabsInFlight]) : slabs_(slabs) {}
 
   // `pairs` [16]: eight columns after the other, this thread's two values of row r, then of r + 8,
-  // as the accumulators have them. To columns [column, column + 64) of part `part`, from `row` on.
-  __device__ void store(const u32 (&pairs)[16], const TensorMap* map, int column, int part,
-                        int row) {
+  // as the accumulators have them. `to`: row 0, column 0 of the 64; the first `columns` exist.
+  __device__ void store(const u32 (&pairs)[16], __nv_bfloat16* to, int columns, long long stride) {
     const int lane = threadIdx.x % 32;
     char* slab = reinterpret_cast<char*>(slabs_[next_].values);
-    if (lane == 0) bulk_wait_read<kSlabsInFlight - 1>();
-    __syncwarp();  // the slab's last store has left it
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // 16 columns: chunks 2 i and 2 i + 1 of 16 bytes, swizzled
       const int chunk = (2 * i + lane / 16) ^ (lane % 8);
       store_matrices(slab + lane % 16 * 128 + 16 * chunk, pairs[4 * i], pairs[4 * i + 1],
                      pairs[4 * i + 2], pairs[4 * i + 3]);
     }
-    fence_proxy_async_shared();
-    __syncwarp();  // all of the slab is there
-    if (lane == 0) {
-      tensor_store_3d(map, slab, column, part, row);
-      bulk_commit();
+    __syncwarp();
+    const int chunk = lane % 8;
+    to += lane / 8 * stride + 8 * chunk;
+#pragma unroll
+    for (int i = 0; i < 4; ++i, to += 4 * stride) {
+      const int row = 4 * i + lane / 8;
+      const int4 value = *reinterpret_cast<int4*>(slab + row * 128 + 16 * (chunk ^ (row % 8)));
+      if (8 * chunk < columns) *reinterpret_cast<int4*>(to) = value;
     }
     next_ ^= 1;
-  }
-
-  // What was stored is complete, and its slabs are free.
-  __device__ void finish() {
-    if (threadIdx.x % 32 == 0) bulk_wait<0>();
   }
 
  private:
@@ -63,37 +60,55 @@ template <int kActivation, bool kWriteZ, typename Hooks>
 class Epilogue {
   static constexpr bool kActivates = kActivation >= 0, kGated = kActivates && is_gated(kActivation);
   static constexpr int kColumns = kGated ? kHalfN : BLOCK_N;  // of out in a tile
+  // Of each 64 columns: z (gate, then up), where it is written, and out.
+  static constexpr int kPiecesOfSlab = 1 + (kActivates && kWriteZ ? (kGated ? 2 : 1) : 0);
 
  public:
-  // `warp` counts those that multiply.
-  __device__ Epilogue(Shared& shared, int warp, const TensorMap* out_map, const TensorMap* z_map,
-                      const Hooks& hooks)
-      : slabs_(shared.slabs[warp]), warp_(warp), out_map_(out_map), z_map_(z_map), hooks_(hooks) {}
+  static constexpr int kPieces = kColumns / kSlabColumns * kPiecesOfSlab;
 
-  __device__ void store(const WorkItem& item, const float (&d)[128]) {
-    const int row = item.tile * BLOCK_M + warp_ * kSlabRows, column = item.column * kColumns;
+  // `warp` counts those that multiply.
+  __device__ Epilogue(Shared& shared, const GemmParams& p, int warp, const Hooks& hooks)
+      : slabs_(shared.slabs[warp]), p_(p), warp_(warp), hooks_(hooks) {}
+
+  // Of a tile whose pieces are to leave from now on.
+  __device__ void keep(const WorkItem& item, const float (&d)[128]) {
 #pragma unroll
-    for (int slab = 0; slab < kColumns / kSlabColumns; ++slab) {
-      u32 first[16], second[16];
+    for (int i = 0; i < 64; ++i) kept_[i] = pack(d[2 * i], d[2 * i + 1]);
+    item_ = item;
+  }
+  // No rows of the tile are this warp's: they are padding, and results too.
+  __device__ void keep_zeros(const WorkItem& item) {
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const int at = 32 * slab + 2 * i;
-        first[i] = pack(d[at], d[at + 1]);
-        if (kGated) second[i] = pack(d[64 + at], d[64 + at + 1]);
-      }
-      const int begin = column + slab * kSlabColumns;
-      if (kActivates && kWriteZ) slabs_.store(first, z_map_, begin, 0, row);
-      if (kGated && kWriteZ) slabs_.store(second, z_map_, begin, 1, row);
-      if (kActivates) {
-#pragma unroll
-        for (int i = 0; i < 16; ++i) first[i] = activate(first[i], kGated ? second[i] : 0);
-      }
-      slabs_.store(first, out_map_, begin, 0, row);
-    }
-    hooks_.after_stores(item);
+    for (int i = 0; i < 64; ++i) kept_[i] = 0;
+    item_ = item;
   }
 
-  __device__ void finish() { slabs_.finish(); }
+  // `piece` is known to the compiler.
+  __device__ void store(int piece) {
+    if (item_.tile < 0) return;
+    const int slab = piece / kPiecesOfSlab, kind = piece % kPiecesOfSlab;
+    const long long row = static_cast<long long>(item_.tile) * BLOCK_M + warp_ * kSlabRows;
+    const int column = item_.column * kColumns + slab * kSlabColumns;
+    const int columns = p_.num_columns - column;
+    const bool is_out = kind == kPiecesOfSlab - 1, is_up = kGated && kind == 1 && !is_out;
+    u32 values[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const u32 first = kept_[16 * slab + i], second = kGated ? kept_[32 + 16 * slab + i] : 0;
+      values[i] = is_up ? second : is_out && kActivates ? activate(first, second) : first;
+    }
+    const int stride = is_out || !kGated ? p_.num_columns : 2 * p_.num_columns;
+    __nv_bfloat16* to = (is_out ? p_.out : p_.z) + row * stride + column;
+    slabs_.store(values, is_up ? to + p_.num_columns : to, columns, stride);
+    if (piece == kPieces - 1) {
+      hooks_.after_stores(item_);
+      item_.tile = -1;
+    }
+  }
+  __device__ void store_all() {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) store(piece);
+  }
 
  private:
   __device__ static u32 activate(u32 gate, u32 up) {
@@ -104,9 +119,11 @@ class Epilogue {
   }
 
   SlabStore slabs_;
+  const GemmParams& p_;
   int warp_;
-  const TensorMap *out_map_, *z_map_;
   const Hooks& hooks_;
+  u32 kept_[64];  // bf16 pairs in the accumulators' order
+  WorkItem item_{-1, 0, 0, 0, 0};
 };
 
 }  // namespace cometrt

@@ -15,8 +15,7 @@ using namespace cometrt;
 // Grid: an even number of CTAs, at most as many as run at once. Dynamic shared memory: Shared.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     gemm(const __grid_constant__ GemmParams p, const __grid_constant__ TensorMap a_map,
-         const __grid_constant__ TensorMap b_map, const __grid_constant__ TensorMap out_map,
-         const __grid_constant__ TensorMap z_map) {
+         const __grid_constant__ TensorMap b_map) {
   extern __shared__ __align__(1024) char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const u32 cta = cluster_cta();
@@ -44,7 +43,7 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
     __syncwarp();
   } else {
     take_registers<232>();
-    Epilogue<ACTIVATION, WRITE_Z, NoHooks> epilogue(shared, warp - 4, &out_map, &z_map, hooks);
+    Epilogue<ACTIVATION, WRITE_Z, NoHooks> epilogue(shared, p, warp - 4, hooks);
     consume(shared, p, warp / 4 - 1, epilogue);
   }
   cluster_barrier();  // nobody leaves while the neighbour may still write here

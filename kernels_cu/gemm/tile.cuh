@@ -36,8 +36,10 @@ struct WorkItem {
 struct GemmParams {
   const WorkItem* items;  // [*num_turns, kClusterSize]
   const int* num_turns;
-  int* progress;  // [2]: turns dealt, clusters that have finished; both 0 between launches
-  int num_k_blocks, unused;
+  int* progress;       // [2]: turns dealt, clusters that have finished; both 0 between launches
+  __nv_bfloat16* out;  // [rows, num_columns]
+  __nv_bfloat16* z;    // [rows, gate and up, num_columns], where it is written
+  int num_k_blocks, num_columns;
 };
 
 struct Slot {
