@@ -253,6 +253,7 @@ class MoELayer:
             if mode is not None:
                 check_choice("mode", mode, MODES[world.device])
             Geometry(spec, world.rank, world.size)
+            config.check_on(world.device)
             if world.device == "cuda" and spec.dtype != "bfloat16":
                 raise ValueError(f"dtype must be 'bfloat16' on device='cuda' (got {spec.dtype!r})")
         except ValueError as error:

@@ -35,6 +35,7 @@ class Case:
     order: str = "waves"
     mode: str | None = None
     seed: int = 0
+    gemm: str = "cublas"  # on "cuda"; the engine has M-tiles of 128
 
     @property
     def size(self) -> int:
@@ -59,7 +60,12 @@ class Case:
     @property
     def config(self) -> cometrt.TileConfig:
         return cometrt.TileConfig(
-            block_m=16, block_n=32, block_tokens=8, layer1_order=self.order, chunk=32
+            block_m=16 if self.gemm == "cublas" else 128,
+            block_n=32,
+            block_tokens=8,
+            layer1_order=self.order,
+            chunk=32,
+            gemm=self.gemm,
         )
 
     def __str__(self) -> str:

@@ -37,21 +37,41 @@ class Turns(NamedTuple):
     counts: Any  # [3] int32: turns; turns dealt and clusters that have finished, 0 between launches
 
 
+def new_turns(max_tiles: int, num_columns: int) -> Turns:
+    """Memory for the turns of up to that many M-tiles and that many column tiles."""
+    import cupy as cp
+
+    load_kernels("schedule/turns.cu", "turns")
+    items = 2 * most_turns(max_tiles, num_columns)
+    return Turns(cp.empty(items * work_item_dtype.itemsize, cp.uint8), cp.empty(3, cp.int32))
+
+
 def order_turns(
-    tiles: Tiles, num_columns: int, *, backwards: bool = False, max_run: int | None = None
+    tiles: Tiles,
+    num_columns: int,
+    *,
+    backwards: bool = False,
+    max_run: int | None = None,
+    ok: int = 0,
+    out: Turns | None = None,
 ) -> Turns:
     """`cometrt.plan.turns.make_turns` on the device, queued on the current stream.
 
-    Turns serve any number of GEMMs, one after the other. max_run None: of `longest_run`.
-    """
-    import cupy as cp
+    Turns serve any number of GEMMs, one after the other.
 
-    most = most_turns(len(tiles.tile_order), num_columns)
-    out = Turns(cp.empty(2 * most * work_item_dtype.itemsize, cp.uint8), cp.empty(3, cp.int32))
+    Args:
+        max_run: None: of `longest_run`.
+        ok: address of a uint32 on the device; where it is 0 there are no turns, whatever the
+            tables hold.
+        out: from `new_turns`.
+    """
+    if out is None:
+        out = new_turns(len(tiles.tile_order), num_columns)
     params = np.zeros(1, turns_params)
     for name in "tile_order num_tiles tile_expert expert_offsets expert_rows".split():
         params[name] = getattr(tiles, name).data.ptr
     _set_turns(params, out)
+    params["ok"] = ok
     params["num_columns"], params["backwards"] = num_columns, backwards
     params["max_run"] = longest_run(num_sms()) if max_run is None else max_run
     (kernel,) = load_kernels("schedule/turns.cu", "turns")
@@ -78,10 +98,9 @@ class GroupedGemm:
         self._activates, self._write_z = activation is not None, write_z
         self._kernel = _kernel(activation, write_z)
 
-    def column_tiles(self, b: Any) -> int:
-        """N-tiles of a result, for `order_turns`."""
-        columns = b.shape[1] // 2 if self.gated else b.shape[1]
-        return column_tiles(columns, gated=self.gated)
+    def column_tiles(self, b_rows: int) -> int:
+        """N-tiles of a result, for `order_turns`; b_rows: b's second extent."""
+        return column_tiles(b_rows // 2 if self.gated else b_rows, gated=self.gated)
 
     def __call__(self, a: Any, b: Any, out: Any, turns: Turns, *, z: Any = None) -> None:
         """Queue it on the current stream.
@@ -111,4 +130,6 @@ class GroupedGemm:
 def _kernel(activation: str | None, write_z: bool) -> Kernel:
     number = -1 if activation is None else list(ACTIVATIONS).index(activation)
     defines = (("ACTIVATION", number), ("WRITE_Z", int(write_z)))
-    return load_kernels("gemm/forward.cu", "gemm", defines=defines)[0]
+    (kernel,) = load_kernels("gemm/forward.cu", "gemm", defines=defines)
+    kernel.allow_shared(_SHARED_BYTES)
+    return kernel

@@ -1,28 +1,28 @@
-"""Forward and backward of one layer on CUDA, mode "sequential": dispatch, expert GEMMs by
-cuBLAS, combine, each its own launch; the protocol of kernels_cu/README.md across ranks.
+"""Forward and backward of one layer on CUDA, mode "sequential": dispatch, expert GEMMs, combine,
+each its own launch; the protocol of kernels_cu/README.md across ranks.
 
-cuBLAS has to know the experts' rows on the host, so each call waits once for its plan.
+cuBLAS, which backward always uses, has to know the experts' rows on the host: such a call waits
+once for its plan. The engine does not.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from cometrt.cuda.gemm import ExpertGemm
+from cometrt.cuda.experts import CublasExperts, EngineExperts
 from cometrt.cuda.planner import DevicePlanner
+from cometrt.cuda.report import OPERATIONS, Report
 from cometrt.errors import CometError
 from cometrt.heap import SymmetricHeap
 from cometrt.kernels.launch import load_kernels
 from cometrt.kernels.params import (
     CALL_TABLES,
     HEAP_OFFSETS,
-    activation_params,
     call_dtype,
     call_state_dtype,
     geometry_record,
@@ -34,25 +34,12 @@ from cometrt.saved import Saved
 from cometrt.specs import Gradients
 from cometrt.trace import Tracer
 from cometrt.world import World
-from cometrt.world.failure import FLAGS, KINDS, Failure, Wanted
-from cometrt.world.layout import control_dtype, world_dtype
+from cometrt.world.layout import world_dtype
 from cometrt.world.partitions import num_sms
 
-OPERATIONS = ("", "forward", "backward")  # numbers on the wire
 _THREADS = 256
 _PULL_WARPS = 4  # kPullWarps of rows.cu
 _SLOT_BYTES = 200 * 1024  # of shared memory for rows in flight
-
-
-@dataclasses.dataclass
-class _Report:
-    """Pinned copies of what kernels left on the device, valid once `event` has come."""
-
-    control: np.ndarray
-    state: np.ndarray
-    expert_offsets: np.ndarray
-    event: Any
-    pinned: tuple[Any, ...]
 
 
 class CudaExecutor:
@@ -70,20 +57,21 @@ class CudaExecutor:
         self._ids, self._weights = cp.empty(pairs, cp.int32), cp.empty(pairs, cp.float32)
         self._num_tokens = cp.zeros(geometry.size, cp.int32)
         self._state = cp.zeros(call_state_dtype.itemsize, cp.uint8)
+        self._ok = self._state.data.ptr + call_state_dtype.fields["ok"][1]  # type: ignore[index]
         self._publish, self._gather, self._verdict, self._poison = load_kernels(
             "exchange/publish.cu", "publish", "gather", "verdict", "poison"
         )
         self._dispatch, self._push, self._home_reduce = load_kernels(
             "exchange/rows.cu", "dispatch", "push", "home_reduce"
         )
-        self._activate, self._activate_backward = load_kernels(
-            "exchange/activation.cu", "activate", "activate_backward"
-        )
-        self._gemm = ExpertGemm()
-        self._report = self._pinned_report()
+        self._cublas = CublasExperts(shape)
+        self._engine = EngineExperts(shape) if shape.config.gemm == "engine" else None
+        self._report = Report(world, geometry.local_experts)
         self._pending: CometError | None = None
         self._in_flight = False
-        self._warm_up()
+        self._epoch_of_call()  # whatever that loads, now
+        cp.cuda.get_current_stream().synchronize()
+        world.barrier()
 
     # ---- the calls --------------------------------------------------------------------------
 
@@ -126,20 +114,23 @@ class CudaExecutor:
             ("errors", self._planner.errors),
         ):
             call[name] = array.data.ptr
-        x_rows, z = self._rows(spec.hidden), self._rows(geometry.up_columns)
+        x_rows, engine = self._rows(spec.hidden), self._engine
+        z = self._rows(geometry.up_columns) if training or engine is None else None
         a, o = self._rows(geometry.local_intermediate), self._rows(spec.hidden)
-        plan = self._planner.new_plan()
-        rows = []
-        if self._start(call):
+        plan, rows = self._planner.new_plan(), None
+        started = self._start(call)
+        if started:
             self._planner.plan(self._ids, self._weights, self._num_tokens, plan)
             self._verdict((1,), 1, call)
-            rows = self._group_rows(call, plan)
+            if engine is None:
+                rows = self._group_rows(plan)
         self._set_plan(call, plan)
-        if rows:
+        if started and (rows or engine is not None):
             self._pull(call, "x", x_rows)
-            self._each_expert("NT", x_rows, w_up, z, rows)
-            self._run_activation(self._activate, plan, z=z, a=a)
-            self._each_expert("NT", a, w_down, o, rows)
+            if rows:
+                self._cublas.forward(plan, rows, x_rows, w_up, w_down, z, a, o)
+            elif engine is not None:
+                engine.forward(plan, self._ok, x_rows, w_up, w_down, z, a, o)
             self._combine(call, o)
         self._finish(call)
         if not training:
@@ -178,44 +169,35 @@ class CudaExecutor:
         rows = []
         if self._start(call):
             self._verdict((1,), 1, call)
-            rows = self._group_rows(call, saved.plan)
+            rows = self._group_rows(saved.plan)
         self._set_plan(call, saved.plan)
         if rows:
             self._pull(call, "dy", dy_rows)
             if pulls_again:  # before the first partial of dx leaves
                 self._pull(call, "x", x_rows)
-            self._each_expert("NN", dy_rows, saved.w_down, da, rows)
-            self._run_activation(
-                self._activate_backward,
-                saved.plan,
-                z=saved.z,
-                a=weighted_a,
-                da=da,
-                dz=dz,
-                dweight_rows=dweight_rows,
-            )
-            self._each_expert("NN", dz, saved.w_up, dx_rows, rows)
+            self._cublas.grad_rows(saved, rows, dy_rows, da, dz, weighted_a, dweight_rows, dx_rows)
             call["dweight_rows"] = dweight_rows.data.ptr
-            self._combine(call, dx_rows, between=lambda: self._wgrad(
-                dz, x_rows, dy_rows, weighted_a, out, rows, accumulate
+            self._combine(call, dx_rows, between=lambda: self._cublas.grad_weights(
+                rows, dz, x_rows, dy_rows, weighted_a, out, accumulate
             ))  # fmt: skip
         self._finish(call)
 
     def synchronize(self) -> None:
         """Wait for this layer's calls; raise what they have not raised yet."""
-        if self._in_flight:
-            self._report.event.synchronize()
         self.raise_pending()
 
     def close(self) -> None:
         self.synchronize()
 
     def raise_pending(self) -> None:
-        """Raise what an earlier call found, as far as the device has come. Does not wait."""
-        if self._in_flight and self._report.event.done:
+        """Raise what the last call found. Waits for its end: the next one uses its tables."""
+        if self._in_flight:
+            self._report.event.synchronize()
             self._in_flight = False
             if self._pending is None:
-                self._pending = self._stop_found()
+                self._pending = self._report.stop_found()
+            if self._pending is None and not self._report.ok:
+                self._pending = self._routing_found()
         error, self._pending = self._pending, None
         if error is not None:
             raise error
@@ -288,13 +270,12 @@ class CudaExecutor:
             return False
         return True
 
-    def _group_rows(self, call: np.ndarray, plan: Plan) -> list[tuple[int, int]]:
+    def _group_rows(self, plan: Any) -> list[tuple[int, int]]:
         """Waits for the verdict: rows [begin, end) of each expert; empty if the call is over."""
-        self._copy_report(plan)
+        self._report.copy(self._state, plan.expert_offsets)
         self._report.event.synchronize()
-        if not int(self._report.state["ok"][0]):
-            self._pending = self._stop_found() or self._routing_found()
-            return []
+        if not self._report.ok:
+            return []  # `raise_pending` finds out why
         offsets = self._report.expert_offsets
         return [(int(a), int(b)) for a, b in itertools.pairwise(offsets)]
 
@@ -314,36 +295,6 @@ class CudaExecutor:
             shared_bytes=_PULL_WARPS * lanes * row_bytes,
         )
 
-    def _each_expert(
-        self, form: str, a: Any, weights: Any, c: Any, rows: list[tuple[int, int]]
-    ) -> None:
-        for expert, (begin, end) in enumerate(rows):
-            self._gemm(form, a[begin:end], weights[expert], c[begin:end])
-
-    def _wgrad(
-        self,
-        dz: Any,
-        x_rows: Any,
-        dy_rows: Any,
-        weighted_a: Any,
-        out: Gradients,
-        rows: list[tuple[int, int]],
-        accumulate: bool,
-    ) -> None:
-        for expert, (begin, end) in enumerate(rows):
-            part = slice(begin, end)
-            up, down = out.w_up[expert], out.w_down[expert]
-            self._gemm("TN", dz[part], x_rows[part], up, accumulate=accumulate)
-            self._gemm("TN", dy_rows[part], weighted_a[part], down, accumulate=accumulate)
-
-    def _run_activation(self, kernel: Any, plan: Plan, **arrays: Any) -> None:
-        params = np.zeros(1, activation_params)
-        params["g"] = geometry_record(self._shape)
-        arrays |= {"expert_offsets": plan.expert_offsets, "row_weight": plan.row_weight}
-        for name, array in arrays.items():
-            params[name] = array.data.ptr
-        kernel((8 * num_sms(),), _THREADS, params)
-
     def _combine(self, call: np.ndarray, rows: Any, between: Any = None) -> None:
         """Push, then `between`, which covers the exchange, then add up at home."""
         call["partial_rows"] = rows.data.ptr
@@ -356,87 +307,12 @@ class CudaExecutor:
 
     def _finish(self, call: np.ndarray) -> None:
         self._poison((num_sms(),), _THREADS, call)
-        self._copy_report(None)
+        self._report.copy(self._state)
         self._in_flight = True
         assert self._world.gpu is not None
         self._world.gpu.last_call = self._report.event
 
     # ---- what the device has found ----------------------------------------------------------
-
-    def _pinned_report(self) -> _Report:
-        experts = self._shape.geometry.local_experts
-
-        def pinned(dtype: Any, count: int) -> tuple[Any, np.ndarray]:
-            nbytes = np.dtype(dtype).itemsize * count
-            memory = self._cp.cuda.alloc_pinned_memory(nbytes)
-            return memory, np.frombuffer(memory, dtype, count)
-
-        control_memory, control = pinned(control_dtype, 1)
-        state_memory, state = pinned(call_state_dtype, 1)
-        offsets_memory, offsets = pinned(np.int32, experts + 1)
-        event = self._cp.cuda.Event(disable_timing=True)
-        memory = (control_memory, state_memory, offsets_memory)
-        return _Report(control, state, offsets, event, memory)
-
-    def _copy_report(self, plan: Plan | None) -> None:
-        """Copy, in stream order, what `_Report` holds."""
-        world, report = self._world, self._report
-        assert world.gpu is not None
-        sources = [
-            (report.control, world.gpu.control[world.rank]),
-            (report.state, int(self._state.data.ptr)),
-        ]
-        if plan is not None:
-            offsets: Any = plan.expert_offsets
-            sources.append((report.expert_offsets, int(offsets.data.ptr)))
-        stream = self._cp.cuda.get_current_stream()
-        for target, pointer in sources:
-            self._cp.cuda.runtime.memcpyAsync(
-                target.ctypes.data,
-                pointer,
-                target.nbytes,
-                self._cp.cuda.runtime.memcpyDeviceToHost,
-                stream.ptr,
-            )
-        report.event.record(stream)
-
-    def _stop_found(self) -> CometError | None:
-        """What stopped the world on the device, told to the hosts too; None if nothing did."""
-        world, control = self._world, self._report.control[0]
-        if int(control["abort"]) < world.generation:
-            return None
-        records = [r for r in control["failure"] if int(r["generation"]) >= world.generation]
-        if not records:  # a host stopped it
-            try:
-                world.check_running()
-            except CometError as error:
-                return error
-            return None
-        record = min(records, key=lambda r: (int(r["kind"]), int(r["waiter"]) != world.rank))
-        epoch = int(record["epoch"])
-        if KINDS[int(record["kind"])] == "mismatch":
-            text = f"ranks called different things in epoch {epoch}: " + ", ".join(
-                f"rank {rank}: {OPERATIONS[int(h['operation'])]} of layer {int(h['layer'])}"
-                + (
-                    f" (of the forward of epoch {int(h['forward_epoch'])})"
-                    if h["forward_epoch"]
-                    else ""
-                )
-                for rank, h in enumerate(control["header"][epoch & 1][: world.size])
-            )
-            failure = Failure("mismatch", int(record["waiter"]), text, epoch=epoch)
-        else:
-            wanted = Wanted(
-                FLAGS[int(record["flag"])],
-                int(record["peer"]),
-                int(record["expected"]),
-                epoch,
-                int(record["tile"]),
-                int(record["chunk"]),
-            )
-            failure = wanted.failure(int(record["waiter"]), int(record["found"]), world.timeout_sec)
-        world.stop(failure)
-        return failure.error()
 
     def _routing_found(self) -> CometError | None:
         """The planner's error, in the words of the NumPy planner over the same tables."""
@@ -464,34 +340,3 @@ class CudaExecutor:
         """[1] int64 on the device: CallState.epoch, copied in stream order."""
         offset = call_state_dtype.fields["epoch"][1]  # type: ignore[index]
         return self._state[offset : offset + 8].view(self._cp.int64).copy()
-
-    def _warm_up(self) -> None:
-        """Every kind of GEMM once: libraries load kernels when first used, and may wait for the
-        whole device then, which must not happen while a peer's kernel waits for this rank."""
-        cp, geometry = self._cp, self._shape.geometry
-        hidden, up, width = (
-            geometry.spec.hidden,
-            geometry.up_columns,
-            geometry.local_intermediate,
-        )
-        bf16 = geometry.spec.numpy_dtype
-        rows = min(self._shape.capacity, 4 * self._shape.config.block_m)
-
-        def zeros(*shape: int, dtype: Any = bf16) -> Any:
-            return cp.zeros(shape, dtype)
-
-        self._gemm("NT", zeros(rows, hidden), zeros(up, hidden), zeros(rows, up))
-        self._gemm("NT", zeros(rows, width), zeros(hidden, width), zeros(rows, hidden))
-        da = zeros(rows, width, dtype=cp.float32)
-        self._gemm("NN", zeros(rows, hidden), zeros(hidden, width), da)
-        self._gemm("NN", zeros(rows, up), zeros(up, hidden), zeros(rows, hidden))
-        for dtype in (bf16, np.dtype(np.float32)):
-            dw_up, dw_down = zeros(up, hidden, dtype=dtype), zeros(hidden, width, dtype=dtype)
-            for accumulate in (False, True):
-                self._gemm("TN", zeros(rows, up), zeros(rows, hidden), dw_up, accumulate=accumulate)
-                self._gemm(
-                    "TN", zeros(rows, hidden), zeros(rows, width), dw_down, accumulate=accumulate
-                )
-        self._epoch_of_call()
-        cp.cuda.get_current_stream().synchronize()
-        self._world.barrier()

@@ -25,10 +25,14 @@ class Kernel:
         shared_bytes: int = 0,
     ) -> None:
         """Launch on CuPy's current stream. `params` is a size-1 array of the struct's mirror."""
-        if shared_bytes > self._function.max_dynamic_shared_size_bytes:
-            self._function.max_dynamic_shared_size_bytes = shared_bytes
+        self.allow_shared(shared_bytes)
         by_value = params.view(f"V{params.dtype.itemsize}")
         self._function(grid, (block,), (by_value, *more), shared_mem=shared_bytes)
+
+    def allow_shared(self, shared_bytes: int) -> None:
+        """What launches may ask for; done once, best before any kernel waits for a peer."""
+        if shared_bytes > self._function.max_dynamic_shared_size_bytes:
+            self._function.max_dynamic_shared_size_bytes = shared_bytes
 
 
 @functools.cache

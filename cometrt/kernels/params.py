@@ -92,8 +92,9 @@ turns_params = np.dtype(
     [
         (name, np.uint64)
         for name in (
-            "tile_order num_tiles tile_expert expert_offsets expert_rows items num_turns progress"
-        ).split()
+            *"tile_order num_tiles tile_expert expert_offsets expert_rows".split(),
+            *"ok items num_turns progress".split(),
+        )
     ]
     + [(name, np.int32) for name in "num_columns max_run backwards unused".split()]
 )

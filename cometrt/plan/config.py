@@ -7,6 +7,8 @@ import dataclasses
 from cometrt.specs import ALIGNMENT, check_choice, check_int
 
 LAYER1_ORDERS = ("waves", "columns")
+GEMMS = ("engine", "cublas")
+ENGINE_BLOCK_M = 128  # BLOCK_M of kernels_cu/gemm/tile.cuh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,26 +23,37 @@ class TileConfig:
             chunk after chunk of H, all experts within a chunk).
         chunk: columns of H that are reduced and pushed together in "columns"; a multiple of
             block_n.
+        gemm: on "cuda", "engine" (kernels_cu/gemm; block_m is 128 then) or "cublas".
 
     Raises:
         ValueError: naming the argument, its value and the rule.
     """
 
-    block_m: int = 64
+    block_m: int = 128
     block_n: int = 128
     block_tokens: int = 64
     layer1_order: str = "waves"
     chunk: int = 256
+    gemm: str = "engine"
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_tokens", "chunk"):
             object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=1))
         check_choice("layer1_order", self.layer1_order, LAYER1_ORDERS)
+        check_choice("gemm", self.gemm, GEMMS)
         if self.block_n % ALIGNMENT:
             raise ValueError(f"block_n must be a multiple of {ALIGNMENT} (got {self.block_n})")
         if self.chunk % self.block_n:
             raise ValueError(
                 f"chunk must be a multiple of block_n={self.block_n} (got {self.chunk})"
+            )
+
+    def check_on(self, device: str) -> None:
+        """Raise ValueError for what that device's kernels cannot do."""
+        if device == "cuda" and self.gemm == "engine" and self.block_m != ENGINE_BLOCK_M:
+            raise ValueError(
+                f"block_m must be {ENGINE_BLOCK_M} on device='cuda' with gemm='engine' "
+                f"(got {self.block_m})"
             )
 
     def chunks(self, hidden: int) -> list[tuple[int, int]]:

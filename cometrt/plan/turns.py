@@ -12,9 +12,10 @@ import math
 
 import numpy as np
 
+from cometrt.plan.config import ENGINE_BLOCK_M
 from cometrt.plan.tables import Plan
 
-BLOCK_M, BLOCK_N = 128, 256  # of kernels_cu/gemm/tile.cuh
+BLOCK_M, BLOCK_N = ENGINE_BLOCK_M, 256  # of kernels_cu/gemm/tile.cuh
 SHARES_NOTHING, SHARES_A, SHARES_B = range(3)
 
 work_item_dtype = np.dtype(
@@ -41,7 +42,7 @@ def most_turns(max_tiles: int, num_columns: int) -> int:
 def longest_run(num_sms: int) -> int:
     """M-tiles that take column tiles together, so that what all SMs compute at one time is
     about as many rows as columns: fewest operands in the cache."""
-    return 2 * round(math.sqrt(max(num_sms // 2, 1)))
+    return 2 * max(1, math.isqrt(num_sms // 2))
 
 
 def make_turns(

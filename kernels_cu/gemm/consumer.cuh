@@ -6,6 +6,7 @@
 
 namespace cometrt {
 
+constexpr int kMaxBlocksOfPiece = 4;
 constexpr u32 kReleasesOfSlot = kClusterSize * kWarpgroups * 4;  // each warp of each CTA
 
 // This warp reads the slot no more: in both CTAs, since either may load for both.
@@ -29,10 +30,11 @@ __device__ inline void multiply_slot(Shared& shared, const Cursor& at, int warpg
 }
 
 // d [64, 256] = a [64, K] b [256, K]^T, while the last tile's pieces leave. A slot is released
-// when the next one's products are under way, which is when its own are known to be complete.
+// when the next one's products are under way, which is when its own are known to be complete; the
+// last slot's are still under way at the end. Returns that slot.
 template <typename Epilogue>
-__device__ inline void multiply(Shared& shared, Cursor& at, int num_k_blocks, int warpgroup,
-                                float (&d)[128], Epilogue& epilogue) {
+__device__ inline int multiply(Shared& shared, Cursor& at, int num_k_blocks, int warpgroup,
+                               float (&d)[128], Epilogue& epilogue) {
   int last = at.slot;
   const auto next = [&](bool first) {
     multiply_slot(shared, at, warpgroup, first, d);
@@ -43,20 +45,23 @@ __device__ inline void multiply(Shared& shared, Cursor& at, int num_k_blocks, in
     last = at.slot;
     at.advance();
   };
-  if (num_k_blocks > Epilogue::kPieces) {
+  int k = 0;
+  if (num_k_blocks >= Epilogue::kPieces) {
+    const int every = min(num_k_blocks / Epilogue::kPieces, kMaxBlocksOfPiece);
 #pragma unroll
-    for (int k = 0; k < Epilogue::kPieces; ++k) {
-      next(k == 0);
-      epilogue.store(k);
+    for (int piece = 0; piece < Epilogue::kPieces; ++piece) {
+      next(piece == 0);
+      epilogue.leave(piece);
+      for (int i = 1; i < every; ++i) next(false);
     }
-    for (int k = Epilogue::kPieces; k < num_k_blocks; ++k) next(false);
+    k = every * Epilogue::kPieces;
   } else {
-    epilogue.store_all();
+    epilogue.leave_at_once();
     next(true);
-    for (int k = 1; k < num_k_blocks; ++k) next(false);
+    k = 1;
   }
-  wgmma_wait<0>();
-  release_slot(shared, last);
+  for (; k < num_k_blocks; ++k) next(false);
+  return last;
 }
 
 // The slots of a tile of which this warpgroup has no rows.
@@ -72,19 +77,23 @@ __device__ inline void consume(Shared& shared, const GemmParams& p, int warpgrou
                                Epilogue& epilogue) {
   Turns<32> turns(shared);
   Cursor at;
-  WorkItem item;
-  while (turns.take(item)) {
+  WorkItem item, next;
+  for (bool more = turns.take(item); more; item = next) {
     if (warpgroup * kHalfM < item.rows) {
       float d[128];
-      multiply(shared, at, p.num_k_blocks, warpgroup, d, epilogue);
+      const int last = multiply(shared, at, p.num_k_blocks, warpgroup, d, epilogue);
+      more = turns.take(next);
+      wgmma_wait<0>();
+      release_slot(shared, last);
       epilogue.keep(item, d);
     } else {
-      epilogue.store_all();
+      epilogue.leave_at_once();
       pass_by(shared, at, p.num_k_blocks);
       epilogue.keep_zeros(item);
+      more = turns.take(next);
     }
   }
-  epilogue.store_all();
+  epilogue.leave_at_once();
 }
 
 }  // namespace cometrt

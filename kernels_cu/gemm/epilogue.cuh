@@ -27,7 +27,7 @@ class SlabStore {
 
   // `pairs` [16]: eight columns after the other, this thread's two values of row r, then of r + 8,
   // as the accumulators have them. `to`: row 0, column 0 of the 64; the first `columns` exist.
-  __device__ void store(const u32 (&pairs)[16], __nv_bfloat16* to, int columns, long long stride) {
+  __device__ void store(const u32* pairs, __nv_bfloat16* to, int columns, long long stride) {
     const int lane = threadIdx.x % 32;
     char* slab = reinterpret_cast<char*>(slabs_[next_].values);
 #pragma unroll
@@ -60,8 +60,10 @@ template <int kActivation, bool kWriteZ, typename Hooks>
 class Epilogue {
   static constexpr bool kActivates = kActivation >= 0, kGated = kActivates && is_gated(kActivation);
   static constexpr int kColumns = kGated ? kHalfN : BLOCK_N;  // of out in a tile
-  // Of each 64 columns: z (gate, then up), where it is written, and out.
-  static constexpr int kPiecesOfSlab = 1 + (kActivates && kWriteZ ? (kGated ? 2 : 1) : 0);
+  // Of each 64 columns: z (gate, then up) is stored, where it is written; out is computed, the
+  // first half and then the rest, where there is an activation; out is stored.
+  static constexpr int kStoresOfZ = kActivates && kWriteZ ? (kGated ? 2 : 1) : 0;
+  static constexpr int kPiecesOfSlab = kStoresOfZ + (kActivates ? 2 : 1);
 
  public:
   static constexpr int kPieces = kColumns / kSlabColumns * kPiecesOfSlab;
@@ -84,30 +86,35 @@ class Epilogue {
   }
 
   // `piece` is known to the compiler.
-  __device__ void store(int piece) {
+  __device__ void leave(int piece) {
     if (item_.tile < 0) return;
-    const int slab = piece / kPiecesOfSlab, kind = piece % kPiecesOfSlab;
+    const int slab = piece / kPiecesOfSlab, step = piece % kPiecesOfSlab;
+    u32* first = kept_ + 16 * slab;  // gate, or all there is; from its activation on, out
+    const u32* up = kGated ? first + 32 : first;
     const long long row = static_cast<long long>(item_.tile) * BLOCK_M + warp_ * kSlabRows;
     const int column = item_.column * kColumns + slab * kSlabColumns;
     const int columns = p_.num_columns - column;
-    const bool is_out = kind == kPiecesOfSlab - 1, is_up = kGated && kind == 1 && !is_out;
-    u32 values[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const u32 first = kept_[16 * slab + i], second = kGated ? kept_[32 + 16 * slab + i] : 0;
-      values[i] = is_up ? second : is_out && kActivates ? activate(first, second) : first;
+    if (step < kStoresOfZ) {
+      const int stride = kGated ? 2 * p_.num_columns : p_.num_columns;
+      __nv_bfloat16* to = p_.z + row * stride + column + step * p_.num_columns;
+      slabs_.store(step == 0 ? first : up, to, columns, stride);
+      return;
     }
-    const int stride = is_out || !kGated ? p_.num_columns : 2 * p_.num_columns;
-    __nv_bfloat16* to = (is_out ? p_.out : p_.z) + row * stride + column;
-    slabs_.store(values, is_up ? to + p_.num_columns : to, columns, stride);
+    if (kActivates) {
+      const int begin = 8 * (step - kStoresOfZ);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) first[begin + i] = activate(first[begin + i], up[begin + i]);
+      if (begin == 0) return;
+    }
+    slabs_.store(first, p_.out + row * p_.num_columns + column, columns, p_.num_columns);
     if (piece == kPieces - 1) {
       hooks_.after_stores(item_);
       item_.tile = -1;
     }
   }
-  __device__ void store_all() {
+  __device__ void leave_at_once() {
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) store(piece);
+    for (int piece = 0; piece < kPieces; ++piece) leave(piece);
   }
 
  private:

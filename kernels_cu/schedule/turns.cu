@@ -90,7 +90,7 @@ __device__ void write(const TurnsParams& p, const Order& order, const Run& run, 
 extern "C" __global__ void __launch_bounds__(kScanThreads, 1)
     turns(const __grid_constant__ TurnsParams p) {
   __shared__ int shared[kScanThreads / 32];
-  const Order order{p, *p.num_tiles};
+  const Order order{p, p.ok == nullptr || *p.ok ? *p.num_tiles : 0};
   int before = 0;
   for (int first = 0; first < order.num_tiles; first += kScanThreads) {
     const int position = first + threadIdx.x;

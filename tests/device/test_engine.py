@@ -1,11 +1,15 @@
 """The grouped GEMM engine against float64, and its order of tiles against NumPy's."""
 
+import re
+import shutil
+import subprocess
 import types
 
 import numpy as np
 import pytest
 
 from cometrt.activations import ACTIVATIONS, activate
+from cometrt.kernels.compiler import compile_cubin, kernels_folder
 from cometrt.plan.turns import make_turns, work_item_dtype
 
 pytestmark = pytest.mark.gpu
@@ -92,7 +96,7 @@ class Problem:
         from cometrt.cuda.engine import GroupedGemm, order_turns
 
         gemm = GroupedGemm(self.activation, write_z=write_z)
-        turns = order_turns(on_gpu(self.tiles), gemm.column_tiles(self.b))
+        turns = order_turns(on_gpu(self.tiles), gemm.column_tiles(self.b.shape[1]))
         self.out.fill(np.nan)
         self.z.fill(np.nan)
         gemm(self.a, self.b, self.out, turns, z=self.z if write_z else None)
@@ -145,6 +149,41 @@ def test_many_tiles():
     rows = tuple(np.random.default_rng(1).integers(0, 900, 24))
     Problem(rows, 384, 192, "swiglu").check(True)
     Problem(rows, 1000 // 16 * 16, 192, None).check(False)
+
+
+@pytest.mark.parametrize("inner", [512, 560, 1024, 2064])
+def test_results_leave_while_the_next_tile_is_multiplied(inner):
+    # K from one piece a block on; below it (the other tests) they leave first.
+    Problem((200, 130, 0, 600), 528, inner, None).check(False)
+    Problem((200, 130, 0, 600), 272, inner, "geglu").check(True)
+
+
+def test_turns_serve_many_launches():
+    from cometrt.cuda.engine import GroupedGemm, order_turns
+
+    problem = Problem((200, 77, 400), 272, 192, None)
+    gemm = GroupedGemm()
+    turns = order_turns(on_gpu(problem.tiles), gemm.column_tiles(problem.b.shape[1]))
+    first = problem.run(False)[0].tobytes()
+    for _ in range(20):
+        problem.out.fill(np.nan)
+        gemm(problem.a, problem.b, problem.out, turns)
+        assert problem.out.get().tobytes() == first
+
+
+@pytest.mark.parametrize(("activation", "write_z"), [(-1, 0), (0, 0), (0, 1), (3, 1)])
+def test_machine_code(activation, write_z):
+    program = shutil.which("cuobjdump") or shutil.which("nvdisasm")
+    if program is None:
+        pytest.skip("needs cuobjdump or nvdisasm")
+    defines = (("ACTIVATION", activation), ("WRITE_Z", write_z))
+    cubin = compile_cubin(kernels_folder() / "gemm" / "forward.cu", defines)
+    arguments = ["-sass"] if program.endswith("cuobjdump") else ["-c"]
+    command = [program, *arguments, str(cubin.path)]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "HGMMA.64x256x16.F32.BF16" in code
+    assert "UTMALDG.4D.MULTICAST" in code
+    assert not re.search(r"\b(LDL|STL)\b", code)
 
 
 def test_no_rows_at_all():

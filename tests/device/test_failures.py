@@ -10,7 +10,7 @@ from tests.cases import Case, Output, check_case, make_inputs, on_device, on_hos
 from tests.host.test_failures import caught
 
 pytestmark = pytest.mark.gpu
-CASE = Case((4, 1), mode="sequential")
+CASE = Case((4, 1), mode="sequential", gemm="engine")
 
 
 class Rank:
@@ -71,7 +71,6 @@ def test_too_many_rows_are_told_by_the_next_call():
     def fn(world):
         rank = Rank(world, inputs, spec)
         y, _ = rank.forward()
-        time.sleep(0.2)  # until the device has found out
         kept = rank.x.copy()
         with pytest.raises(cometrt.CapacityError, match="capacity_factor"):
             rank.forward(out=kept)
@@ -170,6 +169,14 @@ def test_a_rank_that_raises_in_the_middle_ends_the_others_at_once():
     begin = time.monotonic()
     check_case(CASE, inputs, cometrt.spawn(fn, 4, "cuda", timeout_sec=30))
     assert time.monotonic() - begin < 20
+
+
+def test_the_engine_wants_its_block_m():
+    def fn(world):
+        with pytest.raises(ValueError, match=r"block_m must be 128 on device='cuda' .*got 64"):
+            cometrt.MoELayer(world, CASE.spec, config=cometrt.TileConfig(block_m=64))
+
+    cometrt.spawn(fn, 2, "cuda")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class Rank(HostRank):
 )
 @pytest.mark.parametrize("ranks", [(4, 1), (4, 2)], ids=str)
 def test_any_order_with_a_slow_rank(ranks, routings, order, save):
-    case = Case(ranks, save=save, mode="sequential")
+    case = Case(ranks, save=save, mode="sequential", gemm="engine")
     batches = batches_of(case, 6, routings)
 
     def fn(world):
@@ -70,7 +70,7 @@ def test_any_order_with_a_slow_rank(ranks, routings, order, save):
 
 def test_calls_on_different_streams_follow_each_other():
     # The first call's stream is held up; the second, on another, must not overtake it.
-    case = Case((2, 1), mode="sequential")
+    case = Case((2, 1), mode="sequential", gemm="engine")
     batches = batches_of(case, 2, ("uniform", "skewed"))
 
     def fn(world):

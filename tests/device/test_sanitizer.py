@@ -1,4 +1,4 @@
-"""No kernel reads or writes outside its memory."""
+"""No kernel reads or writes outside its memory, or races on shared memory."""
 
 import shutil
 import subprocess
@@ -11,15 +11,18 @@ from tests.launch import ROOT
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_memcheck_is_clean(ranks):
+@pytest.mark.parametrize(
+    ("tool", "what"),
+    [("memcheck", "1"), ("memcheck", "4"), ("memcheck", "engine"), ("racecheck", "engine")],
+)
+def test_sanitizer_is_clean(tool, what):
     program = shutil.which("compute-sanitizer")
     if program is None:
         pytest.skip("needs compute-sanitizer")
-    command = [program, "--tool", "memcheck", "--error-exitcode", "3"]
+    command = [program, "--tool", tool, "--error-exitcode", "3"]
     command += ["--report-api-errors", "no"]  # cuda-bindings asks for functions that are not there
     result = subprocess.run(
-        [*command, sys.executable, "-m", "tests.device.sanitize", str(ranks)],
+        [*command, sys.executable, "-m", "tests.device.sanitize", what],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -27,4 +30,5 @@ def test_memcheck_is_clean(ranks):
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "cases passed" in result.stdout
-    assert "ERROR SUMMARY: 0 errors" in result.stdout + result.stderr
+    clean = {"memcheck": "ERROR SUMMARY: 0 errors", "racecheck": "RACECHECK SUMMARY: 0 hazards"}
+    assert clean[tool] in result.stdout + result.stderr

@@ -1,0 +1,131 @@
+"""The arithmetic of a rank's experts in mode "sequential": GEMMs and activations, all rows in one
+launch by the engine, or one GEMM an expert by cuBLAS."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cometrt.cuda.engine import GroupedGemm, new_turns, order_turns
+from cometrt.cuda.gemm import ExpertGemm
+from cometrt.kernels.launch import load_kernels
+from cometrt.kernels.params import activation_params, geometry_record
+from cometrt.plan import Plan, PlanShape
+from cometrt.specs import Gradients
+from cometrt.world.partitions import num_sms
+
+_THREADS = 256
+Rows = list[tuple[int, int]]  # [begin, end) of each expert
+
+
+class EngineExperts:
+    """The forward of all experts; how many rows each has is known on the device alone."""
+
+    def __init__(self, shape: PlanShape) -> None:
+        geometry, activation = shape.geometry, shape.geometry.spec.activation
+        self._up = {z: GroupedGemm(activation, write_z=z) for z in (False, True)}
+        self._down = GroupedGemm()
+        self._up_columns = self._up[True].column_tiles(geometry.up_columns)
+        self._down_columns = self._down.column_tiles(geometry.spec.hidden)
+        self._up_turns = new_turns(shape.max_tiles, self._up_columns)
+        self._down_turns = new_turns(shape.max_tiles, self._down_columns)
+
+    def forward(
+        self, plan: Any, ok: int, x_rows: Any, w_up: Any, w_down: Any, z: Any, a: Any, o: Any
+    ) -> None:
+        """z (None: not written), a and o from the rows of x; `ok` as for `order_turns`. Needs no
+        memory but its arguments."""
+        order_turns(plan, self._up_columns, ok=ok, out=self._up_turns)
+        self._up[z is not None](x_rows, w_up, a, self._up_turns, z=z)
+        order_turns(plan, self._down_columns, backwards=True, ok=ok, out=self._down_turns)
+        self._down(a, w_down, o, self._down_turns)
+
+
+class CublasExperts:
+    """Forward and backward of all experts, where the host knows the rows of each."""
+
+    def __init__(self, shape: PlanShape) -> None:
+        self._shape, self._gemm = shape, ExpertGemm()
+        self._activate, self._activate_backward = load_kernels(
+            "exchange/activation.cu", "activate", "activate_backward"
+        )
+        self._warm_up()
+
+    def forward(
+        self, plan: Plan, rows: Rows, x_rows: Any, w_up: Any, w_down: Any, z: Any, a: Any, o: Any
+    ) -> None:
+        self._each("NT", x_rows, w_up, z, rows)
+        self._run(self._activate, plan, z=z, a=a)
+        self._each("NT", a, w_down, o, rows)
+
+    def grad_rows(
+        self, saved: Any, rows: Rows, dy_rows: Any, da: Any, dz: Any, weighted_a: Any,
+        dweight_rows: Any, dx_rows: Any,
+    ) -> None:  # fmt: skip
+        """All but dy_rows are results; da [rows, I_s] is float32."""
+        self._each("NN", dy_rows, saved.w_down, da, rows)
+        self._run(
+            self._activate_backward,
+            saved.plan,
+            z=saved.z,
+            a=weighted_a,
+            da=da,
+            dz=dz,
+            dweight_rows=dweight_rows,
+        )
+        self._each("NN", dz, saved.w_up, dx_rows, rows)
+
+    def grad_weights(
+        self,
+        rows: Rows,
+        dz: Any,
+        x_rows: Any,
+        dy_rows: Any,
+        weighted_a: Any,
+        out: Gradients,
+        accumulate: bool,
+    ) -> None:
+        for expert, (begin, end) in enumerate(rows):
+            part = slice(begin, end)
+            up, down = out.w_up[expert], out.w_down[expert]
+            self._gemm("TN", dz[part], x_rows[part], up, accumulate=accumulate)
+            self._gemm("TN", dy_rows[part], weighted_a[part], down, accumulate=accumulate)
+
+    def _each(self, form: str, a: Any, weights: Any, c: Any, rows: Rows) -> None:
+        for expert, (begin, end) in enumerate(rows):
+            self._gemm(form, a[begin:end], weights[expert], c[begin:end])
+
+    def _run(self, kernel: Any, plan: Any, **arrays: Any) -> None:
+        params = np.zeros(1, activation_params)
+        params["g"] = geometry_record(self._shape)
+        arrays |= {"expert_offsets": plan.expert_offsets, "row_weight": plan.row_weight}
+        for name, array in arrays.items():
+            params[name] = array.data.ptr
+        kernel((8 * num_sms(),), _THREADS, params)
+
+    def _warm_up(self) -> None:
+        """Every kind of GEMM once: libraries load kernels when first used, and may wait for the
+        whole device then, which must not happen while a peer's kernel waits for this rank."""
+        import cupy as cp
+
+        geometry = self._shape.geometry
+        hidden, up, width = geometry.spec.hidden, geometry.up_columns, geometry.local_intermediate
+        bf16 = geometry.spec.numpy_dtype
+        rows = min(self._shape.capacity, 4 * self._shape.config.block_m)
+
+        def zeros(*shape: int, dtype: Any = bf16) -> Any:
+            return cp.zeros(shape, dtype)
+
+        self._gemm("NT", zeros(rows, hidden), zeros(up, hidden), zeros(rows, up))
+        self._gemm("NT", zeros(rows, width), zeros(hidden, width), zeros(rows, hidden))
+        da = zeros(rows, width, dtype=cp.float32)
+        self._gemm("NN", zeros(rows, hidden), zeros(hidden, width), da)
+        self._gemm("NN", zeros(rows, up), zeros(up, hidden), zeros(rows, hidden))
+        for dtype in (bf16, np.dtype(np.float32)):
+            dw_up, dw_down = zeros(up, hidden, dtype=dtype), zeros(hidden, width, dtype=dtype)
+            for accumulate in (False, True):
+                self._gemm("TN", zeros(rows, up), zeros(rows, hidden), dw_up, accumulate=accumulate)
+                self._gemm(
+                    "TN", zeros(rows, hidden), zeros(rows, width), dw_down, accumulate=accumulate
+                )

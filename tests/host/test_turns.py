@@ -1,0 +1,68 @@
+"""The order of a GEMM's tiles: everything once, and neighbours share what they say they share."""
+
+import types
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cometrt.plan.turns import (
+    BLOCK_M,
+    SHARES_A,
+    SHARES_B,
+    column_tiles,
+    longest_run,
+    make_turns,
+    most_turns,
+)
+
+
+@st.composite
+def plans(draw):
+    rows = draw(st.lists(st.integers(0, 900), min_size=1, max_size=12))
+    num_tiles = [-(-n // BLOCK_M) for n in rows]
+    expert = np.repeat(np.arange(len(rows)), num_tiles)
+    key = draw(st.lists(st.integers(0, 3), min_size=len(expert), max_size=len(expert)))
+    order = sorted(range(len(expert)), key=lambda tile: (key[tile], expert[tile], tile))
+    return types.SimpleNamespace(
+        tile_expert=expert,
+        expert_offsets=np.concatenate([[0], np.cumsum(num_tiles)]) * BLOCK_M,
+        expert_rows=np.array(rows),
+        layer0_tiles=lambda: order,
+    )
+
+
+@given(plans(), st.integers(1, 9), st.sampled_from([2, 4, 16]), st.booleans())
+def test_turns(plan, columns, max_run, backwards):
+    turns = make_turns(plan, columns, max_run=max_run, backwards=backwards)
+    assert len(turns) <= most_turns(len(plan.tile_expert), columns)
+    done = [(i["tile"], i["column"]) for turn in turns for i in turn if i["tile"] >= 0]
+    assert sorted(done) == [(t, c) for t in range(len(plan.tile_expert)) for c in range(columns)]
+    for one, two in turns:
+        assert one["sharing"] == two["sharing"]
+        assert one["tile"] >= 0
+        for item in (one, two):
+            if item["tile"] >= 0:
+                expert = plan.tile_expert[item["tile"]]
+                end = plan.expert_offsets[expert] + plan.expert_rows[expert]
+                assert item["expert"] == expert
+                assert item["rows"] == min(BLOCK_M, end - item["tile"] * BLOCK_M) > 0
+        if one["sharing"] == SHARES_B:  # the same weights: never two experts
+            assert (one["column"], one["expert"]) == (two["column"], two["expert"])
+            assert one["tile"] != two["tile"]
+            assert min(one["rows"], two["rows"]) > BLOCK_M // 2
+        elif one["sharing"] == SHARES_A:
+            assert one["tile"] == two["tile"]
+            assert one["column"] + 1 == two["column"]
+        else:
+            assert two["tile"] == -1
+    # The plan's order is kept from expert to expert.
+    order = plan.layer0_tiles()[::-1] if backwards else plan.layer0_tiles()
+    starts = list(dict.fromkeys(turns[:, 0]["expert"].tolist()))
+    assert starts == list(dict.fromkeys(plan.tile_expert[order].tolist()))
+
+
+def test_sizes():
+    assert column_tiles(1408, gated=True) == 11
+    assert column_tiles(1408, gated=False) == 6
+    assert [longest_run(sms) for sms in (1, 8, 16, 32, 132)] == [2, 4, 4, 8, 16]
