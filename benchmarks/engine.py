@@ -229,7 +229,7 @@ def _gate() -> Any:
 
 def hold_back() -> None:
     """The GPU waits while the host gets ahead, so that what is timed starts at once."""
-    _gate()((1,), (1,), (np.uint64(400_000),))
+    _gate()((1,), (1,), (np.uint64(1_000_000),))
 
 
 def measure(runs: dict[str, Any], rounds: int) -> dict[str, list[float]]:

@@ -1,5 +1,6 @@
 """Failures on CUDA: each raises when the host next looks, and the layer or world goes on."""
 
+import dataclasses
 import time
 
 import numpy as np
@@ -16,7 +17,7 @@ CASE = Case((4, 1), mode="sequential", gemm="engine")
 class Rank:
     """One rank's layer and device arrays; `step` is a forward and a backward."""
 
-    def __init__(self, world, inputs, spec=CASE.spec):
+    def __init__(self, world, inputs, spec=CASE.spec, config=CASE.config):
         move, r = on_device(world), world.rank
         self.world = world
         self.weights = [
@@ -24,7 +25,7 @@ class Rank:
         ]
         self.x, self.dy = move(inputs.x[r]), move(inputs.dy[r])
         self.ids, self.topk_weights = move(inputs.ids[r]), move(inputs.weights[r])
-        self.layer = cometrt.MoELayer(world, spec, config=CASE.config)
+        self.layer = cometrt.MoELayer(world, spec, config=config)
 
     def forward(self, count=None, **more):
         inputs = (self.x[:count], self.ids[:count], self.topk_weights[:count])
@@ -62,14 +63,20 @@ def test_wrong_routing_is_told_later_and_the_layer_goes_on(token, value, message
     check_case(CASE, inputs, outputs)
 
 
-def test_too_many_rows_are_told_by_the_next_call():
+@pytest.mark.parametrize("gemm", ["engine", "cublas"])
+def test_too_many_rows_are_told_by_the_next_call(gemm):
     inputs = make_inputs(CASE)
+    for ids in inputs.ids:  # all to expert 0: more tiles than there is room for
+        for token in ids:
+            token[token == 0] = token[0]
+            token[0] = 0
+    config = dataclasses.replace(CASE, gemm=gemm).config
     spec = cometrt.MoESpec(
         48, 48, num_experts=16, topk=3, max_tokens=40, capacity_factor=0.5
     )  # fmt: skip
 
     def fn(world):
-        rank = Rank(world, inputs, spec)
+        rank = Rank(world, inputs, spec, config)
         y, _ = rank.forward()
         kept = rank.x.copy()
         with pytest.raises(cometrt.CapacityError, match="capacity_factor"):
