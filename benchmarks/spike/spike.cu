@@ -240,8 +240,8 @@ __device__ void consume(const SpikeParams& p, char* shared, u64* full, u64* empt
       mbarrier_wait(&full[stage], it / kStages & 1);
       if (*stopped) return;
       const char* a = shared + stage * kStageBytes;
-      const u64 a_desc = wgmma_descriptor(a + group * 64 * BLOCK_K * 2);
-      const u64 b_desc = wgmma_descriptor(a + BLOCK_M * BLOCK_K * 2);
+      const u64 a_desc = wgmma_descriptor<128>(a + group * 64 * BLOCK_K * 2);
+      const u64 b_desc = wgmma_descriptor<128>(a + BLOCK_M * BLOCK_K * 2);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < BLOCK_K / 16; ++step) {

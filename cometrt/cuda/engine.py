@@ -15,9 +15,9 @@ from cometrt.kernels.tensor_map import encode
 from cometrt.plan.turns import BLOCK_M, column_tiles, longest_run, most_turns, work_item_dtype
 from cometrt.world.partitions import num_sms
 
-_BLOCK_K, _HALF_M, _HALF_N = 64, BLOCK_M // 2, 128
+_BLOCK_K, _HALF_M, _HALF_N = 32, BLOCK_M // 2, 128
 _THREADS, _TURNS_THREADS, _TURNS_BLOCKS = 384, 1024, 8
-_SHARED_BYTES = 4 * 48 * 1024 + 16 * 2 * 1024 + 2 * 16 + 12 * 8  # sizeof(Shared) of gemm/tile.cuh
+_SHARED_BYTES = 9 * 24 * 1024 + 8 * 1024 + 2 * 16 + 22 * 8  # sizeof(Shared) of gemm/tile.cuh
 
 
 class Tiles(Protocol):
@@ -114,7 +114,10 @@ class GroupedGemm:
         (rows, inner), (experts, b_rows, _) = a.shape, b.shape
         parts = 2 if self.gated else 1
         columns = b_rows // parts
-        a_map = encode(a.data.ptr, (1, 1, rows, inner), (1, 1, _HALF_M, _BLOCK_K))
+        a_map, a_half_map = (
+            encode(a.data.ptr, (1, 1, rows, inner), (1, 1, box_rows, _BLOCK_K))
+            for box_rows in (BLOCK_M, _HALF_M)
+        )
         b_map = encode(b.data.ptr, (experts, parts, columns, inner), (1, 1, _HALF_N, _BLOCK_K))
         params = np.zeros(1, gemm_params)
         _set_turns(params, turns)
@@ -123,7 +126,7 @@ class GroupedGemm:
         if self._write_z:
             params["z"] = z.data.ptr
         grid = (num_sms() // 2 * 2,)
-        self._kernel(grid, _THREADS, params, a_map, b_map, shared_bytes=_SHARED_BYTES)
+        self._kernel(grid, _THREADS, params, a_map, a_half_map, b_map, shared_bytes=_SHARED_BYTES)
 
 
 @functools.cache

@@ -6,7 +6,7 @@
 
 namespace cometrt {
 
-constexpr int kMaxBlocksOfPiece = 4;
+constexpr int kMaxBlocksOfPiece = 256 / BLOCK_K;
 constexpr u32 kReleasesOfSlot = kClusterSize * kWarpgroups * 4;  // each warp of each CTA
 
 // This warp reads the slot no more: in both CTAs, since either may load for both.
@@ -15,12 +15,13 @@ __device__ inline void release_slot(Shared& shared, int slot) {
   if (lane < kClusterSize) mbarrier_arrive_at(&shared.empty[slot], lane);
 }
 
-// The products of one slot: d [64, 256] += a [64, 64] b [256, 64]^T, or = where it is the first.
+// The products of one slot: d [64, 256] += a [64, BLOCK_K] b [256, BLOCK_K]^T, or = where it is the
+// first.
 __device__ inline void multiply_slot(Shared& shared, const Cursor& at, int warpgroup, bool first,
                                      float (&d)[128]) {
   mbarrier_wait(&shared.full[at.slot], at.phase);
-  const u64 a = wgmma_descriptor(shared.slots[at.slot].a[warpgroup]);
-  const u64 b = wgmma_descriptor(shared.slots[at.slot].b);
+  const u64 a = wgmma_descriptor<2 * BLOCK_K>(shared.slots[at.slot].a[warpgroup]);
+  const u64 b = wgmma_descriptor<2 * BLOCK_K>(shared.slots[at.slot].b);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < BLOCK_K / 16; ++step) {

@@ -18,47 +18,47 @@ __device__ inline float2 unpack(u32 pair) {
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
 }
 
-// One warp's way out: 16 rows, 64 columns at a time. Through shared memory, so that each store is
-// 16 bytes and eight lanes write 128 bytes of a row; a slab is written again only after the warp
-// has met once more.
+// One warp's way out: 64 columns of its 16 rows, first the upper eight rows and then the others.
+// Through shared memory, so that each store is 16 bytes and eight lanes write 128 bytes of a row.
 class SlabStore {
  public:
-  __device__ explicit SlabStore(Slab (&slabs)[kSlabsInFlight]) : slabs_(slabs) {}
+  __device__ explicit SlabStore(Slab& slab) : slab_(reinterpret_cast<char*>(slab.values)) {}
 
   // `pairs` [16]: eight columns after the other, this thread's two values of row r, then of r + 8,
   // as the accumulators have them. `to`: row 0, column 0 of the 64; the first `columns` exist.
   __device__ void store(const u32* pairs, __nv_bfloat16* to, int columns, long long stride) {
-    const int lane = threadIdx.x % 32;
-    char* slab = reinterpret_cast<char*>(slabs_[next_].values);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {  // 16 columns: chunks 2 i and 2 i + 1 of 16 bytes, swizzled
-      const int chunk = (2 * i + lane / 16) ^ (lane % 8);
-      store_matrices(slab + lane % 16 * 128 + 16 * chunk, pairs[4 * i], pairs[4 * i + 1],
-                     pairs[4 * i + 2], pairs[4 * i + 3]);
-    }
-    __syncwarp();
-    const int chunk = lane % 8;
+    const int lane = threadIdx.x % 32, chunk = lane % 8;
     to += lane / 8 * stride + 8 * chunk;
 #pragma unroll
-    for (int i = 0; i < 4; ++i, to += 4 * stride) {
-      const int row = 4 * i + lane / 8;
-      const int4 value = *reinterpret_cast<int4*>(slab + row * 128 + 16 * (chunk ^ (row % 8)));
-      if (8 * chunk < columns) *reinterpret_cast<int4*>(to) = value;
+    for (int upper = 0; upper < 2; ++upper, to += 8 * stride) {
+      __syncwarp();  // what was there has been read
+#pragma unroll
+      for (int i = 0; i < 2;
+           ++i) {  // 32 columns: matrices 4 i to 4 i + 3, 16 bytes a row, swizzled
+        char* row = slab_ + lane % 8 * 128 + 16 * ((4 * i + lane / 8) ^ (lane % 8));
+        store_matrices(row, pairs[8 * i + upper], pairs[8 * i + 2 + upper],
+                       pairs[8 * i + 4 + upper], pairs[8 * i + 6 + upper]);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = 4 * i + lane / 8;
+        const int4 value = *reinterpret_cast<int4*>(slab_ + row * 128 + 16 * (chunk ^ row));
+        if (8 * chunk < columns) *reinterpret_cast<int4*>(to + 4 * i * stride) = value;
+      }
     }
-    next_ ^= 1;
   }
 
  private:
-  Slab (&slabs_)[kSlabsInFlight];
-  int next_ = 0;
+  char* slab_;
 };
-static_assert(kSlabsInFlight == 2);
 
 // `kActivation` -1: out = d. Else out = act(d), and z = d where `kWriteZ`; out is computed from the
 // rounded z, so that backward finds the same bits.
 template <int kActivation, bool kWriteZ, typename Hooks>
 class Epilogue {
   static constexpr bool kActivates = kActivation >= 0, kGated = kActivates && is_gated(kActivation);
+  static constexpr int kWarpRows = kHalfM / 4;
   static constexpr int kColumns = kGated ? kHalfN : BLOCK_N;  // of out in a tile
   // Of each 64 columns: z (gate, then up) is stored, where it is written; out is computed, the
   // first half and then the rest, where there is an activation; out is stored.
@@ -70,7 +70,7 @@ class Epilogue {
 
   // `warp` counts those that multiply.
   __device__ Epilogue(Shared& shared, const GemmParams& p, int warp, const Hooks& hooks)
-      : slabs_(shared.slabs[warp]), p_(p), warp_(warp), hooks_(hooks) {}
+      : slab_(shared.slabs[warp]), p_(p), warp_(warp), hooks_(hooks) {}
 
   // Of a tile whose pieces are to leave from now on.
   __device__ void keep(const WorkItem& item, const float (&d)[128]) {
@@ -91,13 +91,13 @@ class Epilogue {
     const int slab = piece / kPiecesOfSlab, step = piece % kPiecesOfSlab;
     u32* first = kept_ + 16 * slab;  // gate, or all there is; from its activation on, out
     const u32* up = kGated ? first + 32 : first;
-    const long long row = static_cast<long long>(item_.tile) * BLOCK_M + warp_ * kSlabRows;
+    const long long row = static_cast<long long>(item_.tile) * BLOCK_M + warp_ * kWarpRows;
     const int column = item_.column * kColumns + slab * kSlabColumns;
     const int columns = p_.num_columns - column;
     if (step < kStoresOfZ) {
       const int stride = kGated ? 2 * p_.num_columns : p_.num_columns;
       __nv_bfloat16* to = p_.z + row * stride + column + step * p_.num_columns;
-      slabs_.store(step == 0 ? first : up, to, columns, stride);
+      slab_.store(step == 0 ? first : up, to, columns, stride);
       return;
     }
     if (kActivates) {
@@ -106,7 +106,7 @@ class Epilogue {
       for (int i = 0; i < 8; ++i) first[begin + i] = activate(first[begin + i], up[begin + i]);
       if (begin == 0) return;
     }
-    slabs_.store(first, p_.out + row * p_.num_columns + column, columns, p_.num_columns);
+    slab_.store(first, p_.out + row * p_.num_columns + column, columns, p_.num_columns);
     if (piece == kPieces - 1) {
       hooks_.after_stores(item_);
       item_.tile = -1;
@@ -125,7 +125,7 @@ class Epilogue {
     return kGated ? pack(low * u.x, high * u.y) : pack(low, high);
   }
 
-  SlabStore slabs_;
+  SlabStore slab_;
   const GemmParams& p_;
   int warp_;
   const Hooks& hooks_;

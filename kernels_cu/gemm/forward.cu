@@ -15,7 +15,7 @@ using namespace cometrt;
 // Grid: an even number of CTAs, at most as many as run at once. Dynamic shared memory: Shared.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     gemm(const __grid_constant__ GemmParams p, const __grid_constant__ TensorMap a_map,
-         const __grid_constant__ TensorMap b_map) {
+         const __grid_constant__ TensorMap a_half_map, const __grid_constant__ TensorMap b_map) {
   extern __shared__ __align__(1024) char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const u32 cta = cluster_cta();
@@ -36,7 +36,8 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
   if (warp < 4) {
     give_registers<40>();
     if (threadIdx.x == 0) {
-      produce<ACTIVATION >= 0 && is_gated(ACTIVATION)>(shared, p, &a_map, &b_map, cta, hooks);
+      produce<ACTIVATION >= 0 && is_gated(ACTIVATION)>(shared, p, {&a_map, &a_half_map, &b_map},
+                                                       cta, hooks);
     } else if (threadIdx.x == 32 && cta == 0) {
       deal_turns(shared, p);
     }

@@ -12,12 +12,15 @@
 
 namespace cometrt {
 
-constexpr int BLOCK_M = 128, BLOCK_N = 256, BLOCK_K = 64;
+#ifndef ENGINE_BLOCK_K
+#define ENGINE_BLOCK_K 32
+#endif
+constexpr int BLOCK_M = 128, BLOCK_N = 256, BLOCK_K = ENGINE_BLOCK_K;
 constexpr int kWarpgroups = 2;  // that multiply: each has 64 rows of the tile, and all columns
 constexpr int kHalfM = BLOCK_M / kWarpgroups, kHalfN = BLOCK_N / 2;
-constexpr int kStages = 4, kClusterSize = 2;
+constexpr int kStages = BLOCK_K == 64 ? 4 : 9, kClusterSize = 2;
 constexpr int kThreads = 128 * (1 + kWarpgroups);  // the first warpgroup loads
-constexpr int kSlabRows = 16, kSlabColumns = 64, kSlabsInFlight = 2;
+constexpr int kSlabRows = 8, kSlabColumns = 64;
 constexpr int kTurnsAhead = 2;
 
 enum Sharing : u16 { kSharesNothing, kSharesA, kSharesB };
@@ -43,7 +46,7 @@ struct GemmParams {
 };
 
 struct Slot {
-  __nv_bfloat16 a[2][kHalfM * BLOCK_K];  // 128-byte rows, swizzled
+  __nv_bfloat16 a[2][kHalfM * BLOCK_K];  // rows of BLOCK_K, swizzled
   __nv_bfloat16 b[2][kHalfN * BLOCK_K];  // gated: gate rows, then the up rows that belong to them
 };
 
@@ -54,9 +57,9 @@ struct Slab {
 
 struct Shared {
   Slot slots[kStages];
-  Slab slabs[4 * kWarpgroups][kSlabsInFlight];  // of each warp that multiplies
+  Slab slabs[4 * kWarpgroups];  // of each warp that multiplies
   WorkItem turns[kTurnsAhead];
-  u64 full[kStages];            // this CTA's slot holds its tile's next 64 columns of K
+  u64 full[kStages];            // this CTA's slot holds its tile's next BLOCK_K columns of K
   u64 empty[kStages];           // all warps of the cluster have done with this slot
   u64 turn_full[kTurnsAhead];   // this CTA's item is there
   u64 turn_empty[kTurnsAhead];  // of the cluster's first CTA: all warps have read theirs
