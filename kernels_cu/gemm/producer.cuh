@@ -24,7 +24,8 @@ __device__ inline void produce(Shared& shared, const GemmParams& p, const Tensor
   Cursor at;
   WorkItem item;
   while (turns.take(item)) {
-    const bool idle = item.tile<0, both_halves = item.rows> kHalfM;
+    const bool idle = item.tile < 0;
+    const bool both_halves = item.rows > kHalfM;
     const bool share_a = item.sharing == kSharesA, share_b = item.sharing == kSharesB;
     const u32 a_bytes = (both_halves ? 2 : 1) * sizeof(Slot::a[0]), b_bytes = sizeof(Slot::b);
     if (!idle) hooks.before_loads(item);
