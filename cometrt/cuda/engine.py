@@ -16,7 +16,8 @@ from cometrt.plan.turns import BLOCK_M, column_tiles, longest_run, most_turns, w
 from cometrt.world.partitions import num_sms
 
 _BLOCK_K, _HALF_M, _HALF_N = 32, BLOCK_M // 2, 128
-_THREADS, _TURNS_THREADS, _TURNS_BLOCKS = 384, 1024, 8
+THREADS = 384  # kThreads of gemm/tile.cuh
+_TURNS_THREADS, _TURNS_BLOCKS = 1024, 8
 _SHARED_BYTES = 9 * 24 * 1024 + 8 * 1024 + 2 * 16 + 22 * 8  # sizeof(Shared) of gemm/tile.cuh
 
 
@@ -52,6 +53,7 @@ def order_turns(
     *,
     backwards: bool = False,
     max_run: int | None = None,
+    chunk: int | None = None,
     ok: int = 0,
     out: Turns | None = None,
 ) -> Turns:
@@ -61,6 +63,7 @@ def order_turns(
 
     Args:
         max_run: None: of `longest_run`.
+        chunk: as in `make_turns`.
         ok: address of a uint32 on the device; where it is 0 there are no turns, whatever the
             tables hold.
         out: from `new_turns`.
@@ -73,6 +76,7 @@ def order_turns(
     _set_turns(params, out)
     params["ok"] = ok
     params["num_columns"], params["backwards"] = num_columns, backwards
+    params["chunk"] = chunk or num_columns
     params["max_run"] = longest_run(num_sms()) if max_run is None else max_run
     (kernel,) = load_kernels("schedule/turns.cu", "turns")
     kernel((_TURNS_BLOCKS,), _TURNS_THREADS, params)
@@ -111,22 +115,34 @@ class GroupedGemm:
             out: [rows, N]; pads become act(0) = 0.
             z: [rows, N or 2 * N], where write_z.
         """
-        (rows, inner), (experts, b_rows, _) = a.shape, b.shape
-        parts = 2 if self.gated else 1
-        columns = b_rows // parts
-        a_map, a_half_map = (
-            encode(a.data.ptr, (1, 1, rows, inner), (1, 1, box_rows, _BLOCK_K))
-            for box_rows in (BLOCK_M, _HALF_M)
-        )
-        b_map = encode(b.data.ptr, (experts, parts, columns, inner), (1, 1, _HALF_N, _BLOCK_K))
-        params = np.zeros(1, gemm_params)
-        _set_turns(params, turns)
-        params["num_k_blocks"], params["num_columns"] = -(-inner // _BLOCK_K), columns
-        params["out"] = out.data.ptr
-        if self._write_z:
-            params["z"] = z.data.ptr
-        grid = (num_sms() // 2 * 2,)
-        self._kernel(grid, _THREADS, params, a_map, a_half_map, b_map, shared_bytes=_SHARED_BYTES)
+        arguments = gemm_arguments(a, b, out, turns, gated=self.gated, z=z)
+        self._kernel(gemm_grid(), THREADS, *arguments, shared_bytes=_SHARED_BYTES)
+
+
+def gemm_grid() -> tuple[int]:
+    """All SMs; CTAs come in pairs."""
+    return (num_sms() // 2 * 2,)
+
+
+def gemm_arguments(
+    a: Any, b: Any, out: Any, turns: Turns, *, gated: bool, z: Any = None
+) -> tuple[np.ndarray, ...]:
+    """GemmParams and the tensor maps of a, its halves, and b; as for `GroupedGemm`."""
+    (rows, inner), (experts, b_rows, _) = a.shape, b.shape
+    parts = 2 if gated else 1
+    columns = b_rows // parts
+    a_map, a_half_map = (
+        encode(a.data.ptr, (1, 1, rows, inner), (1, 1, box_rows, _BLOCK_K))
+        for box_rows in (BLOCK_M, _HALF_M)
+    )
+    b_map = encode(b.data.ptr, (experts, parts, columns, inner), (1, 1, _HALF_N, _BLOCK_K))
+    params = np.zeros(1, gemm_params)
+    _set_turns(params, turns)
+    params["num_k_blocks"], params["num_columns"] = -(-inner // _BLOCK_K), columns
+    params["out"] = out.data.ptr
+    if z is not None:
+        params["z"] = z.data.ptr
+    return params, a_map, a_half_map, b_map
 
 
 @functools.cache

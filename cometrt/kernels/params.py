@@ -67,7 +67,10 @@ CALL_TABLES = (
 ).split()
 call_dtype = np.dtype(
     [("world", world_dtype), ("g", geometry_dtype)]
-    + [(name, np.int32) for name in "num_chunks num_tokens ids_are_64 weighted".split()]
+    + [
+        (name, np.int32)
+        for name in "num_chunks num_tokens ids_are_64 weighted chunk_columns unused".split()
+    ]
     + [(name, np.uint64) for name in HEAP_OFFSETS]
     + [(name, np.int64) for name in "operation layer spec_hash".split()]
     + [
@@ -77,6 +80,7 @@ call_dtype = np.dtype(
             "errors",
             *CALL_TABLES,
             *"pull_at rows partial_rows out dweight_rows out_dweight".split(),
+            *"tile_filled tile_done block_pushed".split(),
         )
     ]
 )
@@ -96,7 +100,7 @@ turns_params = np.dtype(
             *"ok items num_turns progress".split(),
         )
     ]
-    + [(name, np.int32) for name in "num_columns max_run backwards unused".split()]
+    + [(name, np.int32) for name in "num_columns max_run backwards chunk".split()]
 )
 
 # struct in kernels_cu -> (header, mirror)

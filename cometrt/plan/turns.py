@@ -46,7 +46,12 @@ def longest_run(num_sms: int) -> int:
 
 
 def make_turns(
-    plan: Plan, num_columns: int, *, max_run: int, backwards: bool = False
+    plan: Plan,
+    num_columns: int,
+    *,
+    max_run: int,
+    backwards: bool = False,
+    chunk: int | None = None,
 ) -> np.ndarray:
     """The specification of kernels_cu/schedule/turns.cu.
 
@@ -59,22 +64,31 @@ def make_turns(
         num_columns: of `column_tiles`.
         max_run: of `longest_run`.
         backwards: walk the order from its end.
+        chunk: walk it once for each so many column tiles, an even number; None: once for all.
 
     Returns:
         [turns, 2] of work_item_dtype.
     """
     order = plan.layer0_tiles()[::-1] if backwards else plan.layer0_tiles()
     items: list[tuple[int, ...]] = []  # two a turn
+    for first in range(0, num_columns, chunk or num_columns):
+        columns = range(first, min(first + (chunk or num_columns), num_columns))
+        items += _walk(plan, order, columns, max_run)
+    return np.array(items, work_item_dtype).reshape(-1, 2)
+
+
+def _walk(plan: Plan, order: list[int], columns: range, max_run: int) -> list[tuple[int, ...]]:
+    items = []
     for expert, stretch in itertools.groupby(order, key=lambda tile: int(plan.tile_expert[tile])):
         tiles = list(stretch)
         pieces = -(-len(tiles) // max_run)
         length = -(-len(tiles) // (2 * pieces)) * 2
         for begin in range(0, len(tiles), length):
-            items += _run(plan, expert, tiles[begin : begin + length], num_columns)
-    return np.array(items, work_item_dtype).reshape(-1, 2)
+            items += _run(plan, expert, tiles[begin : begin + length], columns)
+    return items
 
 
-def _run(plan: Plan, expert: int, run: list[int], num_columns: int) -> list[tuple[int, ...]]:
+def _run(plan: Plan, expert: int, run: list[int], columns: range) -> list[tuple[int, ...]]:
     end = int(plan.expert_offsets[expert] + plan.expert_rows[expert])
     rows = {tile: min(BLOCK_M, end - tile * BLOCK_M) for tile in run}
     large = [tile for tile in run if rows[tile] > BLOCK_M // 2]
@@ -85,13 +99,13 @@ def _run(plan: Plan, expert: int, run: list[int], num_columns: int) -> list[tupl
         return (tile, column, expert, rows[tile], sharing)
 
     items = []
-    for first in range(0, num_columns, 2):
-        columns = range(first, min(first + 2, num_columns))
-        for column in columns:
+    for first in columns[::2]:
+        both = range(first, min(first + 2, columns.stop))
+        for column in both:
             items += [item(tile, column, SHARES_B) for tile in paired]
         for tile in singles:
-            if len(columns) == 2:
-                items += [item(tile, column, SHARES_A) for column in columns]
+            if len(both) == 2:
+                items += [item(tile, column, SHARES_A) for column in both]
             else:
                 items += [item(tile, first, SHARES_NOTHING), (-1, 0, 0, 0, SHARES_NOTHING)]
     return items

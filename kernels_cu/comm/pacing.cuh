@@ -7,7 +7,7 @@ namespace cometrt {
 
 struct Pace {
   u64* free_at_ns;  // when the link of this rank and direction is free again; null: no pacing
-  u64 picoseconds_per_byte;
+  u64 picoseconds_per_byte, latency_ns;
 };
 
 // When the bytes will have crossed; called as they leave. 0 where nothing is paced. No credit
@@ -20,7 +20,7 @@ __device__ inline u64 reserve_link(const Pace& pace, u64 bytes) {
     const u64 now = global_timer_ns();
     const u64 free_at = (seen > now ? seen : now) + cost_ns;
     const u64 before = atomicCAS(pace.free_at_ns, seen, free_at);
-    if (before == seen) return free_at;
+    if (before == seen) return free_at + pace.latency_ns;
     seen = before;
   }
 }

@@ -18,6 +18,7 @@ struct Call {
   World world;
   Geometry g;
   int num_chunks, num_tokens, ids_are_64, weighted;
+  int chunk_columns, unused;
   // Byte offsets in the heap's segments.
   u64 x_at, dy_at, ids_at, weights_at, staging_at, dweight_at, partials_at;
   // The header.
@@ -44,12 +45,15 @@ struct Call {
   __nv_bfloat16* out;
   const float* dweight_rows;
   float* out_dweight;
+  // Fused: pieces of rows that have come, by M-tile; warps whose results are stored, by M-tile and
+  // chunk; tokens pushed, by block. Zero when a call begins.
+  u32 *tile_filled, *tile_done, *block_pushed;
 
   template <typename T>
   __device__ T* data(int rank, u64 offset) const {
     return reinterpret_cast<T*>(world.data[rank] + offset);
   }
-  // The home's flag of a contributor's block, last chunk.
+  // The home's flags of a contributor's block, first chunk.
   __device__ u64* partials_ready(int home, int contributor, int block) const {
     const long long index = static_cast<long long>(contributor) * g.blocks_per_home + block;
     return reinterpret_cast<u64*>(world.flags[home] + partials_at) + index * num_chunks;

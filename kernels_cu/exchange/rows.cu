@@ -2,6 +2,7 @@
 // launch has the whole partition; the fused kernels do the same in their comm role.
 #include "comm/wait.cuh"
 #include "exchange/call.cuh"
+#include "exchange/sums.cuh"
 #include "hopper/bulk.cuh"
 
 using namespace cometrt;
@@ -10,25 +11,6 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kPullWarps = 4;
-
-__device__ inline void add_row(float (&sum)[8], const __nv_bfloat16* row, float weight) {
-  const uint4 packed = *reinterpret_cast<const uint4*>(row);
-  const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&packed);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 two = __bfloat1622float2(pairs[i]);
-    sum[2 * i] += __fmul_rn(weight, two.x);
-    sum[2 * i + 1] += __fmul_rn(weight, two.y);
-  }
-}
-
-__device__ inline void store_row(__nv_bfloat16* row, const float (&sum)[8]) {
-  uint4 packed;
-  __nv_bfloat162* pairs = reinterpret_cast<__nv_bfloat162*>(&packed);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]);
-  *reinterpret_cast<uint4*>(row) = packed;
-}
 
 // A token's rows on this rank in the order of k; `column` of 8.
 __device__ inline void add_local_rows(const Call& c, long long token, int column, float (&sum)[8]) {

@@ -7,7 +7,6 @@
 namespace cometrt {
 
 constexpr int kMaxBlocksOfPiece = 256 / BLOCK_K;
-constexpr u32 kReleasesOfSlot = kClusterSize * kWarpgroups * 4;  // each warp of each CTA
 
 // This warp reads the slot no more: in both CTAs, since either may load for both.
 __device__ inline void release_slot(Shared& shared, int slot) {

@@ -22,14 +22,7 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
   const NoHooks hooks;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(&shared.full[i], 1);
-      mbarrier_init(&shared.empty[i], kReleasesOfSlot);
-    }
-    for (int i = 0; i < kTurnsAhead; ++i) {
-      mbarrier_init(&shared.turn_full[i], 1);
-      mbarrier_init(&shared.turn_empty[i], kReadersOfTurn);
-    }
+    init_barriers(shared);
     mbarrier_init_fence();
   }
   cluster_barrier();

@@ -18,7 +18,10 @@ namespace cometrt {
 constexpr int BLOCK_M = 128, BLOCK_N = 256, BLOCK_K = ENGINE_BLOCK_K;
 constexpr int kWarpgroups = 2;  // that multiply: each has 64 rows of the tile, and all columns
 constexpr int kHalfM = BLOCK_M / kWarpgroups, kHalfN = BLOCK_N / 2;
-constexpr int kStages = BLOCK_K == 64 ? 4 : 9, kClusterSize = 2;
+#ifndef ENGINE_STAGES  // a fused kernel leaves room for rows on their way
+#define ENGINE_STAGES (ENGINE_BLOCK_K == 64 ? 4 : 9)
+#endif
+constexpr int kStages = ENGINE_STAGES, kClusterSize = 2;
 constexpr int kThreads = 128 * (1 + kWarpgroups);  // the first warpgroup loads
 constexpr int kSlabRows = 8, kSlabColumns = 64;
 constexpr int kTurnsAhead = 2;

@@ -6,9 +6,22 @@
 
 namespace cometrt {
 
+constexpr u32 kReleasesOfSlot = kClusterSize * kWarpgroups * 4;  // each warp of each CTA
 constexpr int kOver = -2;  // in place of an M-tile: no turn is left
 // Each warp that multiplies and the one that loads, of each CTA.
 constexpr u32 kReadersOfTurn = kClusterSize * (4 * kWarpgroups + 1);
+
+// By one thread; then a fence of the barriers, and all of the cluster meet.
+__device__ inline void init_barriers(Shared& shared) {
+  for (int i = 0; i < kStages; ++i) {
+    mbarrier_init(&shared.full[i], 1);
+    mbarrier_init(&shared.empty[i], kReleasesOfSlot);
+  }
+  for (int i = 0; i < kTurnsAhead; ++i) {
+    mbarrier_init(&shared.turn_full[i], 1);
+    mbarrier_init(&shared.turn_empty[i], kReadersOfTurn);
+  }
+}
 
 // The first CTA's dealer: whoever is free takes the next turn, so that uneven tiles and late
 // arrivals even out. `turn_full` is released here, by the data's own arrival.

@@ -55,8 +55,9 @@ __device__ WorkItem item_of(const Order& order, int position, int column, Sharin
   return {tile, column, order.expert(position), static_cast<u16>(order.rows(position)), sharing};
 }
 
+// The turns of a run over `columns` column tiles from `first` on, as far as this position's.
 __device__ void write(const TurnsParams& p, const Order& order, const Run& run, int position,
-                      int base) {
+                      int base, int first, int columns) {
   int larges = 0, smalls = 0, mate = -1;  // before this one; the last large one
   for (int i = run.first; i < position; ++i) {
     const bool large = order.is_large(i);
@@ -64,13 +65,13 @@ __device__ void write(const TurnsParams& p, const Order& order, const Run& run, 
     larges += large;
     smalls += !large;
   }
-  const int pairs = run.num_pairs, columns = p.num_columns;
+  const int pairs = run.num_pairs;
   const bool paired = order.is_large(position) && larges < 2 * pairs;
   if (paired && larges % 2 == 0) return;  // the second of a pair writes both
   const int index = paired ? larges / 2 : smalls + max(0, larges - 2 * pairs);
   for (int j = blockIdx.x; j < (columns + 1) / 2; j += gridDim.x) {  // two column tiles
     WorkItem* turns = p.items + 2ll * (base + j * (2 * pairs + run.num_singles));
-    const int column = 2 * j, count = min(2, columns - column);
+    const int column = first + 2 * j, count = min(2, columns - 2 * j);
     if (paired) {
       for (int c = 0; c < count; ++c) {
         turns[2 * (c * pairs + index)] = item_of(order, mate, column + c, kSharesB);
@@ -92,16 +93,19 @@ extern "C" __global__ void __launch_bounds__(kScanThreads, 1)
   __shared__ int shared[kScanThreads / 32];
   const Order order{p, p.ok == nullptr || *p.ok ? *p.num_tiles : 0};
   int before = 0;
-  for (int first = 0; first < order.num_tiles; first += kScanThreads) {
-    const int position = first + threadIdx.x;
-    const bool used = position < order.num_tiles;
-    const Run run(order, used ? position : first);
-    const int turns = run.num_turns(p.num_columns);
-    const int mine = used && run.first == position ? turns : 0;  // a run counts where it begins
-    int total;
-    const int end = before + block_scan(mine, shared, &total) + mine;
-    if (used) write(p, order, run, position, end - turns);
-    before += total;
+  for (int column = 0; column < p.num_columns; column += p.chunk) {
+    const int columns = min(p.chunk, p.num_columns - column);
+    for (int first = 0; first < order.num_tiles; first += kScanThreads) {
+      const int position = first + threadIdx.x;
+      const bool used = position < order.num_tiles;
+      const Run run(order, used ? position : first);
+      const int turns = run.num_turns(columns);
+      const int mine = used && run.first == position ? turns : 0;  // a run counts where it begins
+      int total;
+      const int end = before + block_scan(mine, shared, &total) + mine;
+      if (used) write(p, order, run, position, end - turns, column, columns);
+      before += total;
+    }
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     *p.num_turns = before;

@@ -11,7 +11,7 @@ struct TurnsParams {
   const u32* ok;  // 0: the plan is wrong, there is nothing to do; null: it is right
   WorkItem* items;
   int *num_turns, *progress;
-  int num_columns, max_run, backwards, unused;
+  int num_columns, max_run, backwards, chunk;  // chunk: column tiles walked at a time
 };
 
 }  // namespace cometrt

@@ -1,0 +1,82 @@
+// Dispatch and the up GEMM in one launch. Every CTA multiplies; two of its warps pull rows from
+// their homes meanwhile, in the order in which tiles need them, and a tile waits for its own rows
+// only. Macros: as gemm/forward.cu.
+#define ENGINE_STAGES 8
+#include "comm/movers.cuh"
+#include "comm/wait.cuh"
+#include "gemm/consumer.cuh"
+#include "gemm/epilogue.cuh"
+#include "gemm/hooks.cuh"
+#include "gemm/producer.cuh"
+
+#ifndef ACTIVATION
+#define ACTIVATION 0
+#define WRITE_Z 1
+#endif
+
+using namespace cometrt;
+
+namespace {
+
+struct Memory {
+  Shared gemm;
+  MoverSlots movers;
+};
+static_assert(sizeof(Memory) <= 227 * 1024, "shared memory of an SM");
+
+// A tile's loads wait until all its rows are there. Acquires tile_filled.
+struct RowsArrive {
+  const Call& c;
+  mutable bool stopped = false;  // then nothing is waited for any more: the call's results are NaN
+
+  __device__ void before_loads(const WorkItem& item) const {
+    if (stopped) return;
+    const u32* filled = &c.tile_filled[item.tile];
+    stopped = !wait_until(c.world, {kTileFilled, -1, item.tile, -1}, c.world.epoch(),
+                          item.rows * num_pieces(c.g), [&] { return load_acquire_gpu(filled); });
+    fence_proxy_async();  // rows are read by tensor loads
+  }
+};
+
+}  // namespace
+
+// Grid: an even number of CTAs, all resident. The movers of the first `num_comm` of them work.
+extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
+    layer0(const __grid_constant__ Call c, const __grid_constant__ GemmParams p,
+           const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap a_half_map,
+           const __grid_constant__ TensorMap b_map, const __grid_constant__ Pace pace,
+           const __grid_constant__ int num_comm) {
+  extern __shared__ __align__(1024) char memory[];
+  Memory& all = *reinterpret_cast<Memory*>(memory);
+  Shared& shared = all.gemm;
+  const u32 cta = cluster_cta();
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
+  if (threadIdx.x == 0) {
+    init_barriers(shared);
+    for (int i = 0; i < kMoverSlots; ++i) mbarrier_init(&all.movers.full[i], 1);
+    mbarrier_init_fence();
+  }
+  cluster_barrier();
+  if (warp < 4) {
+    give_registers<40>();
+    const int lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+      const RowsArrive hooks{c};
+      produce<is_gated(ACTIVATION)>(shared, p, {&a_map, &a_half_map, &b_map}, cta, hooks);
+    } else if (threadIdx.x == 32 && cta == 0) {
+      deal_turns(shared, p);
+    } else if (warp >= 2 && lane < kSlotsOfWarp && static_cast<int>(blockIdx.x) < num_comm &&
+               c.state->ok) {
+      const int slot = (warp - 2) * kSlotsOfWarp + lane;
+      pull_rows(c, pace, all.movers.bytes[slot], &all.movers.full[slot],
+                static_cast<int>(blockIdx.x) * kMoverSlots + slot, num_comm * kMoverSlots);
+    }
+    __syncwarp();
+  } else {
+    take_registers<232>();
+    const NoHooks hooks;
+    Epilogue<ACTIVATION, WRITE_Z, NoHooks> epilogue(shared, p, warp - 4, hooks);
+    consume(shared, p, warp / 4 - 1, epilogue);
+  }
+  cluster_barrier();  // nobody leaves while the neighbour may still write here
+}

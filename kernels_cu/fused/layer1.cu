@@ -1,0 +1,62 @@
+// The down GEMM and combine in one launch. Every CTA multiplies; two of its warps sum and push
+// partial rows as tiles end, and add up what comes home.
+#include "fused/combine.cuh"
+#include "gemm/consumer.cuh"
+#include "gemm/epilogue.cuh"
+#include "gemm/hooks.cuh"
+#include "gemm/producer.cuh"
+
+using namespace cometrt;
+
+namespace {
+
+// A warp's results of a tile are stored. Releases tile_done.
+struct TilesEnd {
+  const Call& c;
+
+  __device__ void before_loads(const WorkItem&) const {}
+  __device__ void after_stores(const WorkItem& item) const {
+    __syncwarp();
+    if (threadIdx.x % 32 != 0) return;
+    const int chunk = item.column * BLOCK_N / c.chunk_columns;
+    add_release_gpu(&c.tile_done[item.tile * c.num_chunks + chunk], 1);
+  }
+};
+
+}  // namespace
+
+// Grid: an even number of CTAs, all resident. The movers of the first `num_comm` of them work.
+extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
+    layer1(const __grid_constant__ Call c, const __grid_constant__ GemmParams p,
+           const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap a_half_map,
+           const __grid_constant__ TensorMap b_map, const __grid_constant__ Pace pace,
+           const __grid_constant__ int num_comm) {
+  extern __shared__ __align__(1024) char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  const u32 cta = cluster_cta();
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
+  if (threadIdx.x == 0) {
+    init_barriers(shared);
+    mbarrier_init_fence();
+  }
+  cluster_barrier();
+  if (warp < 4) {
+    give_registers<88>();
+    if (threadIdx.x == 0) {
+      const NoHooks hooks;
+      produce<false>(shared, p, {&a_map, &a_half_map, &b_map}, cta, hooks);
+    } else if (threadIdx.x == 32 && cta == 0) {
+      deal_turns(shared, p);
+    } else if (warp >= 2 && static_cast<int>(blockIdx.x) < num_comm && c.state->ok) {
+      Combine combine(c, pace);
+      combine.run(static_cast<int>(blockIdx.x) * 2 + warp - 2, num_comm * 2);
+    }
+    __syncwarp();
+  } else {
+    take_registers<208>();
+    const TilesEnd hooks{c};
+    Epilogue<-1, false, TilesEnd> epilogue(shared, p, warp - 4, hooks);
+    consume(shared, p, warp / 4 - 1, epilogue);
+  }
+  cluster_barrier();  // nobody leaves while the neighbour may still write here
+}
