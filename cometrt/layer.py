@@ -16,7 +16,7 @@ from cometrt.specs import Geometry, Gradients, MoESpec, check_choice
 from cometrt.trace import NullTracer, Tracer
 from cometrt.world import World
 
-MODES = {"host": ("fused", "sequential"), "cuda": ("sequential",)}  # the best first
+MODES = {"host": ("fused", "sequential"), "cuda": ("fused", "sequential")}  # the best first
 _FLOAT32 = np.dtype(np.float32)
 _IDS = (np.dtype(np.int32), np.dtype(np.int64))
 
@@ -73,7 +73,7 @@ class MoELayer:
             from cometrt.cuda.executor import CudaExecutor
 
             self._arrays = CudaArrays()
-            self._executor = CudaExecutor(world, self._shape, self._layer)
+            self._executor = CudaExecutor(world, self._shape, self._layer, self.mode)
         else:
             self._arrays = HostArrays()
             self._executor = HostExecutor(world, self._shape, self._layer, self.mode)
@@ -253,7 +253,7 @@ class MoELayer:
             if mode is not None:
                 check_choice("mode", mode, MODES[world.device])
             Geometry(spec, world.rank, world.size)
-            config.check_on(world.device)
+            config.check_on(world.device, mode or MODES[world.device][0])
             if world.device == "cuda" and spec.dtype != "bfloat16":
                 raise ValueError(f"dtype must be 'bfloat16' on device='cuda' (got {spec.dtype!r})")
         except ValueError as error:

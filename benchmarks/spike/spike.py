@@ -21,6 +21,7 @@ import numpy as np
 
 from cometrt.kernels import tensor_map
 from cometrt.kernels.compiler import compile_cubin
+from cometrt.kernels.params import pace_dtype as pace
 from cometrt.world.layout import control_dtype, world_dtype
 from cometrt.world.partitions import split_gpu
 
@@ -28,7 +29,6 @@ HERE = Path(__file__).resolve().parent
 RANKS, BLOCK_M, BLOCK_N, BLOCK_TOKENS, SHARED = 4, 128, 128, 16, 4 * 32768
 BF16 = ml_dtypes.bfloat16
 
-pace = np.dtype([("free_at_ns", "u8"), ("picoseconds_per_byte", "u8")])
 spike_params = np.dtype(
     [("world", world_dtype), ("epoch", "u8"), ("pull_pace", pace), ("push_pace", pace),
      ("x", "u8", RANKS),

@@ -142,7 +142,7 @@ def gemm_arguments(
     params["out"] = out.data.ptr
     if z is not None:
         params["z"] = z.data.ptr
-    return params, a_map, a_half_map, b_map
+    return params.view(f"V{gemm_params.itemsize}"), a_map, a_half_map, b_map
 
 
 @functools.cache

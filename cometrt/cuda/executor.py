@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cometrt.cuda.experts import CublasExperts, EngineExperts
+from cometrt.cuda.fused import FusedForward
 from cometrt.cuda.planner import DevicePlanner
 from cometrt.cuda.report import OPERATIONS, Report
 from cometrt.errors import CometError
@@ -43,7 +44,7 @@ _SLOT_BYTES = 200 * 1024  # of shared memory for rows in flight
 
 
 class CudaExecutor:
-    def __init__(self, world: World, shape: PlanShape, layer: int) -> None:
+    def __init__(self, world: World, shape: PlanShape, layer: int, mode: str) -> None:
         """Collective."""
         import cupy as cp
 
@@ -66,6 +67,7 @@ class CudaExecutor:
         )
         self._cublas = CublasExperts(shape)
         self._engine = EngineExperts(shape) if shape.config.gemm == "engine" else None
+        self._fused = FusedForward(shape) if mode == "fused" else None
         self._report = Report(world, geometry.local_experts)
         self._pending: CometError | None = None
         self._in_flight = False
@@ -118,6 +120,8 @@ class CudaExecutor:
         z = self._rows(geometry.up_columns) if training or engine is None else None
         a, o = self._rows(geometry.local_intermediate), self._rows(spec.hidden)
         plan, rows = self._planner.new_plan(), None
+        if self._fused is not None:
+            self._fused.begin(call)
         started = self._start(call)
         if started:
             self._planner.plan(self._ids, self._weights, self._num_tokens, plan)
@@ -125,7 +129,13 @@ class CudaExecutor:
             if engine is None:
                 rows = self._group_rows(plan)
         self._set_plan(call, plan)
-        if started and (rows or engine is not None):
+        if started and self._fused is not None:
+            call["pull_at"] = self._heap.table["x"].offset
+            call["rows"], call["partial_rows"] = x_rows.data.ptr, o.data.ptr
+            self._fused.layer0(call, plan, self._ok, x_rows, w_up, z, a)
+            if self._meet():
+                self._fused.layer1(call, a, w_down, o)
+        elif started and (rows or engine is not None):
             self._pull(call, "x", x_rows)
             if rows:
                 self._cublas.forward(plan, rows, x_rows, w_up, w_down, z, a, o)
@@ -231,6 +241,7 @@ class CudaExecutor:
         call["world"], call["g"] = record, geometry_record(shape)
         call["num_chunks"] = self._heap.table["partials_ready"].shape[-1]
         call["num_tokens"] = num_tokens
+        call["chunk_columns"] = shape.config.chunks(shape.geometry.spec.hidden)[0][1]
         for field, name in HEAP_OFFSETS.items():
             call[field] = self._heap.table[name].offset
         call["operation"], call["layer"] = OPERATIONS.index(operation), self._layer

@@ -92,6 +92,9 @@ gemm_params = np.dtype(
     [(name, np.uint64) for name in "items num_turns progress out z".split()]
     + [(name, np.int32) for name in "num_k_blocks num_columns".split()]
 )
+pace_dtype = np.dtype(
+    [(name, np.uint64) for name in "free_at_ns picoseconds_per_byte latency_ns".split()]
+)
 turns_params = np.dtype(
     [
         (name, np.uint64)
@@ -115,6 +118,7 @@ MIRRORS = {
     "Call": ("exchange/call.cuh", call_dtype),
     "WorkItem": ("gemm/tile.cuh", work_item_dtype),
     "GemmParams": ("gemm/tile.cuh", gemm_params),
+    "Pace": ("comm/pacing.cuh", pace_dtype),
     "TurnsParams": ("schedule/turns.cuh", turns_params),
     "ActivationParams": ("exchange/activation.cuh", activation_params),
 }

@@ -8,7 +8,7 @@ from cometrt.specs import ALIGNMENT, check_choice, check_int
 
 LAYER1_ORDERS = ("waves", "columns")
 GEMMS = ("engine", "cublas")
-ENGINE_BLOCK_M = 128  # BLOCK_M of kernels_cu/gemm/tile.cuh
+ENGINE_BLOCK_M, ENGINE_BLOCK_N = 128, 256  # BLOCK_M, BLOCK_N of kernels_cu/gemm/tile.cuh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,18 @@ class TileConfig:
                 f"chunk must be a multiple of block_n={self.block_n} (got {self.chunk})"
             )
 
-    def check_on(self, device: str) -> None:
+    def check_on(self, device: str, mode: str) -> None:
         """Raise ValueError for what that device's kernels cannot do."""
+        if device == "cuda" and mode == "fused":
+            if self.gemm != "engine":
+                raise ValueError(
+                    f"gemm must be 'engine' on device='cuda' in mode 'fused' (got {self.gemm!r})"
+                )
+            if self.layer1_order == "columns" and self.chunk % ENGINE_BLOCK_N:
+                raise ValueError(
+                    f"chunk must be a multiple of {ENGINE_BLOCK_N} on device='cuda' in mode "
+                    f"'fused' (got {self.chunk})"
+                )
         if device == "cuda" and self.gemm == "engine" and self.block_m != ENGINE_BLOCK_M:
             raise ValueError(
                 f"block_m must be {ENGINE_BLOCK_M} on device='cuda' with gemm='engine' "

@@ -12,10 +12,10 @@ import math
 
 import numpy as np
 
-from cometrt.plan.config import ENGINE_BLOCK_M
+from cometrt.plan.config import ENGINE_BLOCK_M, ENGINE_BLOCK_N
 from cometrt.plan.tables import Plan
 
-BLOCK_M, BLOCK_N = ENGINE_BLOCK_M, 256  # of kernels_cu/gemm/tile.cuh
+BLOCK_M, BLOCK_N = ENGINE_BLOCK_M, ENGINE_BLOCK_N
 SHARES_NOTHING, SHARES_A, SHARES_B = range(3)
 
 work_item_dtype = np.dtype(

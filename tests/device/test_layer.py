@@ -30,10 +30,10 @@ CASES = [
 ]
 
 
-CASES += [
-    dataclasses.replace(case, gemm="engine")
-    for case in CASES
-    if case.routing in ("uniform", "skewed", "one_expert", "idle_experts")
+CASES = [dataclasses.replace(case, gemm="engine", mode="fused") for case in CASES] + [
+    dataclasses.replace(case, gemm=gemm)
+    for case, gemm in itertools.product(CASES, ("engine", "cublas"))
+    if case.routing in ("uniform", "skewed", "one_expert")
 ]
 
 
@@ -42,17 +42,18 @@ def test_against_reference(case):
     spawn_case(case, device="cuda")
 
 
+@pytest.mark.parametrize("mode", ["sequential", "fused"])
 @pytest.mark.parametrize("tp", [1, 2])
-def test_inference_has_the_bits_of_training(tp):
+def test_inference_has_the_bits_of_training(tp, mode):
     # Without z the engine runs another kernel; with routing the host cannot know in time.
-    case = Case((4, tp), "skewed", mode="sequential", gemm="engine")
+    case = Case((4, tp), "skewed", mode=mode, gemm="engine")
     inputs = make_inputs(case)
 
     def fn(world):
         r, move = world.rank, on_device(world)
         weights = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, 4, case.spec)
         tables = [move(part[r]) for part in (inputs.x, inputs.ids, inputs.weights)]
-        with cometrt.MoELayer(world, case.spec, config=case.config) as layer:
+        with cometrt.MoELayer(world, case.spec, mode, config=case.config) as layer:
             args = (*tables, *map(move, weights))
             (trained, saved), (inferred, none) = (
                 layer.forward(*args, training=training) for training in (True, False)

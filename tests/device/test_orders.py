@@ -111,7 +111,7 @@ class ModelCase(Case):
 
     @property
     def config(self):
-        return cometrt.TileConfig(block_m=128, block_tokens=32)
+        return cometrt.TileConfig(block_m=128, block_tokens=32, layer1_order=self.order, chunk=256)
 
 
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 1), (4, 1), (4, 2), (8, 1)], ids=str)
@@ -120,14 +120,16 @@ class ModelCase(Case):
     [("mixtral-8x7b", 16), ("qwen2-moe", 8), ("phi-3.5-moe", 16), ("qwen3-30b-a3b", 8),
      ("deepseek-v3", 16)],
 )  # fmt: skip
-def test_scaled_models(model, factor, ranks, monkeypatch):
+@pytest.mark.parametrize("mode", ["sequential", "fused", "fused-columns"])
+def test_scaled_models(model, factor, ranks, mode, monkeypatch):
     import tests.cases as cases
 
     class This(ModelCase):
         pass
 
     This.model, This.factor = model, factor
-    case = This(ranks, mode="sequential")
+    mode, _, order = mode.partition("-")
+    case = This(ranks, mode=mode, order=order or "waves")
     monkeypatch.setattr(cases, "HIDDEN", case.spec.hidden)
     monkeypatch.setattr(cases, "TOPK", case.spec.topk)
     monkeypatch.setattr(cases, "MAX_TOKENS", 96)

@@ -8,6 +8,7 @@ import pytest
 
 from cometrt import CometError
 from cometrt.activations import ACTIVATIONS
+from cometrt.cuda import engine, fused
 from cometrt.kernels import compiler
 from cometrt.kernels.compiler import compile_cubin, kernels_folder
 from cometrt.kernels.params import MIRRORS
@@ -16,9 +17,10 @@ from tests.launch import ROOT
 pytest.importorskip("cuda.bindings", reason="needs NVRTC")
 
 # Macros of what is shipped, where a file is compiled in more ways than one.
+ACTIVATED = [(("ACTIVATION", a), ("WRITE_Z", z)) for a in range(len(ACTIVATIONS)) for z in (0, 1)]
 CONFIGURATIONS = {
-    "forward.cu": [(("ACTIVATION", -1), ("WRITE_Z", 0))]
-    + [(("ACTIVATION", a), ("WRITE_Z", z)) for a in range(len(ACTIVATIONS)) for z in (0, 1)]
+    "forward.cu": [(("ACTIVATION", -1), ("WRITE_Z", 0)), *ACTIVATED],
+    "layer0.cu": ACTIVATED,
 }
 SOURCES = sorted(kernels_folder().rglob("*.cu")) + sorted((ROOT / "benchmarks").rglob("*.cu"))
 
@@ -80,6 +82,13 @@ def test_structs_are_laid_out_as_their_mirrors(struct):
     header, mirror = MIRRORS[struct]
     expected = [mirror.fields[name][1] for name in mirror.names] + [mirror.itemsize]
     assert layout_of(struct, header, list(mirror.names)) == expected
+
+
+def test_shared_memory_is_what_launches_ask_for():
+    assert layout_of("Shared", "gemm/tile.cuh", []) == [engine._SHARED_BYTES]
+    (movers,) = layout_of("MoverSlots", "comm/movers.cuh", [])
+    less_stages = engine._SHARED_BYTES - 24 * 1024 - 16
+    assert less_stages + movers <= fused._LAYER0_BYTES <= 227 * 1024
 
 
 def test_local_memory_is_reported(tmp_path):
