@@ -117,7 +117,7 @@ class Fused:
         if gbps:
             for i, name in enumerate(("pull_pace", "push_pace")):
                 p[name][0]["free_at_ns"] = state["links"].data.ptr + 8 * i
-                p[name][0]["picoseconds_per_byte"] = round(1000 / gbps)
+                p[name][0]["femtoseconds_per_byte"] = round(1e6 / gbps)
         counters = state["counters"].data.ptr
         p["tile_filled"], p["tile_done"] = counters, counters + 4 * self.num_tiles
         p["ticket"] = counters + 8 * self.num_tiles
@@ -218,7 +218,7 @@ def single_measurements(module: cp.RawModule, report) -> None:
             lambda g=nominal: copy(
                 (8,), (384,),
                 (source, target, order, np.int32(32768), np.int32(2 * hidden),
-                 np.uint64(free_at.data.ptr), np.uint64(round(1000 / g))),
+                 np.uint64(free_at.data.ptr), np.uint64(round(1e6 / g))),
                 shared_mem=SHARED,
             )
         )  # fmt: skip

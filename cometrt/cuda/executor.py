@@ -27,6 +27,7 @@ from cometrt.kernels.params import (
     call_dtype,
     call_state_dtype,
     geometry_record,
+    pace_record,
 )
 from cometrt.plan import Plan, PlanShape
 from cometrt.plan.reference import make_plan
@@ -67,7 +68,14 @@ class CudaExecutor:
         )
         self._cublas = CublasExperts(shape)
         self._engine = EngineExperts(shape) if shape.config.gemm == "engine" else None
-        self._fused = FusedForward(shape) if mode == "fused" else None
+        self._links = cp.zeros(2, cp.uint64)  # clocks of what comes and of what leaves
+        clocks = self._links.data.ptr
+        self._pull_pace, self._push_pace = (
+            pace_record(clock, world.link) for clock in (clocks, clocks + 8)
+        )
+        self._fused = None
+        if mode == "fused":
+            self._fused = FusedForward(shape, self._pull_pace, self._push_pace)
         self._report = Report(world, geometry.local_experts)
         self._pending: CometError | None = None
         self._in_flight = False
@@ -302,6 +310,7 @@ class CudaExecutor:
             (num_sms(),),
             _THREADS,
             call,
+            self._pull_pace,
             np.int32(lanes),
             shared_bytes=_PULL_WARPS * lanes * row_bytes,
         )
@@ -309,7 +318,7 @@ class CudaExecutor:
     def _combine(self, call: np.ndarray, rows: Any, between: Any = None) -> None:
         """Push, then `between`, which covers the exchange, then add up at home."""
         call["partial_rows"] = rows.data.ptr
-        self._push((4 * num_sms(),), _THREADS, call)
+        self._push((4 * num_sms(),), _THREADS, call, self._push_pace)
         if between is not None:
             between()
         blocks = self._shape.config.token_blocks(int(call["num_tokens"][0]))

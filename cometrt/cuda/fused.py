@@ -9,7 +9,6 @@ import numpy as np
 from cometrt.activations import ACTIVATIONS
 from cometrt.cuda.engine import THREADS, gemm_arguments, gemm_grid, new_turns, order_turns
 from cometrt.kernels.launch import load_kernels
-from cometrt.kernels.params import pace_dtype
 from cometrt.plan import PlanShape
 from cometrt.plan.turns import BLOCK_N, column_tiles
 from cometrt.world.partitions import num_sms
@@ -21,9 +20,20 @@ _LAYER1_BYTES = 9 * _STAGES_BYTES + _SLABS_BYTES + 2 * 16 + 22 * 8
 
 
 class FusedForward:
-    """One layer's two launches. `num_comm`: CTAs whose mover warps work; None: all."""
+    """One layer's two launches.
 
-    def __init__(self, shape: PlanShape, num_comm: int | None = None) -> None:
+    Args:
+        pull_pace, push_pace: of `pace_record`, for what comes and what leaves.
+        num_comm: CTAs whose mover warps work; None: all.
+    """
+
+    def __init__(
+        self,
+        shape: PlanShape,
+        pull_pace: np.ndarray,
+        push_pace: np.ndarray,
+        num_comm: int | None = None,
+    ) -> None:
         import cupy as cp
 
         geometry, config, spec = shape.geometry, shape.config, shape.geometry.spec
@@ -45,7 +55,7 @@ class FusedForward:
         (self._zero_pads,) = load_kernels("exchange/rows.cu", "zero_pads")
         self._filled = cp.zeros(shape.max_tiles, cp.uint32)
         self._done = cp.zeros(shape.max_tiles * self._num_chunks, cp.uint32)
-        self._pace = np.zeros(1, pace_dtype).view(f"V{pace_dtype.itemsize}")
+        self._pull_pace, self._push_pace = pull_pace, push_pace
 
     def begin(self, call: np.ndarray) -> None:
         """Counters of tiles start at zero in every call, on the call's stream."""
@@ -69,12 +79,13 @@ class FusedForward:
             out=self._down_turns,
         )
         arguments = gemm_arguments(x_rows, w_up, a, self._up_turns, gated=self._gated, z=z)
-        self._launch(self._layer0[z is not None], call, arguments, _LAYER0_BYTES)
+        kernel = self._layer0[z is not None]
+        self._launch(kernel, call, (*arguments, self._pull_pace), _LAYER0_BYTES)
 
     def layer1(self, call: np.ndarray, a: Any, w_down: Any, o: Any) -> None:
         """Multiply, push partial rows, and add up at home: waits for peers."""
         arguments = gemm_arguments(a, w_down, o, self._down_turns, gated=False)
-        self._launch(self._layer1, call, arguments, _LAYER1_BYTES)
+        self._launch(self._layer1, call, (*arguments, self._push_pace), _LAYER1_BYTES)
 
     def _launch(
         self, kernel: Any, call: np.ndarray, arguments: tuple[np.ndarray, ...], shared_bytes: int
@@ -86,7 +97,6 @@ class FusedForward:
             THREADS,
             call,
             *arguments,
-            self._pace,
             np.int32(num_comm),
             shared_bytes=shared_bytes,
         )

@@ -13,6 +13,7 @@ from cometrt.activations import ACTIVATIONS
 from cometrt.plan import Plan, PlanShape
 from cometrt.plan.turns import work_item_dtype
 from cometrt.world.layout import control_dtype, header_dtype, record_dtype, world_dtype
+from cometrt.world.link import Link
 
 geometry_dtype = np.dtype(
     [
@@ -93,7 +94,7 @@ gemm_params = np.dtype(
     + [(name, np.int32) for name in "num_k_blocks num_columns".split()]
 )
 pace_dtype = np.dtype(
-    [(name, np.uint64) for name in "free_at_ns picoseconds_per_byte latency_ns".split()]
+    [(name, np.uint64) for name in "free_at_ns femtoseconds_per_byte latency_ns".split()]
 )
 turns_params = np.dtype(
     [
@@ -122,6 +123,16 @@ MIRRORS = {
     "TurnsParams": ("schedule/turns.cuh", turns_params),
     "ActivationParams": ("exchange/activation.cuh", activation_params),
 }
+
+
+def pace_record(free_at_ns: int, link: Link | None) -> np.ndarray:
+    """A Pace, to be passed by value; free_at_ns: address of the link's clock on the device."""
+    record = np.zeros(1, pace_dtype)
+    if link is not None:
+        record["free_at_ns"] = free_at_ns
+        record["femtoseconds_per_byte"] = link.femtoseconds_per_byte
+        record["latency_ns"] = round(link.latency_us * 1000)
+    return record.view(f"V{pace_dtype.itemsize}")
 
 
 def geometry_record(shape: PlanShape) -> np.ndarray:

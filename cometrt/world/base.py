@@ -25,6 +25,7 @@ from cometrt.specs import check_timeout
 from cometrt.world.blas import pin_blas_threads, unpin_blas_threads
 from cometrt.world.failure import KINDS, Failure, Wanted, failure_dtype
 from cometrt.world.layout import header_dtype
+from cometrt.world.link import Link
 
 if TYPE_CHECKING:
     from cometrt.world.device import DeviceMemory
@@ -67,6 +68,7 @@ class World(abc.ABC):
         device: "host" or "cuda".
         gpu: this rank's device memory on "cuda", else None.
         timeout_sec: longest that any single wait may last.
+        link: this rank's share of a modelled link; None where rows cross as fast as they can.
         epoch: exchanges begun so far; equal on all ranks between calls.
     """
 
@@ -83,6 +85,7 @@ class World(abc.ABC):
         self._segments: dict[str, list[Any]] = {}
         self._segment_bytes: dict[str, int] = {}
         self.gpu: DeviceMemory | None = None
+        self.link: Link | None = None
         dtype = board_dtype(size)
         self.boards = [memory.view(dtype)[0] for memory in self._allocate(dtype.itemsize)]
         self.board["generation"][0] = self._generation

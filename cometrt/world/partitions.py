@@ -105,8 +105,11 @@ def gpu_seats(ranks: int) -> list[contextlib.AbstractContextManager[None]]:
 def num_sms() -> int:
     """SMs that this thread's kernels run on."""
     partition = getattr(_seats, "partition", None)
-    if partition is not None:
-        return partition.num_sms
+    return partition.num_sms if partition is not None else gpu_sms()
+
+
+def gpu_sms() -> int:
+    """SMs of this thread's GPU."""
     import cupy
 
     return int(cupy.cuda.Device().attributes["MultiProcessorCount"])

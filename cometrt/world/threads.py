@@ -16,7 +16,8 @@ from cometrt.errors import first_original
 from cometrt.specs import check_choice, check_int, check_timeout
 from cometrt.world.base import World
 from cometrt.world.failure import Wanted
-from cometrt.world.partitions import gpu_seats
+from cometrt.world.link import LINKS, link_share
+from cometrt.world.partitions import gpu_seats, gpu_sms, num_sms
 
 Result = TypeVar("Result")
 
@@ -79,7 +80,8 @@ def spawn(
         ranks: W, at least 1.
         device: "host"; or "cuda": one GPU a rank if there are enough, else partitions of one. On
             "cuda" the process's cyclic garbage collector rests until spawn returns.
-        link: None; pacing of a modelled link is not in this release.
+        link: "h100", "h200" or "h800": what crosses virtual ranks of one GPU goes at that link's
+            rate, scaled to a rank's part of the GPU; None: as fast as it can.
         timeout_sec: longest that any single wait of a rank may last.
 
     Returns:
@@ -100,12 +102,14 @@ def spawn(
     if not callable(fn):
         raise ValueError(f"fn must be callable with a world (got {fn!r})")
     if link is not None:
-        raise ValueError(f"link must be None in this release (got {link!r})")
+        check_choice("link", link, tuple(LINKS))
+        if device != "cuda":
+            raise ValueError(f"link must be None on device={device!r} (got {link!r})")
 
     if device == "cuda" and ranks > 1:
         with collector_at_rest():
-            return _run_ranks(fn, ranks, device, timeout_sec)
-    return _run_ranks(fn, ranks, device, timeout_sec)
+            return _run_ranks(fn, ranks, device, link, timeout_sec)
+    return _run_ranks(fn, ranks, device, link, timeout_sec)
 
 
 @contextlib.contextmanager
@@ -123,7 +127,7 @@ def collector_at_rest() -> Iterator[None]:
 
 
 def _run_ranks(
-    fn: Callable[[World], Result], ranks: int, device: str, timeout_sec: float
+    fn: Callable[[World], Result], ranks: int, device: str, link: str | None, timeout_sec: float
 ) -> list[Result]:
     seats = [contextlib.nullcontext()] * ranks if device == "host" else gpu_seats(ranks)
     process = _Process(ranks)
@@ -136,6 +140,8 @@ def _run_ranks(
         try:
             with seats[rank]:
                 world = worlds[rank] = ThreadWorld(rank, process, device, timeout_sec)
+                if link is not None:
+                    world.link = link_share(link, num_sms(), gpu_sms())
                 results[rank] = fn(world)
                 world.close()
         except BaseException as error:

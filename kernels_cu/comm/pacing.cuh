@@ -7,14 +7,14 @@ namespace cometrt {
 
 struct Pace {
   u64* free_at_ns;  // when the link of this rank and direction is free again; null: no pacing
-  u64 picoseconds_per_byte, latency_ns;
+  u64 femtoseconds_per_byte, latency_ns;
 };
 
 // When the bytes will have crossed; called as they leave. 0 where nothing is paced. No credit
 // for idle time: a link that was free starts now.
 __device__ inline u64 reserve_link(const Pace& pace, u64 bytes) {
   if (pace.free_at_ns == nullptr || bytes == 0) return 0;
-  const u64 cost_ns = bytes * pace.picoseconds_per_byte / 1000;
+  const u64 cost_ns = bytes * pace.femtoseconds_per_byte / 1000000;
   u64 seen = *reinterpret_cast<volatile u64*>(pace.free_at_ns);
   while (true) {
     const u64 now = global_timer_ns();

@@ -1,5 +1,6 @@
 // Rows on their way: pulled from their homes, summed and pushed back, added up at home. Each
 // launch has the whole partition; the fused kernels do the same in their comm role.
+#include "comm/pacing.cuh"
 #include "comm/wait.cuh"
 #include "exchange/call.cuh"
 #include "exchange/sums.cuh"
@@ -49,7 +50,8 @@ __device__ inline void send_dweight(const Call& c, int home, long long token) {
 // Every needed token crosses once and is written to all its rows; pads become zero. A slot of
 // shared memory for each of the first `lanes` lanes of four warps; the other warps write pads.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    dispatch(const __grid_constant__ Call c, const __grid_constant__ int lanes) {
+    dispatch(const __grid_constant__ Call c, const __grid_constant__ Pace pace,
+             const __grid_constant__ int lanes) {
   if (!c.state->ok) return;
   extern __shared__ __align__(128) char shared[];
   __shared__ u64 full[kPullWarps * 32];
@@ -72,10 +74,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       bulk_wait_read<0>();  // this slot's last stores have left it
       const __nv_bfloat16* from = c.data<__nv_bfloat16>(token / c.g.max_tokens, c.pull_at) +
                                   static_cast<long long>(token % c.g.max_tokens) * c.g.hidden;
+      const bool crosses = token / c.g.max_tokens != c.world.rank;
+      const u64 crossed_ns = crosses ? reserve_link(pace, row_bytes) : 0;
       mbarrier_arrive_expect(&full[slot], row_bytes);
       bulk_load(buffer, from, row_bytes, &full[slot]);
       if (i + slots < num_pulls) next = c.pull_tokens[i + slots];
       mbarrier_wait(&full[slot], round & 1);
+      if (crossed_ns != 0) wait_crossed(crossed_ns);
       for (int k = 0; k < c.g.topk; ++k) {
         const int row = c.pair_row[static_cast<long long>(token) * c.g.topk + k];
         if (row >= 0)
@@ -98,7 +103,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) zero_pads(const __grid_co
 
 // A block of threads a block of tokens: partial rows to the home's staging, then the release of
 // partials_ready. Acquired by `home_reduce`.
-extern "C" __global__ void __launch_bounds__(kThreads) push(const __grid_constant__ Call c) {
+extern "C" __global__ void __launch_bounds__(kThreads)
+    push(const __grid_constant__ Call c, const __grid_constant__ Pace pace) {
   if (!c.state->ok) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, size = c.g.block_tokens;
   for (int i = blockIdx.x; i < *c.num_blocks; i += gridDim.x) {
@@ -107,6 +113,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) push(const __grid_constan
     const int first = c.send_offsets[home] + block * size;
     // Offsets of this rank itself are empty, so the next one ends this home's.
     const int count = min(size, c.send_offsets[home + 1] - first);
+    u64 crossed_ns = 0;
+    if (threadIdx.x == 0) crossed_ns = reserve_link(pace, 2ull * count * c.g.hidden);
     for (int j = warp; j < count; j += kWarps) {
       const long long token = c.send_tokens[first + j];
       const long long slot = c.send_base[home] + block * size + j;
@@ -120,6 +128,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) push(const __grid_constan
     }
     __syncthreads();  // all stores of the block happen before its release
     if (threadIdx.x == 0) {
+      if (crossed_ns != 0) wait_crossed(crossed_ns);
       fence_acq_rel_sys();
       for (int chunk = 0; chunk < c.num_chunks; ++chunk) {
         store_release_sys(c.partials_ready(home, c.world.rank, block) + chunk, c.world.epoch());

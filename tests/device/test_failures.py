@@ -17,7 +17,7 @@ CASE = Case((4, 1), mode="sequential", gemm="engine")
 class Rank:
     """One rank's layer and device arrays; `step` is a forward and a backward."""
 
-    def __init__(self, world, inputs, spec=CASE.spec, config=CASE.config):
+    def __init__(self, world, inputs, spec=CASE.spec, config=CASE.config, mode=None):
         move, r = on_device(world), world.rank
         self.world = world
         self.weights = [
@@ -25,7 +25,7 @@ class Rank:
         ]
         self.x, self.dy = move(inputs.x[r]), move(inputs.dy[r])
         self.ids, self.topk_weights = move(inputs.ids[r]), move(inputs.weights[r])
-        self.layer = cometrt.MoELayer(world, spec, config=config)
+        self.layer = cometrt.MoELayer(world, spec, mode, config=config)
 
     def forward(self, count=None, **more):
         inputs = (self.x[:count], self.ids[:count], self.topk_weights[:count])
@@ -71,7 +71,8 @@ def test_too_many_rows_are_told_by_the_next_call(gemm):
     spec = dataclasses.replace(CASE.spec, capacity_factor=0.01)
 
     def fn(world):
-        rank = Rank(world, inputs, spec, config)
+        mode = "fused" if gemm == "engine" else "sequential"
+        rank = Rank(world, inputs, spec, config, mode)
         y, _ = rank.forward()
         kept = rank.x.copy()
         with pytest.raises(cometrt.CapacityError, match="capacity_factor"):
@@ -125,14 +126,18 @@ def test_an_absent_rank_gives_a_timeout_and_the_process_goes_on():
     check_case(CASE, inputs, cometrt.spawn(fn, 4, "cuda", timeout_sec=10))
 
 
-def test_a_flag_that_never_comes_is_told_by_the_device():
+@pytest.mark.parametrize("mode", ["fused", "sequential"])
+def test_a_flag_that_never_comes_is_told_by_the_device(mode):
     # A rank's push is lost: the home's kernel waits, gives up, and says what it waited for.
     inputs = make_inputs(CASE)
 
     def fn(world):
-        rank = Rank(world, inputs)
-        if world.rank == 1:
-            rank.layer._executor._push = lambda *_: None
+        rank = Rank(world, inputs, mode=mode)
+        executor = rank.layer._executor
+        if world.rank == 1 and mode == "fused":
+            executor._fused.layer1 = lambda *_: None
+        elif world.rank == 1:
+            executor._push = lambda *_: None
         rank.world.timeout_sec = 1.0
         y, _ = rank.forward()
         error = caught(rank.layer.synchronize)
@@ -149,15 +154,18 @@ def test_a_flag_that_never_comes_is_told_by_the_device():
     check_case(CASE, inputs, cometrt.spawn(fn, 4, "cuda", timeout_sec=10))
 
 
-def test_a_rank_that_raises_in_the_middle_ends_the_others_at_once():
+@pytest.mark.parametrize("mode", ["fused", "sequential"])
+def test_a_rank_that_raises_in_the_middle_ends_the_others_at_once(mode):
     inputs = make_inputs(CASE)
 
     def fail(*_):
         raise LookupError("mine")
 
     def fn(world):
-        rank = Rank(world, inputs)
-        if world.rank == 2:
+        rank = Rank(world, inputs, mode=mode)
+        if world.rank == 2 and mode == "fused":
+            rank.layer._executor._fused.layer0 = fail
+        elif world.rank == 2:
             rank.layer._executor._pull = fail
         error = caught(rank.forward) or caught(rank.layer.synchronize)
         if world.rank == 2:

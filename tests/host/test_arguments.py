@@ -86,7 +86,8 @@ def without_gpu(monkeypatch, message):
         ({"timeout_sec": 0}, "timeout_sec must be a finite number > 0 (got 0)"),
         ({"timeout_sec": float("inf")}, "timeout_sec must be a finite number > 0 (got inf)"),
         ({"timeout_sec": 1e12}, "timeout_sec must be at most "),
-        ({"link": "h100"}, "link must be None in this release (got 'h100')"),
+        ({"link": "h100"}, "link must be None on device='host' (got 'h100')"),
+        ({"link": "h300"}, "link must be one of h100, h200, h800 (got 'h300')"),
         ({"fn": 3}, "fn must be callable with a world (got 3)"),
     ],
 )
