@@ -38,12 +38,12 @@ class Turns(NamedTuple):
     counts: Any  # [3] int32: turns; turns dealt and clusters that have finished, 0 between launches
 
 
-def new_turns(max_tiles: int, num_columns: int) -> Turns:
+def new_turns(max_tiles: int, num_columns: int, chunk: int | None = None) -> Turns:
     """Memory for the turns of up to that many M-tiles and that many column tiles."""
     import cupy as cp
 
     load_kernels("schedule/turns.cu", "turns")
-    items = 2 * most_turns(max_tiles, num_columns)
+    items = 2 * most_turns(max_tiles, num_columns, chunk)
     return Turns(cp.empty(items * work_item_dtype.itemsize, cp.uint8), cp.empty(3, cp.int32))
 
 
@@ -69,7 +69,7 @@ def order_turns(
         out: from `new_turns`.
     """
     if out is None:
-        out = new_turns(len(tiles.tile_order), num_columns)
+        out = new_turns(len(tiles.tile_order), num_columns, chunk)
     params = np.zeros(1, turns_params)
     for name in "tile_order num_tiles tile_expert expert_offsets expert_rows".split():
         params[name] = getattr(tiles, name).data.ptr

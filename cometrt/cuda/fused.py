@@ -43,7 +43,7 @@ class FusedForward:
         self._up_columns = column_tiles(geometry.local_intermediate, gated=spec.gated)
         self._down_columns = column_tiles(spec.hidden, gated=False)
         self._up_turns = new_turns(shape.max_tiles, self._up_columns)
-        self._down_turns = new_turns(shape.max_tiles, self._down_columns)
+        self._down_turns = new_turns(shape.max_tiles, self._down_columns, self._chunk)
         number = list(ACTIVATIONS).index(spec.activation)
         self._layer0 = {}
         for z in (False, True):
@@ -91,7 +91,7 @@ class FusedForward:
         self, kernel: Any, call: np.ndarray, arguments: tuple[np.ndarray, ...], shared_bytes: int
     ) -> None:
         grid = gemm_grid()
-        num_comm = grid[0] if self._num_comm is None else min(self._num_comm, grid[0])
+        num_comm = grid[0] if self._num_comm is None else max(1, min(self._num_comm, grid[0]))
         kernel(
             grid,
             THREADS,

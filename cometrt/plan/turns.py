@@ -34,9 +34,12 @@ def column_tiles(columns: int, *, gated: bool) -> int:
     return -(-columns // (BLOCK_N // 2 if gated else BLOCK_N))
 
 
-def most_turns(max_tiles: int, num_columns: int) -> int:
-    """Turns of the worst order: every M-tile alone."""
-    return max_tiles * (-(-num_columns // 2))
+def most_turns(max_tiles: int, num_columns: int, chunk: int | None = None) -> int:
+    """Turns of the worst order: every M-tile alone, in every walk over a chunk."""
+    step = chunk or num_columns
+    return max_tiles * sum(
+        -(-min(step, num_columns - first) // 2) for first in range(0, num_columns, step)
+    )
 
 
 def longest_run(num_sms: int) -> int:
@@ -64,7 +67,7 @@ def make_turns(
         num_columns: of `column_tiles`.
         max_run: of `longest_run`.
         backwards: walk the order from its end.
-        chunk: walk it once for each so many column tiles, an even number; None: once for all.
+        chunk: walk it once for each so many column tiles; None: once for all.
 
     Returns:
         [turns, 2] of work_item_dtype.

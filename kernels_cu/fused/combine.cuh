@@ -22,6 +22,10 @@ class Combine {
   // Pushes of a chunk come before the home's sums of the chunk before it, so that what peers wait
   // for is never held up. Pushes wait for this rank's tiles alone.
   __device__ void run(int mover, int num_movers) {
+    // Once stopped, layer0 no longer waited for rows: what was made of them must not reach a peer.
+    // Every CTA that went on without its rows saw the abort before this launch.
+    const bool stopped = lane_ == 0 && c_.world.stopped();
+    if (__any_sync(~0u, stopped)) return;
     const int blocks = (c_.num_tokens + c_.g.block_tokens - 1) / c_.g.block_tokens;
     for (int chunk = 0; chunk <= c_.num_chunks; ++chunk) {
       if (chunk < c_.num_chunks) {
@@ -58,7 +62,9 @@ class Combine {
       ok = wait_until(c_.world, {kTileDone, c_.world.rank, tile, chunk}, epoch_, expected,
                       [&] { return load_acquire_gpu(done); });
     }
-    return __all_sync(~0u, ok);
+    ok = __all_sync(~0u, ok);
+    __syncwarp();  // what a lane acquired, all may read
+    return ok;
   }
 
   // Groups of 256 columns, eight a lane, several at a time so that loads overlap.
@@ -138,6 +144,7 @@ class Combine {
                       [&] { return load_acquire_sys(flag); });
     }
     if (!__all_sync(~0u, ok)) return false;
+    __syncwarp();  // what a lane acquired, all may read
     const __nv_bfloat16* staging = c_.data<__nv_bfloat16>(me, c_.staging_at);
     for (int i = 0; i < count; ++i) {
       const int* slots = c_.home_slot + static_cast<long long>(first + i) * ranks;

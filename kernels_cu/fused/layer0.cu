@@ -32,7 +32,7 @@ struct RowsArrive {
   __device__ void before_loads(const WorkItem& item) const {
     if (stopped) return;
     const u32* filled = &c.tile_filled[item.tile];
-    stopped = !wait_until(c.world, {kTileFilled, -1, item.tile, -1}, c.world.epoch(),
+    stopped = !wait_until(c.world, {kTileFilled, c.world.rank, item.tile, -1}, c.world.epoch(),
                           item.rows * num_pieces(c.g), [&] { return load_acquire_gpu(filled); });
     fence_proxy_async();  // rows are read by tensor loads
   }

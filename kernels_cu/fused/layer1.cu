@@ -12,9 +12,9 @@ namespace {
 
 // A warp's results of a tile are stored. Releases tile_done.
 struct TilesEnd {
+  static constexpr bool kTells = true;
   const Call& c;
 
-  __device__ void before_loads(const WorkItem&) const {}
   __device__ void after_stores(const WorkItem& item) const {
     __syncwarp();
     if (threadIdx.x % 32 != 0) return;

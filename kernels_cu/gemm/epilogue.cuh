@@ -66,7 +66,8 @@ class Epilogue {
   static constexpr int kPiecesOfSlab = kStoresOfZ + (kActivates ? 2 : 1);
 
  public:
-  static constexpr int kPieces = kColumns / kSlabColumns * kPiecesOfSlab;
+  // The last one tells the hooks, when what was stored has had time to arrive.
+  static constexpr int kPieces = kColumns / kSlabColumns * kPiecesOfSlab + (Hooks::kTells ? 1 : 0);
 
   // `warp` counts those that multiply.
   __device__ Epilogue(Shared& shared, const GemmParams& p, int warp, const Hooks& hooks)
@@ -88,6 +89,11 @@ class Epilogue {
   // `piece` is known to the compiler.
   __device__ void leave(int piece) {
     if (item_.tile < 0) return;
+    if (Hooks::kTells && piece == kPieces - 1) {
+      hooks_.after_stores(item_);
+      item_.tile = -1;
+      return;
+    }
     const int slab = piece / kPiecesOfSlab, step = piece % kPiecesOfSlab;
     u32* first = kept_ + 16 * slab;  // gate, or all there is; from its activation on, out
     const u32* up = kGated ? first + 32 : first;
@@ -107,10 +113,7 @@ class Epilogue {
       if (begin == 0) return;
     }
     slab_.store(first, p_.out + row * p_.num_columns + column, columns, p_.num_columns);
-    if (piece == kPieces - 1) {
-      hooks_.after_stores(item_);
-      item_.tile = -1;
-    }
+    if (piece == kPieces - 1) item_.tile = -1;
   }
   __device__ void leave_at_once() {
 #pragma unroll

@@ -32,10 +32,18 @@ def plans(draw):
     )
 
 
-@given(plans(), st.integers(1, 9), st.sampled_from([2, 4, 16]), st.booleans())
-def test_turns(plan, columns, max_run, backwards):
-    turns = make_turns(plan, columns, max_run=max_run, backwards=backwards)
-    assert len(turns) <= most_turns(len(plan.tile_expert), columns)
+@given(
+    plans(),
+    st.integers(1, 9),
+    st.sampled_from([2, 4, 16]),
+    st.booleans(),
+    st.sampled_from([None, 1, 2, 3]),
+)
+def test_turns(plan, columns, max_run, backwards, chunk):
+    turns = make_turns(plan, columns, max_run=max_run, backwards=backwards, chunk=chunk)
+    assert len(turns) <= most_turns(len(plan.tile_expert), columns, chunk)
+    walks = [item // (chunk or columns) for item in turns[:, 0]["column"].tolist()]
+    assert walks == sorted(walks)
     done = [(i["tile"], i["column"]) for turn in turns for i in turn if i["tile"] >= 0]
     assert sorted(done) == [(t, c) for t in range(len(plan.tile_expert)) for c in range(columns)]
     for one, two in turns:
@@ -58,7 +66,8 @@ def test_turns(plan, columns, max_run, backwards):
             assert two["tile"] == -1
     # The plan's order is kept from expert to expert.
     order = plan.layer0_tiles()[::-1] if backwards else plan.layer0_tiles()
-    starts = list(dict.fromkeys(turns[:, 0]["expert"].tolist()))
+    first_walk = turns[:, 0][[walk == 0 for walk in walks]] if len(turns) else turns[:, 0]
+    starts = list(dict.fromkeys(first_walk["expert"].tolist()))
     assert starts == list(dict.fromkeys(plan.tile_expert[order].tolist()))
 
 
