@@ -1,6 +1,6 @@
 """The device planner: the plan of `cometrt.plan.reference`, bit for bit, on the GPU.
 
-Eight launches and no host synchronisation. Wrong routing is found too: it is left in `errors`
+One launch and no host synchronisation. Wrong routing is found too: it is left in `errors`
 for whoever looks when the device has come so far.
 """
 
@@ -20,9 +20,22 @@ from cometrt.kernels.params import (
 )
 from cometrt.plan import Plan, PlanShape
 from cometrt.plan.tables import plan_table_shapes
+from cometrt.world.partitions import num_sms
 
 _CHUNK = 128  # kChunk of plan.cu
+_BLOCKS_PER_SM = 8  # of those that are resident at once
+_ALIGNMENT = 64  # words of a table: a bulk copy's, and a cache line's
 _NO_WRONG_PAIR = 2**64 - 1
+
+
+def _layout(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, int], int]:
+    """First word of each table in one piece of memory, row_weight last; and where that begins."""
+    names = [*(name for name in shapes if name != "row_weight"), "row_weight"]
+    offsets, end = {}, 0
+    for name in names:
+        offsets[name] = end
+        end += -(-math.prod(shapes[name]) // _ALIGNMENT) * _ALIGNMENT
+    return offsets, offsets["row_weight"]
 
 
 class DevicePlanner:
@@ -54,38 +67,25 @@ class DevicePlanner:
             "block_position": size * shape.blocks_per_home,
         }
         self._scratch = {name: cp.empty(lengths[name], cp.int32) for name in PLAN_SCRATCH}
+        self._arrivals = cp.zeros(1, cp.uint32)
         self.errors = cp.empty(2, cp.uint64)  # first wrong pair, largest need over capacity
-        (
-            self._count,
-            self._sum_chunks,
-            self._tiles,
-            self._rows,
-            self._segments,
-            self._sum_segments,
-            self._place,
-            self._push_order,
-        ) = load_kernels(
-            "plan/plan.cu",
-            "plan_count",
-            "plan_sum_chunks",
-            "plan_tiles",
-            "plan_rows",
-            "plan_segments",
-            "plan_sum_segments",
-            "plan_place",
-            "plan_push_order",
-        )
+        self._shapes = plan_table_shapes(shape)
+        self._offsets, self._num_words = _layout(self._shapes)
+        (self._kernel,) = load_kernels("plan/plan.cu", "plan")
+        self._shared_bytes = 16 * spec.num_experts
+        self._kernel.allow_shared(self._shared_bytes)
 
     def new_plan(self) -> Plan:
-        """Memory for one: CuPy arrays, not filled."""
+        """Memory for one: CuPy arrays, not filled; row_weight lies behind all others."""
         import cupy as cp
 
-        return Plan(
-            **{
-                name: cp.empty(shape, cp.float32 if name == "row_weight" else cp.int32)
-                for name, shape in plan_table_shapes(self._shape).items()
-            }
-        )
+        words = cp.empty(self._num_words + self._shape.capacity, cp.int32)
+        tables = {}
+        for name, table_shape in self._shapes.items():
+            begin = self._offsets[name]
+            table = words[begin : begin + math.prod(table_shape)].reshape(table_shape)
+            tables[name] = table.view(cp.float32) if name == "row_weight" else table
+        return Plan(**tables)
 
     def plan(self, ids: Any, weights: Any, num_tokens: Any, out: Plan) -> Plan:
         """Fill `out`, from `new_plan`, on the current stream.
@@ -93,35 +93,20 @@ class DevicePlanner:
         Args:
             ids: [W, max_tokens, K] int32, weights likewise float32, num_tokens [W] int32.
         """
-        shape, size = self._shape, self._shape.geometry.size
         tables: dict[str, Any] = {name: getattr(out, name) for name, _ in PLAN_OUTPUTS}
-        for name in tables:
-            tables[name].data.memset_async(0 if name == "row_weight" else 0xFF, tables[name].nbytes)
-        for name, byte in (("token_counts", 0), ("block_position", 0xFF)):
-            self._scratch[name].data.memset_async(byte, self._scratch[name].nbytes)
-        self.errors[:1].data.memset_async(0xFF, 8)
-        self.errors[1:].data.memset_async(0, 8)
-
         params = np.zeros(1, plan_params)
-        params["g"] = geometry_record(shape)
+        params["g"] = geometry_record(self._shape)
         pointers = {"ids": ids, "weights": weights, "num_tokens": num_tokens, **self._scratch}
         pointers |= {mirror: tables[name] for name, mirror in PLAN_OUTPUTS}
         for name, array in pointers.items():
             params[name] = array.data.ptr
+        params["arrivals"] = self._arrivals.data.ptr
         params["first_wrong_pair"] = self.errors.data.ptr
         params["largest_need"] = self.errors.data.ptr + 8
-
-        by_token, by_segment = (self._chunks, size), (shape.max_tiles, 2 * size)
-        members_bytes = 16 * shape.geometry.spec.num_experts
-        self._count(by_token, _CHUNK, params, shared_bytes=members_bytes)
-        self._sum_chunks((size,), _CHUNK, params)
-        self._tiles((size,), _CHUNK, params)
-        self._rows(by_token, _CHUNK, params)
-        self._segments(by_segment, _CHUNK, params)
-        self._sum_segments((1 + 2 * size,), _CHUNK, params)
-        self._place(by_segment, _CHUNK, params)
-        blocks = math.ceil(size * shape.blocks_per_home / _CHUNK)
-        self._push_order((blocks,), _CHUNK, params)
+        first = next(iter(self._offsets))
+        params["tables"], params["num_words"] = tables[first].data.ptr, self._num_words
+        grid = (_BLOCKS_PER_SM * num_sms(),)
+        self._kernel(grid, _CHUNK, params, shared_bytes=self._shared_bytes)
         return out
 
     def wrong_pair(self) -> int | None:

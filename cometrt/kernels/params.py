@@ -45,8 +45,7 @@ plan_params = np.dtype(
             "weights",
             "num_tokens",
             *PLAN_SCRATCH,
-            "first_wrong_pair",
-            "largest_need",
+            *"arrivals first_wrong_pair largest_need tables num_words".split(),
             *(name for _, name in PLAN_OUTPUTS),
         )
     ]

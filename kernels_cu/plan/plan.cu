@@ -1,5 +1,5 @@
-// The device planner: the tables of cometrt/plan/reference.py, bit for bit, in eight launches
-// without a host synchronisation. Read the kernels in order; each says what it adds.
+// The device planner: the tables of cometrt/plan/reference.py, bit for bit, in one launch and
+// without a host synchronisation. Read the phases in order; each says what it adds.
 //
 // A segment (c, s, p) is the rows of source s in the p-th tile of rank c's layer0 order. Rows of
 // one expert and source lie in token order, so a segment is a stretch of the sorted pairs of
@@ -90,16 +90,25 @@ __device__ long long pair_list_at(const PlanParams& p, int s, int c, int expert)
          p.list_start[s * p.g.num_experts + global_expert];
 }
 
-}  // namespace
+// 0. Every table is -1, weights 0, and what later phases count up is 0.
+__device__ void clear(const PlanParams& p) {
+  const long long first = static_cast<long long>(blockIdx.x) * kChunk + threadIdx.x;
+  const long long step = static_cast<long long>(gridDim.x) * kChunk;
+  for (long long i = first; i < p.num_words; i += step) p.tables[i] = -1;
+  for (long long i = first; i < p.g.capacity; i += step) p.row_weight[i] = 0;
+  for (long long i = first; i < p.g.size * p.g.ep; i += step) p.token_counts[i] = 0;
+  for (long long i = first; i < p.g.size * p.g.blocks_per_home; i += step) p.block_position[i] = -1;
+  if (first == 0) *p.first_wrong_pair = ~0ull, *p.largest_need = 0;
+}
 
 // 1. Checks ids and weights; counts pairs by (source, chunk of tokens, expert); each pair's index
-// among its chunk's pairs of its expert. Grid (chunks, size).
-extern "C" __global__ void plan_count(const __grid_constant__ PlanParams p) {
-  extern __shared__ u32 members[];  // [num_experts, 4]: which tokens of the chunk chose it
-  const int source = blockIdx.y, thread = threadIdx.x;
+// among its chunk's pairs of its expert. A block a (chunk, source); members [num_experts, 4]: which
+// tokens of the chunk chose it.
+__device__ void count_pairs(const PlanParams& p, int chunk_idx, int source, u32* members) {
+  const int thread = threadIdx.x;
   for (int i = thread; i < 4 * p.g.num_experts; i += kChunk) members[i] = 0;
   __syncthreads();
-  const int token = blockIdx.x * kChunk + thread;
+  const int token = chunk_idx * kChunk + thread;
   const long long first_pair = (static_cast<long long>(source) * p.g.max_tokens + token) * p.g.topk;
   const bool used = token < p.num_tokens[source];
   u64 groups = 0;
@@ -127,8 +136,8 @@ extern "C" __global__ void plan_count(const __grid_constant__ PlanParams p) {
     for (int word = 0; word < thread / 32; ++word) index += __popc(mask[word]);
     p.pair_index[first_pair + k] = index;
   }
-  int* counts =
-      p.chunk_counts + (static_cast<long long>(source) * gridDim.x + blockIdx.x) * p.g.num_experts;
+  int* counts = p.chunk_counts +
+                (static_cast<long long>(source) * num_chunks(p) + chunk_idx) * p.g.num_experts;
   for (int e = thread; e < p.g.num_experts; e += kChunk) {
     const u32* mask = &members[4 * e];
     counts[e] = __popc(mask[0]) + __popc(mask[1]) + __popc(mask[2]) + __popc(mask[3]);
@@ -136,10 +145,9 @@ extern "C" __global__ void plan_count(const __grid_constant__ PlanParams p) {
 }
 
 // 2. Sums chunk counts up, in place; counts [size, num_experts] and where each (source, expert)
-// starts in the source's sorted pairs. Grid (size).
-extern "C" __global__ void plan_sum_chunks(const __grid_constant__ PlanParams p) {
-  __shared__ int warps[kChunk / 32];
-  const int source = blockIdx.x, chunks = num_chunks(p);
+// starts in the source's sorted pairs. A block a source.
+__device__ void sum_chunks(const PlanParams& p, int source, int* warps) {
+  const int chunks = num_chunks(p);
   int* counts = p.chunk_counts + static_cast<long long>(source) * chunks * p.g.num_experts;
   int start = 0;
   for (int first = 0; first < p.g.num_experts; first += kChunk) {
@@ -163,10 +171,8 @@ extern "C" __global__ void plan_sum_chunks(const __grid_constant__ PlanParams p)
   }
 }
 
-// 3. The tiles of every rank. Grid (size): a block a rank; this rank's also writes its tables.
-extern "C" __global__ void plan_tiles(const __grid_constant__ PlanParams p) {
-  __shared__ int warps[kChunk / 32];
-  const int c = blockIdx.x;
+// 3. The tiles of every rank, a block each; this rank's also writes its tables.
+__device__ void make_tiles(const PlanParams& p, int c, int* warps) {
   const RankTiles tiles(p, c);
   const int experts = p.g.local_experts;
   for (int e = threadIdx.x; e < experts; e += kChunk) {
@@ -231,21 +237,15 @@ extern "C" __global__ void plan_tiles(const __grid_constant__ PlanParams p) {
   }
 }
 
-// The tables of a call that is wrong are not filled, and nothing reads them.
-__device__ bool plan_is_wrong(const PlanParams& p) {
-  return *p.first_wrong_pair != ~0ull || *p.largest_need != 0;
-}
-
 // 4. Each pair's place among all pairs of its (source, expert), the sorted pairs, and the rows
-// of this rank. Grid (chunks, size).
-extern "C" __global__ void plan_rows(const __grid_constant__ PlanParams p) {
-  if (plan_is_wrong(p)) return;
-  const int source = blockIdx.y, token = blockIdx.x * kChunk + threadIdx.x;
+// of this rank. A block a (chunk, source).
+__device__ void place_rows(const PlanParams& p, int chunk_idx, int source) {
+  const int token = chunk_idx * kChunk + threadIdx.x;
   if (token >= p.num_tokens[source]) return;
   const RankTiles tiles(p, p.g.rank);
   const long long global_token = static_cast<long long>(source) * p.g.max_tokens + token;
-  const int* chunk =
-      p.chunk_counts + (static_cast<long long>(source) * gridDim.x + blockIdx.x) * p.g.num_experts;
+  const int* chunk = p.chunk_counts +
+                     (static_cast<long long>(source) * num_chunks(p) + chunk_idx) * p.g.num_experts;
   for (int k = 0; k < p.g.topk; ++k) {
     const long long pair = global_token * p.g.topk + k;
     if (p.pair_index[pair] < 0) continue;
@@ -264,10 +264,8 @@ extern "C" __global__ void plan_rows(const __grid_constant__ PlanParams p) {
 }
 
 // 5. Tokens of each segment whose first tile it is: on this rank for all sources, and of this
-// source on all ranks. Grid (max_tiles, 2 * size).
-extern "C" __global__ void plan_segments(const __grid_constant__ PlanParams p) {
-  if (plan_is_wrong(p)) return;
-  const int position = blockIdx.x, j = blockIdx.y;
+// source on all ranks. A block a (position, column).
+__device__ void count_segments(const PlanParams& p, int position, int j) {
   int c, s, expert, begin, end, count = 0;
   column(p, j, &c, &s);
   if (segment(p, c, s, position, &expert, &begin, &end)) {
@@ -284,11 +282,9 @@ extern "C" __global__ void plan_segments(const __grid_constant__ PlanParams p) {
 }
 
 // 6. Sums along the orders: pulls forwards over all sources, sends and slots backwards for each
-// home. Grid (1 + 2 * size): block 0 for pulls, block 1 + j for column j.
-extern "C" __global__ void plan_sum_segments(const __grid_constant__ PlanParams p) {
-  if (plan_is_wrong(p)) return;
-  __shared__ int warps[kChunk / 32];
-  const int size = p.g.size, max_tiles = p.g.max_tiles, j = blockIdx.x - 1;
+// home. A block a column; j = -1 for pulls.
+__device__ void sum_segments(const PlanParams& p, int j, int* warps) {
+  const int size = p.g.size, max_tiles = p.g.max_tiles;
   int sum = 0;
   for (int first = 0; first < max_tiles; first += kChunk) {
     const int i = first + threadIdx.x;
@@ -342,11 +338,9 @@ extern "C" __global__ void plan_sum_segments(const __grid_constant__ PlanParams 
 }
 
 // 7. Puts each token of a segment in its place: pulls and sends of this rank, slots of this home.
-// Grid (max_tiles, 2 * size).
-extern "C" __global__ void plan_place(const __grid_constant__ PlanParams p) {
-  if (plan_is_wrong(p)) return;
-  __shared__ int warps[kChunk / 32];
-  const int position = blockIdx.x, j = blockIdx.y, max_tiles = p.g.max_tiles;
+// A block a (position, column).
+__device__ void place_tokens(const PlanParams& p, int position, int j, int* warps) {
+  const int max_tiles = p.g.max_tiles;
   int c, s, expert, begin, end;
   column(p, j, &c, &s);
   if (j >= p.g.size && c == p.g.rank) return;  // the home's own sum has no slot
@@ -389,11 +383,9 @@ extern "C" __global__ void plan_place(const __grid_constant__ PlanParams p) {
 }
 
 // 8. Orders the blocks by (when layer1 finishes them, distance of the home, block).
-// Grid: a thread a possible block.
-extern "C" __global__ void plan_push_order(const __grid_constant__ PlanParams p) {
-  if (plan_is_wrong(p)) return;
+// A thread a possible block.
+__device__ void order_pushes(const PlanParams& p, int item) {
   const int count = p.g.size * p.g.blocks_per_home;
-  const int item = blockIdx.x * blockDim.x + threadIdx.x;
   if (item >= count || p.block_position[item] < 0) return;
   const auto key = [&](int i) {
     const int home = i / p.g.blocks_per_home, block = i % p.g.blocks_per_home;
@@ -405,4 +397,60 @@ extern "C" __global__ void plan_push_order(const __grid_constant__ PlanParams p)
   int place = 0;
   for (int i = 0; i < count; ++i) place += p.block_position[i] >= 0 && key(i) < mine;
   p.push_blocks[place] = item;
+}
+
+// All blocks of the grid meet; they are all resident, and wait for nothing else.
+__device__ void meet(u32* arrivals, u32* upto) {
+  __syncthreads();
+  *upto += gridDim.x;
+  if (threadIdx.x == 0) {
+    add_release_gpu(arrivals, 1);
+    while (load_acquire_gpu(arrivals) < *upto) {
+    }
+  }
+  __syncthreads();
+}
+
+// f(i) for i in [0, count), a block each.
+template <typename F>
+__device__ void by_block(int count, F f) {
+  for (int i = blockIdx.x; i < count; i += gridDim.x) {
+    f(i);
+    __syncthreads();  // shared memory is free again
+  }
+}
+
+}  // namespace
+
+// Grid: as many blocks as are resident. Dynamic shared memory: 16 bytes an expert.
+extern "C" __global__ void __launch_bounds__(kChunk, 8) plan(const __grid_constant__ PlanParams p) {
+  extern __shared__ u32 members[];
+  __shared__ int warps[kChunk / 32];
+  u32 upto = 0;
+  const int size = p.g.size, chunks = num_chunks(p), tiles = p.g.max_tiles;
+  clear(p);
+  meet(p.arrivals, &upto);
+  by_block(chunks * size, [&](int i) { count_pairs(p, i % chunks, i / chunks, members); });
+  meet(p.arrivals, &upto);
+  by_block(size, [&](int i) { sum_chunks(p, i, warps); });
+  meet(p.arrivals, &upto);
+  by_block(size, [&](int i) { make_tiles(p, i, warps); });
+  meet(p.arrivals, &upto);
+  // The tables of a call that is wrong are not filled, and nothing reads them.
+  if (*p.first_wrong_pair == ~0ull && *p.largest_need == 0) {
+    by_block(chunks * size, [&](int i) { place_rows(p, i % chunks, i / chunks); });
+    meet(p.arrivals, &upto);
+    by_block(tiles * 2 * size, [&](int i) { count_segments(p, i % tiles, i / tiles); });
+    meet(p.arrivals, &upto);
+    by_block(1 + 2 * size, [&](int i) { sum_segments(p, i - 1, warps); });
+    meet(p.arrivals, &upto);
+    by_block(tiles * 2 * size, [&](int i) { place_tokens(p, i % tiles, i / tiles, warps); });
+    meet(p.arrivals, &upto);
+    const int items = size * p.g.blocks_per_home;
+    for (int i = blockIdx.x * kChunk + threadIdx.x; i < items; i += gridDim.x * kChunk) {
+      order_pushes(p, i);
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x == 0 && atomicAdd(p.arrivals, 1) == upto + gridDim.x - 1) *p.arrivals = 0;
 }

@@ -12,16 +12,20 @@ struct PlanParams {
   const float* weights;
   const int* num_tokens;
   // Scratch. chunk_counts [size, chunks, num_experts]; counts, list_start [size, num_experts];
-  // token_counts [size, ep], zeroed; pair_index, pair_list [size, max_tokens, topk];
+  // token_counts [size, ep]; pair_index, pair_list [size, max_tokens, topk];
   // rank_upto, rank_position [size, size, local_experts]; rank_first_tile [size, local_experts];
   // rank_num_tiles [size]; rank_order [size, max_tiles]; segment_counts, segment_before
-  // [2 * size, max_tiles]; column_tokens [2 * size]; block_position [size, blocks_per_home], -1.
+  // [2 * size, max_tiles]; column_tokens [2 * size]; block_position [size, blocks_per_home].
   int *chunk_counts, *counts, *list_start, *token_counts, *pair_index, *pair_list;
   int *rank_upto, *rank_position, *rank_first_tile, *rank_num_tiles, *rank_order;
   int *segment_counts, *segment_before, *column_tokens, *block_position;
+  u32* arrivals;  // of blocks at the grid's meetings; 0 between launches
   // Errors: the first wrong pair, ~0 if none; (rows << 16 | 0xffff - rank) of the largest need
   // over capacity, 0 if none.
   u64 *first_wrong_pair, *largest_need;
+  // All tables but row_weight lie in one piece of memory.
+  int* tables;
+  long long num_words;
   // The plan: fields of cometrt.plan.Plan in their order, filled with -1 (row_weight with 0).
   int *expert_offsets, *expert_rows, *row_pair;
   float* row_weight;
