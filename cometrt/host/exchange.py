@@ -16,7 +16,7 @@ from cometrt.plan import Plan, PlanShape
 from cometrt.plan.routing import RoutingTables
 from cometrt.trace import Tracer
 from cometrt.world import World
-from cometrt.world.base import value_of
+from cometrt.world.board import value_of
 from cometrt.world.failure import Failure, Wanted
 
 _CALL = ("operation", "layer", "forward_epoch", "epoch", "spec_hash")  # equal on all ranks

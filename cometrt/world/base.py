@@ -10,7 +10,6 @@ from __future__ import annotations
 import abc
 import functools
 import logging
-import pickle
 import secrets
 import threading
 import time
@@ -23,41 +22,17 @@ import numpy as np
 from cometrt.errors import MismatchError
 from cometrt.specs import check_timeout
 from cometrt.world.blas import pin_blas_threads, unpin_blas_threads
-from cometrt.world.failure import KINDS, Failure, Wanted, failure_dtype
-from cometrt.world.layout import header_dtype
+from cometrt.world.board import board_dtype, value_of
+from cometrt.world.failure import KINDS, Failure, Wanted
 from cometrt.world.link import Link
+from cometrt.world.meetings import Meetings
 
 if TYPE_CHECKING:
     from cometrt.world.device import DeviceMemory
 
 _log = logging.getLogger("cometrt")
 
-_MAIL_BYTES = 1 << 16
 _FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 50e-6, 1e-3
-
-
-def board_dtype(size: int) -> np.dtype:
-    """One rank's board. The comment says who writes a field; its owner reads it, unless said."""
-    return np.dtype(
-        [
-            ("source_ready", np.int64, size),  # [s]: rank s
-            ("header", header_dtype, (2, size)),  # [epoch parity, s]: rank s
-            ("abort", np.int64, 1),  # any rank: the generation it stops
-            ("failure", failure_dtype, size),  # [r]: rank r
-            ("generation", np.int64, 1),  # the owner; all read
-            ("epoch", np.int64, 1),  # the owner; all read, in reset
-            ("reset_request", np.int64, 1),  # the owner; all read
-            ("closing", np.int64, 1),  # the owner, -1 if it will not come; all read
-            ("round", np.int64, 1),  # the owner; all read
-            ("mail_bytes", np.int64, 2),  # [round parity]: the owner; all read
-            ("mail", np.uint8, (2, _MAIL_BYTES)),  # likewise
-        ]
-    )
-
-
-def value_of(flags: np.ndarray, index: int | tuple[int, ...] = 0) -> Callable[[], Any]:
-    """Reads one flag anew at each call; for `World.wait`."""
-    return lambda: flags[index]
 
 
 class World(abc.ABC):
@@ -78,10 +53,10 @@ class World(abc.ABC):
         self.epoch = 0
         self.num_layers = 0
         self._generation = 1
-        self._round = 0
         self._num_allocations = 0
         self._closed = False
         self._stop_lock = threading.Lock()
+        self._meetings = Meetings(self)
         self._segments: dict[str, list[Any]] = {}
         self._segment_bytes: dict[str, int] = {}
         self.gpu: DeviceMemory | None = None
@@ -268,8 +243,8 @@ class World(abc.ABC):
                 self.wait(functools.partial(asked, peer), wanted, even_if_stopped=True)
             generation = int(board["reset_request"][0])
             self.epoch = max(int(other["epoch"][0]) for other in self.boards)
-            self._round = max(int(other["round"][0]) for other in self.boards)
-            board["epoch"][0], board["round"][0] = self.epoch, self._round
+            self._meetings.round = max(int(other["round"][0]) for other in self.boards)
+            board["epoch"][0], board["round"][0] = self.epoch, self._meetings.round
             self.fence()
             board["generation"][0] = generation
             for peer in range(self.size):
@@ -306,62 +281,11 @@ class World(abc.ABC):
             PeerTimeout: if a rank does not come within timeout_sec.
             MismatchError: if a rank came for another purpose.
         """
-        self.check_running()
-        payload = pickle.dumps((purpose, value))
-        parts = self._exchange(len(payload), payload[:_MAIL_BYTES])
-        longest = max(total for total, _ in parts)
-        pieces = [[piece] for _, piece in parts]
-        for begin in range(_MAIL_BYTES, longest, _MAIL_BYTES):
-            more = self._exchange(len(payload), payload[begin : begin + _MAIL_BYTES])
-            for rank, (_, piece) in enumerate(more):
-                pieces[rank].append(piece)
-        messages = [
-            pickle.loads(b"".join(piece)[:total])
-            for piece, (total, _) in zip(pieces, parts, strict=True)
-        ]
-        purposes = [message[0] for message in messages]
-        if len(set(purposes)) > 1:
-            text = "ranks met for different things: " + ", ".join(
-                f"rank {rank}: {name}" for rank, name in enumerate(purposes)
-            )
-            self.stop(Failure(kind="mismatch", waiter=self.rank, text=text))
-            raise MismatchError(text)
-        return [message[1] for message in messages]
-
-    def _exchange(self, total: int, piece: bytes) -> list[tuple[int, bytes]]:
-        """One round of mail. A rank is at most one round ahead: two parities are enough."""
-        self._round += 1
-        parity, board = self._round & 1, self.board
-        board["mail_bytes"][parity] = total
-        board["mail"][parity, : len(piece)] = np.frombuffer(piece, np.uint8)
-        self.fence()
-        board["round"][0] = self._round
-        for peer in range(self.size):
-            wanted = Wanted("rendezvous", peer, self._round)
-            misplaced = functools.partial(self._is_exchanging, peer)
-            self.wait(value_of(self.boards[peer]["round"]), wanted, misplaced=misplaced)
-        return [
-            (int(peer["mail_bytes"][parity]), peer["mail"][parity].tobytes())
-            for peer in self.boards
-        ]
-
-    def _is_exchanging(self, peer: int) -> str:
-        """How a peer that this rank waits for in a meeting has gone on without it."""
-        if int(self.boards[peer]["epoch"][0]) <= self.epoch:
-            return ""
-        return (
-            f"ranks called different things: rank {peer} began the exchange of epoch "
-            f"{self.epoch + 1} while rank {self.rank} waits for it in a meeting"
-        )
+        return self._meetings.allgather(value, purpose)
 
     def is_meeting(self, peer: int) -> str:
         """How a peer that this rank waits for in an exchange has gone to a meeting instead."""
-        if int(self.boards[peer]["round"][0]) <= self._round:
-            return ""
-        return (
-            f"ranks called different things: rank {peer} went to a meeting (a layer made, a "
-            f"barrier) while rank {self.rank} waits for it in the exchange of epoch {self.epoch}"
-        )
+        return self._meetings.has_gone_to(peer)
 
     # ---- the end ----------------------------------------------------------------------------
 

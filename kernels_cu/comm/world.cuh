@@ -20,7 +20,7 @@ struct FailureRecord {
   long long kind, flag, waiter, peer, tile, chunk, epoch, expected, found;
 };
 
-// One a rank, written by all: as the board of cometrt/world/base.py.
+// One a rank, written by all: as the board of cometrt/world/board.py.
 struct Control {
   u64 source_ready[kMaxRanks];       // [s]: rank s
   Header header[2][kMaxRanks];       // [epoch parity, s]: rank s
