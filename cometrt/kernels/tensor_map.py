@@ -16,14 +16,12 @@ _MAP_BYTES = 128
 
 
 @functools.lru_cache(maxsize=4096)
-def encode(
-    pointer: int, shape: tuple[int, ...], box: tuple[int, ...], *, swizzle: bool = True
-) -> np.ndarray:
+def encode(pointer: int, shape: tuple[int, ...], box: tuple[int, ...]) -> np.ndarray:
     """The map of a C-contiguous bf16 array on the device, read in boxes; a kernel argument.
 
     Args:
         pointer: its address, a multiple of 16.
-        shape, box: outermost first; the innermost box is at most 128 bytes with the swizzle.
+        shape, box: outermost first; the innermost box is at most 128 bytes, swizzled.
 
     Returns:
         size-1 array of dtype V128, at a 128-byte aligned address; not to be written to.
@@ -50,7 +48,7 @@ def encode(
         boxes,
         ones,
         ctypes.c_int(0),  # interleave none
-        ctypes.c_int(_SWIZZLE_128B if swizzle else 0),
+        ctypes.c_int(_SWIZZLE_128B),
         ctypes.c_int(_L2_PROMOTION_256B),
         ctypes.c_int(0),  # out of bounds reads zero
     )

@@ -8,6 +8,7 @@ import pytest
 
 from cometrt import CometError
 from cometrt.activations import ACTIVATIONS
+from cometrt.cuda import engine
 from cometrt.kernels import compiler
 from cometrt.kernels.compiler import compile_cubin, kernels_folder
 from cometrt.kernels.params import MIRRORS
@@ -80,6 +81,10 @@ def test_structs_are_laid_out_as_their_mirrors(struct):
     header, mirror = MIRRORS[struct]
     expected = [mirror.fields[name][1] for name in mirror.names] + [mirror.itemsize]
     assert layout_of(struct, header, list(mirror.names)) == expected
+
+
+def test_shared_memory_is_what_launches_ask_for():
+    assert layout_of("Shared", "gemm/tile.cuh", []) == [engine._SHARED_BYTES]
 
 
 def test_local_memory_is_reported(tmp_path):
