@@ -99,7 +99,7 @@ class GroupedGemm:
 
     def __init__(self, activation: str | None = None, *, write_z: bool = False) -> None:
         self.gated = activation is not None and is_gated(activation)
-        self._activates, self._write_z = activation is not None, write_z
+        self._write_z = write_z
         self._kernel = _kernel(activation, write_z)
 
     def column_tiles(self, b_rows: int) -> int:

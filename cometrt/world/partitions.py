@@ -70,17 +70,27 @@ def split_gpu(count: int, device_id: int = 0) -> list[Partition]:
 
 
 @contextlib.contextmanager
-def _seat(partition: Partition) -> Iterator[None]:
-    """This thread works on the partition's device and stream."""
+def seat(partition: Partition) -> Iterator[None]:
+    """Within it this thread works on the partition's device and stream."""
     import cupy
 
+    before = getattr(_seats, "partition", None)
     with cupy.cuda.Device(partition.device_id), partition.stream:
         _seats.partition = partition
         try:
             yield
         finally:
+            _seats.partition = before
+
+
+@contextlib.contextmanager
+def _rank_seat(partition: Partition) -> Iterator[None]:
+    """As `seat`, until the partition's work is done."""
+    with seat(partition):
+        try:
+            yield
+        finally:
             partition.stream.synchronize()
-            _seats.partition = None
 
 
 _seats = threading.local()
@@ -99,7 +109,7 @@ def gpu_seats(ranks: int) -> list[contextlib.AbstractContextManager[None]]:
                 for peer in range(ranks):
                     if peer != device_id:
                         cupy.cuda.runtime.deviceEnablePeerAccess(peer)
-    return [_seat(partition) for partition in partitions]
+    return [_rank_seat(partition) for partition in partitions]
 
 
 def num_sms() -> int:

@@ -1,6 +1,6 @@
 // From a warp's accumulators to the results. A tile's results are rounded and kept in registers;
-// they leave in pieces while the next tile is multiplied, since an SM stores slowly (about 32
-// bytes a cycle).
+// they leave in pieces while the next tile is multiplied, since both warpgroups would otherwise
+// wait for an SM's stores at the same time.
 #pragma once
 
 #include "common/activation.cuh"

@@ -29,7 +29,7 @@ constexpr int kTurnsAhead = 2;
 enum Sharing : u16 { kSharesNothing, kSharesA, kSharesB };
 
 // One CTA's tile; a list of them, two for each turn of a cluster, is written by schedule/. Mirrored
-// by work_item_dtype in cometrt/kernels/params.py.
+// by work_item_dtype in cometrt/plan/turns.py.
 struct WorkItem {
   int tile;    // M-tile; -1: nothing to do, while the neighbour has
   int column;  // N-tile

@@ -57,18 +57,4 @@ __device__ inline void tensor_load_4d(void* shared, const TensorMap* map, int c0
       : "memory");
 }
 
-// Out of bounds nothing is written. Completes in this thread's bulk group.
-__device__ inline void tensor_store_3d(const TensorMap* map, const void* shared, int c0, int c1,
-                                       int c2) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
-          map),
-      "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2)
-      : "memory");
-}
-
-__device__ inline void tensor_map_prefetch(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 }  // namespace cometrt

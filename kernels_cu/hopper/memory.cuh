@@ -39,21 +39,12 @@ __device__ inline void max_release_sys(u64* flag, u64 value) {
   asm volatile("red.release.sys.global.max.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 }
 
-__device__ inline void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-
 __device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Between accesses of this thread through one proxy and later ones through the other: after an
 // ordinary acquire and before a TMA load of what it protects, and after ordinary stores that a
 // bulk copy will read.
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
-
-// As above, for shared memory alone: before a bulk copy reads what this thread has stored there.
-__device__ inline void fence_proxy_async_shared() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-__device__ inline void nanosleep(u32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns) : "memory"); }
 
 // Among `threads` threads of the block; barrier 0 is __syncthreads.
 __device__ inline void named_barrier(int id, int threads) {

@@ -69,7 +69,8 @@ def test_any_order_with_a_slow_rank(ranks, routings, order, save):
 
 
 def test_calls_on_different_streams_follow_each_other():
-    # The first call's stream is held up; the second, on another, must not overtake it.
+    # Two layers: one layer's next call waits on the host anyway. The first call is held up before
+    # it pushes; the second, on another stream, must not publish its epoch before that.
     case = Case((2, 1), mode="sequential", gemm="engine")
     batches = batches_of(case, 2, ("uniform", "skewed"))
 
@@ -77,21 +78,31 @@ def test_calls_on_different_streams_follow_each_other():
         import cupy
 
         rank = Rank(world, case, batches, 0.0)
-        first, second = cupy.cuda.Stream(non_blocking=True), cupy.cuda.get_current_stream()
-        busy = cupy.ones((2048, 2048), np.float32)
-        second.synchronize()
+        layers = rank.layer, cometrt.MoELayer(world, case.spec, case.mode, config=case.config)
+        streams = cupy.cuda.Stream(non_blocking=True), cupy.cuda.get_current_stream()
+        work = cupy.ones(1 << 24, np.float32)
+        push = layers[0]._executor._push
+
+        def push_late(*args):
+            for _ in range(500):
+                cupy.multiply(work, 1.0, out=work)
+            push(*args)
+
+        cupy.multiply(work, 1.0, out=work)  # whatever that loads, now
+        streams[1].synchronize()
         if world.rank == 1:
-            with first:
-                for _ in range(200):
-                    busy = busy @ busy * 1e-4
+            layers[0]._executor._push = push_late
+        results = [
+            layer.forward(*rank.arrays[batch][:3], rank.w_up, rank.w_down, stream=stream)
+            for batch, (layer, stream) in enumerate(zip(layers, streams, strict=True))
+        ]
         outputs = []
-        for stream, batch in ((first, 0), (second, 1)):
-            *inputs, dy = rank.arrays[batch]
-            y, saved = rank.layer.forward(*inputs, rank.w_up, rank.w_down, stream=stream)
-            grads = rank.layer.backward(dy, saved, stream=stream)
-            outputs.append((y, grads))
-        rank.layer.synchronize()
-        return [Output(on_host(y), cometrt.Gradients(*map(on_host, g))) for y, g in outputs]
+        for batch, (layer, stream) in enumerate(zip(layers, streams, strict=True)):
+            y, saved = results[batch]
+            grads = layer.backward(rank.arrays[batch][3], saved, stream=stream)
+            layer.synchronize()
+            outputs.append(Output(on_host(y), cometrt.Gradients(*map(on_host, grads))))
+        return outputs
 
     results = cometrt.spawn(fn, case.size, "cuda", timeout_sec=10)
     for batch in range(2):
