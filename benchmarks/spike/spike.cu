@@ -240,8 +240,8 @@ __device__ void consume(const SpikeParams& p, char* shared, u64* full, u64* empt
       mbarrier_wait(&full[stage], it / kStages & 1);
       if (*stopped) return;
       const char* a = shared + stage * kStageBytes;
-      const u64 a_desc = wgmma_descriptor<128>(a + group * 64 * BLOCK_K * 2);
-      const u64 b_desc = wgmma_descriptor<128>(a + BLOCK_M * BLOCK_K * 2);
+      const u64 a_desc = wgmma_descriptor(a + group * 64 * BLOCK_K * 2);
+      const u64 b_desc = wgmma_descriptor(a + BLOCK_M * BLOCK_K * 2);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < BLOCK_K / 16; ++step) {
@@ -295,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 // Each CTA moves its share of the rows, in random order, as pull_tiles does.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     copy_rows(const char* from, char* to, const int* order, int num_rows, int row_bytes,
-              u64* free_at_ns, u64 femtoseconds_per_byte) {
+              u64* free_at_ns, u64 picoseconds_per_byte) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ u64 full[kSlots];
   if (threadIdx.x == 0) {
@@ -310,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       [&](int i) { return from + static_cast<long long>(order[first + i]) * row_bytes; },
       [&](int i) { return to + (first + i) * row_bytes; },
       [&](int) {
-        return reserve_link({free_at_ns, femtoseconds_per_byte, 0},
+        return reserve_link({free_at_ns, picoseconds_per_byte},
                             static_cast<u64>(kPullLanes) * row_bytes);
       },
       [&](int, u64 crossed) { wait_crossed(crossed); });

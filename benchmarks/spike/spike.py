@@ -21,7 +21,6 @@ import numpy as np
 
 from cometrt.kernels import tensor_map
 from cometrt.kernels.compiler import compile_cubin
-from cometrt.kernels.params import pace_dtype as pace
 from cometrt.world.layout import control_dtype, world_dtype
 from cometrt.world.partitions import split_gpu
 
@@ -29,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 RANKS, BLOCK_M, BLOCK_N, BLOCK_TOKENS, SHARED = 4, 128, 128, 16, 4 * 32768
 BF16 = ml_dtypes.bfloat16
 
+pace = np.dtype([("free_at_ns", "u8"), ("picoseconds_per_byte", "u8")])
 spike_params = np.dtype(
     [("world", world_dtype), ("epoch", "u8"), ("pull_pace", pace), ("push_pace", pace),
      ("x", "u8", RANKS),
@@ -117,7 +117,7 @@ class Fused:
         if gbps:
             for i, name in enumerate(("pull_pace", "push_pace")):
                 p[name][0]["free_at_ns"] = state["links"].data.ptr + 8 * i
-                p[name][0]["femtoseconds_per_byte"] = round(1e6 / gbps)
+                p[name][0]["picoseconds_per_byte"] = round(1000 / gbps)
         counters = state["counters"].data.ptr
         p["tile_filled"], p["tile_done"] = counters, counters + 4 * self.num_tiles
         p["ticket"] = counters + 8 * self.num_tiles
@@ -218,7 +218,7 @@ def single_measurements(module: cp.RawModule, report) -> None:
             lambda g=nominal: copy(
                 (8,), (384,),
                 (source, target, order, np.int32(32768), np.int32(2 * hidden),
-                 np.uint64(free_at.data.ptr), np.uint64(round(1e6 / g))),
+                 np.uint64(free_at.data.ptr), np.uint64(round(1000 / g))),
                 shared_mem=SHARED,
             )
         )  # fmt: skip

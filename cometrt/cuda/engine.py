@@ -15,10 +15,10 @@ from cometrt.kernels.tensor_map import encode
 from cometrt.plan.turns import BLOCK_M, column_tiles, longest_run, most_turns, work_item_dtype
 from cometrt.world.partitions import num_sms
 
-_BLOCK_K, _HALF_M, _HALF_N = 32, BLOCK_M // 2, 128
+_BLOCK_K, _HALF_M, _HALF_N = 64, BLOCK_M // 2, 128
 THREADS = 384  # kThreads of gemm/tile.cuh
 _TURNS_THREADS, _TURNS_BLOCKS = 1024, 8
-_SHARED_BYTES = 9 * 24 * 1024 + 8 * 1024 + 2 * 16 + 22 * 8  # sizeof(Shared) of gemm/tile.cuh
+SHARED_BYTES = 4 * 48 * 1024 + 8 * 1024 + 2 * 16 + 12 * 8  # sizeof(Shared) of gemm/tile.cuh
 
 
 class Tiles(Protocol):
@@ -116,7 +116,7 @@ class GroupedGemm:
             z: [rows, N or 2 * N], where write_z.
         """
         arguments = gemm_arguments(a, b, out, turns, gated=self.gated, z=z)
-        self._kernel(gemm_grid(), THREADS, *arguments, shared_bytes=_SHARED_BYTES)
+        self._kernel(gemm_grid(), THREADS, *arguments, shared_bytes=SHARED_BYTES)
 
 
 def gemm_grid() -> tuple[int]:
@@ -150,5 +150,5 @@ def _kernel(activation: str | None, write_z: bool) -> Kernel:
     number = -1 if activation is None else list(ACTIVATIONS).index(activation)
     defines = (("ACTIVATION", number), ("WRITE_Z", int(write_z)))
     (kernel,) = load_kernels("gemm/forward.cu", "gemm", defines=defines)
-    kernel.allow_shared(_SHARED_BYTES)
+    kernel.allow_shared(SHARED_BYTES)
     return kernel

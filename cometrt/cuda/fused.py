@@ -7,16 +7,21 @@ from typing import Any
 import numpy as np
 
 from cometrt.activations import ACTIVATIONS
-from cometrt.cuda.engine import THREADS, gemm_arguments, gemm_grid, new_turns, order_turns
+from cometrt.cuda.engine import (
+    SHARED_BYTES,
+    THREADS,
+    gemm_arguments,
+    gemm_grid,
+    new_turns,
+    order_turns,
+)
 from cometrt.kernels.launch import load_kernels
 from cometrt.plan import PlanShape
 from cometrt.plan.turns import BLOCK_N, column_tiles
 from cometrt.world.partitions import num_sms
 
-_STAGES_BYTES, _SLABS_BYTES, _PAD_THREADS = 24 * 1024, 8 * 1024, 256
-# sizeof(Memory) of fused/layer0.cu; sizeof(Shared) of gemm/tile.cuh
-_LAYER0_BYTES = 8 * _STAGES_BYTES + _SLABS_BYTES + 2 * 16 + 20 * 8 + 64 + 6 * 4096 + 6 * 8
-_LAYER1_BYTES = 9 * _STAGES_BYTES + _SLABS_BYTES + 2 * 16 + 22 * 8
+_PAD_THREADS = 256
+_LAYER0_BYTES = SHARED_BYTES + 6 * 4096 + 6 * 8  # sizeof(Memory) of fused/layer0.cu
 
 
 class FusedForward:
@@ -51,7 +56,7 @@ class FusedForward:
             (self._layer0[z],) = load_kernels("fused/layer0.cu", "layer0", defines=defines)
             self._layer0[z].allow_shared(_LAYER0_BYTES)
         (self._layer1,) = load_kernels("fused/layer1.cu", "layer1")
-        self._layer1.allow_shared(_LAYER1_BYTES)
+        self._layer1.allow_shared(SHARED_BYTES)
         (self._zero_pads,) = load_kernels("exchange/rows.cu", "zero_pads")
         self._filled = cp.zeros(shape.max_tiles, cp.uint32)
         self._done = cp.zeros(shape.max_tiles * self._num_chunks, cp.uint32)
@@ -85,7 +90,7 @@ class FusedForward:
     def layer1(self, call: np.ndarray, a: Any, w_down: Any, o: Any) -> None:
         """Multiply, push partial rows, and add up at home: waits for peers."""
         arguments = gemm_arguments(a, w_down, o, self._down_turns, gated=False)
-        self._launch(self._layer1, call, (*arguments, self._push_pace), _LAYER1_BYTES)
+        self._launch(self._layer1, call, (*arguments, self._push_pace), SHARED_BYTES)
 
     def _launch(
         self, kernel: Any, call: np.ndarray, arguments: tuple[np.ndarray, ...], shared_bytes: int

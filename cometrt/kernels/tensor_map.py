@@ -10,7 +10,7 @@ import numpy as np
 from cometrt.errors import CometError
 
 _BFLOAT16 = 9  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-_SWIZZLES = {128: 3, 64: 2}  # of rows of that many bytes
+_SWIZZLE_128B = 3
 _L2_PROMOTION_256B = 3
 _MAP_BYTES = 128
 
@@ -21,7 +21,7 @@ def encode(pointer: int, shape: tuple[int, ...], box: tuple[int, ...]) -> np.nda
 
     Args:
         pointer: its address, a multiple of 16.
-        shape, box: outermost first; the innermost box is 128 or 64 bytes, swizzled likewise.
+        shape, box: outermost first; the innermost box is at most 128 bytes, swizzled.
 
     Returns:
         size-1 array of dtype V128, at a 128-byte aligned address; not to be written to.
@@ -48,7 +48,7 @@ def encode(pointer: int, shape: tuple[int, ...], box: tuple[int, ...]) -> np.nda
         boxes,
         ones,
         ctypes.c_int(0),  # interleave none
-        ctypes.c_int(_SWIZZLES[2 * box[-1]]),
+        ctypes.c_int(_SWIZZLE_128B),
         ctypes.c_int(_L2_PROMOTION_256B),
         ctypes.c_int(0),  # out of bounds reads zero
     )

@@ -1,7 +1,6 @@
 // Dispatch and the up GEMM in one launch. Every CTA multiplies; two of its warps pull rows from
 // their homes meanwhile, in the order in which tiles need them, and a tile waits for its own rows
 // only. Macros: as gemm/forward.cu.
-#define ENGINE_STAGES 8
 #include "comm/movers.cuh"
 #include "comm/wait.cuh"
 #include "gemm/consumer.cuh"

@@ -6,7 +6,7 @@
 
 namespace cometrt {
 
-constexpr int kMaxBlocksOfPiece = 256 / BLOCK_K;
+constexpr int kMaxBlocksOfPiece = 4;
 
 // This warp reads the slot no more: in both CTAs, since either may load for both.
 __device__ inline void release_slot(Shared& shared, int slot) {
@@ -19,8 +19,8 @@ __device__ inline void release_slot(Shared& shared, int slot) {
 __device__ inline void multiply_slot(Shared& shared, const Cursor& at, int warpgroup, bool first,
                                      float (&d)[128]) {
   mbarrier_wait(&shared.full[at.slot], at.phase);
-  const u64 a = wgmma_descriptor<2 * BLOCK_K>(shared.slots[at.slot].a[warpgroup]);
-  const u64 b = wgmma_descriptor<2 * BLOCK_K>(shared.slots[at.slot].b);
+  const u64 a = wgmma_descriptor(shared.slots[at.slot].a[warpgroup]);
+  const u64 b = wgmma_descriptor(shared.slots[at.slot].b);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < BLOCK_K / 16; ++step) {

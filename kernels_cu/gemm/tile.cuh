@@ -12,16 +12,10 @@
 
 namespace cometrt {
 
-#ifndef ENGINE_BLOCK_K
-#define ENGINE_BLOCK_K 32
-#endif
-constexpr int BLOCK_M = 128, BLOCK_N = 256, BLOCK_K = ENGINE_BLOCK_K;
+constexpr int BLOCK_M = 128, BLOCK_N = 256, BLOCK_K = 64;
 constexpr int kWarpgroups = 2;  // that multiply: each has 64 rows of the tile, and all columns
 constexpr int kHalfM = BLOCK_M / kWarpgroups, kHalfN = BLOCK_N / 2;
-#ifndef ENGINE_STAGES  // a fused kernel leaves room for rows on their way
-#define ENGINE_STAGES (ENGINE_BLOCK_K == 64 ? 4 : 9)
-#endif
-constexpr int kStages = ENGINE_STAGES, kClusterSize = 2;
+constexpr int kStages = 4, kClusterSize = 2;
 constexpr int kThreads = 128 * (1 + kWarpgroups);  // the first warpgroup loads
 constexpr int kSlabRows = 8, kSlabColumns = 64;
 constexpr int kTurnsAhead = 2;
@@ -49,7 +43,7 @@ struct GemmParams {
 };
 
 struct Slot {
-  __nv_bfloat16 a[2][kHalfM * BLOCK_K];  // rows of BLOCK_K, swizzled
+  __nv_bfloat16 a[2][kHalfM * BLOCK_K];  // 128-byte rows, swizzled
   __nv_bfloat16 b[2][kHalfN * BLOCK_K];  // gated: gate rows, then the up rows that belong to them
 };
 

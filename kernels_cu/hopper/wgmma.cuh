@@ -5,15 +5,13 @@
 
 namespace cometrt {
 
-// Describes a K-major bf16 tile with rows of 128 or 64 bytes and the swizzle of as many that a
-// tensor map with the same swizzle writes; groups of 8 rows follow each other. The tile is aligned
-// to such a group. The next 16 columns are 32 bytes further: add 2.
-template <int kRowBytes>
+// Describes a K-major bf16 tile of 64 columns (128 bytes) with the 128-byte swizzle that a
+// tensor map with the same swizzle writes: groups of 8 rows are 1024 bytes apart. The tile is
+// 1024-byte aligned. The next 16 columns are 32 bytes further: add 2.
 __device__ inline u64 wgmma_descriptor(const void* tile) {
-  static_assert(kRowBytes == 128 || kRowBytes == 64);
-  const u64 kStrideBytes = 8 * kRowBytes, kSwizzle = kRowBytes == 128 ? 1 : 2;
+  const u64 kStrideBytes = 1024, kSwizzle128 = 1;
   return ((shared_address(tile) & 0x3ffff) >> 4) | (1ull << 16) | ((kStrideBytes >> 4) << 32) |
-         (kSwizzle << 62);
+         (kSwizzle128 << 62);
 }
 
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
