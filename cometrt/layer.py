@@ -33,7 +33,10 @@ class MoELayer:
 
     On device="host" arrays are NumPy's and a call has ended when it returns. On "cuda" they are
     CuPy's, or any DLPack arrays on this rank's GPU; a call is queued on the stream, and a
-    CometError of it is raised by `synchronize`, the next call, or `close`.
+    CometError of it is raised by `synchronize`, `close`, or the first call that begins after the
+    device has come so far. Only `synchronize` raises on all ranks after the same call: who wants
+    to go on after an error asks it first. Calls may be captured in a CUDA graph (no backward
+    yet); each rank's replays are then ordered by their owner.
 
     Args:
         world: from ``cometrt.connect`` or ``cometrt.spawn``.
@@ -171,7 +174,13 @@ class MoELayer:
         """
         on_stream = self._check_usable(stream)
         spec, geometry = self.spec, self.geometry
-        kept = Saved.unpack(saved, shape=self._shape, layer=self._layer, world=self.world.identity)
+        kept = Saved.unpack(
+            saved,
+            shape=self._shape,
+            layer=self._layer,
+            world=self.world.identity,
+            num_tables=self._executor.num_tables,
+        )
         dtypes = (spec.numpy_dtype,)
         dy = self._arrays.check("dy", dy, (kept.num_tokens, spec.hidden), dtypes)
         if not isinstance(accumulate, (bool, np.bool_)):

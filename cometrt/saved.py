@@ -1,8 +1,8 @@
 """What forward keeps for backward: a flat tuple of arrays of fixed shape, and the weights.
 
-(meta [6] int64 on the host, epoch [1] int64, x, z [capacity, 2 * I_s], the plan's tables, w_up,
-w_down), where x is the gathered rows [capacity, H] (save="rows") or this rank's tokens
-[max_tokens, H] (save="z").
+(meta [6] int64 on the host, epoch [1] int64, x, z [capacity, 2 * I_s], the plan's tables (on
+"cuda" in one array), w_up, w_down), where x is the gathered rows [capacity, H] (save="rows") or
+this rank's tokens [max_tokens, H] (save="z").
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from cometrt.plan import Plan, PlanShape
+from cometrt.plan import PlanShape
 
 _META = ("world", "layer", "shape", "rank", "num_tokens", "used")
-_PLAN_FIELDS = len(dataclasses.fields(Plan))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,7 +25,7 @@ class Saved:
     epoch: Any  # of the forward
     x: Any
     z: Any
-    plan: Plan
+    tables: tuple[Any, ...]  # of the plan
     w_up: Any
     w_down: Any
 
@@ -40,23 +39,23 @@ class Saved:
         epoch: Any,
         x: Any,
         z: Any,
-        plan: Plan,
+        tables: tuple[Any, ...],
         w_up: Any,
         w_down: Any,
     ) -> tuple[Any, ...]:
         rank = shape.geometry.rank
         values = [world, layer, shape.digest(), rank, num_tokens, 0]
         meta = np.array(values, np.int64)
-        return (meta, epoch, x, z, *plan.arrays(), w_up, w_down)
+        return (meta, epoch, x, z, *tables, w_up, w_down)
 
     @staticmethod
-    def unpack(saved: Any, *, shape: PlanShape, layer: int, world: int) -> Saved:
+    def unpack(saved: Any, *, shape: PlanShape, layer: int, world: int, num_tables: int) -> Saved:
         """Check that it is this layer's, on this rank, and not used yet.
 
         Raises:
             ValueError: otherwise.
         """
-        length = 4 + _PLAN_FIELDS + 2
+        length = 4 + num_tables + 2
         if not isinstance(saved, (tuple, list)) or len(saved) != length:
             what = f"{len(saved)} items" if isinstance(saved, (tuple, list)) else repr(type(saved))
             raise ValueError(
@@ -80,9 +79,8 @@ class Saved:
                 )
         if found["used"]:
             raise ValueError("saved must be used for one backward only (it has had its backward)")
-        plan = Plan(*saved[4 : 4 + _PLAN_FIELDS])
         epoch, x, z = saved[1:4]
-        return Saved(meta, epoch, x, z, plan, saved[-2], saved[-1])
+        return Saved(meta, epoch, x, z, tuple(saved[4:-2]), saved[-2], saved[-1])
 
     @property
     def num_tokens(self) -> int:

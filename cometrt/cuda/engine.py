@@ -10,7 +10,7 @@ import numpy as np
 
 from cometrt.activations import ACTIVATIONS, is_gated
 from cometrt.kernels.launch import Kernel, load_kernels
-from cometrt.kernels.params import gemm_params, turns_params
+from cometrt.kernels.params import Record, gemm_params, turns_params
 from cometrt.kernels.tensor_map import encode
 from cometrt.plan.turns import BLOCK_M, column_tiles, longest_run, most_turns, work_item_dtype
 from cometrt.world.partitions import num_sms
@@ -42,45 +42,42 @@ def new_turns(max_tiles: int, num_columns: int, chunk: int | None = None) -> Tur
     """Memory for the turns of up to that many M-tiles and that many column tiles."""
     import cupy as cp
 
-    load_kernels("schedule/turns.cu", "turns")
     items = 2 * most_turns(max_tiles, num_columns, chunk)
     return Turns(cp.empty(items * work_item_dtype.itemsize, cp.uint8), cp.empty(3, cp.int32))
 
 
-def order_turns(
-    tiles: Tiles,
+def turns_record(
+    turns: Turns,
     num_columns: int,
     *,
     backwards: bool = False,
     max_run: int | None = None,
     chunk: int | None = None,
-    ok: int = 0,
-    out: Turns | None = None,
-) -> Turns:
+) -> Record:
+    """TurnsParams but for the plan's tables; arguments as for `order_turns`."""
+    record = Record(turns_params)
+    _set_turns(record.fields, turns)
+    record.fields["num_columns"], record.fields["backwards"] = num_columns, backwards
+    record.fields["chunk"] = chunk or num_columns
+    record.fields["max_run"] = longest_run(num_sms()) if max_run is None else max_run
+    return record
+
+
+def order_turns(tiles: Tiles, num_columns: int, **how: Any) -> Turns:
     """`cometrt.plan.turns.make_turns` on the device, queued on the current stream.
 
     Turns serve any number of GEMMs, one after the other.
 
     Args:
-        max_run: None: of `longest_run`.
-        chunk: as in `make_turns`.
-        ok: address of a uint32 on the device; where it is 0 there are no turns, whatever the
-            tables hold.
-        out: from `new_turns`.
+        how: backwards, max_run (None: of `longest_run`) and chunk, as in `make_turns`.
     """
-    if out is None:
-        out = new_turns(len(tiles.tile_order), num_columns, chunk)
-    params = np.zeros(1, turns_params)
+    turns = new_turns(len(tiles.tile_order), num_columns, how.get("chunk"))
+    record = turns_record(turns, num_columns, **how)
     for name in "tile_order num_tiles tile_expert expert_offsets expert_rows".split():
-        params[name] = getattr(tiles, name).data.ptr
-    _set_turns(params, out)
-    params["ok"] = ok
-    params["num_columns"], params["backwards"] = num_columns, backwards
-    params["chunk"] = chunk or num_columns
-    params["max_run"] = longest_run(num_sms()) if max_run is None else max_run
+        record.fields[name] = getattr(tiles, name).data.ptr
     (kernel,) = load_kernels("schedule/turns.cu", "turns")
-    kernel((_TURNS_BLOCKS,), _TURNS_THREADS, params)
-    return out
+    kernel((_TURNS_BLOCKS,), _TURNS_THREADS, record)
+    return turns
 
 
 def _set_turns(params: np.ndarray, turns: Turns) -> None:
@@ -115,7 +112,8 @@ class GroupedGemm:
             out: [rows, N]; pads become act(0) = 0.
             z: [rows, N or 2 * N], where write_z.
         """
-        arguments = gemm_arguments(a, b, out, turns, gated=self.gated, z=z)
+        params = gemm_record(turns, a.shape[1], out.shape[1])
+        arguments = gemm_arguments(params, a, b, out, z, gated=self.gated)
         self._kernel(gemm_grid(), THREADS, *arguments, shared_bytes=SHARED_BYTES)
 
 
@@ -124,25 +122,34 @@ def gemm_grid() -> tuple[int]:
     return (num_sms() // 2 * 2,)
 
 
+def gemm_record(turns: Turns, inner: int, columns: int) -> Record:
+    """GemmParams but for pointers of matrices; inner: K."""
+    record = Record(gemm_params)
+    _set_turns(record.fields, turns)
+    record.fields["num_k_blocks"], record.fields["num_columns"] = -(-inner // _BLOCK_K), columns
+    return record
+
+
 def gemm_arguments(
-    a: Any, b: Any, out: Any, turns: Turns, *, gated: bool, z: Any = None
-) -> tuple[np.ndarray, ...]:
-    """GemmParams and the tensor maps of a, its halves, and b; as for `GroupedGemm`."""
+    params: Record, a: Any, b: Any, out: Any, z: Any, *, gated: bool
+) -> tuple[Record | np.ndarray, ...]:
+    """`params`, pointing to out and z, and the tensor maps of a, its halves, and b; matrices as
+    for `GroupedGemm`."""
     (rows, inner), (experts, b_rows, _) = a.shape, b.shape
     parts = 2 if gated else 1
-    columns = b_rows // parts
-    a_map, a_half_map = (
-        encode(a.data.ptr, (1, 1, rows, inner), (1, 1, box_rows, _BLOCK_K))
-        for box_rows in (BLOCK_M, _HALF_M)
+    a_pointer, a_shape = a.data.ptr, (1, 1, rows, inner)
+    b_shape = (experts, parts, b_rows // parts, inner)
+    params.words[_OUT] = out.data.ptr
+    params.words[_Z] = 0 if z is None else z.data.ptr
+    return (
+        params,
+        encode(a_pointer, a_shape, (1, 1, BLOCK_M, _BLOCK_K)),
+        encode(a_pointer, a_shape, (1, 1, _HALF_M, _BLOCK_K)),
+        encode(b.data.ptr, b_shape, (1, 1, _HALF_N, _BLOCK_K)),
     )
-    b_map = encode(b.data.ptr, (experts, parts, columns, inner), (1, 1, _HALF_N, _BLOCK_K))
-    params = np.zeros(1, gemm_params)
-    _set_turns(params, turns)
-    params["num_k_blocks"], params["num_columns"] = -(-inner // _BLOCK_K), columns
-    params["out"] = out.data.ptr
-    if z is not None:
-        params["z"] = z.data.ptr
-    return params.view(f"V{gemm_params.itemsize}"), a_map, a_half_map, b_map
+
+
+_OUT, _Z = (Record(gemm_params).place(name) for name in ("out", "z"))
 
 
 @functools.cache

@@ -1,8 +1,13 @@
-"""Forward and backward of one layer on CUDA, mode "sequential": dispatch, expert GEMMs, combine,
-each its own launch; the protocol of kernels_cu/README.md across ranks.
+"""Forward and backward of one layer on CUDA; the protocol of kernels_cu/README.md across ranks.
+
+A call is a handful of launches, queued without waiting for the device:
+
+    forward, fused       publish, prepare, layer0, layer1, finish
+    forward, sequential  publish, prepare, dispatch, up, down, push, home_reduce, finish
+    backward             publish, agree, dispatch, GEMMs, push, GEMMs, home_reduce, finish
 
 cuBLAS, which backward always uses, has to know the experts' rows on the host: such a call waits
-once for its plan. The engine does not.
+once for its plan.
 """
 
 from __future__ import annotations
@@ -14,29 +19,20 @@ from typing import Any
 
 import numpy as np
 
+from cometrt.cuda.calls import Calls, set_tables, set_words
 from cometrt.cuda.experts import CublasExperts, EngineExperts
 from cometrt.cuda.fused import FusedForward
 from cometrt.cuda.planner import DevicePlanner
-from cometrt.cuda.report import OPERATIONS, Report
+from cometrt.cuda.report import Report
 from cometrt.errors import CometError
 from cometrt.heap import SymmetricHeap
 from cometrt.kernels.launch import load_kernels
-from cometrt.kernels.params import (
-    CALL_TABLES,
-    HEAP_OFFSETS,
-    call_dtype,
-    call_state_dtype,
-    geometry_record,
-    pace_record,
-)
-from cometrt.plan import Plan, PlanShape
-from cometrt.plan.reference import make_plan
-from cometrt.plan.routing import RoutingTables
+from cometrt.kernels.params import Record, call_state_dtype, pace_record, turns_params
+from cometrt.plan import PlanShape
 from cometrt.saved import Saved
 from cometrt.specs import Gradients
 from cometrt.trace import Tracer
 from cometrt.world import World
-from cometrt.world.layout import world_dtype
 from cometrt.world.partitions import num_sms
 
 _THREADS = 256
@@ -45,6 +41,8 @@ _SLOT_BYTES = 200 * 1024  # of shared memory for rows in flight
 
 
 class CudaExecutor:
+    num_tables = 1  # of a plan, in `saved`
+
     def __init__(self, world: World, shape: PlanShape, layer: int, mode: str) -> None:
         """Collective."""
         import cupy as cp
@@ -55,31 +53,31 @@ class CudaExecutor:
             raise ValueError(f"dtype must be 'bfloat16' on device='cuda' (got {spec.dtype!r})")
         self._heap = SymmetricHeap(world, shape)
         self._planner = DevicePlanner(shape)
-        pairs = (geometry.size, spec.max_tokens, spec.topk)
-        self._ids, self._weights = cp.empty(pairs, cp.int32), cp.empty(pairs, cp.float32)
-        self._num_tokens = cp.zeros(geometry.size, cp.int32)
         self._state = cp.zeros(call_state_dtype.itemsize, cp.uint8)
-        self._ok = self._state.data.ptr + call_state_dtype.fields["ok"][1]  # type: ignore[index]
-        self._publish, self._gather, self._verdict, self._poison = load_kernels(
-            "exchange/publish.cu", "publish", "gather", "verdict", "poison"
+        self._publish, self._agree, self._finish = load_kernels(
+            "exchange/publish.cu", "publish", "agree", "finish"
         )
         self._dispatch, self._push, self._home_reduce = load_kernels(
             "exchange/rows.cu", "dispatch", "push", "home_reduce"
         )
-        self._cublas = CublasExperts(shape)
-        self._engine = EngineExperts(shape) if shape.config.gemm == "engine" else None
         self._links = cp.zeros(2, cp.uint64)  # clocks of what comes and of what leaves
         clocks = self._links.data.ptr
         self._pull_pace, self._push_pace = (
             pace_record(clock, world.link) for clock in (clocks, clocks + 8)
         )
-        self._fused = None
+        self._cublas = CublasExperts(shape)
+        self._engine = self._fused = None
         if mode == "fused":
             self._fused = FusedForward(shape, self._pull_pace, self._push_pace)
-        self._report = Report(world, geometry.local_experts)
-        self._pending: CometError | None = None
-        self._in_flight = False
-        self._epoch_of_call()  # whatever that loads, now
+        elif shape.config.gemm == "engine":
+            self._engine = EngineExperts(shape)
+        self._report = Report(world, shape)
+        self._calls = Calls(world, shape, self._heap, layer)
+        self._num_sms, self._row_shape = num_sms(), (shape.capacity, spec.hidden)
+        self._up_shape = (shape.capacity, geometry.up_columns)
+        self._inner_shape = (shape.capacity, geometry.local_intermediate)
+        self._dtype = spec.numpy_dtype
+        self._captured: list[Any] = []  # memory of calls in graphs, which outlives them
         cp.cuda.get_current_stream().synchronize()
         world.barrier()
 
@@ -101,213 +99,198 @@ class CudaExecutor:
         out: Any,
         tracer: Tracer,
     ) -> tuple[Any, ...] | None:
-        with self._guard():
-            return self._forward(x, ids, weights, w_up, w_down, training, out)
-
-    def _forward(
-        self, x: Any, ids: Any, weights: Any, w_up: Any, w_down: Any, training: bool, out: Any
-    ) -> tuple[Any, ...] | None:
-        cp, geometry, spec = self._cp, self._shape.geometry, self._shape.geometry.spec
-        tokens = None
+        cp, spec, dtype = self._cp, self._shape.geometry.spec, self._dtype
+        kept_x = None
         if training and spec.save == "z":
-            tokens = cp.zeros((spec.max_tokens, spec.hidden), spec.numpy_dtype)
-            tokens[: len(x)] = x
-        call = self._call("forward", len(x), x=x, out=out)
-        call["weighted"] = 1
-        for name, array in (("ids", ids), ("weights", weights)):
-            call[name] = array.data.ptr
-        call["ids_are_64"] = ids.dtype.itemsize == 8
-        for name, array in (
-            ("all_ids", self._ids),
-            ("all_weights", self._weights),
-            ("all_num_tokens", self._num_tokens),
-            ("errors", self._planner.errors),
-        ):
-            call[name] = array.data.ptr
-        x_rows, engine = self._rows(spec.hidden), self._engine
-        z = self._rows(geometry.up_columns) if training or engine is None else None
-        a, o = self._rows(geometry.local_intermediate), self._rows(spec.hidden)
-        plan, rows = self._planner.new_plan(), None
-        if self._fused is not None:
-            self._fused.begin(call)
-        started = self._start(call)
-        if started:
-            self._planner.plan(self._ids, self._weights, self._num_tokens, plan)
-            self._verdict((1,), 1, call)
-            if engine is None:
-                rows = self._group_rows(plan)
-        self._set_plan(call, plan)
-        if started and self._fused is not None:
-            call["pull_at"] = self._heap.table["x"].offset
-            call["rows"], call["partial_rows"] = x_rows.data.ptr, o.data.ptr
-            self._fused.layer0(call, plan, self._ok, x_rows, w_up, z, a)
-            if self._meet():
-                self._fused.layer1(call, a, w_down, o)
-        elif started and (rows or engine is not None):
-            self._pull(call, "x", x_rows)
-            if rows:
-                self._cublas.forward(plan, rows, x_rows, w_up, w_down, z, a, o)
-            elif engine is not None:
-                engine.forward(plan, self._ok, x_rows, w_up, w_down, z, a, o)
-            self._combine(call, o)
-        self._finish(call)
+            kept_x = cp.empty((spec.max_tokens, spec.hidden), dtype)
+        epoch = cp.empty(1, cp.int64) if training else None
+        tables = self._planner.new_tables()
+        x_rows = cp.empty(self._row_shape, dtype)
+        z = None
+        if training or (self._fused is None and self._engine is None):
+            z = cp.empty(self._up_shape, dtype)
+        a, o = cp.empty(self._inner_shape, dtype), cp.empty(self._row_shape, dtype)
+        call = self._calls.begin("forward", len(x), self._state.data.ptr, self._report.address)
+        call.fields["weighted"] = 1
+        call.fields["ids_are_64"] = ids.dtype.itemsize == 8
+        set_words(
+            call,
+            x=x.data.ptr,
+            ids=ids.data.ptr,
+            weights=weights.data.ptr,
+            out=out.data.ptr,
+            all_ids=self._planner.ids.data.ptr,
+            all_weights=self._planner.weights.data.ptr,
+            errors=self._planner.errors.data.ptr,
+            kept_epoch=0 if epoch is None else epoch.data.ptr,
+            kept_x=0 if kept_x is None else kept_x.data.ptr,
+            pull_at=self._heap.table["x"].offset,
+            rows=x_rows.data.ptr,
+            partial_rows=o.data.ptr,
+        )
+        set_tables(call, self._planner.call_tables(tables))
+        buffers = (epoch, kept_x, tables, x_rows, z, a, o)
+        with self._launching(call, buffers):
+            if self._fused is not None:
+                self._fused_forward(call, self._fused, w_up, w_down, buffers)
+            else:
+                self._sequential_forward(call, w_up, w_down, buffers)
         if not training:
             return None
         return Saved.pack(
             shape=self._shape,
             layer=self._layer,
             num_tokens=len(x),
-            epoch=self._epoch_of_call(),
+            epoch=epoch,
             world=self._world.identity,
-            x=x_rows if tokens is None else tokens,
+            x=x_rows if kept_x is None else kept_x,
             z=z,
-            plan=plan,
+            tables=(tables,),
             w_up=w_up,
             w_down=w_down,
         )
 
+    def _fused_forward(
+        self, call: Record, fused: FusedForward, w_up: Any, w_down: Any, buffers: tuple[Any, ...]
+    ) -> None:
+        _, _, tables, x_rows, z, a, o = buffers
+        counters = fused.tile_counters
+        call.fields["num_tile_counters"] = counters.size
+        set_words(call, tile_filled=counters.data.ptr, tile_done=fused.tile_done.data.ptr)
+        self._publish((self._num_sms,), _THREADS, call)
+        self._planner.prepare(call, tables, fused.up_turns, fused.down_turns, self._pull_pace)
+        fused.layer0(call, x_rows, w_up, z, a)
+        fused.layer1(call, a, w_down, o)
+
+    def _sequential_forward(
+        self, call: Record, w_up: Any, w_down: Any, buffers: tuple[Any, ...]
+    ) -> None:
+        _, _, tables, x_rows, z, a, o = buffers
+        engine = self._engine
+        up, down = (engine.up_turns, engine.down_turns) if engine else (_NO_TURNS, _NO_TURNS)
+        self._publish((self._num_sms,), _THREADS, call)
+        self._planner.prepare(call, tables, up, down, self._pull_pace)
+        if engine is not None:
+            self._pull(call)
+            engine.forward(x_rows, w_up, w_down, z, a, o)
+            self._combine(call)
+            return
+        plan = self._planner.plan_of(tables)
+        rows = self._group_rows(plan)
+        if rows:
+            self._pull(call)
+            self._cublas.forward(plan, rows, x_rows, w_up, w_down, z, a, o)
+            self._combine(call)
+
     def backward(
         self, dy: Any, saved: Saved, *, out: Gradients, accumulate: bool, tracer: Tracer
     ) -> None:
-        with self._guard():
-            self._backward(dy, saved, out, accumulate)
-
-    def _backward(self, dy: Any, saved: Saved, out: Gradients, accumulate: bool) -> None:
-        cp, geometry, spec = self._cp, self._shape.geometry, self._shape.geometry.spec
-        pulls_again = spec.save == "z"
-        call = self._call("backward", len(dy), x=saved.x if pulls_again else None, out=out.x)
-        call["dy"], call["forward_epoch"] = dy.data.ptr, saved.epoch.data.ptr
-        call["out_dweight"] = out.topk_weights.data.ptr
-        dy_rows, dx_rows = self._rows(spec.hidden), self._rows(spec.hidden)
-        x_rows = self._rows(spec.hidden) if pulls_again else saved.x
-        width = geometry.local_intermediate
-        da = cp.empty((self._shape.capacity, width), cp.float32)
-        dz, weighted_a = self._rows(geometry.up_columns), self._rows(width)
+        cp, planner = self._cp, self._planner
+        (tables,) = saved.tables
+        plan = planner.plan_of(tables)
+        pulls_again = self._shape.geometry.spec.save == "z"
+        dy_rows, dx_rows = (cp.empty(self._row_shape, self._dtype) for _ in range(2))
+        x_rows = cp.empty(self._row_shape, self._dtype) if pulls_again else saved.x
+        dz, weighted_a = (
+            cp.empty(shape, self._dtype) for shape in (self._up_shape, self._inner_shape)
+        )
+        da = cp.empty(self._inner_shape, cp.float32)
         dweight_rows = cp.empty(self._shape.capacity, cp.float32)
-        rows = []
-        if self._start(call):
-            self._verdict((1,), 1, call)
-            rows = self._group_rows(saved.plan)
-        self._set_plan(call, saved.plan)
-        if rows:
-            self._pull(call, "dy", dy_rows)
+        call = self._calls.begin("backward", len(dy), self._state.data.ptr, self._report.address)
+        call.fields["weighted"] = 0
+        set_words(
+            call,
+            x=saved.x.data.ptr if pulls_again else 0,
+            dy=dy.data.ptr,
+            forward_epoch=saved.epoch.data.ptr,
+            out=out.x.data.ptr,
+            out_dweight=out.topk_weights.data.ptr,
+            pull_at=self._heap.table["dy"].offset,
+            rows=dy_rows.data.ptr,
+            partial_rows=dx_rows.data.ptr,
+            dweight_rows=dweight_rows.data.ptr,
+        )
+        set_tables(call, planner.call_tables(tables))
+        with self._launching(call, ()):
+            self._publish((self._num_sms,), _THREADS, call)
+            self._agree((1,), _THREADS, call)
+            rows = self._group_rows(plan)
+            if not rows:
+                return
+            self._pull(call)
             if pulls_again:  # before the first partial of dx leaves
-                self._pull(call, "x", x_rows)
-            self._cublas.grad_rows(saved, rows, dy_rows, da, dz, weighted_a, dweight_rows, dx_rows)
-            call["dweight_rows"] = dweight_rows.data.ptr
-            self._combine(call, dx_rows, between=lambda: self._cublas.grad_weights(
+                set_words(call, pull_at=self._heap.table["x"].offset, rows=x_rows.data.ptr)
+                self._pull(call)
+            self._cublas.grad_rows(
+                saved, rows, dy_rows, da, dz, weighted_a, dweight_rows, dx_rows, plan
+            )
+            self._combine(call, between=lambda: self._cublas.grad_weights(
                 rows, dz, x_rows, dy_rows, weighted_a, out, accumulate
             ))  # fmt: skip
-        self._finish(call)
 
     def synchronize(self) -> None:
         """Wait for this layer's calls; raise what they have not raised yet."""
+        self._report.ended.synchronize()
         self.raise_pending()
 
     def close(self) -> None:
         self.synchronize()
 
     def raise_pending(self) -> None:
-        """Raise what the last call found. Waits for its end: the next one uses its tables."""
-        if self._in_flight:
-            self._report.event.synchronize()
-            self._in_flight = False
-            if self._pending is None:
-                self._pending = self._report.stop_found()
-            if self._pending is None and not self._report.ok:
-                self._pending = self._routing_found()
-        error, self._pending = self._pending, None
+        """Raise what the device has found wrong so far, without waiting for it."""
+        error = self._report.error()
         if error is not None:
             raise error
 
+    # ---- the stages of a call ---------------------------------------------------------------
+
     @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
-        """Stop the world if this rank raises what its peers do not know of."""
+    def _launching(self, call: Record, buffers: tuple[Any, ...]) -> Iterator[None]:
+        """Around a call's launches: calls of a world follow each other, whatever their streams,
+        and end with `finish`. Stops the world if this rank raises what its peers do not know of.
+
+        Not so in a graph: its owner orders replays, and `buffers` are kept for them."""
+        gpu, stream = self._world.gpu, self._cp.cuda.get_current_stream()
+        assert gpu is not None
+        capturing = stream.is_capturing()
         try:
+            if not capturing:
+                if gpu.last_call is not None:
+                    stream.wait_event(gpu.last_call)
+                self._meet()
             yield
+            self._finish((self._num_sms,), _THREADS, call)
+            if capturing:
+                self._captured.append(buffers)
+            else:
+                self._report.ended.record(stream)
+                gpu.last_call = self._report.ended
+                self._meet()
         except CometError:
             raise
         except BaseException as error:
             self._world.stop_for(error, f" in a call of layer {self._layer}")
             raise
 
-    # ---- the stages of a call ---------------------------------------------------------------
-
-    def _call(self, operation: str, num_tokens: int, *, x: Any, out: Any) -> np.ndarray:
-        """The params of this call's kernels, as far as they are known."""
-        world, shape = self._world, self._shape
-        call = np.zeros(1, call_dtype)
-        record = np.zeros(1, world_dtype)
-        assert world.gpu is not None
-        for peer in range(world.size):
-            record["control"][0, peer] = world.gpu.control[peer]
-            record["data"][0, peer] = world.segment("data", peer)
-            record["flags"][0, peer] = world.segment("flags", peer)
-        record["generation"] = world.generation
-        record["timeout_ns"] = round(world.timeout_sec * 1e9)
-        record["rank"], record["size"] = world.rank, world.size
-        call["world"], call["g"] = record, geometry_record(shape)
-        call["num_chunks"] = self._heap.table["partials_ready"].shape[-1]
-        call["num_tokens"] = num_tokens
-        call["chunk_columns"] = shape.config.chunks(shape.geometry.spec.hidden)[0][1]
-        for field, name in HEAP_OFFSETS.items():
-            call[field] = self._heap.table[name].offset
-        call["operation"], call["layer"] = OPERATIONS.index(operation), self._layer
-        call["spec_hash"] = shape.geometry.spec.digest()
-        call["state"], call["out"] = self._state.data.ptr, out.data.ptr
-        if x is not None:
-            call["x"] = x.data.ptr
-        return call
-
-    def _start(self, call: np.ndarray) -> bool:
-        """Publish and wait for all; False if ranks that share the GPU did not even meet."""
-        gpu = self._world.gpu
-        assert gpu is not None
-        if gpu.last_call is not None:  # perhaps on another stream
-            self._cp.cuda.get_current_stream().wait_event(gpu.last_call)
-        self._state.data.memset_async(0, self._state.nbytes)
+    def _meet(self) -> None:
+        """Where ranks are threads on one GPU, they meet before a call, after it, and before what
+        waits for a peer and comes after something that may wait for the whole device (allocate,
+        load a kernel): that could hold up a kernel that a peer's kernel waits for."""
         if self._world.shares_gpu:
-            # No copy of the caller's may still be queued: copies of all ranks share queues, and
-            # one behind a waiting kernel would hold up the others.
-            self._cp.cuda.get_current_stream().synchronize()
-        if not self._meet():
-            return False
-        self._publish((num_sms(),), _THREADS, call)
-        self._gather((self._world.size,), _THREADS, call)
-        return True
-
-    def _meet(self) -> bool:
-        """Where ranks are threads on one GPU: before each kernel that waits for a peer, when all
-        that it waits for has been launched. Else what a rank's host does meanwhile (allocate,
-        or let cuBLAS load a kernel: both may wait for the whole device) could hold that up."""
-        if not self._world.shares_gpu:
-            return True
-        try:
             self._world.allgather(None, purpose="a call")
-        except CometError as error:
-            self._pending = self._pending or error
-            return False
-        return True
 
     def _group_rows(self, plan: Any) -> list[tuple[int, int]]:
         """Waits for the verdict: rows [begin, end) of each expert; empty if the call is over."""
-        self._report.copy(self._state, plan.expert_offsets)
-        self._report.event.synchronize()
-        if not self._report.ok:
-            return []  # `raise_pending` finds out why
+        if not self._report.read_offsets(self._state, plan.expert_offsets):
+            return []
         offsets = self._report.expert_offsets
         return [(int(a), int(b)) for a, b in itertools.pairwise(offsets)]
 
-    def _set_plan(self, call: np.ndarray, plan: Plan) -> None:
-        for name in CALL_TABLES:
-            call[name] = getattr(plan, name).data.ptr
-
-    def _pull(self, call: np.ndarray, name: str, rows: Any) -> None:
-        call["pull_at"], call["rows"] = self._heap.table[name].offset, rows.data.ptr
+    def _pull(self, call: Record) -> None:
         row_bytes = 2 * self._shape.geometry.spec.hidden
         lanes = max(1, min(32, _SLOT_BYTES // row_bytes // _PULL_WARPS))
         self._dispatch(
-            (num_sms(),),
+            (self._num_sms,),
             _THREADS,
             call,
             self._pull_pace,
@@ -315,39 +298,17 @@ class CudaExecutor:
             shared_bytes=_PULL_WARPS * lanes * row_bytes,
         )
 
-    def _combine(self, call: np.ndarray, rows: Any, between: Any = None) -> None:
+    def _combine(self, call: Record, between: Any = None) -> None:
         """Push, then `between`, which covers the exchange, then add up at home."""
-        call["partial_rows"] = rows.data.ptr
-        self._push((4 * num_sms(),), _THREADS, call, self._push_pace)
+        self._push((4 * self._num_sms,), _THREADS, call, self._push_pace)
         if between is not None:
             between()
-        blocks = self._shape.config.token_blocks(int(call["num_tokens"][0]))
-        if self._meet() and blocks:
+            self._meet()
+        blocks = self._shape.config.token_blocks(int(call.fields["num_tokens"][0]))
+        if blocks:
             self._home_reduce((blocks,), _THREADS, call)
 
-    def _finish(self, call: np.ndarray) -> None:
-        self._poison((num_sms(),), _THREADS, call)
-        self._report.copy(self._state)
-        self._in_flight = True
-        assert self._world.gpu is not None
-        self._world.gpu.last_call = self._report.event
-
-    # ---- what the device has found ----------------------------------------------------------
-
-    def _routing_found(self) -> CometError | None:
-        """The planner's error, in the words of the NumPy planner over the same tables."""
-        tables = RoutingTables(self._ids.get(), self._weights.get(), self._num_tokens.get())
-        try:
-            make_plan(tables, self._shape)
-        except CometError as error:
-            return error
-        return None
-
     # ---- memory -----------------------------------------------------------------------------
-
-    def _rows(self, columns: int) -> Any:
-        dtype = self._shape.geometry.spec.numpy_dtype
-        return self._cp.empty((self._shape.capacity, columns), dtype)
 
     def _own(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         """This rank's array of the heap, as CuPy's."""
@@ -356,7 +317,5 @@ class CudaExecutor:
         memory = cp.cuda.UnownedMemory(address, entry.nbytes, self._world)
         return cp.ndarray(shape, dtype, cp.cuda.MemoryPointer(memory, 0))
 
-    def _epoch_of_call(self) -> Any:
-        """[1] int64 on the device: CallState.epoch, copied in stream order."""
-        offset = call_state_dtype.fields["epoch"][1]  # type: ignore[index]
-        return self._state[offset : offset + 8].view(self._cp.int64).copy()
+
+_NO_TURNS = Record(turns_params)

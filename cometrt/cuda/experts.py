@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from cometrt.cuda.engine import GroupedGemm, new_turns, order_turns
+from cometrt.cuda.engine import GroupedGemm, new_turns, turns_record
 from cometrt.cuda.gemm import ExpertGemm
 from cometrt.kernels.launch import load_kernels
-from cometrt.kernels.params import activation_params, geometry_record
+from cometrt.kernels.params import Record, activation_params, geometry_record
 from cometrt.plan import Plan, PlanShape
 from cometrt.specs import Gradients
 from cometrt.world.partitions import num_sms
@@ -20,26 +20,26 @@ Rows = list[tuple[int, int]]  # [begin, end) of each expert
 
 
 class EngineExperts:
-    """The forward of all experts; how many rows each has is known on the device alone."""
+    """The forward of all experts; how many rows each has is known on the device alone.
+
+    Attributes:
+        up_turns, down_turns: how the planner orders tiles for it: a TurnsParams each.
+    """
 
     def __init__(self, shape: PlanShape) -> None:
         geometry, activation = shape.geometry, shape.geometry.spec.activation
         self._up = {z: GroupedGemm(activation, write_z=z) for z in (False, True)}
         self._down = GroupedGemm()
-        self._up_columns = self._up[True].column_tiles(geometry.up_columns)
-        self._down_columns = self._down.column_tiles(geometry.spec.hidden)
-        self._up_turns = new_turns(shape.max_tiles, self._up_columns)
-        self._down_turns = new_turns(shape.max_tiles, self._down_columns)
+        up = self._up[True].column_tiles(geometry.up_columns)
+        down = self._down.column_tiles(geometry.spec.hidden)
+        self._turns = new_turns(shape.max_tiles, up), new_turns(shape.max_tiles, down)
+        self.up_turns = turns_record(self._turns[0], up)
+        self.down_turns = turns_record(self._turns[1], down, backwards=True)
 
-    def forward(
-        self, plan: Any, ok: int, x_rows: Any, w_up: Any, w_down: Any, z: Any, a: Any, o: Any
-    ) -> None:
-        """z (None: not written), a and o from the rows of x; `ok` as for `order_turns`. Needs no
-        memory but its arguments."""
-        order_turns(plan, self._up_columns, ok=ok, out=self._up_turns)
-        self._up[z is not None](x_rows, w_up, a, self._up_turns, z=z)
-        order_turns(plan, self._down_columns, backwards=True, ok=ok, out=self._down_turns)
-        self._down(a, w_down, o, self._down_turns)
+    def forward(self, x_rows: Any, w_up: Any, w_down: Any, z: Any, a: Any, o: Any) -> None:
+        """z (None: not written), a and o from the rows of x, when the turns are made."""
+        self._up[z is not None](x_rows, w_up, a, self._turns[0], z=z)
+        self._down(a, w_down, o, self._turns[1])
 
 
 class CublasExperts:
@@ -61,13 +61,13 @@ class CublasExperts:
 
     def grad_rows(
         self, saved: Any, rows: Rows, dy_rows: Any, da: Any, dz: Any, weighted_a: Any,
-        dweight_rows: Any, dx_rows: Any,
+        dweight_rows: Any, dx_rows: Any, plan: Plan,
     ) -> None:  # fmt: skip
-        """All but dy_rows are results; da [rows, I_s] is float32."""
+        """All but dy_rows and plan are results; da [rows, I_s] is float32."""
         self._each("NN", dy_rows, saved.w_down, da, rows)
         self._run(
             self._activate_backward,
-            saved.plan,
+            plan,
             z=saved.z,
             a=weighted_a,
             da=da,
@@ -97,11 +97,11 @@ class CublasExperts:
             self._gemm(form, a[begin:end], weights[expert], c[begin:end])
 
     def _run(self, kernel: Any, plan: Any, **arrays: Any) -> None:
-        params = np.zeros(1, activation_params)
-        params["g"] = geometry_record(self._shape)
+        params = Record(activation_params)
+        params.fields["g"] = geometry_record(self._shape)
         arrays |= {"expert_offsets": plan.expert_offsets, "row_weight": plan.row_weight}
         for name, array in arrays.items():
-            params[name] = array.data.ptr
+            params.fields[name] = array.data.ptr
         kernel((8 * num_sms(),), _THREADS, params)
 
     def _warm_up(self) -> None:

@@ -12,15 +12,15 @@ from cometrt.cuda.engine import (
     THREADS,
     gemm_arguments,
     gemm_grid,
+    gemm_record,
     new_turns,
-    order_turns,
+    turns_record,
 )
 from cometrt.kernels.launch import load_kernels
+from cometrt.kernels.params import Record
 from cometrt.plan import PlanShape
 from cometrt.plan.turns import BLOCK_N, column_tiles
-from cometrt.world.partitions import num_sms
 
-_PAD_THREADS = 256
 _LAYER0_BYTES = SHARED_BYTES + 6 * 4096 + 6 * 8  # sizeof(Memory) of fused/layer0.cu
 
 
@@ -29,26 +29,27 @@ class FusedForward:
 
     Args:
         pull_pace, push_pace: of `pace_record`, for what comes and what leaves.
-        num_comm: CTAs whose mover warps work; None: all.
+
+    Attributes:
+        up_turns, down_turns: how the planner orders tiles for it: a TurnsParams each.
+        tile_counters: of layer0 and layer1, zero when a call begins.
     """
 
-    def __init__(
-        self,
-        shape: PlanShape,
-        pull_pace: np.ndarray,
-        push_pace: np.ndarray,
-        num_comm: int | None = None,
-    ) -> None:
+    def __init__(self, shape: PlanShape, pull_pace: Record, push_pace: Record) -> None:
         import cupy as cp
 
         geometry, config, spec = shape.geometry, shape.config, shape.geometry.spec
-        self._gated, self._num_comm = spec.gated, num_comm
-        self._num_chunks = len(config.chunks(spec.hidden))
-        self._chunk = -(-(config.chunks(spec.hidden)[0][1]) // BLOCK_N)
-        self._up_columns = column_tiles(geometry.local_intermediate, gated=spec.gated)
-        self._down_columns = column_tiles(spec.hidden, gated=False)
-        self._up_turns = new_turns(shape.max_tiles, self._up_columns)
-        self._down_turns = new_turns(shape.max_tiles, self._down_columns, self._chunk)
+        self._gated, width = spec.gated, geometry.local_intermediate
+        num_chunks = len(config.chunks(spec.hidden))
+        chunk = -(-config.chunks(spec.hidden)[0][1] // BLOCK_N)
+        up = column_tiles(width, gated=spec.gated)
+        down = column_tiles(spec.hidden, gated=False)
+        turns = new_turns(shape.max_tiles, up), new_turns(shape.max_tiles, down, chunk)
+        self._turns = turns
+        self.up_turns = turns_record(turns[0], up)
+        self.down_turns = turns_record(turns[1], down, backwards=True, chunk=chunk)
+        self._up_params = gemm_record(turns[0], spec.hidden, width)
+        self._down_params = gemm_record(turns[1], width, spec.hidden)
         number = list(ACTIVATIONS).index(spec.activation)
         self._layer0 = {}
         for z in (False, True):
@@ -57,51 +58,24 @@ class FusedForward:
             self._layer0[z].allow_shared(_LAYER0_BYTES)
         (self._layer1,) = load_kernels("fused/layer1.cu", "layer1")
         self._layer1.allow_shared(SHARED_BYTES)
-        (self._zero_pads,) = load_kernels("exchange/rows.cu", "zero_pads")
-        self._filled = cp.zeros(shape.max_tiles, cp.uint32)
-        self._done = cp.zeros(shape.max_tiles * self._num_chunks, cp.uint32)
+        self.tile_counters = cp.zeros(shape.max_tiles * (1 + num_chunks), cp.uint32)
+        self.tile_done = self.tile_counters[shape.max_tiles :]
         self._pull_pace, self._push_pace = pull_pace, push_pace
+        self._grid = gemm_grid()
+        self._num_comm = np.int32(self._grid[0])
 
-    def begin(self, call: np.ndarray) -> None:
-        """Counters of tiles start at zero in every call, on the call's stream."""
-        for name, counters in (("tile_filled", self._filled), ("tile_done", self._done)):
-            counters.data.memset_async(0, counters.nbytes)
-            call[name] = counters.data.ptr
-
-    def layer0(
-        self, call: np.ndarray, plan: Any, ok: int, x_rows: Any, w_up: Any, z: Any, a: Any
-    ) -> None:
-        """Pull x into its rows and multiply: a, and z unless it is None. Both orders of tiles are
-        made here, so that `layer1` is one launch."""
-        self._zero_pads((num_sms(),), _PAD_THREADS, call)
-        order_turns(plan, self._up_columns, ok=ok, out=self._up_turns)
-        order_turns(
-            plan,
-            self._down_columns,
-            backwards=True,
-            chunk=self._chunk,
-            ok=ok,
-            out=self._down_turns,
-        )
-        arguments = gemm_arguments(x_rows, w_up, a, self._up_turns, gated=self._gated, z=z)
+    def layer0(self, call: Record, x_rows: Any, w_up: Any, z: Any, a: Any) -> None:
+        """Pull x into its rows and multiply: a, and z unless it is None."""
+        arguments = gemm_arguments(self._up_params, x_rows, w_up, a, z, gated=self._gated)
         kernel = self._layer0[z is not None]
-        self._launch(kernel, call, (*arguments, self._pull_pace), _LAYER0_BYTES)
+        self._launch(kernel, call, arguments, self._pull_pace, _LAYER0_BYTES)
 
-    def layer1(self, call: np.ndarray, a: Any, w_down: Any, o: Any) -> None:
+    def layer1(self, call: Record, a: Any, w_down: Any, o: Any) -> None:
         """Multiply, push partial rows, and add up at home: waits for peers."""
-        arguments = gemm_arguments(a, w_down, o, self._down_turns, gated=False)
-        self._launch(self._layer1, call, (*arguments, self._push_pace), SHARED_BYTES)
+        arguments = gemm_arguments(self._down_params, a, w_down, o, None, gated=False)
+        self._launch(self._layer1, call, arguments, self._push_pace, SHARED_BYTES)
 
     def _launch(
-        self, kernel: Any, call: np.ndarray, arguments: tuple[np.ndarray, ...], shared_bytes: int
+        self, kernel: Any, call: Record, gemm: tuple[Any, ...], pace: Record, shared_bytes: int
     ) -> None:
-        grid = gemm_grid()
-        num_comm = grid[0] if self._num_comm is None else max(1, min(self._num_comm, grid[0]))
-        kernel(
-            grid,
-            THREADS,
-            call,
-            *arguments,
-            np.int32(num_comm),
-            shared_bytes=shared_bytes,
-        )
+        kernel(self._grid, THREADS, call, *gemm, pace, self._num_comm, shared_bytes=shared_bytes)

@@ -1,7 +1,6 @@
 """The device planner: the plan of `cometrt.plan.reference`, bit for bit, on the GPU.
 
-One launch and no host synchronisation. Wrong routing is found too: it is left in `errors`
-for whoever looks when the device has come so far.
+One launch and no host synchronisation. Wrong routing is found too, and left in `errors`.
 """
 
 from __future__ import annotations
@@ -11,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from cometrt.cuda.report import NO_WRONG_PAIR
 from cometrt.kernels.launch import load_kernels
 from cometrt.kernels.params import (
+    CALL_TABLES,
     PLAN_OUTPUTS,
     PLAN_SCRATCH,
+    Record,
     geometry_record,
     plan_params,
 )
@@ -25,7 +27,6 @@ from cometrt.world.partitions import num_sms
 _CHUNK = 128  # kChunk of plan.cu
 _BLOCKS_PER_SM = 8  # of those that are resident at once
 _ALIGNMENT = 64  # words of a table: a bulk copy's, and a cache line's
-_NO_WRONG_PAIR = 2**64 - 1
 
 
 def _layout(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, int], int]:
@@ -68,51 +69,92 @@ class DevicePlanner:
         }
         self._scratch = {name: cp.empty(lengths[name], cp.int32) for name in PLAN_SCRATCH}
         self._arrivals = cp.zeros(1, cp.uint32)
+        # All ranks' routing, of the last forward.
+        self.ids = cp.empty((size, spec.max_tokens, spec.topk), cp.int32)
+        self.weights = cp.empty(self.ids.shape, cp.float32)
+        self._num_tokens = cp.zeros(size, cp.int32)
         self.errors = cp.empty(2, cp.uint64)  # first wrong pair, largest need over capacity
         self._shapes = plan_table_shapes(shape)
         self._offsets, self._num_words = _layout(self._shapes)
-        (self._kernel,) = load_kernels("plan/plan.cu", "plan")
+        self._plan, self._prepare = load_kernels("plan/plan.cu", "plan", "prepare")
         self._shared_bytes = 16 * spec.num_experts
-        self._kernel.allow_shared(self._shared_bytes)
+        for kernel in (self._plan, self._prepare):
+            kernel.allow_shared(self._shared_bytes)
+        self._grid = (_BLOCKS_PER_SM * num_sms(),)
+        self._params = self._new_params()
+        fields, offsets = self._params, self._offsets
+        self._outputs = slice(*(fields.place(PLAN_OUTPUTS[i][1]) + (i != 0) for i in (0, -1)))
+        self._output_bytes = np.array([4 * offsets[name] for name, _ in PLAN_OUTPUTS], np.uint64)
+        self._table_bytes = np.array([4 * offsets[name] for name in CALL_TABLES], np.uint64)
+        self._tables_at = fields.place("tables")
 
-    def new_plan(self) -> Plan:
-        """Memory for one: CuPy arrays, not filled; row_weight lies behind all others."""
-        import cupy as cp
-
-        words = cp.empty(self._num_words + self._shape.capacity, cp.int32)
-        tables = {}
-        for name, table_shape in self._shapes.items():
-            begin = self._offsets[name]
-            table = words[begin : begin + math.prod(table_shape)].reshape(table_shape)
-            tables[name] = table.view(cp.float32) if name == "row_weight" else table
-        return Plan(**tables)
-
-    def plan(self, ids: Any, weights: Any, num_tokens: Any, out: Plan) -> Plan:
-        """Fill `out`, from `new_plan`, on the current stream.
-
-        Args:
-            ids: [W, max_tokens, K] int32, weights likewise float32, num_tokens [W] int32.
-        """
-        tables: dict[str, Any] = {name: getattr(out, name) for name, _ in PLAN_OUTPUTS}
-        params = np.zeros(1, plan_params)
+    def _new_params(self) -> Record:
+        """All but where the plan is written."""
+        record = Record(plan_params)
+        params = record.fields
         params["g"] = geometry_record(self._shape)
-        pointers = {"ids": ids, "weights": weights, "num_tokens": num_tokens, **self._scratch}
-        pointers |= {mirror: tables[name] for name, mirror in PLAN_OUTPUTS}
-        for name, array in pointers.items():
+        routing = {"ids": self.ids, "weights": self.weights, "num_tokens": self._num_tokens}
+        for name, array in (routing | self._scratch).items():
             params[name] = array.data.ptr
         params["arrivals"] = self._arrivals.data.ptr
         params["first_wrong_pair"] = self.errors.data.ptr
         params["largest_need"] = self.errors.data.ptr + 8
-        first = next(iter(self._offsets))
-        params["tables"], params["num_words"] = tables[first].data.ptr, self._num_words
-        grid = (_BLOCKS_PER_SM * num_sms(),)
-        self._kernel(grid, _CHUNK, params, shared_bytes=self._shared_bytes)
-        return out
+        params["num_words"] = self._num_words
+        return record
+
+    def new_tables(self) -> Any:
+        """Memory for a plan, not filled: [words] int32."""
+        import cupy as cp
+
+        return cp.empty(self._num_words + self._shape.capacity, cp.int32)
+
+    def plan_of(self, tables: Any) -> Plan:
+        """That memory as a Plan's CuPy arrays."""
+        import cupy as cp
+
+        arrays = {}
+        for name, table_shape in self._shapes.items():
+            begin = self._offsets[name]
+            table = tables[begin : begin + math.prod(table_shape)].reshape(table_shape)
+            arrays[name] = table.view(cp.float32) if name == "row_weight" else table
+        return Plan(**arrays)
+
+    def call_tables(self, tables: Any) -> np.ndarray:
+        """Addresses of the tables in CALL_TABLES."""
+        return self._table_bytes + np.uint64(tables.data.ptr)
+
+    def prepare(self, call: Record, tables: Any, up: Record, down: Record, pace: Record) -> None:
+        """Wait for all ranks' routing, make the plan in `tables` and the turns of both GEMMs, all
+        on the current stream.
+
+        Args:
+            up, down: of `turns_record`; without memory for items, no turns are made.
+        """
+        self._point_to(tables)
+        arguments = (call, self._params, up, down, pace)
+        self._prepare(self._grid, _CHUNK, *arguments, shared_bytes=self._shared_bytes)
+
+    def plan(self, ids: Any, weights: Any, num_tokens: Any) -> Plan:
+        """The plan alone, on the current stream.
+
+        Args:
+            ids: [W, max_tokens, K] int32, weights likewise float32, num_tokens [W] int32.
+        """
+        tables = self.new_tables()
+        self.ids[...], self.weights[...], self._num_tokens[...] = ids, weights, num_tokens
+        self._point_to(tables)
+        self._plan(self._grid, _CHUNK, self._params, shared_bytes=self._shared_bytes)
+        return self.plan_of(tables)
+
+    def _point_to(self, tables: Any) -> None:
+        base = np.uint64(tables.data.ptr)
+        self._params.words[self._outputs] = self._output_bytes + base
+        self._params.words[self._tables_at] = base
 
     def wrong_pair(self) -> int | None:
         """The first wrong pair of the last plan, or None. Synchronises."""
         pair = int(self.errors[0])
-        return None if pair == _NO_WRONG_PAIR else pair
+        return None if pair == NO_WRONG_PAIR else pair
 
     def largest_need(self) -> tuple[int, int] | None:
         """(rank, rows) of the largest need over capacity in the last plan, or None.

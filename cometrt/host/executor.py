@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from cometrt.heap import SymmetricHeap
 from cometrt.host import comm, compute
 from cometrt.host.exchange import Exchange
-from cometrt.plan import PlanShape
+from cometrt.plan import Plan, PlanShape
 from cometrt.plan.reference import make_plan
 from cometrt.saved import Saved
 from cometrt.specs import Gradients
@@ -24,6 +25,7 @@ class HostExecutor:
     def __init__(self, world: World, shape: PlanShape, layer: int, mode: str) -> None:
         """Collective."""
         self._world, self._shape, self._layer = world, shape, layer
+        self.num_tables = len(dataclasses.fields(Plan))  # of a plan, in `saved`
         self._overlapped = mode == "fused"
         self._heap = SymmetricHeap(world, shape)
 
@@ -84,7 +86,7 @@ class HostExecutor:
             world=self._world.identity,
             x=x_rows if tokens is None else tokens,
             z=z,
-            plan=ex.plan,
+            tables=ex.plan.arrays(),
             w_up=w_up,
             w_down=w_down,
         )
@@ -114,7 +116,7 @@ class HostExecutor:
         """Holds nothing that needs it."""
 
     def _backward(self, ex: Exchange, dy: np.ndarray, saved: Saved, out: Gradients) -> None:
-        ex.plan, pull_x = saved.plan, self._shape.geometry.spec.save == "z"
+        ex.plan, pull_x = Plan(*saved.tables), self._shape.geometry.spec.save == "z"
         payloads = {"dy": dy} | ({"x": saved.x[: len(dy)]} if pull_x else {})
         comm.clear_dweight(ex, len(dy))
         ex.publish("backward", payloads, len(dy), forward_epoch=int(saved.epoch[0]))

@@ -8,29 +8,32 @@ from typing import Any
 import numpy as np
 
 from cometrt.kernels.compiler import compile_cubin, kernels_folder
+from cometrt.kernels.params import Record
 
 
 class Kernel:
-    """A kernel whose only argument is its params struct (and what else it takes by value)."""
+    """A kernel that takes its arguments by value: Records, tensor maps, NumPy scalars."""
 
     def __init__(self, function: Any) -> None:
         self._function = function
+        self._shared_bytes = 0
 
     def __call__(
         self,
         grid: tuple[int, ...],
         block: int,
-        params: np.ndarray,
-        *more: Any,
+        *arguments: Record | np.ndarray | np.generic,
         shared_bytes: int = 0,
     ) -> None:
-        """Launch on CuPy's current stream. `params` is a size-1 array of the struct's mirror."""
-        self.allow_shared(shared_bytes)
-        by_value = params.view(f"V{params.dtype.itemsize}")
-        self._function(grid, (block,), (by_value, *more), shared_mem=shared_bytes)
+        """Launch on CuPy's current stream."""
+        if shared_bytes > self._shared_bytes:
+            self.allow_shared(shared_bytes)
+        by_value = tuple([a.raw if isinstance(a, Record) else a for a in arguments])
+        self._function(grid, (block,), by_value, shared_mem=shared_bytes)
 
     def allow_shared(self, shared_bytes: int) -> None:
         """What launches may ask for; done once, best before any kernel waits for a peer."""
+        self._shared_bytes = max(shared_bytes, self._shared_bytes)
         if shared_bytes > self._function.max_dynamic_shared_size_bytes:
             self._function.max_dynamic_shared_size_bytes = shared_bytes
 

@@ -51,7 +51,11 @@ plan_params = np.dtype(
     ]
 )
 
-call_state_dtype = np.dtype([("ticket", np.uint32), ("ok", np.uint32), ("epoch", np.int64)])
+call_state_dtype = np.dtype([("ticket", np.uint32), ("ok", np.uint32)])
+call_report_dtype = np.dtype(
+    [(name, np.uint64) for name in "epoch stopped wrong_pair largest_need".split()]
+    + [("wrong_weight", np.float32), ("wrong_ids", np.int32, (1,))]
+)
 HEAP_OFFSETS = {  # field of Call -> array of the heap
     "x_at": "x",
     "dy_at": "dy",
@@ -69,18 +73,20 @@ call_dtype = np.dtype(
     [("world", world_dtype), ("g", geometry_dtype)]
     + [
         (name, np.int32)
-        for name in "num_chunks num_tokens ids_are_64 weighted chunk_columns unused".split()
+        for name in (
+            "num_chunks num_tokens ids_are_64 weighted chunk_columns num_tile_counters"
+        ).split()
     ]
     + [(name, np.uint64) for name in HEAP_OFFSETS]
     + [(name, np.int64) for name in "operation layer spec_hash".split()]
     + [
         (name, np.uint64)
         for name in (
-            *"forward_epoch state x dy ids weights all_ids all_weights all_num_tokens".split(),
-            "errors",
+            *"forward_epoch state report x dy ids weights kept_epoch kept_x".split(),
+            *"all_ids all_weights errors".split(),
             *CALL_TABLES,
             *"pull_at rows partial_rows out dweight_rows out_dweight".split(),
-            *"tile_filled tile_done block_pushed".split(),
+            *"tile_filled tile_done".split(),
         )
     ]
 )
@@ -115,6 +121,7 @@ MIRRORS = {
     "Control": ("comm/world.cuh", control_dtype),
     "World": ("comm/world.cuh", world_dtype),
     "CallState": ("exchange/call.cuh", call_state_dtype),
+    "CallReport": ("exchange/call.cuh", call_report_dtype),
     "Call": ("exchange/call.cuh", call_dtype),
     "WorkItem": ("gemm/tile.cuh", work_item_dtype),
     "GemmParams": ("gemm/tile.cuh", gemm_params),
@@ -124,14 +131,34 @@ MIRRORS = {
 }
 
 
-def pace_record(free_at_ns: int, link: Link | None) -> np.ndarray:
-    """A Pace, to be passed by value; free_at_ns: address of the link's clock on the device."""
-    record = np.zeros(1, pace_dtype)
+class Record:
+    """A struct that kernels take by value. Launches copy it: it may be changed and passed again.
+
+    Attributes:
+        fields: size-1 array of its mirror.
+        words: the same as 8-byte integers.
+        raw: the same as a launch takes it.
+    """
+
+    def __init__(self, dtype: np.dtype) -> None:
+        assert dtype.itemsize % 8 == 0
+        self.fields = np.zeros(1, dtype)
+        self.words = self.fields.view(np.uint64)
+        self.raw = self.fields.view(f"V{dtype.itemsize}")
+
+    def place(self, name: str) -> int:
+        """The word in which an 8-byte field lies."""
+        return int(self.fields.dtype.fields[name][1]) // 8
+
+
+def pace_record(free_at_ns: int, link: Link | None) -> Record:
+    """A Pace; free_at_ns: address of the link's clock on the device."""
+    record = Record(pace_dtype)
     if link is not None:
-        record["free_at_ns"] = free_at_ns
-        record["femtoseconds_per_byte"] = link.femtoseconds_per_byte
-        record["latency_ns"] = round(link.latency_us * 1000)
-    return record.view(f"V{pace_dtype.itemsize}")
+        record.fields["free_at_ns"] = free_at_ns
+        record.fields["femtoseconds_per_byte"] = link.femtoseconds_per_byte
+        record.fields["latency_ns"] = round(link.latency_us * 1000)
+    return record
 
 
 def geometry_record(shape: PlanShape) -> np.ndarray:

@@ -175,10 +175,12 @@ def _check_capacity(ranks: list[_RankTiles], shape: PlanShape) -> None:
     needs = [tiles.num_tiles * shape.config.block_m for tiles in ranks]
     if max(needs) > shape.capacity:
         rank = int(np.argmax(needs))
-        enough = math.ceil(100 * (needs[rank] / shape.balanced_rows)) / 100
-        raise CapacityError.build(
-            rank=rank, need=needs[rank], capacity=shape.capacity, enough=enough
-        )
+        raise too_many_rows(rank, needs[rank], shape)
+
+
+def too_many_rows(rank: int, need: int, shape: PlanShape) -> CapacityError:
+    enough = math.ceil(100 * (need / shape.balanced_rows)) / 100
+    return CapacityError.build(rank=rank, need=need, capacity=shape.capacity, enough=enough)
 
 
 def _pulls(first: np.ndarray, mine: _RankTiles, shape: PlanShape) -> tuple[np.ndarray, np.ndarray]:

@@ -33,13 +33,19 @@ def check_routing(tables: RoutingTables, spec: MoESpec) -> None:
     if not wrong.any():
         return
     rank, token, k = (int(index[0]) for index in np.nonzero(wrong))
-    where = f"of rank {rank}, token {token}, k {k}"
-    if outside[rank, token, k]:
-        rule = f"must be in [-1, {spec.num_experts})"
-        raise RoutingError(f"topk_ids {where} {rule} (got {ids[rank, token, k]})")
-    if repeated[rank, token, k]:
-        raise RoutingError(
+    raise wrong_pair(rank, token, k, ids[rank, token], weights[rank, token, k], spec)
+
+
+def wrong_pair(
+    rank: int, token: int, k: int, token_ids: np.ndarray, weight: float, spec: MoESpec
+) -> RoutingError:
+    """What is wrong with that pair, of a token with those ids [K]; something is."""
+    where, own = f"of rank {rank}, token {token}, k {k}", int(token_ids[k])
+    if not -1 <= own < spec.num_experts:
+        return RoutingError(f"topk_ids {where} must be in [-1, {spec.num_experts}) (got {own})")
+    if own >= 0 and own in token_ids[:k]:
+        return RoutingError(
             f"topk_ids {where} must be distinct within the token "
-            f"(got {ids[rank, token, k]} again in {ids[rank, token].tolist()})"
+            f"(got {own} again in {token_ids.tolist()})"
         )
-    raise RoutingError(f"topk_weights {where} must be finite (got {weights[rank, token, k]})")
+    return RoutingError(f"topk_weights {where} must be finite (got {weight})")

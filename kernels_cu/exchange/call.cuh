@@ -11,27 +11,39 @@ namespace cometrt {
 
 struct CallState {
   u32 ticket, ok;
-  long long epoch;
+};
+
+// In the host's memory: the first call that went wrong since the host last looked, which then sets
+// `epoch` to 0 again. Mirrored by call_report_dtype.
+struct CallReport {
+  u64 epoch;  // written last: then the rest is valid; 0: nothing went wrong
+  u64 stopped;
+  u64 wrong_pair, largest_need;  // as PlanParams has them
+  float wrong_weight;
+  int wrong_ids[1];  // of the pair's token, [topk]
 };
 
 struct Call {
   World world;
   Geometry g;
   int num_chunks, num_tokens, ids_are_64, weighted;
-  int chunk_columns, unused;
+  int chunk_columns, num_tile_counters;
   // Byte offsets in the heap's segments.
   u64 x_at, dy_at, ids_at, weights_at, staging_at, dweight_at, partials_at;
   // The header.
   long long operation, layer, spec_hash;
   const long long* forward_epoch;
   CallState* state;
-  // publish: what to put into the heap.
+  CallReport* report;
+  // publish: what to put into the heap; what to keep for backward: the call's epoch, and x with
+  // zeros up to max_tokens.
   const void *x, *dy, *ids;
   const float* weights;
-  // gather: all ranks' tables; the planner's errors.
-  int* all_ids;
-  float* all_weights;
-  int* all_num_tokens;
+  long long* kept_epoch;
+  void* kept_x;
+  // The planner's tables of all ranks and its errors; null in backward.
+  const int* all_ids;
+  const float* all_weights;
   const u64* errors;
   // The plan.
   const int *expert_offsets, *row_pair;
@@ -46,8 +58,8 @@ struct Call {
   const float* dweight_rows;
   float* out_dweight;
   // Fused: pieces of rows that have come, by M-tile; warps whose results are stored, by M-tile and
-  // chunk; tokens pushed, by block. Zero when a call begins.
-  u32 *tile_filled, *tile_done, *block_pushed;
+  // chunk. One behind the other, num_tile_counters in all; publish sets them to zero.
+  u32 *tile_filled, *tile_done;
 
   template <typename T>
   __device__ T* data(int rank, u64 offset) const {

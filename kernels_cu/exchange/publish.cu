@@ -1,6 +1,5 @@
 // The start of an exchange: publish, see all others do so, agree that all call the same.
-#include "comm/wait.cuh"
-#include "exchange/call.cuh"
+#include "exchange/agree.cuh"
 
 using namespace cometrt;
 
@@ -14,16 +13,43 @@ __device__ void copy_bytes(char* to, const void* from, u64 bytes) {  // a multip
   }
 }
 
+__device__ void zero_bytes(char* to, u64 bytes) {  // a multiple of 16
+  const u64 step = static_cast<u64>(gridDim.x) * blockDim.x;
+  for (u64 i = blockIdx.x * blockDim.x + threadIdx.x; i < bytes / 16; i += step) {
+    reinterpret_cast<uint4*>(to)[i] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+__device__ void write_report(const Call& c, bool stopped) {
+  volatile CallReport& report = *c.report;
+  if (report.epoch != 0) return;  // the first one stands
+  report.stopped = stopped;
+  report.wrong_pair = c.errors == nullptr ? kNoWrongPair : c.errors[0];
+  report.largest_need = c.errors == nullptr ? 0 : c.errors[1];
+  if (report.wrong_pair != kNoWrongPair) {
+    const long long pair = c.errors[0], first = pair / c.g.topk * c.g.topk;
+    report.wrong_weight = c.all_weights[pair];
+    for (int k = 0; k < c.g.topk; ++k) report.wrong_ids[k] = c.all_ids[first + k];
+  }
+  __threadfence_system();
+  report.epoch = c.world.epoch();
+}
+
 }  // namespace
 
-// Puts x, dy, ids and weights into the heap, clears dweight; the last block to finish writes this
-// rank's header on every rank and releases source_ready. Acquired by `gather`.
+// Puts x, dy, ids and weights into the heap, clears what the call counts up; the last block to
+// finish writes this rank's header on every rank and releases source_ready. Acquired by `prepare`
+// (forward) and `agree` (backward).
 extern "C" __global__ void publish(const __grid_constant__ Call c) {
   const int me = c.world.rank, first = blockIdx.x * blockDim.x + threadIdx.x;
   const u64 epoch = c.world.epoch() + 1, parity = epoch & 1;
-  const u64 row_bytes = 2ull * c.g.hidden;
-  copy_bytes(c.data<char>(me, c.x_at), c.x, c.num_tokens * row_bytes);
-  copy_bytes(c.data<char>(me, c.dy_at), c.dy, c.num_tokens * row_bytes);
+  const u64 row_bytes = 2ull * c.g.hidden, bytes = c.num_tokens * row_bytes;
+  copy_bytes(c.data<char>(me, c.x_at), c.x, bytes);
+  copy_bytes(c.data<char>(me, c.dy_at), c.dy, bytes);
+  if (c.kept_x != nullptr) {
+    copy_bytes(static_cast<char*>(c.kept_x), c.x, bytes);
+    zero_bytes(static_cast<char*>(c.kept_x) + bytes, (c.g.max_tokens - c.num_tokens) * row_bytes);
+  }
   const int pairs = c.num_tokens * c.g.topk, all_pairs = c.g.max_tokens * c.g.topk;
   const int step = gridDim.x * blockDim.x;
   if (c.ids != nullptr) {
@@ -44,6 +70,7 @@ extern "C" __global__ void publish(const __grid_constant__ Call c) {
       dweight[static_cast<long long>(i / pairs) * all_pairs + i % pairs] = 0;
     }
   }
+  for (int i = first; i < c.num_tile_counters; i += step) c.tile_filled[i] = 0;
   __syncthreads();
   if (threadIdx.x != 0) return;
   __threadfence();
@@ -60,62 +87,29 @@ extern "C" __global__ void publish(const __grid_constant__ Call c) {
     c.world.control[peer]->header[parity][me] = header;
   }
   c.world.control[me]->epoch = epoch;
-  c.state->epoch = epoch;
+  if (c.kept_epoch != nullptr) *c.kept_epoch = epoch;
   c.state->ticket = 0;
+  c.state->ok = 0;
   for (int d = 0; d < c.world.size; ++d) {
     const int peer = (me + d) % c.world.size;
     store_release_sys(&c.world.control[peer]->source_ready[me], epoch);
   }
 }
 
-// Block s waits for source s and takes its tables. Acquires source_ready.
-extern "C" __global__ void gather(const __grid_constant__ Call c) {
-  __shared__ int tokens;
-  const int s = blockIdx.x;
-  const u64 epoch = c.world.epoch(), parity = epoch & 1;
-  if (threadIdx.x == 0) {
-    const u64* flag = &c.world.own().source_ready[s];
-    const bool ok = wait_until(c.world, {kSourceReady, s, -1, -1}, epoch, epoch,
-                               [&] { return load_acquire_sys(flag); });
-    const long long found = c.world.own().header[parity][s].num_tokens;
-    const bool sane = ok && found >= 0 && found <= c.g.max_tokens;
-    tokens = sane ? static_cast<int>(found) : 0;
-    if (c.all_num_tokens != nullptr) c.all_num_tokens[s] = tokens;
-  }
+// One block: wait for all ranks, and see whether all call the same. Acquires source_ready.
+extern "C" __global__ void agree(const __grid_constant__ Call c) {
+  for (int s = threadIdx.x; s < c.world.size; s += blockDim.x) wait_source(c, s);
   __syncthreads();
-  if (c.all_ids == nullptr) return;
-  const int all_pairs = c.g.max_tokens * c.g.topk;
-  const int* ids = c.data<int>(s, c.ids_at) + parity * all_pairs;
-  const float* weights = c.data<float>(s, c.weights_at) + parity * all_pairs;
-  for (int i = threadIdx.x; i < tokens * c.g.topk; i += blockDim.x) {
-    c.all_ids[static_cast<long long>(s) * all_pairs + i] = ids[i];
-    c.all_weights[static_cast<long long>(s) * all_pairs + i] = weights[i];
-  }
+  if (threadIdx.x == 0) c.state->ok = all_agree(c);
 }
 
-// One thread: do all ranks call the same, and has the planner found nothing wrong?
-extern "C" __global__ void verdict(const __grid_constant__ Call c) {
-  const u64 parity = c.world.epoch() & 1;
-  bool same = true;
-  const Header mine = c.world.own().header[parity][c.world.rank];
+// The end of an exchange: results of a call that failed, or of a world that stopped, are NaN, and
+// the host is told.
+extern "C" __global__ void finish(const __grid_constant__ Call c) {
   const bool stopped = c.world.stopped();
-  for (int s = 0; s < c.world.size; ++s) {
-    const Header& other = c.world.own().header[parity][s];
-    same &= other.epoch == mine.epoch && other.operation == mine.operation &&
-            other.layer == mine.layer && other.spec_hash == mine.spec_hash &&
-            other.forward_epoch == mine.forward_epoch;
-  }
-  if (!same && !stopped) {
-    stop_world(c.world, kMismatch, {kSourceReady, -1, -1, -1}, mine.epoch, 0, 0);
-  }
-  const bool planned = c.errors == nullptr || (c.errors[0] == ~0ull && c.errors[1] == 0);
-  c.state->ok = same && !stopped && planned;
-}
-
-// The end of an exchange: results of a call that failed, or of a world that stopped, are NaN.
-extern "C" __global__ void poison(const __grid_constant__ Call c) {
-  if (c.state->ok && !c.world.stopped()) return;
+  if (c.state->ok && !stopped) return;
   const long long first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
+  if (first == 0) write_report(c, stopped);
   const long long values = static_cast<long long>(c.num_tokens) * c.g.hidden;
   const __nv_bfloat16 nan = __float2bfloat16(__int_as_float(0x7fffffff));
   for (long long i = first; i < values; i += step) c.out[i] = nan;

@@ -2,7 +2,7 @@
 // launch has the whole partition; the fused kernels do the same in their comm role.
 #include "comm/pacing.cuh"
 #include "comm/wait.cuh"
-#include "exchange/call.cuh"
+#include "exchange/pads.cuh"
 #include "exchange/sums.cuh"
 #include "hopper/bulk.cuh"
 
@@ -12,16 +12,6 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kPullWarps = 4;
-
-// Warp `index` of `count`: rows that are padding become zero.
-__device__ inline void zero_pad_rows(const Call& c, int index, int count) {
-  const int num_rows = c.expert_offsets[c.g.local_experts];
-  for (int row = index; row < num_rows; row += count) {
-    if (c.row_pair[row] >= 0) continue;
-    uint4* to = reinterpret_cast<uint4*>(c.rows + static_cast<long long>(row) * c.g.hidden);
-    for (int i = threadIdx.x % 32; i < c.g.hidden / 8; i += 32) to[i] = make_uint4(0, 0, 0, 0);
-  }
-}
 
 // A token's rows on this rank in the order of k; `column` of 8.
 __device__ inline void add_local_rows(const Call& c, long long token, int column, float (&sum)[8]) {
@@ -93,12 +83,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   }
   zero_pad_rows(c, blockIdx.x * (kWarps - kPullWarps) + warp - kPullWarps,
                 gridDim.x * (kWarps - kPullWarps));
-}
-
-// What `dispatch` does besides pulling: layer0's movers do the rest.
-extern "C" __global__ void __launch_bounds__(kThreads) zero_pads(const __grid_constant__ Call c) {
-  if (!c.state->ok) return;
-  zero_pad_rows(c, blockIdx.x * kWarps + threadIdx.x / 32, gridDim.x * kWarps);
 }
 
 // A block of threads a block of tokens: partial rows to the home's staging, then the release of

@@ -1,11 +1,16 @@
 // The device planner: the tables of cometrt/plan/reference.py, bit for bit, in one launch and
-// without a host synchronisation. Read the phases in order; each says what it adds.
+// without a host synchronisation. Read the phases in order; each says what it adds. `prepare` is
+// all of a forward that comes before layer0: it also waits for all ranks, takes their routing, and
+// orders both GEMMs' tiles.
 //
 // A segment (c, s, p) is the rows of source s in the p-th tile of rank c's layer0 order. Rows of
 // one expert and source lie in token order, so a segment is a stretch of the sorted pairs of
 // (s, expert), and every rank can find the segments of every other from pair counts alone.
-#include "common/scan.cuh"
+#include "comm/pacing.cuh"
+#include "exchange/agree.cuh"
+#include "exchange/pads.cuh"
 #include "plan/plan.cuh"
+#include "schedule/turns.cuh"
 
 using namespace cometrt;
 
@@ -101,16 +106,45 @@ __device__ void clear(const PlanParams& p) {
   if (first == 0) *p.first_wrong_pair = ~0ull, *p.largest_need = 0;
 }
 
-// 1. Checks ids and weights; counts pairs by (source, chunk of tokens, expert); each pair's index
-// among its chunk's pairs of its expert. A block a (chunk, source); members [num_experts, 4]: which
-// tokens of the chunk chose it.
-__device__ void count_pairs(const PlanParams& p, int chunk_idx, int source, u32* members) {
+// 1. The source's ids and weights of a chunk of tokens, from its heap into this rank's tables.
+// Returns its number of tokens. A block a (chunk, source). Acquires source_ready.
+__device__ int take_routing(const Call& c, const Pace& pace, const PlanParams& p, int chunk_idx,
+                            int source) {
+  __shared__ int shared_tokens;
+  __shared__ u64 crossed_ns;
+  const int first = chunk_idx * kChunk;
+  if (threadIdx.x == 0) {
+    const int tokens = shared_tokens = wait_source(c, source);
+    if (chunk_idx == 0) p.num_tokens[source] = tokens;
+    const int here = max(0, min(kChunk, tokens - first));
+    crossed_ns = source == c.world.rank ? 0 : reserve_link(pace, 8ull * here * p.g.topk);
+  }
+  __syncthreads();
+  const int tokens = shared_tokens, all_pairs = p.g.max_tokens * p.g.topk;
+  const long long parity_at = (c.world.epoch() & 1) * all_pairs, to = 1ll * source * all_pairs;
+  const int* ids = c.data<int>(source, c.ids_at) + parity_at;
+  const float* weights = c.data<float>(source, c.weights_at) + parity_at;
+  const int end = min(tokens, first + kChunk) * p.g.topk;
+  for (int i = first * p.g.topk + threadIdx.x; i < end; i += kChunk) {
+    p.ids[to + i] = ids[i];
+    p.weights[to + i] = weights[i];
+  }
+  if (threadIdx.x == 0 && crossed_ns != 0) wait_crossed(crossed_ns);
+  __syncthreads();
+  return tokens;
+}
+
+// 2. Checks ids and weights; counts pairs by (source, chunk of tokens, expert); each pair's index
+// among its chunk's pairs of its expert. A block a (chunk, source), which has `tokens`; members
+// [num_experts, 4]: which tokens of the chunk chose it.
+__device__ void count_pairs(const PlanParams& p, int chunk_idx, int source, int tokens,
+                            u32* members) {
   const int thread = threadIdx.x;
   for (int i = thread; i < 4 * p.g.num_experts; i += kChunk) members[i] = 0;
   __syncthreads();
   const int token = chunk_idx * kChunk + thread;
   const long long first_pair = (static_cast<long long>(source) * p.g.max_tokens + token) * p.g.topk;
-  const bool used = token < p.num_tokens[source];
+  const bool used = token < tokens;
   u64 groups = 0;
   for (int k = 0; k < p.g.topk && token < p.g.max_tokens; ++k) {
     const int id = used ? p.ids[first_pair + k] : -1;
@@ -144,7 +178,7 @@ __device__ void count_pairs(const PlanParams& p, int chunk_idx, int source, u32*
   }
 }
 
-// 2. Sums chunk counts up, in place; counts [size, num_experts] and where each (source, expert)
+// 3. Sums chunk counts up, in place; counts [size, num_experts] and where each (source, expert)
 // starts in the source's sorted pairs. A block a source.
 __device__ void sum_chunks(const PlanParams& p, int source, int* warps) {
   const int chunks = num_chunks(p);
@@ -171,7 +205,7 @@ __device__ void sum_chunks(const PlanParams& p, int source, int* warps) {
   }
 }
 
-// 3. The tiles of every rank, a block each; this rank's also writes its tables.
+// 4. The tiles of every rank, a block each; this rank's also writes its tables.
 __device__ void make_tiles(const PlanParams& p, int c, int* warps) {
   const RankTiles tiles(p, c);
   const int experts = p.g.local_experts;
@@ -237,7 +271,7 @@ __device__ void make_tiles(const PlanParams& p, int c, int* warps) {
   }
 }
 
-// 4. Each pair's place among all pairs of its (source, expert), the sorted pairs, and the rows
+// 5. Each pair's place among all pairs of its (source, expert), the sorted pairs, and the rows
 // of this rank. A block a (chunk, source).
 __device__ void place_rows(const PlanParams& p, int chunk_idx, int source) {
   const int token = chunk_idx * kChunk + threadIdx.x;
@@ -263,7 +297,7 @@ __device__ void place_rows(const PlanParams& p, int chunk_idx, int source) {
   }
 }
 
-// 5. Tokens of each segment whose first tile it is: on this rank for all sources, and of this
+// 6. Tokens of each segment whose first tile it is: on this rank for all sources, and of this
 // source on all ranks. A block a (position, column).
 __device__ void count_segments(const PlanParams& p, int position, int j) {
   int c, s, expert, begin, end, count = 0;
@@ -281,7 +315,7 @@ __device__ void count_segments(const PlanParams& p, int position, int j) {
   if (threadIdx.x == 0) p.segment_counts[j * p.g.max_tiles + position] = count;
 }
 
-// 6. Sums along the orders: pulls forwards over all sources, sends and slots backwards for each
+// 7. Sums along the orders: pulls forwards over all sources, sends and slots backwards for each
 // home. A block a column; j = -1 for pulls.
 __device__ void sum_segments(const PlanParams& p, int j, int* warps) {
   const int size = p.g.size, max_tiles = p.g.max_tiles;
@@ -337,7 +371,7 @@ __device__ void sum_segments(const PlanParams& p, int j, int* warps) {
   p.num_blocks[0] = blocks;
 }
 
-// 7. Puts each token of a segment in its place: pulls and sends of this rank, slots of this home.
+// 8. Puts each token of a segment in its place: pulls and sends of this rank, slots of this home.
 // A block a (position, column).
 __device__ void place_tokens(const PlanParams& p, int position, int j, int* warps) {
   const int max_tiles = p.g.max_tiles;
@@ -382,7 +416,7 @@ __device__ void place_tokens(const PlanParams& p, int position, int j, int* warp
   }
 }
 
-// 8. Orders the blocks by (when layer1 finishes them, distance of the home, block).
+// 9. Orders the blocks by (when layer1 finishes them, distance of the home, block).
 // A thread a possible block.
 __device__ void order_pushes(const PlanParams& p, int item) {
   const int count = p.g.size * p.g.blocks_per_home;
@@ -420,37 +454,92 @@ __device__ void by_block(int count, F f) {
   }
 }
 
+// All phases up to the tables. `routing(chunk, source)` returns the source's tokens, when its ids
+// and weights are there; `verdict()`, by one thread, may take note of the errors that were found.
+// Returns whether there are tables: those of a call that is wrong are not filled, and nothing reads
+// them.
+template <typename Routing, typename Verdict>
+__device__ bool make_plan(const PlanParams& p, u32* members, int* warps, u32* upto, Routing routing,
+                          Verdict verdict) {
+  const int size = p.g.size, chunks = num_chunks(p), tiles = p.g.max_tiles;
+  clear(p);
+  meet(p.arrivals, upto);
+  by_block(chunks * size, [&](int i) {
+    const int chunk = i / size,
+              source = (p.g.rank + i) % size;  // ranks read from each other evenly
+    count_pairs(p, chunk, source, routing(chunk, source), members);
+  });
+  meet(p.arrivals, upto);
+  by_block(size, [&](int i) { sum_chunks(p, i, warps); });
+  meet(p.arrivals, upto);
+  by_block(size, [&](int i) { make_tiles(p, i, warps); });
+  meet(p.arrivals, upto);
+  if (blockIdx.x == 0 && threadIdx.x == 0) verdict();
+  if (*p.first_wrong_pair != kNoWrongPair || *p.largest_need != 0) return false;
+  by_block(chunks * size, [&](int i) { place_rows(p, i % chunks, i / chunks); });
+  meet(p.arrivals, upto);
+  by_block(tiles * 2 * size, [&](int i) { count_segments(p, i % tiles, i / tiles); });
+  meet(p.arrivals, upto);
+  by_block(1 + 2 * size, [&](int i) { sum_segments(p, i - 1, warps); });
+  meet(p.arrivals, upto);
+  by_block(tiles * 2 * size, [&](int i) { place_tokens(p, i % tiles, i / tiles, warps); });
+  meet(p.arrivals, upto);
+  const int items = size * p.g.blocks_per_home;
+  for (int i = blockIdx.x * kChunk + threadIdx.x; i < items; i += gridDim.x * kChunk) {
+    order_pushes(p, i);
+  }
+  return true;
+}
+
+// The last block sets the meetings' counter back.
+__device__ void leave(const PlanParams& p, u32 upto) {
+  __syncthreads();
+  if (threadIdx.x == 0 && atomicAdd(p.arrivals, 1) == upto + gridDim.x - 1) *p.arrivals = 0;
+}
+
 }  // namespace
 
-// Grid: as many blocks as are resident. Dynamic shared memory: 16 bytes an expert.
+// The plan alone, from tables that are there. Grids of both kernels: as many blocks as are
+// resident. Dynamic shared memory: 16 bytes an expert.
 extern "C" __global__ void __launch_bounds__(kChunk, 8) plan(const __grid_constant__ PlanParams p) {
   extern __shared__ u32 members[];
   __shared__ int warps[kChunk / 32];
   u32 upto = 0;
-  const int size = p.g.size, chunks = num_chunks(p), tiles = p.g.max_tiles;
-  clear(p);
-  meet(p.arrivals, &upto);
-  by_block(chunks * size, [&](int i) { count_pairs(p, i % chunks, i / chunks, members); });
-  meet(p.arrivals, &upto);
-  by_block(size, [&](int i) { sum_chunks(p, i, warps); });
-  meet(p.arrivals, &upto);
-  by_block(size, [&](int i) { make_tiles(p, i, warps); });
-  meet(p.arrivals, &upto);
-  // The tables of a call that is wrong are not filled, and nothing reads them.
-  if (*p.first_wrong_pair == ~0ull && *p.largest_need == 0) {
-    by_block(chunks * size, [&](int i) { place_rows(p, i % chunks, i / chunks); });
-    meet(p.arrivals, &upto);
-    by_block(tiles * 2 * size, [&](int i) { count_segments(p, i % tiles, i / tiles); });
-    meet(p.arrivals, &upto);
-    by_block(1 + 2 * size, [&](int i) { sum_segments(p, i - 1, warps); });
-    meet(p.arrivals, &upto);
-    by_block(tiles * 2 * size, [&](int i) { place_tokens(p, i % tiles, i / tiles, warps); });
-    meet(p.arrivals, &upto);
-    const int items = size * p.g.blocks_per_home;
-    for (int i = blockIdx.x * kChunk + threadIdx.x; i < items; i += gridDim.x * kChunk) {
-      order_pushes(p, i);
-    }
+  make_plan(p, members, warps, &upto, [&](int, int source) { return p.num_tokens[source]; }, [] {});
+  leave(p, upto);
+}
+
+// The plan of a forward, and what follows from it: the verdict, the turns of both GEMMs (their
+// tables are the plan's), and pads of c.rows where layer0 fills them. The grid is even.
+extern "C" __global__ void __launch_bounds__(kChunk, 8)
+    prepare(const __grid_constant__ Call c, const __grid_constant__ PlanParams p,
+            const __grid_constant__ TurnsParams up, const __grid_constant__ TurnsParams down,
+            const __grid_constant__ Pace pace) {
+  extern __shared__ u32 members[];
+  __shared__ int warps[kChunk / 32];
+  u32 upto = 0;
+  const auto routing = [&](int chunk, int source) {
+    return take_routing(c, pace, p, chunk, source);
+  };
+  const auto verdict = [&] {
+    const bool planned = *p.first_wrong_pair == kNoWrongPair && *p.largest_need == 0;
+    c.state->ok = all_agree(c) && planned;
+  };
+  const bool planned = make_plan(p, members, warps, &upto, routing, verdict);
+  // Turns need nothing that was made after the last meeting, and a verdict that was given before.
+  const int half = gridDim.x / 2, block = blockIdx.x;
+  if (up.items != nullptr) {
+    TurnsParams turns = block < half ? up : down;
+    turns.tile_order = p.tile_order;
+    turns.num_tiles = p.out_num_tiles;
+    turns.tile_expert = p.tile_expert;
+    turns.expert_offsets = p.expert_offsets;
+    turns.expert_rows = p.expert_rows;
+    turns.ok = &c.state->ok;
+    write_turns(turns, block % half, half, warps);
   }
-  __syncthreads();
-  if (threadIdx.x == 0 && atomicAdd(p.arrivals, 1) == upto + gridDim.x - 1) *p.arrivals = 0;
+  if (planned && c.tile_filled != nullptr) {
+    zero_pad_rows(c, block * kChunk / 32 + threadIdx.x / 32, gridDim.x * kChunk / 32);
+  }
+  leave(p, upto);
 }

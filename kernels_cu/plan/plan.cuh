@@ -7,10 +7,10 @@ namespace cometrt {
 
 struct PlanParams {
   Geometry g;
-  // All ranks' tables: [size, max_tokens, topk] and [size].
-  const int* ids;
-  const float* weights;
-  const int* num_tokens;
+  // All ranks' tables: [size, max_tokens, topk] and [size]; `prepare` fills them.
+  int* ids;
+  float* weights;
+  int* num_tokens;
   // Scratch. chunk_counts [size, chunks, num_experts]; counts, list_start [size, num_experts];
   // token_counts [size, ep]; pair_index, pair_list [size, max_tokens, topk];
   // rank_upto, rank_position [size, size, local_experts]; rank_first_tile [size, local_experts];

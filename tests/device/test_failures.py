@@ -65,6 +65,8 @@ def test_wrong_routing_is_told_later_and_the_layer_goes_on(token, value, message
 
 @pytest.mark.parametrize("gemm", ["engine", "cublas"])
 def test_too_many_rows_are_told_by_the_next_call(gemm):
+    import cupy
+
     inputs = make_inputs(CASE)
     config = dataclasses.replace(CASE, gemm=gemm).config
     # Room for three tiles of 128 or 16 rows, or not many more; each rank has four experts.
@@ -75,6 +77,7 @@ def test_too_many_rows_are_told_by_the_next_call(gemm):
         rank = Rank(world, inputs, spec, config, mode)
         y, _ = rank.forward()
         kept = rank.x.copy()
+        cupy.cuda.get_current_stream().synchronize()  # the device has come so far
         with pytest.raises(cometrt.CapacityError, match="capacity_factor"):
             rank.forward(out=kept)
         assert np.isnan(on_host(y).astype(np.float32)).all()
@@ -115,10 +118,9 @@ def test_an_absent_rank_gives_a_timeout_and_the_process_goes_on():
         if world.rank == 3:
             time.sleep(2.5)
         else:
-            rank.forward()
-            with pytest.raises(cometrt.PeerTimeout) as error:
-                rank.layer.synchronize()
-            assert error.value.peer == 3
+            error = caught(rank.forward)  # hosts of ranks that share a GPU meet
+            assert isinstance(error, cometrt.PeerTimeout)
+            assert error.peer == 3
         world.timeout_sec = 10.0
         world.reset()
         return rank.step()

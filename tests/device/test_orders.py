@@ -69,8 +69,8 @@ def test_any_order_with_a_slow_rank(ranks, routings, order, save):
 
 
 def test_calls_on_different_streams_follow_each_other():
-    # Two layers: one layer's next call waits on the host anyway. The first call is held up before
-    # it pushes; the second, on another stream, must not publish its epoch before that.
+    # The first call is held up before it pushes; the second, of another layer on another stream,
+    # must not publish its epoch before that.
     case = Case((2, 1), mode="sequential", gemm="engine")
     batches = batches_of(case, 2, ("uniform", "skewed"))
 

@@ -1,0 +1,94 @@
+"""The record that all kernels of a call take: what is the same in every call of a layer, and what
+is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cometrt.cuda.report import OPERATIONS
+from cometrt.heap import SymmetricHeap
+from cometrt.kernels.params import (
+    CALL_TABLES,
+    HEAP_OFFSETS,
+    Record,
+    call_dtype,
+    geometry_record,
+)
+from cometrt.plan import PlanShape
+from cometrt.world import World
+from cometrt.world.layout import world_dtype
+
+_FIRST_OF_CALL = "forward_epoch"  # from here on all is of one call, but for _KEPT
+_KEPT = ("state", "report")
+_TABLES = slice(*(Record(call_dtype).place(CALL_TABLES[i]) + (i != 0) for i in (0, -1)))
+_WORDS = {
+    name: Record(call_dtype).place(name)
+    for name in call_dtype.names or ()
+    if call_dtype.fields[name][0].itemsize == 8  # type: ignore[index]
+}
+
+
+class Calls:
+    """One layer's call record, used again in every call."""
+
+    def __init__(self, world: World, shape: PlanShape, heap: SymmetricHeap, layer: int) -> None:
+        self._world, self._shape, self._heap, self._layer = world, shape, heap, layer
+        self._filled_for: tuple[Any, ...] = ()
+        self.record = Record(call_dtype)
+        first = _WORDS[_FIRST_OF_CALL]
+        kept = {_WORDS[name] for name in _KEPT}
+        self._of_call = [i for i in range(first, len(self.record.words)) if i not in kept]
+
+    def begin(self, operation: str, num_tokens: int, state: int, report: int) -> Record:
+        """The record of a new call: no pointer but these is set. Valid until the next `begin`."""
+        record = self.record
+        world = self._world
+        state_of_world = (
+            world.generation,
+            world.timeout_sec,
+            world.segment("data", world.rank),  # another layer may have made them grow
+            world.segment("flags", world.rank),
+        )
+        if self._filled_for != state_of_world:
+            self._fill()
+            self._filled_for = state_of_world
+        record.words[self._of_call] = 0
+        fields = record.fields
+        fields["num_tokens"] = num_tokens
+        fields["operation"] = OPERATIONS.index(operation)
+        fields["num_tile_counters"] = 0
+        set_words(record, state=state, report=report)
+        return record
+
+    def _fill(self) -> None:
+        """What the world and the layer are."""
+        world, shape, call = self._world, self._shape, self.record.fields
+        record = np.zeros(1, world_dtype)
+        assert world.gpu is not None
+        for peer in range(world.size):
+            record["control"][0, peer] = world.gpu.control[peer]
+            record["data"][0, peer] = world.segment("data", peer)
+            record["flags"][0, peer] = world.segment("flags", peer)
+        record["generation"] = world.generation
+        record["timeout_ns"] = round(world.timeout_sec * 1e9)
+        record["rank"], record["size"] = world.rank, world.size
+        call["world"], call["g"] = record, geometry_record(shape)
+        call["num_chunks"] = self._heap.table["partials_ready"].shape[-1]
+        call["chunk_columns"] = shape.config.chunks(shape.geometry.spec.hidden)[0][1]
+        for field, name in HEAP_OFFSETS.items():
+            call[field] = self._heap.table[name].offset
+        call["layer"], call["spec_hash"] = self._layer, shape.geometry.spec.digest()
+
+
+def set_words(record: Record, **values: int) -> None:
+    """8-byte fields of a call's record."""
+    words = record.words
+    for name, value in values.items():
+        words[_WORDS[name]] = value
+
+
+def set_tables(record: Record, addresses: Any) -> None:
+    """Of the plan: see `DevicePlanner.call_tables`."""
+    record.words[_TABLES] = addresses
