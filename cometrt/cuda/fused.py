@@ -21,7 +21,9 @@ from cometrt.kernels.params import Record
 from cometrt.plan import PlanShape
 from cometrt.plan.turns import BLOCK_N, column_tiles
 
-_LAYER0_BYTES = SHARED_BYTES + 6 * 4096 + 6 * 8  # sizeof(Memory) of fused/layer0.cu
+# sizeof(Memory) of fused/layer0.cu and fused/layer1.cu
+_LAYER0_BYTES = SHARED_BYTES + 6 * 4096 + 6 * 8
+_LAYER1_BYTES = SHARED_BYTES + 2 * 12472
 
 
 class FusedForward:
@@ -57,7 +59,7 @@ class FusedForward:
             (self._layer0[z],) = load_kernels("fused/layer0.cu", "layer0", defines=defines)
             self._layer0[z].allow_shared(_LAYER0_BYTES)
         (self._layer1,) = load_kernels("fused/layer1.cu", "layer1")
-        self._layer1.allow_shared(SHARED_BYTES)
+        self._layer1.allow_shared(_LAYER1_BYTES)
         self.tile_counters = cp.zeros(shape.max_tiles * (1 + num_chunks), cp.uint32)
         self.tile_done = self.tile_counters[shape.max_tiles :]
         self._pull_pace, self._push_pace = pull_pace, push_pace
@@ -73,7 +75,7 @@ class FusedForward:
     def layer1(self, call: Record, a: Any, w_down: Any, o: Any) -> None:
         """Multiply, push partial rows, and add up at home: waits for peers."""
         arguments = gemm_arguments(self._down_params, a, w_down, o, None, gated=False)
-        self._launch(self._layer1, call, arguments, self._push_pace, SHARED_BYTES)
+        self._launch(self._layer1, call, arguments, self._push_pace, _LAYER1_BYTES)
 
     def _launch(
         self, kernel: Any, call: Record, gemm: tuple[Any, ...], pace: Record, shared_bytes: int

@@ -25,7 +25,7 @@ from cometrt.plan.tables import plan_table_shapes
 from cometrt.world.partitions import num_sms
 
 _CHUNK = 128  # kChunk of plan.cu
-_BLOCKS_PER_SM = 8  # of those that are resident at once
+_BLOCKS_PER_SM = 6  # of those that are resident at once
 _ALIGNMENT = 64  # words of a table: a bulk copy's, and a cache line's
 
 
@@ -62,10 +62,12 @@ class DevicePlanner:
             "rank_first_tile": size * experts,
             "rank_num_tiles": size,
             "rank_order": size * shape.max_tiles,
+            "rank_tile_position": size * shape.max_tiles,
             "segment_counts": 2 * size * shape.max_tiles,
             "segment_before": 2 * size * shape.max_tiles,
             "column_tokens": 2 * size,
             "block_position": size * shape.blocks_per_home,
+            "first_position": 2 * shape.global_tokens,
         }
         self._scratch = {name: cp.empty(lengths[name], cp.int32) for name in PLAN_SCRATCH}
         self._arrivals = cp.zeros(1, cp.uint32)

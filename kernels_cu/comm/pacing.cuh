@@ -15,14 +15,8 @@ struct Pace {
 __device__ inline u64 reserve_link(const Pace& pace, u64 bytes) {
   if (pace.free_at_ns == nullptr || bytes == 0) return 0;
   const u64 cost_ns = bytes * pace.femtoseconds_per_byte / 1000000;
-  u64 seen = *reinterpret_cast<volatile u64*>(pace.free_at_ns);
-  while (true) {
-    const u64 now = global_timer_ns();
-    const u64 free_at = (seen > now ? seen : now) + cost_ns;
-    const u64 before = atomicCAS(pace.free_at_ns, seen, free_at);
-    if (before == seen) return free_at + pace.latency_ns;
-    seen = before;
-  }
+  atomicMax(pace.free_at_ns, global_timer_ns());
+  return atomicAdd(pace.free_at_ns, cost_ns) + cost_ns + pace.latency_ns;
 }
 
 // Between the end of the copy and the release of its flag.

@@ -46,6 +46,7 @@ __device__ inline bool wait_until(const World& world, Wanted wanted, u64 epoch, 
   for (u32 polls = 1;; ++polls) {
     found = load();
     if (found >= expected) return true;
+    __nanosleep(polls < 8 ? 0 : 50);  // leaves the memory to those who work
     if (polls % 64 == 0) {
       if (world.stopped()) return false;
       if (global_timer_ns() > deadline) {

@@ -57,7 +57,7 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
   }
   cluster_barrier();
   if (warp < 4) {
-    give_registers<40>();
+    give_registers<56>();
     const int lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
       const RowsArrive hooks{c};
@@ -67,12 +67,12 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
     } else if (warp >= 2 && lane < kSlotsOfWarp && static_cast<int>(blockIdx.x) < num_comm &&
                c.state->ok) {
       const int slot = (warp - 2) * kSlotsOfWarp + lane;
-      pull_rows(c, pace, all.movers.bytes[slot], &all.movers.full[slot],
-                static_cast<int>(blockIdx.x) * kMoverSlots + slot, num_comm * kMoverSlots);
+      Puller puller(c, pace, all.movers.bytes[slot], &all.movers.full[slot]);
+      puller.run(static_cast<int>(blockIdx.x) * kMoverSlots + slot, num_comm * kMoverSlots);
     }
     __syncwarp();
   } else {
-    take_registers<232>();
+    take_registers<224>();
     const NoHooks hooks;
     Epilogue<ACTIVATION, WRITE_Z, NoHooks> epilogue(shared, p, warp - 4, hooks);
     consume(shared, p, warp / 4 - 1, epilogue);

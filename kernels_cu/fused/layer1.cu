@@ -10,6 +10,12 @@ using namespace cometrt;
 
 namespace {
 
+struct Memory {
+  Shared gemm;
+  SumSlots sums[kMoverWarps];
+};
+static_assert(sizeof(Memory) <= 227 * 1024, "shared memory of an SM");
+
 // A warp's results of a tile are stored. Releases tile_done.
 struct TilesEnd {
   static constexpr bool kTells = true;
@@ -32,11 +38,16 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
            const __grid_constant__ TensorMap b_map, const __grid_constant__ Pace pace,
            const __grid_constant__ int num_comm) {
   extern __shared__ __align__(1024) char memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  Memory& all = *reinterpret_cast<Memory*>(memory);
+  Shared& shared = all.gemm;
   const u32 cta = cluster_cta();
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
   if (threadIdx.x == 0) {
     init_barriers(shared);
+    for (SumSlots& sums : all.sums) {
+      for (u64& full : sums.full) mbarrier_init(&full, 1);
+      sums.pushed = nullptr;
+    }
     mbarrier_init_fence();
   }
   cluster_barrier();
@@ -48,8 +59,9 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
     } else if (threadIdx.x == 32 && cta == 0) {
       deal_turns(shared, p);
     } else if (warp >= 2 && static_cast<int>(blockIdx.x) < num_comm && c.state->ok) {
-      Combine combine(c, pace);
-      combine.run(static_cast<int>(blockIdx.x) * 2 + warp - 2, num_comm * 2);
+      const int mover = warp - 2;
+      Combine combine(c, pace, all.sums[mover]);
+      combine.run(static_cast<int>(blockIdx.x) * kMoverWarps + mover, num_comm * kMoverWarps);
     }
     __syncwarp();
   } else {

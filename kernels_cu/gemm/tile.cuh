@@ -19,6 +19,7 @@ constexpr int kStages = 4, kClusterSize = 2;
 constexpr int kThreads = 128 * (1 + kWarpgroups);  // the first warpgroup loads
 constexpr int kSlabRows = 8, kSlabColumns = 64;
 constexpr int kTurnsAhead = 2;
+constexpr int kMoverWarps = 2;  // of the first warpgroup, in the fused kernels: they move rows
 
 enum Sharing : u16 { kSharesNothing, kSharesA, kSharesB };
 

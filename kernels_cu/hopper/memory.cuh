@@ -31,6 +31,11 @@ __device__ inline void add_release_gpu(u32* flag, u32 value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 
+// After a fence.
+__device__ inline void add_relaxed_gpu(u32* flag, u32 value) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
 __device__ inline void store_release_sys(u64* flag, u64 value) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 }
@@ -38,6 +43,8 @@ __device__ inline void store_release_sys(u64* flag, u64 value) {
 __device__ inline void max_release_sys(u64* flag, u64 value) {
   asm volatile("red.release.sys.global.max.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 }
+
+__device__ inline void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 __device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 

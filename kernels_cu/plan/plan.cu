@@ -55,6 +55,11 @@ struct RankTiles {
   __device__ int row(int source, int expert, int pair_index) const {
     return before(ring_distance(p.g, c, source), expert) + pair_index;
   }
+  // Place in layer0's order of the tile that holds a row of the expert.
+  __device__ int position_of_row(int expert, int row) const {
+    const int tile = p.rank_first_tile[c * p.g.local_experts + expert] + row / p.g.block_m;
+    return p.rank_tile_position[static_cast<long long>(c) * p.g.max_tiles + tile];
+  }
   // Place of the first tile that needs the token, or kNever.
   __device__ u32 first_position(int source, long long token) const {
     u32 first = kNever;
@@ -62,8 +67,8 @@ struct RankTiles {
       const long long pair = token * p.g.topk + k;
       const int expert = p.ids[pair] - first_expert;
       if (p.pair_index[pair] < 0 || expert < 0 || expert >= p.g.local_experts) continue;
-      const int index = row(source, expert, p.pair_index[pair]) / p.g.block_m;
-      first = min(first, static_cast<u32>(position(expert, index, tile_distance(expert, index))));
+      const int own_row = row(source, expert, p.pair_index[pair]);
+      first = min(first, static_cast<u32>(position_of_row(expert, own_row)));
     }
     return first;
   }
@@ -188,11 +193,17 @@ __device__ void sum_chunks(const PlanParams& p, int source, int* warps) {
     const int e = first + threadIdx.x;
     int sum = 0;
     if (e < p.g.num_experts) {
-#pragma unroll 8
-      for (int chunk = 0; chunk < chunks; ++chunk) {
-        const int here = counts[chunk * p.g.num_experts + e];
-        counts[chunk * p.g.num_experts + e] = sum;
-        sum += here;
+      for (int chunk = 0; chunk < chunks; chunk += 8) {
+        int here[8];  // loads together, before the stores
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          here[i] = chunk + i < chunks ? counts[(chunk + i) * p.g.num_experts + e] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if (chunk + i < chunks) counts[(chunk + i) * p.g.num_experts + e] = sum;
+          sum += here[i];
+        }
       }
     }
     int total;
@@ -247,13 +258,15 @@ __device__ void make_tiles(const PlanParams& p, int c, int* warps) {
   __syncthreads();
   if (num_tiles > p.g.max_tiles) return;
   const bool mine = c == p.g.rank;
-  for (int e = 0; e < experts; ++e) {
-    for (int index = threadIdx.x; index < tiles.tiles_within(p.g.size - 1, e); index += kChunk) {
+  const long long first_of_rank = static_cast<long long>(c) * p.g.max_tiles;
+  for (int e = threadIdx.x / 32; e < experts; e += kChunk / 32) {  // a warp each
+    for (int index = threadIdx.x % 32; index < tiles.tiles_within(p.g.size - 1, e); index += 32) {
       const int d = tiles.tile_distance(e, index);
       const int position = tiles.position(e, index, d);
-      p.rank_order[static_cast<long long>(c) * p.g.max_tiles + position] = index * experts + e;
-      if (!mine) continue;
       const int tile = p.rank_first_tile[c * experts + e] + index;
+      p.rank_order[first_of_rank + position] = index * experts + e;
+      p.rank_tile_position[first_of_rank + tile] = position;
+      if (!mine) continue;
       p.tile_expert[tile] = e;
       p.tile_distance[tile] = d;
       p.tile_order[position] = tile;
@@ -272,7 +285,8 @@ __device__ void make_tiles(const PlanParams& p, int c, int* warps) {
 }
 
 // 5. Each pair's place among all pairs of its (source, expert), the sorted pairs, and the rows
-// of this rank. A block a (chunk, source).
+// of this rank; the first tile that needs each token: on this rank of all sources, and of this
+// source on all ranks. A block a (chunk, source).
 __device__ void place_rows(const PlanParams& p, int chunk_idx, int source) {
   const int token = chunk_idx * kChunk + threadIdx.x;
   if (token >= p.num_tokens[source]) return;
@@ -295,24 +309,35 @@ __device__ void place_rows(const PlanParams& p, int chunk_idx, int source) {
     p.row_pair[row] = static_cast<int>(pair);
     p.row_weight[row] = p.weights[pair];
   }
+  p.first_position[source * p.g.max_tokens + token] = tiles.first_position(source, global_token);
+  if (source != p.g.rank) return;
+  for (int c = 0; c < p.g.size; ++c) {
+    p.first_position[(p.g.size + c) * p.g.max_tokens + token] =
+        RankTiles(p, c).first_position(source, global_token);
+  }
+}
+
+// Whether a column's token, in the order of the source's tokens, is first needed at that position.
+__device__ bool is_first(const PlanParams& p, int j, int s, int token, int position) {
+  const int local = token - s * p.g.max_tokens;
+  return p.first_position[j * p.g.max_tokens + local] == static_cast<u32>(position);
 }
 
 // 6. Tokens of each segment whose first tile it is: on this rank for all sources, and of this
-// source on all ranks. A block a (position, column).
+// source on all ranks. A warp a (position, column).
 __device__ void count_segments(const PlanParams& p, int position, int j) {
+  const int lane = threadIdx.x % 32;
   int c, s, expert, begin, end, count = 0;
   column(p, j, &c, &s);
   if (segment(p, c, s, position, &expert, &begin, &end)) {
-    const RankTiles tiles(p, c);
     const int* pairs = p.pair_list + pair_list_at(p, s, c, expert);
-    for (int first = begin; first < end; first += kChunk) {
-      const int i = first + threadIdx.x;
-      const bool is_first =
-          i < end && tiles.first_position(s, pairs[i] / p.g.topk) == static_cast<u32>(position);
-      count += __syncthreads_count(is_first);
+    for (int first = begin; first < end; first += 32) {
+      const int i = first + lane;
+      const bool here = i < end && is_first(p, j, s, pairs[i] / p.g.topk, position);
+      count += __popc(__ballot_sync(~0u, here));
     }
   }
-  if (threadIdx.x == 0) p.segment_counts[j * p.g.max_tiles + position] = count;
+  if (lane == 0) p.segment_counts[j * p.g.max_tiles + position] = count;
 }
 
 // 7. Sums along the orders: pulls forwards over all sources, sends and slots backwards for each
@@ -372,14 +397,13 @@ __device__ void sum_segments(const PlanParams& p, int j, int* warps) {
 }
 
 // 8. Puts each token of a segment in its place: pulls and sends of this rank, slots of this home.
-// A block a (position, column).
-__device__ void place_tokens(const PlanParams& p, int position, int j, int* warps) {
-  const int max_tiles = p.g.max_tiles;
+// A warp a (position, column).
+__device__ void place_tokens(const PlanParams& p, int position, int j) {
+  const int max_tiles = p.g.max_tiles, lane = threadIdx.x % 32;
   int c, s, expert, begin, end;
   column(p, j, &c, &s);
   if (j >= p.g.size && c == p.g.rank) return;  // the home's own sum has no slot
   if (!segment(p, c, s, position, &expert, &begin, &end)) return;
-  const RankTiles tiles(p, c);
   const int* pairs = p.pair_list + pair_list_at(p, s, c, expert);
   int pulls = 0;
   if (j < p.g.size) {
@@ -389,13 +413,13 @@ __device__ void place_tokens(const PlanParams& p, int position, int j, int* warp
     }
   }
   int place = p.segment_before[j * max_tiles + position];  // in the send order of (c, s)
-  for (int first = begin; first < end; first += kChunk) {
-    const int i = first + threadIdx.x;
+  for (int first = begin; first < end; first += 32) {
+    const int i = first + lane;
     const int token = i < end ? pairs[i] / p.g.topk : 0;
-    const bool is_first = i < end && tiles.first_position(s, token) == static_cast<u32>(position);
-    int total;
-    const int before = block_scan(is_first, warps, &total);
-    if (is_first) {
+    const bool here = i < end && is_first(p, j, s, token, position);
+    const u32 all = __ballot_sync(~0u, here);
+    const int before = __popc(all & ((1u << lane) - 1)), total = __popc(all);
+    if (here) {
       const int at = place + before;
       if (j >= p.g.size) {
         const int d = ring_distance(p.g, p.g.rank, c);
@@ -454,6 +478,13 @@ __device__ void by_block(int count, F f) {
   }
 }
 
+// Likewise, a warp each.
+template <typename F>
+__device__ void by_warp(int count, F f) {
+  const int warps = kChunk / 32;
+  for (int i = blockIdx.x * warps + threadIdx.x / 32; i < count; i += gridDim.x * warps) f(i);
+}
+
 // All phases up to the tables. `routing(chunk, source)` returns the source's tokens, when its ids
 // and weights are there; `verdict()`, by one thread, may take note of the errors that were found.
 // Returns whether there are tables: those of a call that is wrong are not filled, and nothing reads
@@ -478,11 +509,11 @@ __device__ bool make_plan(const PlanParams& p, u32* members, int* warps, u32* up
   if (*p.first_wrong_pair != kNoWrongPair || *p.largest_need != 0) return false;
   by_block(chunks * size, [&](int i) { place_rows(p, i % chunks, i / chunks); });
   meet(p.arrivals, upto);
-  by_block(tiles * 2 * size, [&](int i) { count_segments(p, i % tiles, i / tiles); });
+  by_warp(tiles * 2 * size, [&](int i) { count_segments(p, i % tiles, i / tiles); });
   meet(p.arrivals, upto);
   by_block(1 + 2 * size, [&](int i) { sum_segments(p, i - 1, warps); });
   meet(p.arrivals, upto);
-  by_block(tiles * 2 * size, [&](int i) { place_tokens(p, i % tiles, i / tiles, warps); });
+  by_warp(tiles * 2 * size, [&](int i) { place_tokens(p, i % tiles, i / tiles); });
   meet(p.arrivals, upto);
   const int items = size * p.g.blocks_per_home;
   for (int i = blockIdx.x * kChunk + threadIdx.x; i < items; i += gridDim.x * kChunk) {
@@ -501,7 +532,7 @@ __device__ void leave(const PlanParams& p, u32 upto) {
 
 // The plan alone, from tables that are there. Grids of both kernels: as many blocks as are
 // resident. Dynamic shared memory: 16 bytes an expert.
-extern "C" __global__ void __launch_bounds__(kChunk, 8) plan(const __grid_constant__ PlanParams p) {
+extern "C" __global__ void __launch_bounds__(kChunk, 6) plan(const __grid_constant__ PlanParams p) {
   extern __shared__ u32 members[];
   __shared__ int warps[kChunk / 32];
   u32 upto = 0;
@@ -511,7 +542,7 @@ extern "C" __global__ void __launch_bounds__(kChunk, 8) plan(const __grid_consta
 
 // The plan of a forward, and what follows from it: the verdict, the turns of both GEMMs (their
 // tables are the plan's), and pads of c.rows where layer0 fills them. The grid is even.
-extern "C" __global__ void __launch_bounds__(kChunk, 8)
+extern "C" __global__ void __launch_bounds__(kChunk, 6)
     prepare(const __grid_constant__ Call c, const __grid_constant__ PlanParams p,
             const __grid_constant__ TurnsParams up, const __grid_constant__ TurnsParams down,
             const __grid_constant__ Pace pace) {

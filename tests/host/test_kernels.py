@@ -87,7 +87,9 @@ def test_structs_are_laid_out_as_their_mirrors(struct):
 def test_shared_memory_is_what_launches_ask_for():
     assert layout_of("Shared", "gemm/tile.cuh", []) == [engine.SHARED_BYTES]
     (movers,) = layout_of("MoverSlots", "comm/movers.cuh", [])
-    assert engine.SHARED_BYTES + movers <= fused._LAYER0_BYTES <= 227 * 1024
+    (sums,) = layout_of("SumSlots", "fused/combine.cuh", [])
+    assert engine.SHARED_BYTES + movers == fused._LAYER0_BYTES <= 227 * 1024
+    assert engine.SHARED_BYTES + 2 * sums == fused._LAYER1_BYTES <= 227 * 1024
 
 
 def test_local_memory_is_reported(tmp_path):
