@@ -22,8 +22,8 @@ from cometrt.plan import PlanShape
 from cometrt.plan.turns import BLOCK_N, column_tiles
 
 # sizeof(Memory) of fused/layer0.cu and fused/layer1.cu
-_LAYER0_BYTES = SHARED_BYTES + 6 * 4096 + 6 * 8
-_LAYER1_BYTES = SHARED_BYTES + 2 * 12472
+_LAYER0_BYTES = SHARED_BYTES + 6 * 4096 + 128
+_LAYER1_BYTES = SHARED_BYTES + 2 * 12544
 
 
 class FusedForward:

@@ -14,7 +14,7 @@ constexpr u32 kPieceBytes = 4096;  // of a row; the last piece may be shorter
 constexpr int kPullsInFlight = 3;  // stored or crossing, of each slot
 constexpr int kRowsAtOnce = 8;
 
-struct MoverSlots {
+struct alignas(128) MoverSlots {
   char bytes[kMoverSlots][kPieceBytes];
   u64 full[kMoverSlots];
 };

@@ -17,7 +17,7 @@ constexpr int kSumSlots = 5, kSumColumns = 1024;  // columns of a slot: of one r
 constexpr int kMostTerms = 256;  // of a batch of tokens; a token has topk + ranks at most
 
 // One warp's.
-struct SumSlots {
+struct alignas(128) SumSlots {
   __nv_bfloat16 values[kSumSlots][kSumColumns];
   u64 full[kSumSlots];
   // The terms of a batch of tokens, token after token: a row of this rank's, or ~slot of staging;
