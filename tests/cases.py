@@ -64,6 +64,7 @@ class Case:
             block_n=32,
             block_tokens=8,
             layer1_order=self.order,
+            waves=3 if self.seed else 2,
             chunk=32 if self.gemm == "cublas" else 256,
             gemm=self.gemm,
         )

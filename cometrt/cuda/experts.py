@@ -33,8 +33,10 @@ class EngineExperts:
         up = self._up[True].column_tiles(geometry.up_columns)
         down = self._down.column_tiles(geometry.spec.hidden)
         self._turns = new_turns(shape.max_tiles, up), new_turns(shape.max_tiles, down)
-        self.up_turns = turns_record(self._turns[0], up)
-        self.down_turns = turns_record(self._turns[1], down, backwards=True)
+        self.up_turns = turns_record(self._turns[0], up, max_run=shape.config.max_run)
+        self.down_turns = turns_record(
+            self._turns[1], down, backwards=True, max_run=shape.config.max_run
+        )
 
     def forward(self, x_rows: Any, w_up: Any, w_down: Any, z: Any, a: Any, o: Any) -> None:
         """z (None: not written), a and o from the rows of x, when the turns are made."""

@@ -48,8 +48,10 @@ class FusedForward:
         down = column_tiles(spec.hidden, gated=False)
         turns = new_turns(shape.max_tiles, up), new_turns(shape.max_tiles, down, chunk)
         self._turns = turns
-        self.up_turns = turns_record(turns[0], up)
-        self.down_turns = turns_record(turns[1], down, backwards=True, chunk=chunk)
+        self.up_turns = turns_record(turns[0], up, max_run=config.max_run)
+        self.down_turns = turns_record(
+            turns[1], down, backwards=True, chunk=chunk, max_run=config.max_run
+        )
         self._up_params = gemm_record(turns[0], spec.hidden, width)
         self._down_params = gemm_record(turns[1], width, spec.hidden)
         number = list(ACTIVATIONS).index(spec.activation)

@@ -20,7 +20,8 @@ geometry_dtype = np.dtype(
         (name, np.int32)
         for name in (
             "rank size tp ep num_experts local_experts topk max_tokens hidden local_intermediate "
-            "up_columns gated block_m block_tokens capacity max_tiles blocks_per_home activation"
+            "up_columns gated block_m block_tokens capacity max_tiles blocks_per_home activation "
+            "waves unused"
         ).split()
     ]
 )
@@ -184,6 +185,7 @@ def geometry_record(shape: PlanShape) -> np.ndarray:
         "max_tiles": shape.max_tiles,
         "blocks_per_home": shape.blocks_per_home,
         "activation": list(ACTIVATIONS).index(spec.activation),
+        "waves": len(config.last_distances(geometry.size)),
     }
     for name, value in values.items():
         record[name] = value

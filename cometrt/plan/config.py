@@ -21,6 +21,11 @@ class TileConfig:
         block_tokens: tokens of one reduce-and-push item.
         layer1_order: "waves" (whole rows, farthest source first) or "columns" (COMET's:
             chunk after chunk of H, all experts within a chunk).
+        waves: groups of sources, by ring distance, whose tiles follow each other in layer0 (and
+            backwards in layer1): this rank itself, then even groups; at least 2. Few of them
+            read weights seldom, many wait for nobody far away.
+        max_run: M-tiles of an expert that take their N-tiles together in the engine; None: what
+            fits the cache.
         chunk: columns of H that are reduced and pushed together in "columns"; a multiple of
             block_n.
         gemm: on "cuda", "engine" (kernels_cu/gemm; block_m is 128 then) or "cublas".
@@ -33,12 +38,17 @@ class TileConfig:
     block_n: int = 128
     block_tokens: int = 64
     layer1_order: str = "waves"
+    waves: int = 2
+    max_run: int | None = None
     chunk: int = 256
     gemm: str = "engine"
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_tokens", "chunk"):
             object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=1))
+        object.__setattr__(self, "waves", check_int("waves", self.waves, minimum=2))
+        if self.max_run is not None:
+            object.__setattr__(self, "max_run", check_int("max_run", self.max_run, minimum=1))
         check_choice("layer1_order", self.layer1_order, LAYER1_ORDERS)
         check_choice("gemm", self.gemm, GEMMS)
         if self.block_n % ALIGNMENT:
@@ -65,6 +75,11 @@ class TileConfig:
                 f"block_m must be {ENGINE_BLOCK_M} on device='cuda' with gemm='engine' "
                 f"(got {self.block_m})"
             )
+
+    def last_distances(self, size: int) -> list[int]:
+        """The largest ring distance of each wave, among that many ranks."""
+        groups = min(self.waves, size) - 1
+        return [0] + [-(-wave * (size - 1) // groups) for wave in range(1, groups + 1)]
 
     def chunks(self, hidden: int) -> list[tuple[int, int]]:
         """Column ranges of H that are reduced and pushed together."""

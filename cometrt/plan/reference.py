@@ -139,7 +139,8 @@ class _RankTiles:
         index = np.arange(len(expert)) - first_tile[expert]
         last_row = np.minimum((index + 1) * block_m, rows[expert]) - 1
         distance = (upto[:, expert] <= last_row).sum(axis=0)  # of the tile's last row
-        order = np.lexsort((index, expert, distance))
+        wave = np.searchsorted(shape.config.last_distances(size), distance)
+        order = np.lexsort((index, expert, wave))
         position = np.empty_like(order)
         position[order] = np.arange(len(order))
         return _RankTiles(

@@ -81,8 +81,8 @@ class Plan:
     M-tiles (tile m is rows [m * block_m, (m + 1) * block_m)):
         num_tiles [1]
         tile_expert, tile_distance [max_tiles]: expert, largest ring distance within the tile.
-        tile_order [max_tiles]: layer0's order: by (distance, expert, index). Layer1 walks it
-            backwards.
+        tile_order [max_tiles]: layer0's order: by (wave of the distance, expert, index). Layer1
+            walks it backwards.
     Dispatch:
         pull_tokens [W * max_tokens]: global tokens to pull, local ones too, in the order in
             which layer0 needs them.

@@ -46,10 +46,15 @@ struct RankTiles {
     while (tiles_within(d, expert) <= index) ++d;
     return d;
   }
+  // Tiles of the expert in waves up to that one; -1: none.
+  __device__ int tiles_upto_wave(int wave, int expert) const {
+    return wave < 0 ? 0 : tiles_within(last_distance(p.g, wave), expert);
+  }
   // Place in layer0's order of the index-th tile of the expert, at that distance.
   __device__ int position(int expert, int index, int d) const {
-    const int first = d ? tiles_within(d - 1, expert) : 0;
-    return p.rank_position[at(d, expert)] + index - first;
+    int wave = 0;
+    while (last_distance(p.g, wave) < d) ++wave;
+    return p.rank_position[at(wave, expert)] + index - tiles_upto_wave(wave - 1, expert);
   }
   // The row of a pair within its expert.
   __device__ int row(int source, int expert, int pair_index) const {
@@ -228,14 +233,15 @@ __device__ void make_tiles(const PlanParams& p, int c, int* warps) {
     }
   }
   __syncthreads();
-  int start = 0;  // places by (distance, expert)
-  for (int first = 0; first < p.g.size * experts; first += kChunk) {
-    const int i = first + threadIdx.x, d = i / experts, e = i % experts;
-    const bool valid = i < p.g.size * experts;
-    const int count = valid ? tiles.tiles_within(d, e) - (d ? tiles.tiles_within(d - 1, e) : 0) : 0;
+  int start = 0;  // places by (wave, expert)
+  for (int first = 0; first < p.g.waves * experts; first += kChunk) {
+    const int i = first + threadIdx.x, wave = i / experts, e = i % experts;
+    const bool valid = i < p.g.waves * experts;
+    const int upto = valid ? tiles.tiles_upto_wave(wave, e) : 0;
+    const int count = valid ? upto - tiles.tiles_upto_wave(wave - 1, e) : 0;
     int total;
     const int before = block_scan(count, warps, &total);
-    if (valid) p.rank_position[tiles.at(d, e)] = start + before;
+    if (valid) p.rank_position[tiles.at(wave, e)] = start + before;
     start += total;
   }
   const int num_tiles = start;

@@ -34,7 +34,9 @@ def routings(draw):
         capacity_factor=100.0,
     )
     config = TileConfig(
-        block_m=draw(st.sampled_from([1, 4, 16])), block_tokens=draw(st.sampled_from([1, 3, 8]))
+        block_m=draw(st.sampled_from([1, 4, 16])),
+        block_tokens=draw(st.sampled_from([1, 3, 8])),
+        waves=draw(st.sampled_from([2, 3, 99])),
     )
     size, seed = ep * tp, draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
@@ -106,7 +108,7 @@ def test_every_pair_is_in_exactly_one_row_of_every_shard_of_its_group(case):
 @settings(max_examples=150)
 @given(routings())
 def test_orders_are_permutations_and_serve_near_sources_first(case):
-    spec, config, _, _ = case
+    spec, config, size, _ = case
     shapes, plans = plans_of(case)
     for shape, plan in zip(shapes, plans, strict=True):
         order = plan.layer0_tiles()
@@ -121,7 +123,8 @@ def test_orders_are_permutations_and_serve_near_sources_first(case):
             expert = plan.tile_expert[tile]
             assert plan.expert_offsets[expert] <= tile * config.block_m
             assert tile * config.block_m < plan.expert_offsets[expert + 1]
-            keys.append((distance, expert, tile))
+            wave = np.searchsorted(config.last_distances(size), distance)
+            keys.append((wave, expert, tile))
         assert keys == sorted(keys)
 
 
