@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -173,14 +173,14 @@ class CudaExecutor:
         if engine is not None:
             self._pull(call)
             engine.forward(x_rows, w_up, w_down, z, a, o)
-            self._combine(call)
+            self._combine(call, lambda: None)
             return
         plan = self._planner.plan_of(tables)
         rows = self._group_rows(plan)
         if rows:
             self._pull(call)
             self._cublas.forward(plan, rows, x_rows, w_up, w_down, z, a, o)
-            self._combine(call)
+            self._combine(call, self._meet)
 
     def backward(
         self, dy: Any, saved: Saved, *, out: Gradients, accumulate: bool, tracer: Tracer
@@ -224,9 +224,12 @@ class CudaExecutor:
             self._cublas.grad_rows(
                 saved, rows, dy_rows, da, dz, weighted_a, dweight_rows, dx_rows, plan
             )
-            self._combine(call, between=lambda: self._cublas.grad_weights(
-                rows, dz, x_rows, dy_rows, weighted_a, out, accumulate
-            ))  # fmt: skip
+
+            def weights() -> None:
+                self._cublas.grad_weights(rows, dz, x_rows, dy_rows, weighted_a, out, accumulate)
+                self._meet()
+
+            self._combine(call, weights)
 
     def synchronize(self) -> None:
         """Wait for this layer's calls; raise what they have not raised yet."""
@@ -298,12 +301,10 @@ class CudaExecutor:
             shared_bytes=_PULL_WARPS * lanes * row_bytes,
         )
 
-    def _combine(self, call: Record, between: Any = None) -> None:
+    def _combine(self, call: Record, between: Callable[[], None]) -> None:
         """Push, then `between`, which covers the exchange, then add up at home."""
         self._push((4 * self._num_sms,), _THREADS, call, self._push_pace)
-        if between is not None:
-            between()
-            self._meet()
+        between()
         blocks = self._shape.config.token_blocks(int(call.fields["num_tokens"][0]))
         if blocks:
             self._home_reduce((blocks,), _THREADS, call)

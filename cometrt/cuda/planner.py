@@ -68,6 +68,7 @@ class DevicePlanner:
             "column_tokens": 2 * size,
             "block_position": size * shape.blocks_per_home,
             "first_position": 2 * shape.global_tokens,
+            "chunk_tokens": size * self._chunks,
         }
         self._scratch = {name: cp.empty(lengths[name], cp.int32) for name in PLAN_SCRATCH}
         self._arrivals = cp.zeros(1, cp.uint32)

@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kChunk = 128;  // tokens, and threads of a block
 constexpr u32 kNever = 0xffffffffu;
+constexpr int kPairsAtOnce = 4;
 
 __device__ int num_chunks(const PlanParams& p) { return (p.g.max_tokens + kChunk - 1) / kChunk; }
 
@@ -61,21 +62,9 @@ struct RankTiles {
     return before(ring_distance(p.g, c, source), expert) + pair_index;
   }
   // Place in layer0's order of the tile that holds a row of the expert.
-  __device__ int position_of_row(int expert, int row) const {
+  __device__ u32 position_of_row(int expert, int row) const {
     const int tile = p.rank_first_tile[c * p.g.local_experts + expert] + row / p.g.block_m;
     return p.rank_tile_position[static_cast<long long>(c) * p.g.max_tiles + tile];
-  }
-  // Place of the first tile that needs the token, or kNever.
-  __device__ u32 first_position(int source, long long token) const {
-    u32 first = kNever;
-    for (int k = 0; k < p.g.topk; ++k) {
-      const long long pair = token * p.g.topk + k;
-      const int expert = p.ids[pair] - first_expert;
-      if (p.pair_index[pair] < 0 || expert < 0 || expert >= p.g.local_experts) continue;
-      const int own_row = row(source, expert, p.pair_index[pair]);
-      first = min(first, static_cast<u32>(position_of_row(expert, own_row)));
-    }
-    return first;
   }
 };
 
@@ -113,21 +102,24 @@ __device__ void clear(const PlanParams& p) {
   for (long long i = first; i < p.g.capacity; i += step) p.row_weight[i] = 0;
   for (long long i = first; i < p.g.size * p.g.ep; i += step) p.token_counts[i] = 0;
   for (long long i = first; i < p.g.size * p.g.blocks_per_home; i += step) p.block_position[i] = -1;
+  const long long tokens = static_cast<long long>(p.g.size) * p.g.max_tokens;
+  for (long long i = first; i < tokens; i += step) p.first_position[tokens + i] = kNever;
   if (first == 0) *p.first_wrong_pair = ~0ull, *p.largest_need = 0;
 }
 
 // 1. The source's ids and weights of a chunk of tokens, from its heap into this rank's tables.
-// Returns its number of tokens. A block a (chunk, source). Acquires source_ready.
-__device__ int take_routing(const Call& c, const Pace& pace, const PlanParams& p, int chunk_idx,
+// Returns when they will have crossed. A block a (chunk, source). Acquires source_ready.
+__device__ u64 take_routing(const Call& c, const Pace& pace, const PlanParams& p, int chunk_idx,
                             int source) {
   __shared__ int shared_tokens;
-  __shared__ u64 crossed_ns;
   const int first = chunk_idx * kChunk;
+  u64 crossed_ns = 0;
   if (threadIdx.x == 0) {
     const int tokens = shared_tokens = wait_source(c, source);
+    p.chunk_tokens[source * num_chunks(p) + chunk_idx] = tokens;
     if (chunk_idx == 0) p.num_tokens[source] = tokens;
     const int here = max(0, min(kChunk, tokens - first));
-    crossed_ns = source == c.world.rank ? 0 : reserve_link(pace, 8ull * here * p.g.topk);
+    if (source != c.world.rank) crossed_ns = reserve_link(pace, 8ull * here * p.g.topk);
   }
   __syncthreads();
   const int tokens = shared_tokens, all_pairs = p.g.max_tokens * p.g.topk;
@@ -139,17 +131,14 @@ __device__ int take_routing(const Call& c, const Pace& pace, const PlanParams& p
     p.ids[to + i] = ids[i];
     p.weights[to + i] = weights[i];
   }
-  if (threadIdx.x == 0 && crossed_ns != 0) wait_crossed(crossed_ns);
-  __syncthreads();
-  return tokens;
+  return crossed_ns;
 }
 
 // 2. Checks ids and weights; counts pairs by (source, chunk of tokens, expert); each pair's index
-// among its chunk's pairs of its expert. A block a (chunk, source), which has `tokens`; members
-// [num_experts, 4]: which tokens of the chunk chose it.
-__device__ void count_pairs(const PlanParams& p, int chunk_idx, int source, int tokens,
-                            u32* members) {
-  const int thread = threadIdx.x;
+// among its chunk's pairs of its expert. A block a (chunk, source); members [num_experts, 4]: which
+// tokens of the chunk chose it.
+__device__ void count_pairs(const PlanParams& p, int chunk_idx, int source, u32* members) {
+  const int thread = threadIdx.x, tokens = p.chunk_tokens[source * num_chunks(p) + chunk_idx];
   for (int i = thread; i < 4 * p.g.num_experts; i += kChunk) members[i] = 0;
   __syncthreads();
   const int token = chunk_idx * kChunk + thread;
@@ -300,26 +289,47 @@ __device__ void place_rows(const PlanParams& p, int chunk_idx, int source) {
   const long long global_token = static_cast<long long>(source) * p.g.max_tokens + token;
   const int* chunk = p.chunk_counts +
                      (static_cast<long long>(source) * num_chunks(p) + chunk_idx) * p.g.num_experts;
+  const int* starts = p.list_start + source * p.g.num_experts;
+  int* list = p.pair_list + static_cast<long long>(source) * p.g.max_tokens * p.g.topk;
+  u32 first = kNever;
+  for (int k = 0; k < p.g.topk; k += kPairsAtOnce) {
+    const long long pair = global_token * p.g.topk + k;
+    int ids[kPairsAtOnce], indices[kPairsAtOnce];  // loads together, before the stores
+#pragma unroll
+    for (int i = 0; i < kPairsAtOnce; ++i) {
+      indices[i] = k + i < p.g.topk ? p.pair_index[pair + i] : -1;
+      ids[i] = indices[i] >= 0 ? p.ids[pair + i] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kPairsAtOnce; ++i) indices[i] += indices[i] >= 0 ? chunk[ids[i]] : 0;
+#pragma unroll
+    for (int i = 0; i < kPairsAtOnce; ++i) {
+      if (indices[i] < 0) continue;
+      p.pair_index[pair + i] = indices[i];
+      list[starts[ids[i]] + indices[i]] = static_cast<int>(pair + i);
+      const int e = ids[i] - tiles.first_expert;
+      if (e < 0 || e >= p.g.local_experts) continue;
+      const int own_row = tiles.row(source, e, indices[i]);
+      const int row = p.rank_first_tile[p.g.rank * p.g.local_experts + e] * p.g.block_m + own_row;
+      p.pair_row[pair + i] = row;
+      p.row_pair[row] = static_cast<int>(pair + i);
+      p.row_weight[row] = p.weights[pair + i];
+      first = min(first, tiles.position_of_row(e, own_row));
+    }
+  }
+  p.first_position[source * p.g.max_tokens + token] = first;
+  if (source != p.g.rank) return;
   for (int k = 0; k < p.g.topk; ++k) {
     const long long pair = global_token * p.g.topk + k;
     if (p.pair_index[pair] < 0) continue;
-    const int id = p.ids[pair], index = p.pair_index[pair] + chunk[id];
-    p.pair_index[pair] = index;
-    p.pair_list[static_cast<long long>(source) * p.g.max_tokens * p.g.topk +
-                p.list_start[source * p.g.num_experts + id] + index] = static_cast<int>(pair);
-    const int e = id - tiles.first_expert;
-    if (e < 0 || e >= p.g.local_experts) continue;
-    const int row = p.rank_first_tile[p.g.rank * p.g.local_experts + e] * p.g.block_m +
-                    tiles.row(source, e, index);
-    p.pair_row[pair] = row;
-    p.row_pair[row] = static_cast<int>(pair);
-    p.row_weight[row] = p.weights[pair];
-  }
-  p.first_position[source * p.g.max_tokens + token] = tiles.first_position(source, global_token);
-  if (source != p.g.rank) return;
-  for (int c = 0; c < p.g.size; ++c) {
-    p.first_position[(p.g.size + c) * p.g.max_tokens + token] =
-        RankTiles(p, c).first_position(source, global_token);
+    const int group = p.ids[pair] / p.g.local_experts;
+    for (int c = group * p.g.tp; c < (group + 1) * p.g.tp; ++c) {
+      const RankTiles there(p, c);
+      const int e = p.ids[pair] - there.first_expert;
+      const u32 position = there.position_of_row(e, there.row(source, e, p.pair_index[pair]));
+      u32* least = &p.first_position[(p.g.size + c) * p.g.max_tokens + token];
+      *least = min(*least, position);
+    }
   }
 }
 
@@ -447,10 +457,10 @@ __device__ void place_tokens(const PlanParams& p, int position, int j) {
 }
 
 // 9. Orders the blocks by (when layer1 finishes them, distance of the home, block).
-// A thread a possible block.
+// A warp a possible block.
 __device__ void order_pushes(const PlanParams& p, int item) {
   const int count = p.g.size * p.g.blocks_per_home;
-  if (item >= count || p.block_position[item] < 0) return;
+  if (p.block_position[item] < 0) return;
   const auto key = [&](int i) {
     const int home = i / p.g.blocks_per_home, block = i % p.g.blocks_per_home;
     const u64 late = p.g.max_tiles - p.block_position[i];
@@ -459,8 +469,11 @@ __device__ void order_pushes(const PlanParams& p, int item) {
   };
   const u64 mine = key(item);
   int place = 0;
-  for (int i = 0; i < count; ++i) place += p.block_position[i] >= 0 && key(i) < mine;
-  p.push_blocks[place] = item;
+  for (int i = threadIdx.x % 32; i < count; i += 32) {
+    place += p.block_position[i] >= 0 && key(i) < mine;
+  }
+  place = __reduce_add_sync(~0u, place);
+  if (threadIdx.x % 32 == 0) p.push_blocks[place] = item;
 }
 
 // All blocks of the grid meet; they are all resident, and wait for nothing else.
@@ -491,21 +504,22 @@ __device__ void by_warp(int count, F f) {
   for (int i = blockIdx.x * warps + threadIdx.x / 32; i < count; i += gridDim.x * warps) f(i);
 }
 
-// All phases up to the tables. `routing(chunk, source)` returns the source's tokens, when its ids
-// and weights are there; `verdict()`, by one thread, may take note of the errors that were found.
-// Returns whether there are tables: those of a call that is wrong are not filled, and nothing reads
-// them.
-template <typename Routing, typename Verdict>
-__device__ bool make_plan(const PlanParams& p, u32* members, int* warps, u32* upto, Routing routing,
-                          Verdict verdict) {
+// All phases up to the tables. `take(chunk, source)` brings ids and weights and chunk_tokens;
+// `taken()`: they are there; `verdict()`, by one thread, may take note of the errors that were
+// found. Returns whether there are tables: those of a call that is wrong are not filled, and
+// nothing reads them.
+template <typename Take, typename Taken, typename Verdict>
+__device__ bool make_plan(const PlanParams& p, u32* members, int* warps, u32* upto, Take take,
+                          Taken taken, Verdict verdict) {
   const int size = p.g.size, chunks = num_chunks(p), tiles = p.g.max_tiles;
+  const auto each_chunk = [&](auto f) {  // ranks read from each other evenly
+    by_block(chunks * size, [&](int i) { f(i / size, (p.g.rank + i) % size); });
+  };
+  each_chunk(take);
   clear(p);
+  taken();
   meet(p.arrivals, upto);
-  by_block(chunks * size, [&](int i) {
-    const int chunk = i / size,
-              source = (p.g.rank + i) % size;  // ranks read from each other evenly
-    count_pairs(p, chunk, source, routing(chunk, source), members);
-  });
+  each_chunk([&](int chunk, int source) { count_pairs(p, chunk, source, members); });
   meet(p.arrivals, upto);
   by_block(size, [&](int i) { sum_chunks(p, i, warps); });
   meet(p.arrivals, upto);
@@ -513,7 +527,7 @@ __device__ bool make_plan(const PlanParams& p, u32* members, int* warps, u32* up
   meet(p.arrivals, upto);
   if (blockIdx.x == 0 && threadIdx.x == 0) verdict();
   if (*p.first_wrong_pair != kNoWrongPair || *p.largest_need != 0) return false;
-  by_block(chunks * size, [&](int i) { place_rows(p, i % chunks, i / chunks); });
+  each_chunk([&](int chunk, int source) { place_rows(p, chunk, source); });
   meet(p.arrivals, upto);
   by_warp(tiles * 2 * size, [&](int i) { count_segments(p, i % tiles, i / tiles); });
   meet(p.arrivals, upto);
@@ -521,10 +535,7 @@ __device__ bool make_plan(const PlanParams& p, u32* members, int* warps, u32* up
   meet(p.arrivals, upto);
   by_warp(tiles * 2 * size, [&](int i) { place_tokens(p, i % tiles, i / tiles); });
   meet(p.arrivals, upto);
-  const int items = size * p.g.blocks_per_home;
-  for (int i = blockIdx.x * kChunk + threadIdx.x; i < items; i += gridDim.x * kChunk) {
-    order_pushes(p, i);
-  }
+  by_warp(size * p.g.blocks_per_home, [&](int item) { order_pushes(p, item); });
   return true;
 }
 
@@ -542,7 +553,10 @@ extern "C" __global__ void __launch_bounds__(kChunk, 6) plan(const __grid_consta
   extern __shared__ u32 members[];
   __shared__ int warps[kChunk / 32];
   u32 upto = 0;
-  make_plan(p, members, warps, &upto, [&](int, int source) { return p.num_tokens[source]; }, [] {});
+  const auto take = [&](int chunk, int source) {
+    p.chunk_tokens[source * num_chunks(p) + chunk] = p.num_tokens[source];
+  };
+  make_plan(p, members, warps, &upto, take, [] {}, [] {});
   leave(p, upto);
 }
 
@@ -555,14 +569,16 @@ extern "C" __global__ void __launch_bounds__(kChunk, 6)
   extern __shared__ u32 members[];
   __shared__ int warps[kChunk / 32];
   u32 upto = 0;
-  const auto routing = [&](int chunk, int source) {
-    return take_routing(c, pace, p, chunk, source);
+  u64 crossed_ns = 0;  // the last of what this block takes
+  const auto take = [&](int chunk, int source) {
+    crossed_ns = max(crossed_ns, take_routing(c, pace, p, chunk, source));
   };
+  const auto taken = [&] { wait_crossed(crossed_ns); };
   const auto verdict = [&] {
     const bool planned = *p.first_wrong_pair == kNoWrongPair && *p.largest_need == 0;
     c.state->ok = all_agree(c) && planned;
   };
-  const bool planned = make_plan(p, members, warps, &upto, routing, verdict);
+  const bool planned = make_plan(p, members, warps, &upto, take, taken, verdict);
   // Turns need nothing that was made after the last meeting, and a verdict that was given before.
   const int half = gridDim.x / 2, block = blockIdx.x;
   if (up.items != nullptr) {

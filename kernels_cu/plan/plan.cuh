@@ -16,11 +16,13 @@ struct PlanParams {
   // rank_upto, rank_position [size, size, local_experts]; rank_first_tile [size, local_experts];
   // rank_num_tiles [size]; rank_order, rank_tile_position [size, max_tiles]; segment_counts,
   // segment_before [2 * size, max_tiles]; column_tokens [2 * size]; block_position
-  // [size, blocks_per_home]; first_position [2 * size, max_tokens].
+  // [size, blocks_per_home]; first_position [2 * size, max_tokens]; chunk_tokens
+  // [size, chunks].
   int *chunk_counts, *counts, *list_start, *token_counts, *pair_index, *pair_list;
   int *rank_upto, *rank_position, *rank_first_tile, *rank_num_tiles, *rank_order;
   int *rank_tile_position, *segment_counts, *segment_before, *column_tokens, *block_position;
   u32* first_position;
+  int* chunk_tokens;
   u32* arrivals;  // of blocks at the grid's meetings; 0 between launches
   // Errors: the first wrong pair, ~0 if none; (rows << 16 | 0xffff - rank) of the largest need
   // over capacity, 0 if none.

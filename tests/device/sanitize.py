@@ -16,7 +16,12 @@ if sys.argv[1] == "engine":
 else:
     for ranks in RANKS:
         if ranks[0] == int(sys.argv[1]):
-            for save, order, gemm in (("rows", "waves", "engine"), ("z", "columns", "cublas")):
-                case = Case(ranks, "skewed", save=save, order=order, mode="sequential", gemm=gemm)
+            for mode, save, order, gemm in (
+                ("fused", "rows", "waves", "engine"),
+                ("fused", "z", "columns", "engine"),
+                ("sequential", "rows", "waves", "engine"),
+                ("sequential", "z", "columns", "cublas"),
+            ):
+                case = Case(ranks, "skewed", save=save, order=order, mode=mode, gemm=gemm)
                 spawn_case(case, 1, "cuda")
 print("cases passed")

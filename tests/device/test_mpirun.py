@@ -54,7 +54,7 @@ def test_scaled_models_under_mpirun(service, model):
 def test_examples_use_the_gpu(service, tmp_path):
     result = mpirun(4, "-m", "mpi4py", "examples/demo.py", "--scale", "16", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "4 ranks on cuda, mode sequential" in result.stdout
+    assert "4 ranks on cuda, mode fused" in result.stdout
     assert "every result agrees with the float64 reference" in result.stdout
     result = mpirun(4, "-m", "mpi4py", "examples/moe_layer.py", "--scale", "32", "--tp", "2")
     assert result.returncode == 0, result.stdout + result.stderr

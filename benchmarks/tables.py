@@ -1,0 +1,71 @@
+"""Write the README's tables from the files in benchmarks/results; --check: only see whether they
+are those.
+
+python benchmarks/tables.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def engine_table() -> list[str]:
+    data = json.loads((RESULTS / "engine.json").read_text())
+    machine = data["machine"]
+    lines = [
+        f"One {machine['gpu']}, {machine['date']}, at {machine['commit']}; TFLOP/s, medians of "
+        "runs that took turns.",
+        "",
+        "| GEMM | cometrt | torch._grouped_mm | cuBLAS batched | over the better | skewed loads |"
+        " dense cuBLAS |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ratios = []
+    for name, shape in data["shapes"].items():
+        rate = shape["tflops"]
+        ratios.append(rate["engine"] / max(rate["torch"], rate["batched"]))
+        lines.append(
+            f"| {name} | {rate['engine']:.0f} | {rate['torch']:.0f} | {rate['batched']:.0f} | "
+            f"{ratios[-1]:.3f} | {rate['skewed']:.0f} (torch {rate['torch skewed']:.0f}) | "
+            f"{rate['dense']:.0f} |"
+        )
+    mean = statistics.geometric_mean(ratios)
+    return [*lines, "", f"Geometric mean over the better peer: {mean:.3f}."]
+
+
+TABLES = {"engine": engine_table}
+
+
+def with_tables(text: str) -> str:
+    """The text, with what lies between a table's two marks made anew."""
+    for name, table in TABLES.items():
+        mark = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        if not mark.search(text):
+            raise SystemExit(f"no place for table {name}")
+        body = "\n".join(table())
+        text = mark.sub(lambda found, body=body: found[1] + body + found[2], text)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    wanted = with_tables(text)
+    if args.check:
+        sys.exit(0 if text == wanted else "README's tables are not those of benchmarks/results")
+    readme.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Calls are queued: few launches, none of them waited for, and they may be captured in a graph."""
+
+import numpy as np
+import pytest
+
+import cometrt
+from cometrt.kernels import launch
+from tests.cases import Case, make_inputs, on_host
+from tests.device.test_failures import Rank
+
+pytestmark = pytest.mark.gpu
+
+_GATE = r"""
+extern "C" __global__ void gate(volatile int* open) {
+  unsigned long long begin, now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
+  do {
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  } while (*open == 0 && now - begin < 5000000000ull);
+}
+"""
+
+
+class Gate:
+    """What is queued behind `close` begins after `open`, or five seconds later."""
+
+    def __init__(self):
+        import cupy
+
+        self._memory = cupy.cuda.alloc_pinned_memory(4)
+        self._flag = np.frombuffer(self._memory, np.int32, 1)
+        self._kernel = cupy.RawKernel(_GATE, "gate")
+        self.open()
+        self.close_kernel()  # loaded now
+        cupy.cuda.get_current_stream().synchronize()
+
+    def close_kernel(self):
+        self._kernel((1,), (1,), (np.uint64(self._memory.ptr),))
+
+    def close(self):
+        self._flag[0] = 0
+        self.close_kernel()
+
+    def open(self):
+        self._flag[0] = 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ranks", [(1, 1), (4, 1)], ids=str)
+def test_forwards_return_before_the_device_begins(ranks, training):
+    case = Case(ranks, mode="fused", gemm="engine")
+    inputs = make_inputs(case)
+
+    def fn(world):
+        import cupy
+
+        rank = Rank(world, inputs, case.spec, case.config, case.mode)
+        expected, _ = rank.forward(training=training)
+        again = [rank.forward(training=training) for _ in range(2)]  # memory is there from now on
+        rank.layer.synchronize()
+        del again
+        gate = Gate()
+        world.barrier()
+        gate.close()
+        results = [rank.forward(training=training) for _ in range(2)]
+        last = cupy.cuda.get_current_stream().record()
+        assert not last.done
+        world.barrier()
+        gate.open()
+        rank.layer.synchronize()
+        for y, _ in results:
+            assert on_host(y).tobytes() == on_host(expected).tobytes()
+
+    cometrt.spawn(fn, case.size, "cuda", timeout_sec=10)
+
+
+def test_a_forward_is_few_launches(monkeypatch):
+    case = Case((1, 1), mode="fused", gemm="engine")
+    inputs = make_inputs(case)
+    launches = []
+    real = launch.Kernel.__call__
+
+    def counted(self, *args, **more):
+        launches.append(self)
+        real(self, *args, **more)
+
+    def fn(world):
+        rank = Rank(world, inputs, case.spec, case.config, case.mode)
+        monkeypatch.setattr(launch.Kernel, "__call__", counted)
+        rank.forward()
+        rank.layer.synchronize()
+
+    cometrt.spawn(fn, 1, "cuda")
+    assert 0 < len(launches) <= 6
+
+
+@pytest.mark.parametrize("mode", ["fused", "sequential"])
+@pytest.mark.parametrize("ranks", [(1, 1), (4, 1), (4, 2)], ids=str)
+def test_a_graph_is_replayed_with_new_tokens_and_routing(ranks, mode):
+    case = Case(ranks, mode=mode, gemm="engine")
+    batches = [make_inputs(Case(ranks, routing)) for routing in ("uniform", "skewed", "uniform")]
+    count = min(len(x) for batch in batches for x in batch.x)
+    assert count > 0
+
+    def fn(world):
+        import cupy
+
+        rank = Rank(world, batches[0], case.spec, case.config, mode)
+        arrays = [
+            [cupy.asarray(part[world.rank][:count]) for part in (b.x, b.ids, b.weights)]
+            for b in batches
+        ]
+        x, ids, weights = (array.copy() for array in arrays[0])
+        y = cupy.empty_like(x)
+        stream = cupy.cuda.get_current_stream()
+
+        def forward(out):
+            rank.layer.forward(x, ids, weights, *rank.weights, training=False, out=out)
+
+        forward(y)
+        rank.layer.synchronize()
+        world.barrier()
+        stream.begin_capture()
+        forward(y)
+        graph = stream.end_capture()
+        graph.upload(stream)
+        stream.synchronize()
+        for batch in arrays:
+            for target, source in zip((x, ids, weights), batch, strict=True):
+                target[...] = source
+            y.fill(np.nan)
+            stream.synchronize()
+            world.barrier()
+            graph.launch(stream)
+            world.barrier()
+            rank.layer.synchronize()
+            stream.synchronize()
+            expected = cupy.empty_like(y)
+            world.barrier()
+            forward(expected)
+            rank.layer.synchronize()
+            assert on_host(y).tobytes() == on_host(expected).tobytes()
+        ids[0, 0] = case.spec.num_experts  # wrong, on all ranks: the replay tells it
+        stream.synchronize()
+        world.barrier()
+        graph.launch(stream)
+        stream.synchronize()
+        with pytest.raises(cometrt.RoutingError, match="rank 0, token 0, k 0"):
+            rank.layer.synchronize()
+        assert np.isnan(on_host(y).astype(np.float32)).all()
+
+    cometrt.spawn(fn, case.size, "cuda", timeout_sec=10)
