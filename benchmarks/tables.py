@@ -41,7 +41,28 @@ def engine_table() -> list[str]:
     return [*lines, "", f"Geometric mean over the better peer: {mean:.3f}."]
 
 
-TABLES = {"engine": engine_table}
+def layer_table() -> list[str]:
+    data = json.loads((RESULTS / "layer.json").read_text())
+    machine = data["machine"]
+    lines = [
+        f"One {machine['gpu']} cut into virtual ranks, {machine['date']}, at {machine['commit']}; "
+        "TFLOP/s of all ranks in sum, by the slowest of them.",
+        "",
+        "| layer | fused | sequential | its GEMMs alone | over sequential | efficiency |"
+        " communication hidden |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, cell in data["cells"].items():
+        rate = cell["tflops"]
+        hidden = f"{cell['hidden_share']:.2f}" if "hidden_share" in cell else "little to hide"
+        lines.append(
+            f"| {name} | {rate['fused']:.0f} | {rate['sequential']:.0f} | {rate['gemms']:.0f} | "
+            f"{cell['speedup_over_sequential']:.2f} | {cell['efficiency']:.2f} | {hidden} |"
+        )
+    return lines
+
+
+TABLES = {"engine": engine_table, "layer": layer_table}
 
 
 def with_tables(text: str) -> str:

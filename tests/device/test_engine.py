@@ -189,5 +189,17 @@ def test_machine_code(activation, write_z):
     assert not re.search(r"\b(LDL|STL)\b", code)
 
 
+@pytest.mark.parametrize("count", [4, 8, 16])
+def test_partitions(count):
+    # Of 32, 16 and 8 SMs on a GPU of 132: all busy at once.
+    from cometrt.world.partitions import seat, split_gpu
+
+    problem = Problem((300, 20, 700), 400, 528, None)
+    cp.cuda.Device().synchronize()
+    for part in split_gpu(count):
+        with seat(part):
+            problem.check(False)
+
+
 def test_no_rows_at_all():
     Problem((0, 0, 0), 64, 64, "swiglu").check(True)
