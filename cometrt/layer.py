@@ -16,7 +16,7 @@ from cometrt.specs import Geometry, Gradients, MoESpec, check_choice
 from cometrt.trace import NullTracer, Tracer
 from cometrt.world import World
 
-MODES = {"host": ("fused", "sequential"), "cuda": ("fused", "sequential")}  # the best first
+MODES = ("fused", "sequential")
 _FLOAT32 = np.dtype(np.float32)
 _IDS = (np.dtype(np.int32), np.dtype(np.int64))
 
@@ -41,9 +41,9 @@ class MoELayer:
     Args:
         world: from ``cometrt.connect`` or ``cometrt.spawn``.
         spec: equal on all ranks.
-        mode: "fused" (exchange and GEMMs overlap tile by tile; on "host"), "sequential"
-            (dispatch, GEMMs, combine one after the other; on the host the same bits), or None:
-            the best there is.
+        mode: "fused" (exchange and GEMMs overlap tile by tile), "sequential" (dispatch, GEMMs,
+            combine one after the other; the same bits), or None: the best that `config` and the
+            shape allow.
         config: tile sizes and layer1's order; None: defaults.
 
     Raises:
@@ -64,7 +64,7 @@ class MoELayer:
         config = TileConfig() if config is None else config
         self._layer = self._check_equal(world, spec, mode, config)
         self.world, self.spec, self.config = world, spec, config
-        self.mode = mode or MODES[world.device][0]
+        self.mode = mode or config.best_mode(world.device, spec.topk + world.size)
         self.tracer: Tracer = NullTracer()
         self.geometry = Geometry(spec, world.rank, world.size)
         self._shape = PlanShape(self.geometry, config)
@@ -260,9 +260,10 @@ class MoELayer:
             if not isinstance(config, TileConfig):
                 raise ValueError(f"config must be a TileConfig (got {type(config)!r})")
             if mode is not None:
-                check_choice("mode", mode, MODES[world.device])
+                check_choice("mode", mode, MODES)
             Geometry(spec, world.rank, world.size)
-            config.check_on(world.device, mode or MODES[world.device][0])
+            terms = spec.topk + world.size
+            config.check_on(world.device, mode or config.best_mode(world.device, terms), terms)
             if world.device == "cuda" and spec.dtype != "bfloat16":
                 raise ValueError(f"dtype must be 'bfloat16' on device='cuda' (got {spec.dtype!r})")
         except ValueError as error:

@@ -8,6 +8,7 @@ from cometrt.specs import ALIGNMENT, check_choice, check_int
 
 LAYER1_ORDERS = ("waves", "columns")
 GEMMS = ("engine", "cublas")
+MOST_TERMS = 256  # kMostTerms of kernels_cu/fused/combine.cuh
 ENGINE_BLOCK_M, ENGINE_BLOCK_N = 128, 256  # BLOCK_M, BLOCK_N of kernels_cu/gemm/tile.cuh
 
 
@@ -58,9 +59,24 @@ class TileConfig:
                 f"chunk must be a multiple of block_n={self.block_n} (got {self.chunk})"
             )
 
-    def check_on(self, device: str, mode: str) -> None:
-        """Raise ValueError for what that device's kernels cannot do."""
+    def best_mode(self, device: str, terms: int) -> str:
+        """What mode=None means; `terms` as for `check_on`."""
+        if device == "cuda" and (self.gemm != "engine" or terms > MOST_TERMS):
+            return "sequential"
+        return "fused"
+
+    def check_on(self, device: str, mode: str, terms: int) -> None:
+        """Raise ValueError for what that device's kernels cannot do.
+
+        Args:
+            terms: most that are added for one token: topk and the number of ranks.
+        """
         if device == "cuda" and mode == "fused":
+            if terms > MOST_TERMS:
+                raise ValueError(
+                    f"topk + ranks must be at most {MOST_TERMS} on device='cuda' in mode 'fused' "
+                    f"(got {terms})"
+                )
             if self.gemm != "engine":
                 raise ValueError(
                     f"gemm must be 'engine' on device='cuda' in mode 'fused' (got {self.gemm!r})"

@@ -192,6 +192,8 @@ def test_machine_code(activation, write_z):
 @pytest.mark.parametrize("count", [4, 8, 16])
 def test_partitions(count):
     # Of 32, 16 and 8 SMs on a GPU of 132: all busy at once.
+    import cupy as cp
+
     from cometrt.world.partitions import seat, split_gpu
 
     problem = Problem((300, 20, 700), 400, 528, None)

@@ -64,11 +64,36 @@ def test_specs_are_hashable_and_take_numpy_integers():
         ({"block_tokens": 1.5}, "block_tokens must be an integer >= 1 (got 1.5)"),
         ({"layer1_order": "rows"}, "layer1_order must be one of waves, columns (got 'rows')"),
         ({"block_n": 64, "chunk": 96}, "chunk must be a multiple of block_n=64 (got 96)"),
+        ({"waves": 1}, "waves must be an integer >= 2 (got 1)"),
+        ({"max_run": 0}, "max_run must be an integer >= 1 (got 0)"),
     ],
 )
 def test_tile_config(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         cometrt.TileConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "terms", "message"),
+    [
+        ({"gemm": "cublas"}, 10, "gemm must be 'engine' on device='cuda' in mode 'fused'"),
+        ({"layer1_order": "columns", "chunk": 384}, 10, "chunk must be a multiple of 256"),
+        ({"block_m": 64}, 10, "block_m must be 128 on device='cuda' with gemm='engine' (got 64)"),
+        ({}, 257, "topk + ranks must be at most 256 on device='cuda' in mode 'fused' (got 257)"),
+    ],
+)
+def test_what_kernels_cannot_do(change, terms, message):
+    config = cometrt.TileConfig(**change)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config.check_on("cuda", "fused", terms)
+    config.check_on("host", "fused", terms)
+
+
+def test_the_best_mode_is_one_that_can_be():
+    assert cometrt.TileConfig().best_mode("cuda", 256) == "fused"
+    assert cometrt.TileConfig().best_mode("cuda", 257) == "sequential"
+    assert cometrt.TileConfig(gemm="cublas").best_mode("cuda", 8) == "sequential"
+    assert cometrt.TileConfig(gemm="cublas").best_mode("host", 999) == "fused"
 
 
 def without_gpu(monkeypatch, message):

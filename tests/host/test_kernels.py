@@ -12,6 +12,7 @@ from cometrt.cuda import engine, fused
 from cometrt.kernels import compiler
 from cometrt.kernels.compiler import compile_cubin, kernels_folder
 from cometrt.kernels.params import MIRRORS
+from cometrt.plan.config import MOST_TERMS
 from tests.launch import ROOT
 
 pytest.importorskip("cuda.bindings", reason="needs NVRTC")
@@ -90,6 +91,11 @@ def test_shared_memory_is_what_launches_ask_for():
     (sums,) = layout_of("SumSlots", "fused/combine.cuh", [])
     assert engine.SHARED_BYTES + movers == fused._LAYER0_BYTES <= 227 * 1024
     assert engine.SHARED_BYTES + 2 * sums == fused._LAYER1_BYTES <= 227 * 1024
+
+
+def test_the_most_terms_of_a_token_are_those_of_the_kernel():
+    source = (kernels_folder() / "fused" / "combine.cuh").read_text()
+    assert f"kMostTerms = {MOST_TERMS};" in source
 
 
 def test_local_memory_is_reported(tmp_path):
