@@ -42,8 +42,8 @@ class MoELayer:
         world: from ``cometrt.connect`` or ``cometrt.spawn``.
         spec: equal on all ranks.
         mode: "fused" (exchange and GEMMs overlap tile by tile), "sequential" (dispatch, GEMMs,
-            combine one after the other; the same bits), or None: the best that `config` and the
-            shape allow.
+            combine one after the other; on the host the same bits), or None: the best that
+            `config` and the shape allow.
         config: tile sizes and layer1's order; None: defaults.
 
     Raises:
