@@ -32,18 +32,27 @@ class Tiles(Protocol):
 
 
 class Turns(NamedTuple):
-    """The order of a GEMM's tiles; see cometrt.plan.turns."""
+    """The order of a GEMM's tiles; see cometrt.plan.turns. In parts, each has its own."""
 
-    items: Any  # [most, 2] of work_item_dtype, as bytes
-    counts: Any  # [3] int32: turns; turns dealt and clusters that have finished, 0 between launches
+    items: Any  # [parts * most, 2] of work_item_dtype, as bytes
+    counts: Any  # [parts * 3] int32: turns; dealt, and clusters that have finished: 0 between uses
+    num_parts: int = 1
+
+    def part(self, index: int) -> Turns:
+        size = self.items.size // self.num_parts
+        items = self.items[index * size : (index + 1) * size]
+        return Turns(items, self.counts[3 * index : 3 * index + 3])
 
 
-def new_turns(max_tiles: int, num_columns: int, chunk: int | None = None) -> Turns:
+def new_turns(
+    max_tiles: int, num_columns: int, chunk: int | None = None, *, parts: int = 1
+) -> Turns:
     """Memory for the turns of up to that many M-tiles and that many column tiles."""
     import cupy as cp
 
-    items = 2 * most_turns(max_tiles, num_columns, chunk)
-    return Turns(cp.empty(items * work_item_dtype.itemsize, cp.uint8), cp.empty(3, cp.int32))
+    items = 2 * parts * most_turns(-(-max_tiles // parts), num_columns, chunk)
+    memory = cp.empty(items * work_item_dtype.itemsize, cp.uint8)
+    return Turns(memory, cp.empty(3 * parts, cp.int32), parts)
 
 
 def turns_record(
@@ -59,6 +68,9 @@ def turns_record(
     _set_turns(record.fields, turns)
     record.fields["num_columns"], record.fields["backwards"] = num_columns, backwards
     record.fields["chunk"] = chunk or num_columns
+    turn_bytes = 2 * work_item_dtype.itemsize
+    record.fields["num_parts"] = turns.num_parts
+    record.fields["part_turns"] = turns.items.size // turns.num_parts // turn_bytes
     record.fields["max_run"] = longest_run(num_sms()) if max_run is None else max_run
     return record
 
@@ -69,9 +81,11 @@ def order_turns(tiles: Tiles, num_columns: int, **how: Any) -> Turns:
     Turns serve any number of GEMMs, one after the other.
 
     Args:
-        how: backwards, max_run (None: of `longest_run`) and chunk, as in `make_turns`.
+        how: backwards, max_run (None: of `longest_run`) and chunk, as in `make_turns`; parts:
+            how many, each of which is a `Turns.part`.
     """
-    turns = new_turns(len(tiles.tile_order), num_columns, how.get("chunk"))
+    parts = how.pop("parts", 1)
+    turns = new_turns(len(tiles.tile_order), num_columns, how.get("chunk"), parts=parts)
     record = turns_record(turns, num_columns, **how)
     for name in "tile_order num_tiles tile_expert expert_offsets expert_rows".split():
         record.fields[name] = getattr(tiles, name).data.ptr
@@ -103,7 +117,9 @@ class GroupedGemm:
         """N-tiles of a result, for `order_turns`; b_rows: b's second extent."""
         return column_tiles(b_rows // 2 if self.gated else b_rows, gated=self.gated)
 
-    def __call__(self, a: Any, b: Any, out: Any, turns: Turns, *, z: Any = None) -> None:
+    def __call__(
+        self, a: Any, b: Any, out: Any, turns: Turns, *, z: Any = None, sms: int | None = None
+    ) -> None:
         """Queue it on the current stream.
 
         Args:
@@ -111,15 +127,16 @@ class GroupedGemm:
             b: [E, N, K]; gated: [E, 2 * N, K], the gate rows first.
             out: [rows, N]; pads become act(0) = 0.
             z: [rows, N or 2 * N], where write_z.
+            sms: how many take part; None: all.
         """
         params = gemm_record(turns, a.shape[1], out.shape[1])
         arguments = gemm_arguments(params, a, b, out, z, gated=self.gated)
-        self._kernel(gemm_grid(), THREADS, *arguments, shared_bytes=SHARED_BYTES)
+        self._kernel(gemm_grid(sms), THREADS, *arguments, shared_bytes=SHARED_BYTES)
 
 
-def gemm_grid() -> tuple[int]:
-    """All SMs; CTAs come in pairs."""
-    return (num_sms() // 2 * 2,)
+def gemm_grid(sms: int | None = None) -> tuple[int]:
+    """That many SMs, or all; CTAs come in pairs."""
+    return ((num_sms() if sms is None else sms) // 2 * 2,)
 
 
 def gemm_record(turns: Turns, inner: int, columns: int) -> Record:

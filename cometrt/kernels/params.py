@@ -110,8 +110,12 @@ turns_params = np.dtype(
             *"ok items num_turns progress".split(),
         )
     ]
-    + [(name, np.int32) for name in "num_columns max_run backwards chunk".split()]
+    + [
+        (name, np.int32)
+        for name in "num_columns max_run backwards chunk num_parts part_turns".split()
+    ]
 )
+part_dtype = np.dtype([("block_position", np.uint64), ("index", np.int32), ("count", np.int32)])
 
 # struct in kernels_cu -> (header, mirror)
 MIRRORS = {
@@ -128,6 +132,7 @@ MIRRORS = {
     "GemmParams": ("gemm/tile.cuh", gemm_params),
     "Pace": ("comm/pacing.cuh", pace_dtype),
     "TurnsParams": ("schedule/turns.cuh", turns_params),
+    "Part": ("schedule/parts.cuh", part_dtype),
     "ActivationParams": ("exchange/activation.cuh", activation_params),
 }
 
@@ -159,6 +164,14 @@ def pace_record(free_at_ns: int, link: Link | None) -> Record:
         record.fields["free_at_ns"] = free_at_ns
         record.fields["femtoseconds_per_byte"] = link.femtoseconds_per_byte
         record.fields["latency_ns"] = round(link.latency_us * 1000)
+    return record
+
+
+def part_record(block_position: int, index: int, count: int) -> Record:
+    """A Part; block_position: address of the planner's table, which only parts of several need."""
+    record = Record(part_dtype)
+    record.fields["block_position"] = block_position
+    record.fields["index"], record.fields["count"] = index, count
     return record
 
 

@@ -42,6 +42,11 @@ def most_turns(max_tiles: int, num_columns: int, chunk: int | None = None) -> in
     )
 
 
+def part_begin(num_tiles: int, index: int, count: int) -> int:
+    """The first position of the index-th of `count` even parts of layer0's order."""
+    return num_tiles * index // count
+
+
 def longest_run(num_sms: int) -> int:
     """M-tiles that take column tiles together, so that what all SMs compute at one time is
     about as many rows as columns: fewest operands in the cache."""
@@ -55,6 +60,7 @@ def make_turns(
     max_run: int,
     backwards: bool = False,
     chunk: int | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> np.ndarray:
     """The specification of kernels_cu/schedule/turns.cu.
 
@@ -68,11 +74,15 @@ def make_turns(
         max_run: of `longest_run`.
         backwards: walk the order from its end.
         chunk: walk it once for each so many column tiles; None: once for all.
+        part: index and number of even parts, in layer0's order; only this one's tiles.
 
     Returns:
         [turns, 2] of work_item_dtype.
     """
-    order = plan.layer0_tiles()[::-1] if backwards else plan.layer0_tiles()
+    order = plan.layer0_tiles()
+    index, count = part
+    order = order[part_begin(len(order), index, count) : part_begin(len(order), index + 1, count)]
+    order = order[::-1] if backwards else order
     items: list[tuple[int, ...]] = []  # two a turn
     for first in range(0, num_columns, chunk or num_columns):
         columns = range(first, min(first + (chunk or num_columns), num_columns))

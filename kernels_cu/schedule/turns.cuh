@@ -4,6 +4,7 @@
 
 #include "common/scan.cuh"
 #include "gemm/tile.cuh"
+#include "schedule/parts.cuh"
 
 namespace cometrt {
 
@@ -14,15 +15,17 @@ struct TurnsParams {
   WorkItem* items;
   int *num_turns, *progress;
   int num_columns, max_run, backwards, chunk;  // chunk: column tiles walked at a time
+  // Parts of the order, a list of turns each: room for part_turns in `items`, counts 3 words on.
+  int num_parts, part_turns;
 };
 
-// Positions of the plan's order.
+// Positions of a part of the plan's order, which begins at `first`.
 struct Order {
   const TurnsParams& p;
-  int num_tiles;
+  int first, num_tiles;
 
   __device__ int tile(int position) const {
-    return p.tile_order[p.backwards ? num_tiles - 1 - position : position];
+    return p.tile_order[first + (p.backwards ? num_tiles - 1 - position : position)];
   }
   __device__ int expert(int position) const { return p.tile_expert[tile(position)]; }
   __device__ int rows(int position) const {
@@ -68,8 +71,8 @@ struct Share {
 };
 
 // The turns of a run, as far as they are this position's; `base`: the run's first.
-__device__ inline void write_run(const TurnsParams& p, const Order& order, const Run& run,
-                                 int position, int base, Share share) {
+__device__ inline void write_run(WorkItem* items, const Order& order, const Run& run, int position,
+                                 int base, Share share) {
   int larges = 0, smalls = 0, mate = -1;  // before this one; the last large one
   for (int i = run.first; i < position; ++i) {
     const bool large = order.is_large(i);
@@ -82,7 +85,7 @@ __device__ inline void write_run(const TurnsParams& p, const Order& order, const
   if (paired && larges % 2 == 0) return;  // the second of a pair writes both
   const int index = paired ? larges / 2 : smalls + max(0, larges - 2 * pairs);
   for (int j = share.block; j < (share.columns + 1) / 2; j += share.blocks) {
-    WorkItem* turns = p.items + 2ll * (base + j * (2 * pairs + run.num_singles));
+    WorkItem* turns = items + 2ll * (base + j * (2 * pairs + run.num_singles));
     const int column = share.first + 2 * j, count = min(2, share.columns - 2 * j);
     if (paired) {
       for (int c = 0; c < count; ++c) {
@@ -98,9 +101,9 @@ __device__ inline void write_run(const TurnsParams& p, const Order& order, const
   }
 }
 
-// By `blocks` blocks of threads, of which this is number `block`; `shared` as for block_scan.
-__device__ inline void write_turns(const TurnsParams& p, int block, int blocks, int* shared) {
-  const Order order{p, p.ok == nullptr || *p.ok ? *p.num_tiles : 0};
+__device__ inline void write_part(const TurnsParams& p, const Order& order, int part, int block,
+                                  int blocks, int* shared) {
+  WorkItem* items = p.items + 2ll * part * p.part_turns;
   int before = 0;
   for (int column = 0; column < p.num_columns; column += p.chunk) {
     const int columns = min(p.chunk, p.num_columns - column);
@@ -113,13 +116,23 @@ __device__ inline void write_turns(const TurnsParams& p, int block, int blocks, 
       int total;
       const int end = before + block_scan(mine, shared, &total) + mine;
       const Share share{block, blocks, column, columns};
-      if (used) write_run(p, order, run, position, end - turns, share);
+      if (used) write_run(items, order, run, position, end - turns, share);
       before += total;
     }
   }
   if (block == 0 && threadIdx.x == 0) {
-    *p.num_turns = before;
-    p.progress[0] = p.progress[1] = 0;
+    p.num_turns[3 * part] = before;
+    p.progress[3 * part] = p.progress[3 * part + 1] = 0;
+  }
+}
+
+// By `blocks` blocks of threads, of which this is number `block`; `shared` as for block_scan.
+__device__ inline void write_turns(const TurnsParams& p, int block, int blocks, int* shared) {
+  const int num_tiles = p.ok == nullptr || *p.ok ? *p.num_tiles : 0;
+  for (int part = 0; part < p.num_parts; ++part) {
+    const int first = part_begin(num_tiles, part, p.num_parts);
+    const int end = part_begin(num_tiles, part + 1, p.num_parts);
+    write_part(p, {p, first, end - first}, part, block, blocks, shared);
   }
 }
 

@@ -52,21 +52,24 @@ def on_gpu(tiles):
 @pytest.mark.parametrize(
     ("backwards", "chunk"), [(False, None), (True, None), (True, 1), (True, 2), (True, 3)]
 )
+@pytest.mark.parametrize("parts", [1, 2, 5])
 @pytest.mark.parametrize("max_run", [2, 16])
 @pytest.mark.parametrize("columns", [1, 2, 5, 16])
 @pytest.mark.parametrize("rows", [EDGES, (700,), (0, 0), (2048, 1999, 5000, 40)] + [
     tuple(np.random.default_rng(s).integers(0, 700, 40)) for s in range(3)] + [(300,) * 700],
     ids=lambda rows: f"{len(rows)}experts{sum(rows)}rows")  # fmt: skip
-def test_turns_are_those_of_numpy(rows, columns, max_run, backwards, chunk):
+def test_turns_are_those_of_numpy(rows, columns, max_run, parts, backwards, chunk):
     from cometrt.cuda.engine import order_turns
 
     tiles = tiles_of(rows, seed=len(rows))
     how = {"backwards": backwards, "max_run": max_run, "chunk": chunk}
-    expected = make_turns(tiles, columns, **how)
-    turns = order_turns(on_gpu(tiles), columns, **how)
-    assert int(turns.counts[0]) == len(expected)
-    found = turns.items.get().view(work_item_dtype).reshape(-1, 2)[: len(expected)]
-    assert (found == expected).all()
+    all_turns = order_turns(on_gpu(tiles), columns, parts=parts, **how)
+    for index in range(parts):
+        expected = make_turns(tiles, columns, part=(index, parts), **how)
+        turns = all_turns.part(index)
+        assert turns.counts.tolist() == [len(expected), 0, 0]
+        found = turns.items.get().view(work_item_dtype).reshape(-1, 2)[: len(expected)]
+        assert (found == expected).all()
 
 
 class Problem:

@@ -14,6 +14,7 @@ from cometrt.plan.turns import (
     longest_run,
     make_turns,
     most_turns,
+    part_begin,
 )
 
 
@@ -69,6 +70,26 @@ def test_turns(plan, columns, max_run, backwards, chunk):
     first_walk = turns[:, 0][[walk == 0 for walk in walks]] if len(turns) else turns[:, 0]
     starts = list(dict.fromkeys(first_walk["expert"].tolist()))
     assert starts == list(dict.fromkeys(plan.tile_expert[order].tolist()))
+
+
+@given(
+    plans(),
+    st.integers(1, 5),
+    st.integers(1, 6),
+    st.booleans(),
+)
+def test_parts_are_stretches_of_the_order(plan, columns, parts, backwards):
+    order = plan.layer0_tiles()
+    begins = [part_begin(len(order), index, parts) for index in range(parts + 1)]
+    assert (begins[0], begins[-1]) == (0, len(order))
+    most = -(-len(order) // parts)
+    for index in range(parts):
+        tiles = order[begins[index] : begins[index + 1]]
+        assert most - 1 <= len(tiles) <= most
+        turns = make_turns(plan, columns, max_run=4, backwards=backwards, part=(index, parts))
+        assert len(turns) <= most_turns(most, columns)
+        done = [(i["tile"], i["column"]) for turn in turns for i in turn if i["tile"] >= 0]
+        assert sorted(done) == sorted((tile, c) for tile in tiles for c in range(columns))
 
 
 def test_sizes():
