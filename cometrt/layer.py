@@ -16,7 +16,7 @@ from cometrt.specs import Geometry, Gradients, MoESpec, check_choice
 from cometrt.trace import NullTracer, Tracer
 from cometrt.world import World
 
-MODES = ("fused", "sequential")
+MODES = ("fused", "sequential", "chunked")
 _FLOAT32 = np.dtype(np.float32)
 _IDS = (np.dtype(np.int32), np.dtype(np.int64))
 
@@ -42,7 +42,8 @@ class MoELayer:
         world: from ``cometrt.connect`` or ``cometrt.spawn``.
         spec: equal on all ranks.
         mode: "fused" (exchange and GEMMs overlap tile by tile), "sequential" (dispatch, GEMMs,
-            combine one after the other; on the host the same bits), or None: the best that
+            combine one after the other; on the host the same bits), "chunked" (on "cuda": as
+            sequential, `config.parts` parts on two streams; a baseline), or None: the best that
             `config` and the shape allow.
         config: tile sizes and layer1's order; None: defaults.
 

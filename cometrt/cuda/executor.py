@@ -4,6 +4,7 @@ A call is a handful of launches, queued without waiting for the device:
 
     forward, fused       publish, prepare, layer0, layer1, finish
     forward, sequential  publish, prepare, dispatch, up, down, push, home_reduce, finish
+    forward, chunked     likewise in parts, on two streams (cometrt/cuda/chunked.py)
     backward             publish, agree, dispatch, GEMMs, push, GEMMs, home_reduce, finish
 
 cuBLAS, which backward always uses, has to know the experts' rows on the host: such a call waits
@@ -20,10 +21,12 @@ from typing import Any
 import numpy as np
 
 from cometrt.cuda.calls import Calls, set_tables, set_words
+from cometrt.cuda.chunked import ChunkedForward
 from cometrt.cuda.experts import CublasExperts, EngineExperts
 from cometrt.cuda.fused import FusedForward
 from cometrt.cuda.planner import DevicePlanner
 from cometrt.cuda.report import Report
+from cometrt.cuda.rows import RowMovers
 from cometrt.errors import CometError
 from cometrt.heap import SymmetricHeap
 from cometrt.kernels.launch import load_kernels
@@ -36,8 +39,6 @@ from cometrt.world import World
 from cometrt.world.partitions import num_sms
 
 _THREADS = 256
-_PULL_WARPS = 4  # kPullWarps of rows.cu
-_SLOT_BYTES = 200 * 1024  # of shared memory for rows in flight
 
 
 class CudaExecutor:
@@ -57,20 +58,25 @@ class CudaExecutor:
         self._publish, self._agree, self._finish = load_kernels(
             "exchange/publish.cu", "publish", "agree", "finish"
         )
-        self._dispatch, self._push, self._home_reduce = load_kernels(
-            "exchange/rows.cu", "dispatch", "push", "home_reduce"
-        )
         self._links = cp.zeros(2, cp.uint64)  # clocks of what comes and of what leaves
         clocks = self._links.data.ptr
         self._pull_pace, self._push_pace = (
             pace_record(clock, world.link) for clock in (clocks, clocks + 8)
         )
+        parts, positions = 1, self._planner.block_position
+        if mode == "chunked":
+            parts = shape.config.parts
+        rows = RowMovers(shape, self._pull_pace, self._push_pace, positions, parts)
+        self._pull, self._push, self._add_up = rows.pull, rows.push, rows.add_up
         self._cublas = CublasExperts(shape)
-        self._engine = self._fused = None
+        self._engine = self._fused = self._chunked = None
         if mode == "fused":
             self._fused = FusedForward(shape, self._pull_pace, self._push_pace)
         elif shape.config.gemm == "engine":
-            self._engine = EngineExperts(shape)
+            self._engine = EngineExperts(shape, parts)
+        if mode == "chunked":
+            assert self._engine is not None
+            self._chunked = ChunkedForward(shape, self._engine, rows)
         self._report = Report(world, shape)
         self._calls = Calls(world, shape, self._heap, layer)
         self._num_sms, self._row_shape = num_sms(), (shape.capacity, spec.hidden)
@@ -170,6 +176,9 @@ class CudaExecutor:
         up, down = (engine.up_turns, engine.down_turns) if engine else (_NO_TURNS, _NO_TURNS)
         self._publish((self._num_sms,), _THREADS, call)
         self._planner.prepare(call, tables, up, down, self._pull_pace)
+        if self._chunked is not None:
+            self._chunked(call, x_rows, w_up, w_down, z, a, o)
+            return
         if engine is not None:
             self._pull(call)
             engine.forward(x_rows, w_up, w_down, z, a, o)
@@ -289,25 +298,11 @@ class CudaExecutor:
         offsets = self._report.expert_offsets
         return [(int(a), int(b)) for a, b in itertools.pairwise(offsets)]
 
-    def _pull(self, call: Record) -> None:
-        row_bytes = 2 * self._shape.geometry.spec.hidden
-        lanes = max(1, min(32, _SLOT_BYTES // row_bytes // _PULL_WARPS))
-        self._dispatch(
-            (self._num_sms,),
-            _THREADS,
-            call,
-            self._pull_pace,
-            np.int32(lanes),
-            shared_bytes=_PULL_WARPS * lanes * row_bytes,
-        )
-
     def _combine(self, call: Record, between: Callable[[], None]) -> None:
         """Push, then `between`, which covers the exchange, then add up at home."""
-        self._push((4 * self._num_sms,), _THREADS, call, self._push_pace)
+        self._push(call)
         between()
-        blocks = self._shape.config.token_blocks(int(call.fields["num_tokens"][0]))
-        if blocks:
-            self._home_reduce((blocks,), _THREADS, call)
+        self._add_up(call)
 
     # ---- memory -----------------------------------------------------------------------------
 

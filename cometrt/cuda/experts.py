@@ -22,26 +22,39 @@ Rows = list[tuple[int, int]]  # [begin, end) of each expert
 class EngineExperts:
     """The forward of all experts; how many rows each has is known on the device alone.
 
+    Args:
+        parts: of layer0's order; each may be a launch of its own.
+
     Attributes:
         up_turns, down_turns: how the planner orders tiles for it: a TurnsParams each.
     """
 
-    def __init__(self, shape: PlanShape) -> None:
+    def __init__(self, shape: PlanShape, parts: int = 1) -> None:
         geometry, activation = shape.geometry, shape.geometry.spec.activation
         self._up = {z: GroupedGemm(activation, write_z=z) for z in (False, True)}
         self._down = GroupedGemm()
         up = self._up[True].column_tiles(geometry.up_columns)
         down = self._down.column_tiles(geometry.spec.hidden)
-        self._turns = new_turns(shape.max_tiles, up), new_turns(shape.max_tiles, down)
-        self.up_turns = turns_record(self._turns[0], up, max_run=shape.config.max_run)
+        up_turns, down_turns = (new_turns(shape.max_tiles, n, parts=parts) for n in (up, down))
+        self._up_parts = [up_turns.part(index) for index in range(parts)]
+        self._down_parts = [down_turns.part(index) for index in range(parts)]
+        self.up_turns = turns_record(up_turns, up, max_run=shape.config.max_run)
         self.down_turns = turns_record(
-            self._turns[1], down, backwards=True, max_run=shape.config.max_run
+            down_turns, down, backwards=True, max_run=shape.config.max_run
         )
 
     def forward(self, x_rows: Any, w_up: Any, w_down: Any, z: Any, a: Any, o: Any) -> None:
         """z (None: not written), a and o from the rows of x, when the turns are made."""
-        self._up[z is not None](x_rows, w_up, a, self._turns[0], z=z)
-        self._down(a, w_down, o, self._turns[1])
+        for part in range(len(self._up_parts)):
+            self.up(x_rows, w_up, z, a, part)
+        for part in reversed(range(len(self._down_parts))):
+            self.down(a, w_down, o, part)
+
+    def up(self, x_rows: Any, w_up: Any, z: Any, a: Any, part: int, sms: int | None = None) -> None:
+        self._up[z is not None](x_rows, w_up, a, self._up_parts[part], z=z, sms=sms)
+
+    def down(self, a: Any, w_down: Any, o: Any, part: int, sms: int | None = None) -> None:
+        self._down(a, w_down, o, self._down_parts[part], sms=sms)
 
 
 class CublasExperts:

@@ -71,6 +71,7 @@ class DevicePlanner:
             "chunk_tokens": size * self._chunks,
         }
         self._scratch = {name: cp.empty(lengths[name], cp.int32) for name in PLAN_SCRATCH}
+        self.block_position = int(self._scratch["block_position"].data.ptr)
         self._arrivals = cp.zeros(1, cp.uint32)
         # All ranks' routing, of the last forward.
         self.ids = cp.empty((size, spec.max_tokens, spec.topk), cp.int32)

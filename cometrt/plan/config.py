@@ -29,6 +29,10 @@ class TileConfig:
             fits the cache.
         chunk: columns of H that are reduced and pushed together in "columns"; a multiple of
             block_n.
+        parts: of layer0's order in mode "chunked", the baseline of two streams: what is pulled,
+            multiplied and pushed one behind the other.
+        comm_sms: SMs that move rows beside a GEMM in mode "chunked", an even number; None: about
+            an eighth.
         gemm: on "cuda", "engine" (kernels_cu/gemm; block_m is 128 then) or "cublas".
 
     Raises:
@@ -43,6 +47,8 @@ class TileConfig:
     max_run: int | None = None
     chunk: int = 256
     gemm: str = "engine"
+    parts: int = 2
+    comm_sms: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_tokens", "chunk"):
@@ -50,6 +56,11 @@ class TileConfig:
         object.__setattr__(self, "waves", check_int("waves", self.waves, minimum=2))
         if self.max_run is not None:
             object.__setattr__(self, "max_run", check_int("max_run", self.max_run, minimum=1))
+        object.__setattr__(self, "parts", check_int("parts", self.parts, minimum=1))
+        if self.comm_sms is not None:
+            object.__setattr__(self, "comm_sms", check_int("comm_sms", self.comm_sms, minimum=2))
+            if self.comm_sms % 2:
+                raise ValueError(f"comm_sms must be even (got {self.comm_sms})")
         check_choice("layer1_order", self.layer1_order, LAYER1_ORDERS)
         check_choice("gemm", self.gemm, GEMMS)
         if self.block_n % ALIGNMENT:
@@ -71,6 +82,13 @@ class TileConfig:
         Args:
             terms: most that are added for one token: topk and the number of ranks.
         """
+        if mode == "chunked":
+            if device != "cuda":
+                raise ValueError(
+                    f"mode must be 'fused' or 'sequential' on device={device!r} (got {mode!r})"
+                )
+            if self.gemm != "engine":
+                raise ValueError(f"gemm must be 'engine' in mode 'chunked' (got {self.gemm!r})")
         if device == "cuda" and mode == "fused":
             if terms > MOST_TERMS:
                 raise ValueError(

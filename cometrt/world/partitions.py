@@ -17,6 +17,7 @@ class Partition(NamedTuple):
     stream: Any  # cupy.cuda.Stream
     num_sms: int
     device_id: int
+    context: Any = None  # CUgreenCtx; None: the whole GPU
 
 
 class _StreamHandle:
@@ -62,11 +63,41 @@ def split_gpu(count: int, device_id: int = 0) -> list[Partition]:
         description = check(driver.cuDevResourceGenerateDesc([group], 1))
         flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
         context = check(driver.cuGreenCtxCreate(description, device, flags))
-        non_blocking = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-        handle = check(driver.cuGreenCtxStreamCreate(context, non_blocking, 0))
-        stream = cupy.cuda.Stream.from_external(_StreamHandle(int(handle), context))
-        partitions.append(Partition(stream, int(group.sm.smCount), device_id))
+        stream = _new_stream(context)
+        partitions.append(Partition(stream, int(group.sm.smCount), device_id, context))
     return partitions
+
+
+def _new_stream(context: Any) -> Any:
+    """Of a green context, or, for None, of the current device."""
+    import cupy
+
+    if context is None:
+        return cupy.cuda.Stream(non_blocking=True)
+    from cuda.bindings import driver
+
+    non_blocking = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+    result, handle = driver.cuGreenCtxStreamCreate(context, non_blocking, 0)
+    if int(result) != 0:
+        raise CometError(f"no stream for a partition of the GPU: {result}")
+    return cupy.cuda.Stream.from_external(_StreamHandle(int(handle), context))
+
+
+def side_stream() -> Any:
+    """Another stream on the SMs that this thread's kernels run on. Made when first asked for (each
+    takes one of the few hardware queues) and kept as long as the process."""
+    import cupy
+
+    partition = getattr(_seats, "partition", None)
+    if partition is None:
+        partition = _whole_gpu(cupy.cuda.Device().id)
+    key = (partition.device_id, partition.stream.ptr)
+    if key not in _side_streams:
+        _side_streams[key] = _new_stream(partition.context)
+    return _side_streams[key]
+
+
+_side_streams: dict[tuple[int, int], Any] = {}  # by device and the partition's stream
 
 
 @contextlib.contextmanager
@@ -130,5 +161,6 @@ def _whole_gpu(device_id: int) -> Partition:
     import cupy
 
     with cupy.cuda.Device(device_id) as device:
-        stream = cupy.cuda.Stream(non_blocking=True)
-        return Partition(stream, int(device.attributes["MultiProcessorCount"]), device_id)
+        return Partition(
+            _new_stream(None), int(device.attributes["MultiProcessorCount"]), device_id
+        )

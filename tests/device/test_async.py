@@ -94,7 +94,7 @@ def test_a_forward_is_few_launches(monkeypatch):
     assert 0 < len(launches) <= 6
 
 
-@pytest.mark.parametrize("mode", ["fused", "sequential"])
+@pytest.mark.parametrize("mode", ["fused", "sequential", "chunked"])
 @pytest.mark.parametrize("ranks", [(1, 1), (4, 1), (4, 2)], ids=str)
 def test_a_graph_is_replayed_with_new_tokens_and_routing(ranks, mode):
     case = Case(ranks, mode=mode, gemm="engine")

@@ -31,8 +31,10 @@ CASES = [
 
 
 CASES = [dataclasses.replace(case, gemm="engine", mode="fused") for case in CASES] + [
-    dataclasses.replace(case, gemm=gemm)
-    for case, gemm in itertools.product(CASES, ("engine", "cublas"))
+    dataclasses.replace(case, gemm=gemm, mode=mode)
+    for case, (gemm, mode) in itertools.product(
+        CASES, [("engine", "sequential"), ("cublas", "sequential"), ("engine", "chunked")]
+    )
     if case.routing in ("uniform", "skewed", "one_expert")
 ]
 
@@ -42,7 +44,7 @@ def test_against_reference(case):
     spawn_case(case, device="cuda")
 
 
-@pytest.mark.parametrize("mode", ["sequential", "fused"])
+@pytest.mark.parametrize("mode", ["sequential", "fused", "chunked"])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_inference_has_the_bits_of_training(tp, mode):
     # Without z the engine runs another kernel; with routing the host cannot know in time.

@@ -67,6 +67,28 @@ def test_random_routings(seed):
         assert_equal(plan, make_plan(tables, shape))
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_where_a_blocks_last_tile_is(seed):
+    spec, config, size, tables = random_case(seed)
+    shape = PlanShape(Geometry(spec, size - 1, size), config)
+    planner, _ = device_plan(tables, shape)
+    plan = make_plan(tables, shape)
+    first_needed = {
+        int(token): position
+        for position in range(int(plan.num_tiles[0]))
+        for token in plan.pulls_of(position)
+    }
+    expected = np.full(size * shape.blocks_per_home, -1)
+    for home, block, tokens in plan.pushes(shape):
+        last = min(first_needed[int(token)] for token in tokens)  # layer1 walks backwards
+        expected[home * shape.blocks_per_home + block] = last
+    found = planner._scratch["block_position"].get()
+    assert planner.block_position == planner._scratch["block_position"].data.ptr
+    np.testing.assert_array_equal(found, expected)
+    in_order = expected[plan.push_blocks[: plan.num_blocks[0]]]
+    assert (np.diff(in_order) <= 0).all()
+
+
 @pytest.mark.parametrize(
     ("size", "tp", "experts", "topk", "intermediate"), [(8, 1, 128, 8, 768), (8, 2, 64, 4, 1408)]
 )

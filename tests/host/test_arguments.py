@@ -66,6 +66,9 @@ def test_specs_are_hashable_and_take_numpy_integers():
         ({"block_n": 64, "chunk": 96}, "chunk must be a multiple of block_n=64 (got 96)"),
         ({"waves": 1}, "waves must be an integer >= 2 (got 1)"),
         ({"max_run": 0}, "max_run must be an integer >= 1 (got 0)"),
+        ({"parts": 0}, "parts must be an integer >= 1 (got 0)"),
+        ({"comm_sms": 1}, "comm_sms must be an integer >= 2 (got 1)"),
+        ({"comm_sms": 5}, "comm_sms must be even (got 5)"),
     ],
 )
 def test_tile_config(change, message):
@@ -87,6 +90,17 @@ def test_what_kernels_cannot_do(change, terms, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         config.check_on("cuda", "fused", terms)
     config.check_on("host", "fused", terms)
+
+
+def test_chunked_is_for_the_engine_on_cuda():
+    config = cometrt.TileConfig()
+    config.check_on("cuda", "chunked", 999)
+    with pytest.raises(ValueError, match="mode must be 'fused' or 'sequential' on device='host'"):
+        config.check_on("host", "chunked", 10)
+    with pytest.raises(ValueError, match="gemm must be 'engine' in mode 'chunked'"):
+        cometrt.TileConfig(gemm="cublas").check_on("cuda", "chunked", 10)
+    with pytest.raises(ValueError, match=r"mode must be .* \[rank 0\]"):
+        cometrt.spawn(lambda w: cometrt.MoELayer(w, cometrt.MoESpec(**SPEC), "chunked"), 2)
 
 
 def test_the_best_mode_is_one_that_can_be():
@@ -192,7 +206,7 @@ def test_shards_put_together_are_the_whole():
     ("arguments_of_rank_1", "message"),
     [
         ({"spec": None}, "spec must be a cometrt.MoESpec (got <class 'NoneType'>) [rank 1]"),
-        ({"mode": "fast"}, "mode must be one of fused, sequential (got 'fast') [rank 1]"),
+        ({"mode": "fast"}, "mode must be one of fused, sequential, chunked (got 'fast') [rank 1]"),
         ({"config": 3}, "config must be a TileConfig (got <class 'int'>) [rank 1]"),
         ({"mode": "sequential"}, "mode must be equal on all ranks (got None on rank 0, "),
         (
