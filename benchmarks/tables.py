@@ -12,6 +12,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,23 +44,51 @@ def engine_table() -> list[str]:
 
 def layer_table() -> list[str]:
     data = json.loads((RESULTS / "layer.json").read_text())
-    machine = data["machine"]
+    cells = data["cells"]
+    machines = [cell.get("machine", data["machine"]) for cell in cells.values()]
     lines = [
-        f"One {machine['gpu']} cut into virtual ranks, {machine['date']}, at {machine['commit']}; "
+        f"{' and '.join(each(machines, 'gpu'))} cut into virtual ranks, "
+        f"{' to '.join(ends(each(machines, 'date')))}, at {', '.join(each(machines, 'commit'))}; "
         "TFLOP/s of all ranks in sum, by the slowest of them.",
         "",
-        "| layer | fused | sequential | its GEMMs alone | over sequential | efficiency |"
-        " communication hidden |",
-        "|---|---|---|---|---|---|---|",
+        "| layer | fused | sequential | chunked | its GEMMs alone | over sequential |"
+        " over chunked | efficiency | communication hidden | planning | busiest rank |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, cell in data["cells"].items():
+    for name, cell in cells.items():
         rate = cell["tflops"]
+        best = cell.get("best_chunked")
+        chunked = f"{rate[best]:.0f} ({best.removeprefix('chunked ')})" if best else "-"
         hidden = f"{cell['hidden_share']:.2f}" if "hidden_share" in cell else "little to hide"
         lines.append(
-            f"| {name} | {rate['fused']:.0f} | {rate['sequential']:.0f} | {rate['gemms']:.0f} | "
-            f"{cell['speedup_over_sequential']:.2f} | {cell['efficiency']:.2f} | {hidden} |"
+            f"| {name} | {rate['fused']:.0f} | {rate['sequential']:.0f} | {chunked} | "
+            f"{rate['gemms']:.0f} | {cell['speedup_over_sequential']:.2f} | "
+            f"{number(cell, 'speedup_over_chunked')} | {cell['efficiency']:.2f} | {hidden} | "
+            f"{number(cell, 'planning_share', '.1%')} | {number(cell, 'busiest_rank')} |"
         )
+    if len(cells) > 1:
+        for what in ("sequential", "chunked"):
+            ratios = [c.get(f"speedup_over_{what}") for c in cells.values()]
+            if all(ratios):
+                mean = statistics.geometric_mean(ratios)
+                lines += ["", f"Geometric mean over {what}: {mean:.2f}."]
+    skipped = data["skipped"]
+    if skipped:
+        lines += ["", f"Skipped, since they do not fit: {', '.join(skipped)}."]
     return lines
+
+
+def number(cell: dict[str, Any], name: str, form: str = ".2f") -> str:
+    return format(cell[name], form) if name in cell else "-"
+
+
+def each(machines: list[dict[str, Any]], key: str) -> list[str]:
+    """Without repetitions, sorted."""
+    return sorted({str(machine[key]) for machine in machines})
+
+
+def ends(values: list[str]) -> list[str]:
+    return values if len(values) < 2 else [values[0], values[-1]]
 
 
 TABLES = {"engine": engine_table, "layer": layer_table}

@@ -21,6 +21,7 @@ else:
                 ("fused", "z", "columns", "engine"),
                 ("sequential", "rows", "waves", "engine"),
                 ("sequential", "z", "columns", "cublas"),
+                ("chunked", "rows", "waves", "engine"),
             ):
                 case = Case(ranks, "skewed", save=save, order=order, mode=mode, gemm=gemm)
                 spawn_case(case, 1, "cuda")

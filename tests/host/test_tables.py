@@ -1,8 +1,15 @@
-"""The README quotes what the benchmarks wrote."""
+"""The README quotes what the benchmarks wrote; what they measure is what they say."""
 
+import importlib
+import json
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+
+from cometrt.plan import PlanShape, TileConfig
+from cometrt.specs import Geometry
 from tests.launch import ROOT
 
 
@@ -10,3 +17,62 @@ def test_the_readme_has_the_tables_of_the_results():
     command = [sys.executable, "benchmarks/tables.py", "--check"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Imports a module of benchmarks/."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def test_every_cell_can_be(benchmarks):
+    cells = benchmarks("layer_cells").cells("all")
+    assert len({str(cell) for cell in cells}) == len(cells)
+    for cell in cells:
+        shape = PlanShape(Geometry(cell.spec, 0, cell.ranks), TileConfig(layer1_order=cell.order))
+        assert shape.capacity >= shape.balanced_rows
+
+
+def test_cells_are_chosen_by_words_of_their_names(benchmarks):
+    cells = benchmarks("layer_cells").cells
+    chosen = [str(cell) for cell in cells("all", "qwen3 T=1024,mixtral skew")]
+    assert [name.split()[0] for name in chosen] == ["mixtral-8x7b"] * 3 + ["qwen3-30b-a3b"]
+    assert len(cells("models")) == 5
+    assert len(cells("short")) == 2
+
+
+def test_routing_has_the_skew_that_a_cell_says(benchmarks):
+    module = benchmarks("layer_cells")
+    cell = module.Cell("qwen3-30b-a3b", tokens=2048, skew=0.4)
+    loads = np.bincount(module.routing(cell).ravel(), minlength=128)
+    assert loads.std() / loads.mean() == pytest.approx(0.4, abs=0.08)
+    even = module.Cell("qwen3-30b-a3b", tokens=2048)
+    assert module.busiest_rank(even, module.routing(even)) < 1.02
+    assert module.busiest_rank(cell, module.routing(cell)) > 1.05
+    sharded = module.Cell("qwen3-30b-a3b", tokens=64, tp=8)
+    assert module.busiest_rank(sharded, module.routing(sharded)) == 1
+
+
+def test_figures_and_the_table_of_them(benchmarks, tmp_path, monkeypatch):
+    cells, tables = benchmarks("layer_cells"), benchmarks("tables")
+    cell = cells.Cell("mixtral-8x7b")
+    slowest = {"fused": 10.0, "sequential": 15.0, "chunked 2": 13.0, "chunked 4": 12.0}
+    slowest |= {"gemms": 8.0, "planning": 0.2}
+    found = cells.figures(cell, {name: [ms] * 7 for name, ms in slowest.items()}, 3.0)
+    assert found["best_chunked"] == "chunked 4"
+    assert found["speedup_over_chunked"] == pytest.approx(1.2)
+    assert found["speedup_over_sequential"] == pytest.approx(1.5)
+    assert found["hidden_share"] == pytest.approx(2 / 3)
+    assert found["planning_share"] == pytest.approx(0.02)
+    found["busiest_rank"] = 1.0
+    machine = {"gpu": "A GPU", "date": "2026-01-01", "commit": "abc"}
+    other = found | {"machine": machine | {"commit": "def"}}
+    data = {"machine": machine, "cells": {str(cell): found, "other": other}, "skipped": {}}
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "layer.json").write_text(json.dumps(data))
+    lines = tables.layer_table()
+    assert lines[0].startswith("A GPU cut into virtual ranks, 2026-01-01, at abc, def;")
+    assert "| 1.50 | 1.20 | 0.80 | 0.67 | 2.0% | 1.00 |" in lines[4]
+    assert "Geometric mean over chunked: 1.20." in lines
+    assert "(4 " in cells.line(cell, found)
