@@ -27,7 +27,7 @@ import cupy as cp
 import ml_dtypes
 import numpy as np
 
-from cometrt.cuda.engine import GroupedGemm, order_turns
+from cometrt.cuda.engine import GroupedGemm, group_of, order_turns
 from cometrt.cuda.gemm import ExpertGemm
 from cometrt.models import MODELS
 from cometrt.world.partitions import seat, split_gpu
@@ -90,7 +90,8 @@ class Groups:
 
 def engine_run(groups: Groups, b: Any, activation: str | None, write_z: bool) -> Any:
     gemm = GroupedGemm(activation, write_z=write_z)
-    turns = order_turns(groups.tiles, gemm.column_tiles(b.shape[1]), max_run=MAX_RUN)
+    group = GROUP or group_of(b.shape[2])
+    turns = order_turns(groups.tiles, gemm.column_tiles(b.shape[1]), max_run=MAX_RUN, group=group)
     rows, columns = len(groups.a), b.shape[1]
     out = cp.empty((rows, columns // 2 if activation else columns), BF16)
     z = cp.empty((rows, columns), BF16) if write_z else None
@@ -113,7 +114,8 @@ def partitions_run(groups: Groups, b: Any) -> Any:
         tiles = tiles_of(groups.sizes[mine])
         cp.cuda.Device().synchronize()  # they are there before another stream reads them
         with seat(part):
-            turns = order_turns(tiles, gemm.column_tiles(b.shape[1]))
+            columns = gemm.column_tiles(b.shape[1])
+            turns = order_turns(tiles, columns, group=group_of(b.shape[2]))
         jobs.append((part, a, b[mine], out, turns))
     cp.cuda.Device().synchronize()
     ended = [cp.cuda.Event(disable_timing=True) for _ in parts]
@@ -316,10 +318,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--max-run", type=int, help="of the engine's order; default: its own")
+    parser.add_argument("--max-run", type=int, default=2, help="of the engine's order")
+    parser.add_argument("--group", type=int, help="likewise; default: its own")
     args = parser.parse_args()
-    global MAX_RUN
-    MAX_RUN = args.max_run
+    global MAX_RUN, GROUP
+    MAX_RUN, GROUP = args.max_run, args.group
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     print(
         f"{'TFLOP/s':20s} engine  torch batchd  dense | /best /dense | skew, x torch | "

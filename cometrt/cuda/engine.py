@@ -10,10 +10,11 @@ import numpy as np
 
 from cometrt.activations import ACTIVATIONS, is_gated
 from cometrt.kernels.launch import Kernel, load_kernels
-from cometrt.kernels.params import Record, gemm_params, turns_params
+from cometrt.kernels.params import Record, gemm_params, planned_tiles_dtype, turns_params
 from cometrt.kernels.tensor_map import encode
-from cometrt.plan.turns import BLOCK_M, column_tiles, longest_run, most_turns, work_item_dtype
-from cometrt.world.partitions import num_sms
+from cometrt.plan import PlanShape
+from cometrt.plan.turns import BLOCK_M, best_group, column_tiles, most_turns, work_item_dtype
+from cometrt.world.partitions import gpu_sms, num_sms
 
 _BLOCK_K, _HALF_M, _HALF_N = 64, BLOCK_M // 2, 128
 THREADS = 384  # kThreads of gemm/tile.cuh
@@ -45,12 +46,17 @@ class Turns(NamedTuple):
 
 
 def new_turns(
-    max_tiles: int, num_columns: int, chunk: int | None = None, *, parts: int = 1
+    max_tiles: int,
+    num_columns: int,
+    chunk: int | None = None,
+    group: int | None = None,
+    *,
+    parts: int = 1,
 ) -> Turns:
     """Memory for the turns of up to that many M-tiles and that many column tiles."""
     import cupy as cp
 
-    items = 2 * parts * most_turns(-(-max_tiles // parts), num_columns, chunk)
+    items = 2 * parts * most_turns(-(-max_tiles // parts), num_columns, chunk, group)
     memory = cp.empty(items * work_item_dtype.itemsize, cp.uint8)
     return Turns(memory, cp.empty(3 * parts, cp.int32), parts)
 
@@ -60,10 +66,11 @@ def turns_record(
     num_columns: int,
     *,
     backwards: bool = False,
-    max_run: int | None = None,
+    max_run: int = 2,
     chunk: int | None = None,
+    group: int | None = None,
 ) -> Record:
-    """TurnsParams but for the plan's tables; arguments as for `order_turns`."""
+    """TurnsParams ; arguments as for `order_turns`."""
     record = Record(turns_params)
     _set_turns(record.fields, turns)
     record.fields["num_columns"], record.fields["backwards"] = num_columns, backwards
@@ -71,7 +78,8 @@ def turns_record(
     turn_bytes = 2 * work_item_dtype.itemsize
     record.fields["num_parts"] = turns.num_parts
     record.fields["part_turns"] = turns.items.size // turns.num_parts // turn_bytes
-    record.fields["max_run"] = longest_run(num_sms()) if max_run is None else max_run
+    record.fields["group"] = group or num_columns
+    record.fields["max_run"] = max_run
     return record
 
 
@@ -81,17 +89,31 @@ def order_turns(tiles: Tiles, num_columns: int, **how: Any) -> Turns:
     Turns serve any number of GEMMs, one after the other.
 
     Args:
-        how: backwards, max_run (None: of `longest_run`) and chunk, as in `make_turns`; parts:
-            how many, each of which is a `Turns.part`.
+        how: backwards, max_run, chunk and group, as in `make_turns`; parts: how many, each of
+            which is a `Turns.part`.
     """
     parts = how.pop("parts", 1)
-    turns = new_turns(len(tiles.tile_order), num_columns, how.get("chunk"), parts=parts)
+    chunk, group = how.get("chunk"), how.get("group")
+    turns = new_turns(len(tiles.tile_order), num_columns, chunk, group, parts=parts)
     record = turns_record(turns, num_columns, **how)
+    tables = Record(planned_tiles_dtype)
     for name in "tile_order num_tiles tile_expert expert_offsets expert_rows".split():
-        record.fields[name] = getattr(tiles, name).data.ptr
+        tables.fields[name] = getattr(tiles, name).data.ptr
     (kernel,) = load_kernels("schedule/turns.cu", "turns")
-    kernel((_TURNS_BLOCKS,), _TURNS_THREADS, record)
+    kernel((_TURNS_BLOCKS,), _TURNS_THREADS, record, tables)
     return turns
+
+
+def group_of(inner: int) -> int:
+    """`best_group` of the SMs that this thread's kernels run on; inner: K."""
+    return best_group(num_sms(), gpu_sms(), inner)
+
+
+def layer_groups(shape: PlanShape) -> tuple[int, int]:
+    """Column tiles of a group in the up and in the down GEMM of a layer."""
+    geometry, group = shape.geometry, shape.config.group
+    up, down = (group_of(k) for k in (geometry.spec.hidden, geometry.local_intermediate))
+    return (group or up, group or down)
 
 
 def _set_turns(params: np.ndarray, turns: Turns) -> None:

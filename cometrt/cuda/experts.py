@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cometrt.cuda.engine import GroupedGemm, new_turns, turns_record
+from cometrt.cuda.engine import GroupedGemm, layer_groups, new_turns, turns_record
 from cometrt.cuda.gemm import ExpertGemm
 from cometrt.kernels.launch import load_kernels
 from cometrt.kernels.params import Record, activation_params, geometry_record
@@ -35,12 +35,15 @@ class EngineExperts:
         self._down = GroupedGemm()
         up = self._up[True].column_tiles(geometry.up_columns)
         down = self._down.column_tiles(geometry.spec.hidden)
-        up_turns, down_turns = (new_turns(shape.max_tiles, n, parts=parts) for n in (up, down))
+        up_group, down_group = layer_groups(shape)
+        up_turns = new_turns(shape.max_tiles, up, None, up_group, parts=parts)
+        down_turns = new_turns(shape.max_tiles, down, None, down_group, parts=parts)
         self._up_parts = [up_turns.part(index) for index in range(parts)]
         self._down_parts = [down_turns.part(index) for index in range(parts)]
-        self.up_turns = turns_record(up_turns, up, max_run=shape.config.max_run)
+        run = shape.config.max_run
+        self.up_turns = turns_record(up_turns, up, max_run=run, group=up_group)
         self.down_turns = turns_record(
-            down_turns, down, backwards=True, max_run=shape.config.max_run
+            down_turns, down, backwards=True, max_run=run, group=down_group
         )
 
     def forward(self, x_rows: Any, w_up: Any, w_down: Any, z: Any, a: Any, o: Any) -> None:

@@ -13,6 +13,7 @@ from cometrt.cuda.engine import (
     gemm_arguments,
     gemm_grid,
     gemm_record,
+    layer_groups,
     new_turns,
     turns_record,
 )
@@ -46,11 +47,15 @@ class FusedForward:
         chunk = -(-config.chunks(spec.hidden)[0][1] // BLOCK_N)
         up = column_tiles(width, gated=spec.gated)
         down = column_tiles(spec.hidden, gated=False)
-        turns = new_turns(shape.max_tiles, up), new_turns(shape.max_tiles, down, chunk)
+        groups, run = layer_groups(shape), config.max_run
+        turns = (
+            new_turns(shape.max_tiles, up, None, groups[0]),
+            new_turns(shape.max_tiles, down, chunk, groups[1]),
+        )
         self._turns = turns
-        self.up_turns = turns_record(turns[0], up, max_run=config.max_run)
+        self.up_turns = turns_record(turns[0], up, max_run=run, group=groups[0])
         self.down_turns = turns_record(
-            turns[1], down, backwards=True, chunk=chunk, max_run=config.max_run
+            turns[1], down, backwards=True, chunk=chunk, max_run=run, group=groups[1]
         )
         self._up_params = gemm_record(turns[0], spec.hidden, width)
         self._down_params = gemm_record(turns[1], width, spec.hidden)

@@ -102,17 +102,19 @@ gemm_params = np.dtype(
 pace_dtype = np.dtype(
     [(name, np.uint64) for name in "free_at_ns femtoseconds_per_byte latency_ns".split()]
 )
-turns_params = np.dtype(
+planned_tiles_dtype = np.dtype(
     [
         (name, np.uint64)
-        for name in (
-            *"tile_order num_tiles tile_expert expert_offsets expert_rows".split(),
-            *"ok items num_turns progress".split(),
-        )
+        for name in "tile_order num_tiles tile_expert expert_offsets expert_rows ok".split()
     ]
+)
+turns_params = np.dtype(
+    [(name, np.uint64) for name in "items num_turns progress".split()]
     + [
         (name, np.int32)
-        for name in "num_columns max_run backwards chunk num_parts part_turns".split()
+        for name in (
+            "num_columns max_run backwards chunk group num_parts part_turns unused"
+        ).split()
     ]
 )
 part_dtype = np.dtype([("block_position", np.uint64), ("index", np.int32), ("count", np.int32)])
@@ -131,6 +133,7 @@ MIRRORS = {
     "WorkItem": ("gemm/tile.cuh", work_item_dtype),
     "GemmParams": ("gemm/tile.cuh", gemm_params),
     "Pace": ("comm/pacing.cuh", pace_dtype),
+    "PlannedTiles": ("schedule/turns.cuh", planned_tiles_dtype),
     "TurnsParams": ("schedule/turns.cuh", turns_params),
     "Part": ("schedule/parts.cuh", part_dtype),
     "ActivationParams": ("exchange/activation.cuh", activation_params),

@@ -23,10 +23,11 @@ class TileConfig:
         layer1_order: "waves" (whole rows, farthest source first) or "columns" (COMET's:
             chunk after chunk of H, all experts within a chunk).
         waves: groups of sources, by ring distance, whose tiles follow each other in layer0 (and
-            backwards in layer1): this rank itself, then even groups; at least 2. Few of them
-            read weights seldom, many wait for nobody far away.
-        max_run: M-tiles of an expert that take their N-tiles together in the engine; None: what
-            fits the cache.
+            backwards in layer1): this rank itself, then even groups; 1: all sources together. Few
+            of them read weights seldom, many wait for nobody far away.
+        group: N-tiles that all M-tiles of an expert take before its next N-tiles, in the engine;
+            None: as many as the cache can keep (`plan.turns.best_group`).
+        max_run: M-tiles of an expert that take an N-tile together in the engine.
         chunk: columns of H that are reduced and pushed together in "columns"; a multiple of
             block_n.
         parts: of layer0's order in mode "chunked", the baseline of two streams: what is pulled,
@@ -44,23 +45,22 @@ class TileConfig:
     block_tokens: int = 64
     layer1_order: str = "waves"
     waves: int = 2
-    max_run: int | None = None
+    group: int | None = None
+    max_run: int = 2
     chunk: int = 256
     gemm: str = "engine"
     parts: int = 2
     comm_sms: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("block_m", "block_n", "block_tokens", "chunk"):
+        for name in ("block_m", "block_n", "block_tokens", "chunk", "waves", "max_run", "parts"):
             object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=1))
-        object.__setattr__(self, "waves", check_int("waves", self.waves, minimum=2))
-        if self.max_run is not None:
-            object.__setattr__(self, "max_run", check_int("max_run", self.max_run, minimum=1))
-        object.__setattr__(self, "parts", check_int("parts", self.parts, minimum=1))
-        if self.comm_sms is not None:
-            object.__setattr__(self, "comm_sms", check_int("comm_sms", self.comm_sms, minimum=2))
-            if self.comm_sms % 2:
-                raise ValueError(f"comm_sms must be even (got {self.comm_sms})")
+        for name in ("group", "comm_sms"):
+            value, least = getattr(self, name), 1 if name == "group" else 2
+            if value is not None:
+                object.__setattr__(self, name, check_int(name, value, minimum=least))
+        if self.comm_sms is not None and self.comm_sms % 2:
+            raise ValueError(f"comm_sms must be even (got {self.comm_sms})")
         check_choice("layer1_order", self.layer1_order, LAYER1_ORDERS)
         check_choice("gemm", self.gemm, GEMMS)
         if self.block_n % ALIGNMENT:
@@ -113,6 +113,8 @@ class TileConfig:
     def last_distances(self, size: int) -> list[int]:
         """The largest ring distance of each wave, among that many ranks."""
         groups = min(self.waves, size) - 1
+        if groups == 0:
+            return [size - 1]
         return [0] + [-(-wave * (size - 1) // groups) for wave in range(1, groups + 1)]
 
     def chunks(self, hidden: int) -> list[tuple[int, int]]:

@@ -16,7 +16,9 @@ from cometrt.plan.config import ENGINE_BLOCK_M, ENGINE_BLOCK_N
 from cometrt.plan.tables import Plan
 
 BLOCK_M, BLOCK_N = ENGINE_BLOCK_M, ENGINE_BLOCK_N
+CLUSTER_SIZE = 2  # kClusterSize of kernels_cu/gemm/tile.cuh
 SHARES_NOTHING, SHARES_A, SHARES_B = range(3)
+_KEPT_BYTES = 20 << 20  # of the cache, for weights that are read again
 
 work_item_dtype = np.dtype(
     [
@@ -34,12 +36,11 @@ def column_tiles(columns: int, *, gated: bool) -> int:
     return -(-columns // (BLOCK_N // 2 if gated else BLOCK_N))
 
 
-def most_turns(max_tiles: int, num_columns: int, chunk: int | None = None) -> int:
-    """Turns of the worst order: every M-tile alone, in every walk over a chunk."""
-    step = chunk or num_columns
-    return max_tiles * sum(
-        -(-min(step, num_columns - first) // 2) for first in range(0, num_columns, step)
-    )
+def most_turns(
+    max_tiles: int, num_columns: int, chunk: int | None = None, group: int | None = None
+) -> int:
+    """Turns of the worst order: every M-tile alone, in every walk over a group of columns."""
+    return max_tiles * sum(-(-len(piece) // 2) for piece in _groups(num_columns, chunk, group))
 
 
 def part_begin(num_tiles: int, index: int, count: int) -> int:
@@ -47,33 +48,46 @@ def part_begin(num_tiles: int, index: int, count: int) -> int:
     return num_tiles * index // count
 
 
-def longest_run(num_sms: int) -> int:
-    """M-tiles that take column tiles together, so that what all SMs compute at one time is
-    about as many rows as columns: fewest operands in the cache."""
-    return 2 * max(1, math.isqrt(num_sms // 2))
+def best_group(num_sms: int, gpu_sms: int, inner: int) -> int:
+    """Column tiles that a stretch of one expert's M-tiles takes before the next ones.
+
+    What all SMs compute at one time should be about as many rows as columns: then they read the
+    fewest operands. Up to twice as many columns, if the weights of a group stay in these SMs' part
+    of the cache meanwhile.
+
+    Args:
+        num_sms, gpu_sms: that compute; of the GPU.
+        inner: K.
+    """
+    square = max(1, math.isqrt(num_sms // CLUSTER_SIZE))
+    kept = _KEPT_BYTES * num_sms // gpu_sms // (2 * BLOCK_N * inner)
+    return max(square, min(kept, 2 * square))
 
 
 def make_turns(
     plan: Plan,
     num_columns: int,
     *,
-    max_run: int,
+    max_run: int = 2,
     backwards: bool = False,
     chunk: int | None = None,
+    group: int | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> np.ndarray:
     """The specification of kernels_cu/schedule/turns.cu.
 
-    The plan's order is cut where the expert changes, and into even runs of at most about `max_run`
-    tiles. A run takes two column tiles at a time: first its tiles of more than 64 rows, in pairs,
-    for the one and for the other; then what is left, alone, for both.
+    The plan's order is cut into stretches where the expert changes. A stretch is walked once for
+    each group of column tiles, so that the weights of a group serve all its tiles while they are in
+    the cache; it is cut into even runs of at most about `max_run` tiles. A run takes two column
+    tiles at a time: first its tiles of more than 64 rows, in pairs, for the one and for the other;
+    then what is left, alone, for both.
 
     Args:
         plan: made with block_m = 128.
         num_columns: of `column_tiles`.
-        max_run: of `longest_run`.
         backwards: walk the order from its end.
-        chunk: walk it once for each so many column tiles; None: once for all.
+        chunk: walk all of it once for each so many column tiles; None: once for all.
+        group: column tiles of a group, within a chunk; see `best_group`. None: all of them.
         part: index and number of even parts, in layer0's order; only this one's tiles.
 
     Returns:
@@ -84,20 +98,32 @@ def make_turns(
     order = order[part_begin(len(order), index, count) : part_begin(len(order), index + 1, count)]
     order = order[::-1] if backwards else order
     items: list[tuple[int, ...]] = []  # two a turn
-    for first in range(0, num_columns, chunk or num_columns):
-        columns = range(first, min(first + (chunk or num_columns), num_columns))
-        items += _walk(plan, order, columns, max_run)
+    for columns in _pieces(range(num_columns), chunk):
+        items += _walk(plan, order, _pieces(columns, group), max_run)
     return np.array(items, work_item_dtype).reshape(-1, 2)
 
 
-def _walk(plan: Plan, order: list[int], columns: range, max_run: int) -> list[tuple[int, ...]]:
+def _pieces(columns: range, size: int | None) -> list[range]:
+    step = size or len(columns)
+    return [columns[first : first + step] for first in range(0, len(columns), step)]
+
+
+def _groups(num_columns: int, chunk: int | None, group: int | None) -> list[range]:
+    return [
+        part for columns in _pieces(range(num_columns), chunk) for part in _pieces(columns, group)
+    ]
+
+
+def _walk(plan: Plan, order: list[int], groups: list[range], max_run: int) -> list[tuple[int, ...]]:
     items = []
     for expert, stretch in itertools.groupby(order, key=lambda tile: int(plan.tile_expert[tile])):
         tiles = list(stretch)
         pieces = -(-len(tiles) // max_run)
         length = -(-len(tiles) // (2 * pieces)) * 2
-        for begin in range(0, len(tiles), length):
-            items += _run(plan, expert, tiles[begin : begin + length], columns)
+        runs = [tiles[begin : begin + length] for begin in range(0, len(tiles), length)]
+        for columns in groups:
+            for run in runs:
+                items += _run(plan, expert, run, columns)
     return items
 
 

@@ -94,7 +94,7 @@ class Puller {
   __device__ void store_to(int row, u32 offset, u32 bytes) {
     if (row < 0) return;
     char* to = reinterpret_cast<char*>(c_.rows) + 2ll * row * c_.g.hidden;
-    bulk_store(to + offset, buffer_, bytes);
+    bulk_store<Keep::kBriefly>(to + offset, buffer_, bytes);
   }
 
   // Of the i-th pull in flight, whose stores are complete. Releases tile_filled, a count of pieces.

@@ -21,6 +21,7 @@ __device__ inline int ring_distance(const Geometry& g, int from, int to) {
 
 // The largest ring distance of a wave of tiles: TileConfig.last_distances.
 __device__ inline int last_distance(const Geometry& g, int wave) {
+  if (g.waves == 1) return g.size - 1;
   return wave == 0 ? 0 : (wave * (g.size - 1) + g.waves - 2) / (g.waves - 1);
 }
 

@@ -26,7 +26,7 @@ __device__ inline void store_row(__nv_bfloat16* row, const float (&sum)[8]) {
   __nv_bfloat162* pairs = reinterpret_cast<__nv_bfloat162*>(&packed);
 #pragma unroll
   for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]);
-  *reinterpret_cast<uint4*>(row) = packed;
+  __stcs(reinterpret_cast<uint4*>(row), packed);
 }
 
 }  // namespace cometrt

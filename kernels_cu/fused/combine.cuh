@@ -267,7 +267,7 @@ class Combine {
                  : c_.data<__nv_bfloat16>(c_.world.rank, c_.staging_at) + 1ll * ~row * c_.g.hidden;
     const u32 bytes = 2 * min(kSumColumns, columns - at);
     mbarrier_arrive_expect(&s_.full[slot], bytes);
-    bulk_load(s_.values[slot], from + first + at, bytes, &s_.full[slot]);
+    bulk_load<Keep::kBriefly>(s_.values[slot], from + first + at, bytes, &s_.full[slot]);
   }
 
   const Call& c_;

@@ -61,7 +61,7 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
     const int lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
       const RowsArrive hooks{c};
-      produce<is_gated(ACTIVATION)>(shared, p, {&a_map, &a_half_map, &b_map}, cta, hooks);
+      produce<is_gated(ACTIVATION)>(shared, p, {a_map, a_half_map, b_map}, cta, hooks);
     } else if (threadIdx.x == 32 && cta == 0) {
       deal_turns(shared, p);
     } else if (warp >= 2 && lane < kSlotsOfWarp && static_cast<int>(blockIdx.x) < num_comm &&

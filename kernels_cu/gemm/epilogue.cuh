@@ -44,7 +44,8 @@ class SlabStore {
       for (int i = 0; i < 2; ++i) {
         const int row = 4 * i + lane / 8;
         const int4 value = *reinterpret_cast<int4*>(slab_ + row * 128 + 16 * (chunk ^ row));
-        if (8 * chunk < columns) *reinterpret_cast<int4*>(to + 4 * i * stride) = value;
+        // Read late, if at all: evicted before the operands.
+        if (8 * chunk < columns) __stcs(reinterpret_cast<int4*>(to + 4 * i * stride), value);
       }
     }
   }

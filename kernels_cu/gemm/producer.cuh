@@ -8,6 +8,15 @@ namespace cometrt {
 // What a tile reads of K columns [c0, c0 + BLOCK_K). Coordinates innermost first.
 struct Operands {
   const TensorMap *a, *a_half, *b;  // boxes of BLOCK_M rows, kHalfM rows, kHalfN columns
+  // Weights are read again by the next M-tiles of their expert, rows by nobody for long.
+  u64 a_policy, b_policy;
+
+  __device__ Operands(const TensorMap& a, const TensorMap& a_half, const TensorMap& b)
+      : a(&a),
+        a_half(&a_half),
+        b(&b),
+        a_policy(cache_policy<Keep::kNormal>()),
+        b_policy(cache_policy<Keep::kLong>()) {}
 };
 
 // An operand that both CTAs want is loaded half by this one and half by the other, for both.
@@ -18,20 +27,22 @@ __device__ inline void load_slot(Slot& slot, u64* full, const Operands& maps, co
   const bool both_halves = item.rows > kHalfM;
   if (item.sharing == kSharesA) {
     if (both_halves || cta == 0) {
-      tensor_load_4d_multicast(slot.a[cta], maps.a_half, c0, row + cta * kHalfM, 0, 0, full, 0b11);
+      tensor_load_4d_multicast(slot.a[cta], maps.a_half, c0, row + cta * kHalfM, 0, 0, full, 0b11,
+                               maps.a_policy);
     }
   } else {
-    tensor_load_4d(slot.a, both_halves ? maps.a : maps.a_half, c0, row, 0, 0, full);
+    tensor_load_4d(slot.a, both_halves ? maps.a : maps.a_half, c0, row, 0, 0, full, maps.a_policy);
   }
   const auto column = [&](u32 half) {
     return kGated ? item.column * kHalfN : item.column * BLOCK_N + static_cast<int>(half) * kHalfN;
   };
   if (item.sharing == kSharesB) {
     tensor_load_4d_multicast(slot.b[cta], maps.b, c0, column(cta), kGated ? cta : 0, item.expert,
-                             full, 0b11);
+                             full, 0b11, maps.b_policy);
   } else {
     for (u32 half = 0; half < 2; ++half) {
-      tensor_load_4d(slot.b[half], maps.b, c0, column(half), kGated ? half : 0, item.expert, full);
+      tensor_load_4d(slot.b[half], maps.b, c0, column(half), kGated ? half : 0, item.expert, full,
+                     maps.b_policy);
     }
   }
 }

@@ -9,20 +9,40 @@ struct alignas(128) TensorMap {  // CUtensorMap, encoded on the host
   u64 opaque[16];
 };
 
+// How long the cache keeps what a copy reads or writes.
+enum class Keep { kNormal, kLong, kBriefly };
+
+template <Keep kKeep>
+__device__ inline u64 cache_policy() {
+  u64 policy;
+  if (kKeep == Keep::kNormal) {
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  } else if (kKeep == Keep::kLong) {
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  } else {
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  }
+  return policy;
+}
+
 // Global to shared; completes on the barrier. Addresses and bytes are multiples of 16.
+template <Keep kKeep = Keep::kNormal>
 __device__ inline void bulk_load(void* shared, const void* global, u32 bytes, u64* barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(cache_policy<kKeep>())
       : "memory");
 }
 
 // Shared to global; completes in this thread's bulk group.
+template <Keep kKeep = Keep::kNormal>
 __device__ inline void bulk_store(void* global, const void* shared, u32 bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
-               "r"(shared_address(shared)), "r"(bytes)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(
+          global),
+      "r"(shared_address(shared)), "r"(bytes), "l"(cache_policy<kKeep>())
+      : "memory");
 }
 
 __device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -49,11 +69,11 @@ __device__ inline void tensor_load_2d(void* shared, const TensorMap* map, int co
 }
 
 __device__ inline void tensor_load_4d(void* shared, const TensorMap* map, int c0, int c1, int c2,
-                                      int c3, u64* barrier) {
+                                      int c3, u64* barrier, u64 policy) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(shared)),
-      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
       : "memory");
 }
 

@@ -60,11 +60,14 @@ __device__ inline void store_async(void* shared, int4 value, u64* barrier, u32 c
 
 // Into the same place of each CTA in `ctas`; completes on the barrier at the same place of each.
 __device__ inline void tensor_load_4d_multicast(void* shared, const TensorMap* map, int c0, int c1,
-                                                int c2, int c3, u64* barrier, u16 ctas) {
+                                                int c2, int c3, u64* barrier, u16 ctas,
+                                                u64 policy) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(shared)),
-      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(ctas)
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(
+          shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(ctas),
+      "l"(policy)
       : "memory");
 }
 

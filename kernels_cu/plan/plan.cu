@@ -582,14 +582,9 @@ extern "C" __global__ void __launch_bounds__(kChunk, 6)
   // Turns need nothing that was made after the last meeting, and a verdict that was given before.
   const int half = gridDim.x / 2, block = blockIdx.x;
   if (up.items != nullptr) {
-    TurnsParams turns = block < half ? up : down;
-    turns.tile_order = p.tile_order;
-    turns.num_tiles = p.out_num_tiles;
-    turns.tile_expert = p.tile_expert;
-    turns.expert_offsets = p.expert_offsets;
-    turns.expert_rows = p.expert_rows;
-    turns.ok = &c.state->ok;
-    write_turns(turns, block % half, half, warps);
+    const PlannedTiles tiles{p.tile_order,     p.out_num_tiles, p.tile_expert,
+                             p.expert_offsets, p.expert_rows,   &c.state->ok};
+    write_turns(block < half ? up : down, tiles, block % half, half, warps);
   }
   if (planned && c.tile_filled != nullptr) {
     zero_pad_rows(c, block * kChunk / 32 + threadIdx.x / 32, gridDim.x * kChunk / 32);

@@ -28,7 +28,7 @@ def random_case(seed):
     config = TileConfig(
         block_m=int(rng.choice([1, 16, 64, 128, 256])),
         block_tokens=int(rng.choice([1, 8, 64])),
-        waves=int(rng.choice([2, 3, 4, 99])),
+        waves=int(rng.choice([1, 2, 3, 4, 99])),
     )
     size = ep * tp
     num_tokens = rng.integers(0, max_tokens + 1, size) * (rng.random(size) < 0.85)

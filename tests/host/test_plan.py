@@ -36,7 +36,7 @@ def routings(draw):
     config = TileConfig(
         block_m=draw(st.sampled_from([1, 4, 16])),
         block_tokens=draw(st.sampled_from([1, 3, 8])),
-        waves=draw(st.sampled_from([2, 3, 99])),
+        waves=draw(st.sampled_from([1, 2, 3, 99])),
     )
     size, seed = ep * tp, draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)

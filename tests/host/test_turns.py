@@ -10,8 +10,8 @@ from cometrt.plan.turns import (
     BLOCK_M,
     SHARES_A,
     SHARES_B,
+    best_group,
     column_tiles,
-    longest_run,
     make_turns,
     most_turns,
     part_begin,
@@ -39,10 +39,12 @@ def plans(draw):
     st.sampled_from([2, 4, 16]),
     st.booleans(),
     st.sampled_from([None, 1, 2, 3]),
+    st.sampled_from([None, 1, 2, 3]),
 )
-def test_turns(plan, columns, max_run, backwards, chunk):
-    turns = make_turns(plan, columns, max_run=max_run, backwards=backwards, chunk=chunk)
-    assert len(turns) <= most_turns(len(plan.tile_expert), columns, chunk)
+def test_turns(plan, columns, max_run, backwards, chunk, group):
+    how = {"max_run": max_run, "backwards": backwards, "chunk": chunk, "group": group}
+    turns = make_turns(plan, columns, **how)
+    assert len(turns) <= most_turns(len(plan.tile_expert), columns, chunk, group)
     walks = [item // (chunk or columns) for item in turns[:, 0]["column"].tolist()]
     assert walks == sorted(walks)
     done = [(i["tile"], i["column"]) for turn in turns for i in turn if i["tile"] >= 0]
@@ -95,4 +97,5 @@ def test_parts_are_stretches_of_the_order(plan, columns, parts, backwards):
 def test_sizes():
     assert column_tiles(1408, gated=True) == 11
     assert column_tiles(1408, gated=False) == 6
-    assert [longest_run(sms) for sms in (1, 8, 16, 32, 132)] == [2, 4, 4, 8, 16]
+    assert [best_group(sms, 132, 2048) for sms in (1, 8, 16, 32, 132)] == [1, 2, 2, 4, 16]
+    assert [best_group(sms, 132, 14336) for sms in (16, 132)] == [2, 8]
