@@ -30,6 +30,8 @@ class TileConfig:
         chunk: columns of H that are reduced and pushed together in "columns"; a multiple of
             block_n.
         gemm: on "cuda", "engine" (kernels_cu/gemm; block_m is 128 then) or "cublas".
+        num_comm0, num_comm1: CTAs of the fused layer0 and layer1 whose mover warps work; None, or
+            more than a launch has: all of them. Changes when rows move, never a result's bits.
 
     Raises:
         ValueError: naming the argument, its value and the rule.
@@ -43,13 +45,16 @@ class TileConfig:
     max_run: int | None = None
     chunk: int = 256
     gemm: str = "engine"
+    num_comm0: int | None = None
+    num_comm1: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_tokens", "chunk"):
             object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=1))
         object.__setattr__(self, "waves", check_int("waves", self.waves, minimum=2))
-        if self.max_run is not None:
-            object.__setattr__(self, "max_run", check_int("max_run", self.max_run, minimum=1))
+        for name in ("max_run", "num_comm0", "num_comm1"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_int(name, value, minimum=1))
         check_choice("layer1_order", self.layer1_order, LAYER1_ORDERS)
         check_choice("gemm", self.gemm, GEMMS)
         if self.block_n % ALIGNMENT:

@@ -66,6 +66,8 @@ def test_specs_are_hashable_and_take_numpy_integers():
         ({"block_n": 64, "chunk": 96}, "chunk must be a multiple of block_n=64 (got 96)"),
         ({"waves": 1}, "waves must be an integer >= 2 (got 1)"),
         ({"max_run": 0}, "max_run must be an integer >= 1 (got 0)"),
+        ({"num_comm0": 0}, "num_comm0 must be an integer >= 1 (got 0)"),
+        ({"num_comm1": 2.0}, "num_comm1 must be an integer >= 1 (got 2.0)"),
     ],
 )
 def test_tile_config(change, message):
