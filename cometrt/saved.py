@@ -73,9 +73,10 @@ class Saved:
             ("rank", shape.geometry.rank),
         ):
             if found[name] != expected:
+                tuned = "; tune() may change it" if name == "shape" else ""
                 raise ValueError(
                     f"saved must come from this layer's forward "
-                    f"({name} is {expected}, got {found[name]})"
+                    f"({name} is {expected}, got {found[name]}{tuned})"
                 )
         if found["used"]:
             raise ValueError("saved must be used for one backward only (it has had its backward)")
