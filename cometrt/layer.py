@@ -212,8 +212,8 @@ class MoELayer:
     def tune(self, inputs: tuple[Any, ...] | None = None, *, training: bool = True) -> TileConfig:
         """Find the fastest config for this layer's shape on this machine, by trials, use it from
         now on, and keep it for layers made later (``$COMETRT_CACHE_DIR/tuned.json``, or in the
-        user's cache folder). Collective; seconds; on "cuda" in mode "fused". No result's bits
-        change.
+        user's cache folder). Collective, some hundreds of forwards; on "cuda" in mode "fused". No
+        result's bits change.
 
         Args:
             inputs: (x, topk_ids, topk_weights, w_up, w_down), as for `forward`, to be tuned for:
@@ -249,7 +249,7 @@ class MoELayer:
             if self._executor.captured:
                 raise ValueError("layer must not be in a CUDA graph when it is tuned")
         except ValueError as error:
-            problem = str(error)
+            problem, training = str(error), False
         config, executor = tune(
             world, self.geometry, self._layer, self.config, inputs, bool(training), problem
         )
