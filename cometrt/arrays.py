@@ -49,8 +49,9 @@ def check_form(
     if array.dtype not in dtypes:
         rule = " or ".join(str(dtype) for dtype in dtypes)
         raise ValueError(f"{name} must have dtype {rule} (got {array.dtype})")
-    fits = len(array.shape) == len(shape) and all(
-        want is None or want == have for want, have in zip(shape, array.shape, strict=True)
+    fits = array.shape == shape or (
+        len(array.shape) == len(shape)
+        and all(want in (None, have) for want, have in zip(shape, array.shape, strict=True))
     )
     if not fits:
         rule = ", ".join("T" if length is None else str(length) for length in shape)

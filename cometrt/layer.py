@@ -14,6 +14,8 @@ from cometrt.plan import PlanShape, TileConfig
 from cometrt.saved import Saved
 from cometrt.specs import Geometry, Gradients, MoESpec, check_choice
 from cometrt.trace import NullTracer, Tracer
+from cometrt.tuner.cache import look_up
+from cometrt.tuner.tune import tune
 from cometrt.world import World
 
 MODES = ("fused", "sequential", "chunked")
@@ -45,7 +47,8 @@ class MoELayer:
             combine one after the other; on the host the same bits), "chunked" (on "cuda": as
             sequential, `config.parts` parts on two streams; a baseline), or None: the best that
             `config` and the shape allow.
-        config: tile sizes and layer1's order; None: defaults.
+        config: tile sizes and layer1's order; None: what `tune` has found for such a layer on this
+            machine (as rank 0 knows it), else what is shipped for it, else TileConfig().
 
     Raises:
         ValueError: on all ranks, for a wrong argument on any of them or different ones.
@@ -62,8 +65,7 @@ class MoELayer:
     ) -> None:
         if not isinstance(world, World):
             raise ValueError(f"world must come from cometrt.connect or spawn (got {world!r})")
-        config = TileConfig() if config is None else config
-        self._layer = self._check_equal(world, spec, mode, config)
+        self._layer, config = self._check_equal(world, spec, mode, config)
         self.world, self.spec, self.config = world, spec, config
         self.mode = mode or config.best_mode(world.device, spec.topk + world.size)
         self.tracer: Tracer = NullTracer()
@@ -121,23 +123,14 @@ class MoELayer:
             With any of these `out` is NaN: where it is x itself, the tokens are lost.
         """
         on_stream = self._check_usable(stream)
-        spec, geometry, check = self.spec, self.geometry, self._arrays.check
-        x = self._check_tokens("x", x)
-        pairs = (len(x), spec.topk)
-        topk_ids = check("topk_ids", topk_ids, pairs, _IDS)
-        topk_weights = check("topk_weights", topk_weights, pairs, (_FLOAT32,))
-        dtypes = (spec.numpy_dtype,)
-        w_up = check("w_up", w_up, geometry.w_up_shape, dtypes)
-        w_down = check("w_down", w_down, geometry.w_down_shape, dtypes)
-        if not isinstance(training, (bool, np.bool_)):
-            raise ValueError(f"training must be True or False (got {training!r})")
+        inputs = self._check_inputs(x, topk_ids, topk_weights, w_up, w_down)
+        _check_bool("training", training)
         with on_stream:
-            y = self._result("out", out, x.shape, dtypes)
+            y = self._result("out", out, inputs[0].shape, (self.spec.numpy_dtype,))
             try:
                 saved = self._executor.forward(
-                    x, topk_ids, topk_weights, w_up, w_down, training=bool(training), out=y,
-                    tracer=self.tracer,
-                )  # fmt: skip
+                    *inputs, training=bool(training), out=y, tracer=self.tracer
+                )
             except BaseException:
                 y.fill(np.nan)
                 raise
@@ -184,8 +177,7 @@ class MoELayer:
         )
         dtypes = (spec.numpy_dtype,)
         dy = self._arrays.check("dy", dy, (kept.num_tokens, spec.hidden), dtypes)
-        if not isinstance(accumulate, (bool, np.bool_)):
-            raise ValueError(f"accumulate must be True or False (got {accumulate!r})")
+        _check_bool("accumulate", accumulate)
         given = Gradients(None, None, None, None) if out is None else out
         if not isinstance(given, tuple) or len(given) != len(Gradients._fields):
             raise ValueError(f"out must be a cometrt.Gradients or None (got {type(out)!r})")
@@ -218,6 +210,55 @@ class MoELayer:
         self.world.check_running(_STOPPED)
         return self._executor.buffer()
 
+    def tune(self, inputs: tuple[Any, ...] | None = None, *, training: bool = True) -> TileConfig:
+        """Find the fastest config for this layer's shape on this machine, by trials, use it from
+        now on, and keep it for layers made later (``$COMETRT_CACHE_DIR/tuned.json``, or in the
+        user's cache folder). Collective, some hundreds of forwards; on "cuda" in mode "fused". No
+        result's bits change.
+
+        Args:
+            inputs: (x, topk_ids, topk_weights, w_up, w_down), as for `forward`, to be tuned for:
+                on all ranks or on none. None: random ones, of max_tokens tokens a rank and as many
+                rows for every expert, which take as much memory as the layer's weights.
+            training: whether to time forwards that keep what `backward` needs.
+
+        Returns:
+            the config, equal on all ranks. It may differ from the last one in what `saved` depends
+            on: do the backward of every forward first, others are refused.
+
+        Raises:
+            ValueError: on all ranks, for a wrong argument on any of them, another device or mode,
+                or a layer whose calls have been captured in a CUDA graph.
+            CometError: what `synchronize` would raise, before anything is tried. CapacityError,
+                RoutingError: for `inputs`; PeerTimeout on all ranks if one of them fails. The
+                layer keeps its config then.
+        """
+        self._check_open()
+        world = self.world
+        if world.device != "cuda" or self.mode != "fused":
+            raise ValueError(
+                f"tune() needs device='cuda' and mode 'fused' (got {world.device!r}, {self.mode!r})"
+            )
+        self.synchronize()
+        problem = ""
+        try:
+            if inputs is not None:
+                if not isinstance(inputs, tuple) or len(inputs) != 5:
+                    raise ValueError("inputs must be (x, topk_ids, topk_weights, w_up, w_down)")
+                inputs = self._check_inputs(*inputs)
+            _check_bool("training", training)
+            if self._executor.captured:
+                raise ValueError("layer must not be in a CUDA graph when it is tuned")
+        except ValueError as error:
+            problem, training = str(error), False
+        config, executor = tune(
+            world, self.geometry, self._layer, self.config, inputs, bool(training), problem
+        )
+        if executor is not None:
+            self.config, self._executor = config, executor
+            self._shape = PlanShape(self.geometry, config)
+        return config
+
     def synchronize(self) -> None:
         """Wait for this layer's calls and raise what they have not raised yet. On the host
         every call has ended, and has raised, when it returns."""
@@ -248,28 +289,32 @@ class MoELayer:
         return f"<MoELayer {self._layer} of {self.world!r}, mode={self.mode!r}, {self.spec}>"
 
     @staticmethod
-    def _check_equal(world: World, spec: Any, mode: Any, config: Any) -> int:
+    def _check_equal(world: World, spec: Any, mode: Any, given: Any) -> tuple[int, TileConfig]:
         """Compare all ranks' arguments, wrong ones too, so that all raise the same.
 
         Returns:
-            the layer's number, equal on all ranks.
+            the layer's number and its config, equal on all ranks: where none is given, rank 0's.
         """
-        problem = ""
+        problem, config = "", TileConfig()
         try:
             if not isinstance(spec, MoESpec):
                 raise ValueError(f"spec must be a cometrt.MoESpec (got {type(spec)!r})")
-            if not isinstance(config, TileConfig):
-                raise ValueError(f"config must be a TileConfig (got {type(config)!r})")
+            if given is not None and not isinstance(given, TileConfig):
+                raise ValueError(f"config must be a TileConfig (got {type(given)!r})")
             if mode is not None:
                 check_choice("mode", mode, MODES)
             Geometry(spec, world.rank, world.size)
+            if given is not None:
+                config = given
+            elif world.rank == 0:
+                config = look_up(world, spec, mode) or config
             terms = spec.topk + world.size
             config.check_on(world.device, mode or config.best_mode(world.device, terms), terms)
             if world.device == "cuda" and spec.dtype != "bfloat16":
                 raise ValueError(f"dtype must be 'bfloat16' on device='cuda' (got {spec.dtype!r})")
         except ValueError as error:
             problem = str(error)
-        mine = (problem, repr(spec), repr(mode), repr(config), world.num_layers)
+        mine = (problem, repr(spec), repr(mode), repr(given), config, world.num_layers)
         ranks = world.allgather(mine, purpose="MoELayer")
         number = max(rank[-1] for rank in ranks)
         world.num_layers = number + 1
@@ -278,14 +323,14 @@ class MoELayer:
                 raise ValueError(f"{text} [rank {rank}]")
         for rank, values in enumerate(ranks):
             for name, value, first in zip(
-                ("spec", "mode", "config"), values[1:-1], ranks[0][1:-1], strict=True
+                ("spec", "mode", "config"), values[1:4], ranks[0][1:4], strict=True
             ):
                 if value != first:
                     raise ValueError(
                         f"{name} must be equal on all ranks "
                         f"(got {first} on rank 0, {value} on rank {rank})"
                     )
-        return number
+        return number, ranks[0][4]
 
     def _check_open(self) -> None:
         if self._closed:
@@ -296,6 +341,21 @@ class MoELayer:
         self.world.check_running(_STOPPED)
         self._executor.raise_pending()
         return self._arrays.stream(stream)
+
+    def _check_inputs(
+        self, x: Any, topk_ids: Any, topk_weights: Any, w_up: Any, w_down: Any
+    ) -> tuple[Any, ...]:
+        """Forward's arrays, as `self._arrays` has them."""
+        spec, geometry, check = self.spec, self.geometry, self._arrays.check
+        x = self._check_tokens("x", x)
+        pairs, dtypes = (len(x), spec.topk), (spec.numpy_dtype,)
+        return (
+            x,
+            check("topk_ids", topk_ids, pairs, _IDS),
+            check("topk_weights", topk_weights, pairs, (_FLOAT32,)),
+            check("w_up", w_up, geometry.w_up_shape, dtypes),
+            check("w_down", w_down, geometry.w_down_shape, dtypes),
+        )
 
     def _check_tokens(self, name: str, tokens: Any) -> Any:
         shape = (None, self.spec.hidden)
@@ -313,6 +373,11 @@ class MoELayer:
         if given is None:
             return self._arrays.empty(shape, dtypes[0])
         return self._arrays.check(name, given, shape, dtypes, writable=True)
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False (got {value!r})")
 
 
 _STOPPED = "the world is stopped until world.reset(): "

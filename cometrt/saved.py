@@ -44,7 +44,7 @@ class Saved:
         w_down: Any,
     ) -> tuple[Any, ...]:
         rank = shape.geometry.rank
-        values = [world, layer, shape.digest(), rank, num_tokens, 0]
+        values = [world, layer, shape.digest, rank, num_tokens, 0]
         meta = np.array(values, np.int64)
         return (meta, epoch, x, z, *tables, w_up, w_down)
 
@@ -69,13 +69,14 @@ class Saved:
         for name, expected in (
             ("world", world),
             ("layer", layer),
-            ("shape", shape.digest()),
+            ("shape", shape.digest),
             ("rank", shape.geometry.rank),
         ):
             if found[name] != expected:
+                tuned = "; tune() may change it" if name == "shape" else ""
                 raise ValueError(
                     f"saved must come from this layer's forward "
-                    f"({name} is {expected}, got {found[name]})"
+                    f"({name} is {expected}, got {found[name]}{tuned})"
                 )
         if found["used"]:
             raise ValueError("saved must be used for one backward only (it has had its backward)")

@@ -20,14 +20,13 @@ from cometrt.plan import PlanShape
 from cometrt.world import World
 from cometrt.world.layout import world_dtype
 
-_FIRST_OF_CALL = "forward_epoch"  # from here on all is of one call, but for _KEPT
-_KEPT = ("state", "report")
 _TABLES = slice(*(Record(call_dtype).place(CALL_TABLES[i]) + (i != 0) for i in (0, -1)))
 _WORDS = {
     name: Record(call_dtype).place(name)
     for name in call_dtype.names or ()
     if call_dtype.fields[name][0].itemsize == 8  # type: ignore[index]
 }
+_OF_CALL = slice(_WORDS["forward_epoch"], None)  # from here on all is of one call
 
 
 class Calls:
@@ -37,9 +36,6 @@ class Calls:
         self._world, self._shape, self._heap, self._layer = world, shape, heap, layer
         self._filled_for: tuple[Any, ...] = ()
         self.record = Record(call_dtype)
-        first = _WORDS[_FIRST_OF_CALL]
-        kept = {_WORDS[name] for name in _KEPT}
-        self._of_call = [i for i in range(first, len(self.record.words)) if i not in kept]
 
     def begin(self, operation: str, num_tokens: int, state: int, report: int) -> Record:
         """The record of a new call: no pointer but these is set. Valid until the next `begin`."""
@@ -54,7 +50,7 @@ class Calls:
         if self._filled_for != state_of_world:
             self._fill()
             self._filled_for = state_of_world
-        record.words[self._of_call] = 0
+        record.words[_OF_CALL] = 0
         fields = record.fields
         fields["num_tokens"] = num_tokens
         fields["operation"] = OPERATIONS.index(operation)

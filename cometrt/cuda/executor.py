@@ -83,7 +83,7 @@ class CudaExecutor:
         self._up_shape = (shape.capacity, geometry.up_columns)
         self._inner_shape = (shape.capacity, geometry.local_intermediate)
         self._dtype = spec.numpy_dtype
-        self._captured: list[Any] = []  # memory of calls in graphs, which outlives them
+        self.captured: list[Any] = []  # memory of calls in graphs, which outlives them
         cp.cuda.get_current_stream().synchronize()
         world.barrier()
 
@@ -273,7 +273,7 @@ class CudaExecutor:
             yield
             self._finish((self._num_sms,), _THREADS, call)
             if capturing:
-                self._captured.append(buffers)
+                self.captured.append(buffers)
             else:
                 self._report.ended.record(stream)
                 gpu.last_call = self._report.ended

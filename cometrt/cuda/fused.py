@@ -71,20 +71,26 @@ class FusedForward:
         self.tile_done = self.tile_counters[shape.max_tiles :]
         self._pull_pace, self._push_pace = pull_pace, push_pace
         self._grid = gemm_grid()
-        self._num_comm = np.int32(self._grid[0])
+        self._num_comm0 = num_movers(config.num_comm0, self._grid[0])
+        self._num_comm1 = num_movers(config.num_comm1, self._grid[0])
 
     def layer0(self, call: Record, x_rows: Any, w_up: Any, z: Any, a: Any) -> None:
         """Pull x into its rows and multiply: a, and z unless it is None."""
         arguments = gemm_arguments(self._up_params, x_rows, w_up, a, z, gated=self._gated)
         kernel = self._layer0[z is not None]
-        self._launch(kernel, call, arguments, self._pull_pace, _LAYER0_BYTES)
+        pace, num_comm = self._pull_pace, self._num_comm0
+        kernel(self._grid, THREADS, call, *arguments, pace, num_comm, shared_bytes=_LAYER0_BYTES)
 
     def layer1(self, call: Record, a: Any, w_down: Any, o: Any) -> None:
         """Multiply, push partial rows, and add up at home: waits for peers."""
         arguments = gemm_arguments(self._down_params, a, w_down, o, None, gated=False)
-        self._launch(self._layer1, call, arguments, self._push_pace, _LAYER1_BYTES)
+        pace, num_comm = self._push_pace, self._num_comm1
+        self._layer1(
+            self._grid, THREADS, call, *arguments, pace, num_comm, shared_bytes=_LAYER1_BYTES
+        )
 
-    def _launch(
-        self, kernel: Any, call: Record, gemm: tuple[Any, ...], pace: Record, shared_bytes: int
-    ) -> None:
-        kernel(self._grid, THREADS, call, *gemm, pace, self._num_comm, shared_bytes=shared_bytes)
+
+def num_movers(num_comm: int | None, grid: int) -> np.int32:
+    """CTAs of a launch of `grid` whose movers work. Ranks may have grids of different size, so a
+    config that asks for more than there are means all, and is no error."""
+    return np.int32(grid if num_comm is None else min(num_comm, grid))

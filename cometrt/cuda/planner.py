@@ -80,6 +80,7 @@ class DevicePlanner:
         self.errors = cp.empty(2, cp.uint64)  # first wrong pair, largest need over capacity
         self._shapes = plan_table_shapes(shape)
         self._offsets, self._num_words = _layout(self._shapes)
+        self._all_words = self._num_words + shape.capacity
         self._plan, self._prepare = load_kernels("plan/plan.cu", "plan", "prepare")
         self._shared_bytes = 16 * spec.num_experts
         for kernel in (self._plan, self._prepare):
@@ -110,7 +111,7 @@ class DevicePlanner:
         """Memory for a plan, not filled: [words] int32."""
         import cupy as cp
 
-        return cp.empty(self._num_words + self._shape.capacity, cp.int32)
+        return cp.empty(self._all_words, cp.int32)
 
     def plan_of(self, tables: Any) -> Plan:
         """That memory as a Plan's CuPy arrays."""

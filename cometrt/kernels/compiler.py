@@ -81,13 +81,14 @@ def compile_cubin(source: Path, defines: tuple[tuple[str, int], ...] = ()) -> Cu
         begin = time.monotonic()
         _log.info("compiling %s %s", source.name, dict(defines))
         code, log = _nvrtc_compile(source.name, text, options)
-        _write(report, log.encode())
-        _write(path, code)
+        replace_file(report, log.encode())
+        replace_file(path, code)
         _log.info("compiled %s in %.1f s", source.name, time.monotonic() - begin)
     return Cubin(path, _parse_report(report.read_text()))
 
 
-def _write(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
+    """Under a temporary name, then renamed: readers find the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     with os.fdopen(handle, "wb") as file:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
+from typing import Any
 
 import numpy as np
 
@@ -29,37 +31,41 @@ def encode(pointer: int, shape: tuple[int, ...], box: tuple[int, ...]) -> np.nda
     Raises:
         CometError: where the driver refuses it.
     """
-    rank = len(shape)
-    dims = (ctypes.c_uint64 * rank)(*reversed(shape))
-    strides_bytes = [2 * int(np.prod(shape[axis + 1 :])) for axis in range(rank - 1)]
-    strides = (ctypes.c_uint64 * max(rank - 1, 1))(*reversed(strides_bytes))
-    boxes = (ctypes.c_uint32 * rank)(*reversed(box))
-    ones = (ctypes.c_uint32 * rank)(*([1] * rank))
-    room = np.zeros(2 * _MAP_BYTES, np.uint8)
-    start = -room.ctypes.data % _MAP_BYTES
-    aligned = room[start : start + _MAP_BYTES]
-    error = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(aligned.ctypes.data),
-        ctypes.c_int(_BFLOAT16),
-        ctypes.c_uint32(rank),
-        ctypes.c_void_p(pointer),
-        dims,
-        strides,
-        boxes,
-        ones,
-        ctypes.c_int(0),  # interleave none
-        ctypes.c_int(_SWIZZLE_128B),
-        ctypes.c_int(_L2_PROMOTION_256B),
-        ctypes.c_int(0),  # out of bounds reads zero
-    )
+    room = np.empty(2 * _MAP_BYTES, np.uint8)
+    address = room.__array_interface__["data"][0]
+    start = -address % _MAP_BYTES
+    form = _form(shape, box)
+    error = _encode_tiled()(address + start, _BFLOAT16, len(shape), pointer, *form)
     if error:
         raise CometError(f"no tensor map for shape {shape}, box {box}: CUDA error {error}")
-    return aligned.view(f"V{_MAP_BYTES}")
+    return room[start : start + _MAP_BYTES].view(f"V{_MAP_BYTES}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _form(shape: tuple[int, ...], box: tuple[int, ...]) -> tuple[Any, ...]:
+    """cuTensorMapEncodeTiled's arguments from the dimensions on. Memory comes and goes with every
+    call of a layer, shapes stay."""
+    rank = len(shape)
+    strides_bytes = [2 * math.prod(shape[axis + 1 :]) for axis in range(rank - 1)]
+    return (
+        (ctypes.c_uint64 * rank)(*reversed(shape)),
+        (ctypes.c_uint64 * max(rank - 1, 1))(*reversed(strides_bytes)),
+        (ctypes.c_uint32 * rank)(*reversed(box)),
+        (ctypes.c_uint32 * rank)(*([1] * rank)),
+        0,  # interleave none
+        _SWIZZLE_128B,
+        _L2_PROMOTION_256B,
+        0,  # out of bounds reads zero
+    )
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
+def _encode_tiled() -> Any:
+    """The driver's function: (map, type of elements, dimensions, address, *_form) -> CUresult."""
     try:
-        return ctypes.CDLL("libcuda.so.1")
+        function = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
     except OSError as error:
         raise CometError(f"tensor maps need an NVIDIA driver ({error})") from error
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    function.argtypes = [pointer, number, ctypes.c_uint32, *[pointer] * 5, *[number] * 4]
+    return function

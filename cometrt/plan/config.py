@@ -35,6 +35,8 @@ class TileConfig:
         comm_sms: SMs that move rows beside a GEMM in mode "chunked", an even number; None: about
             an eighth.
         gemm: on "cuda", "engine" (kernels_cu/gemm; block_m is 128 then) or "cublas".
+        num_comm0, num_comm1: CTAs of the fused layer0 and layer1 whose mover warps work; None, or
+            more than a launch has: all of them. Changes when rows move, never a result's bits.
 
     Raises:
         ValueError: naming the argument, its value and the rule.
@@ -51,13 +53,15 @@ class TileConfig:
     gemm: str = "engine"
     parts: int = 2
     comm_sms: int | None = None
+    num_comm0: int | None = None
+    num_comm1: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_tokens", "chunk", "waves", "max_run", "parts"):
             object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=1))
-        for name in ("group", "comm_sms"):
-            value, least = getattr(self, name), 1 if name == "group" else 2
-            if value is not None:
+        for name in ("group", "num_comm0", "num_comm1", "comm_sms"):
+            if (value := getattr(self, name)) is not None:
+                least = 2 if name == "comm_sms" else 1
                 object.__setattr__(self, name, check_int(name, value, minimum=least))
         if self.comm_sms is not None and self.comm_sms % 2:
             raise ValueError(f"comm_sms must be even (got {self.comm_sms})")

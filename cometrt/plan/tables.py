@@ -7,6 +7,7 @@ source * max_tokens + token is its *global token*. -1 fills what a table does no
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -23,6 +24,7 @@ class PlanShape:
     geometry: Geometry
     config: TileConfig
 
+    @functools.cached_property
     def digest(self) -> int:
         """63-bit hash: equal where tables and saved arrays have the same shapes and meaning."""
         return digest(self.geometry.spec, self.config, self.geometry.size)

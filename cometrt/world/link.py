@@ -21,10 +21,12 @@ class Link:
     Args:
         gbps: 10^9 bytes a second, each way.
         latency_us: added to every transfer and flag that crosses.
+        name: of the real link.
     """
 
     gbps: float
     latency_us: float
+    name: str = ""
 
     @property
     def femtoseconds_per_byte(self) -> int:
@@ -34,4 +36,4 @@ class Link:
 def link_share(name: str, rank_sms: int, gpu_sms: int) -> Link:
     """The share of a rank with `rank_sms` of the GPU's `gpu_sms` SMs."""
     check_choice("link", name, tuple(LINKS))
-    return Link(LINKS[name] * rank_sms / gpu_sms, _LATENCY_US * gpu_sms / rank_sms)
+    return Link(LINKS[name] * rank_sms / gpu_sms, _LATENCY_US * gpu_sms / rank_sms, name)

@@ -156,6 +156,14 @@ def gpu_sms() -> int:
     return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
 
 
+def gpu_name() -> str:
+    """Of this thread's GPU, as the driver calls it."""
+    import cupy
+
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    return str(properties["name"].decode())
+
+
 @functools.cache
 def _whole_gpu(device_id: int) -> Partition:
     import cupy

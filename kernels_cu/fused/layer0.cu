@@ -39,7 +39,9 @@ struct RowsArrive {
 
 }  // namespace
 
-// Grid: an even number of CTAs, all resident. The movers of the first `num_comm` of them work.
+// Grid: an even number of CTAs, all resident. The movers of the first `num_comm` of them work, any
+// number from 1 to all: movers share all pulls out among themselves and wait for no tile, so that
+// one of them is enough for every tile to get its rows.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     layer0(const __grid_constant__ Call c, const __grid_constant__ GemmParams p,
            const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap a_half_map,

@@ -70,6 +70,8 @@ def test_specs_are_hashable_and_take_numpy_integers():
         ({"parts": 0}, "parts must be an integer >= 1 (got 0)"),
         ({"comm_sms": 1}, "comm_sms must be an integer >= 2 (got 1)"),
         ({"comm_sms": 5}, "comm_sms must be even (got 5)"),
+        ({"num_comm0": 0}, "num_comm0 must be an integer >= 1 (got 0)"),
+        ({"num_comm1": 2.0}, "num_comm1 must be an integer >= 1 (got 2.0)"),
     ],
 )
 def test_tile_config(change, message):

@@ -1,0 +1,90 @@
+"""Candidates, and the way from one config to a faster one: one setting after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from cometrt.plan import TileConfig
+from cometrt.plan.turns import longest_run
+from cometrt.specs import MoESpec
+
+_log = logging.getLogger("cometrt")
+
+_PASSES = 2
+_GAIN = 0.01  # of the time: what changes less is taken for noise
+_CHUNKS = (512, 1024, 2048)  # columns
+_WAVES = (2, 4, 8)
+_PARTS = (2, 4, 8)  # one CTA in so many moves rows
+
+Change = dict[str, Any]  # fields of a TileConfig
+
+
+def candidates(base: TileConfig, spec: MoESpec, size: int, sms: int) -> list[list[Change]]:
+    """For each setting what to try, the same on all ranks if `sms`, of the smallest rank, is.
+
+    Settings that move more come first. What would be the same as another for this shape is left
+    out.
+    """
+    chunks = [chunk for chunk in _CHUNKS if chunk < spec.hidden]
+    orders: list[Change] = [{"layer1_order": "waves", "chunk": base.chunk}]
+    orders += [{"layer1_order": "columns", "chunk": chunk} for chunk in chunks]
+    distances = {
+        tuple(TileConfig(waves=waves).last_distances(size)): {"waves": waves}
+        for waves in sorted({*_WAVES, max(size, 2)}, reverse=True)  # the smallest of equals stays
+    }
+    run, grid = longest_run(sms), sms // 2 * 2
+    runs = [None, run // 2, 2 * run]
+    movers = [None, *dict.fromkeys(max(1, grid // part) for part in _PARTS)]
+    return [
+        orders,
+        list(distances.values())[::-1],
+        [{"max_run": value} for value in runs],
+        [{"num_comm1": value} for value in movers],
+        [{"num_comm0": value} for value in movers],
+    ]
+
+
+def legal(base: TileConfig, change: Change, terms: int) -> TileConfig | None:
+    """The changed config, or None where the fused kernels cannot do it; terms: as for
+    `TileConfig.check_on`."""
+    try:
+        config = dataclasses.replace(base, **change)
+        config.check_on("cuda", "fused", terms)
+    except ValueError:
+        return None
+    return config
+
+
+def search(
+    base: TileConfig,
+    settings: list[list[Change]],
+    terms: int,
+    time: Callable[[TileConfig], float],
+) -> tuple[TileConfig, float]:
+    """Coordinate descent from `base`: the best of each setting's candidates, all others kept.
+
+    Args:
+        settings: of `candidates`.
+        time: milliseconds of a config, equal on all ranks; then so is what is chosen.
+
+    Returns:
+        the fastest config and its time; `base` unless another is faster by more than noise.
+    """
+    best, found = base, {base: time(base)}
+    for _ in range(_PASSES):
+        before = best
+        for changes in settings:
+            for change in changes:
+                config = legal(best, change, terms)
+                if config is None or config in found:
+                    continue
+                found[config] = time(config)
+                _log.info("%.4f ms: %s", found[config], config)
+                if found[config] < (1 - _GAIN) * found[best]:
+                    best = config
+        if best == before:
+            break
+    return best, found[best]

@@ -1,0 +1,182 @@
+"""num_comm and tune() on CUDA: what is chosen changes times, never results."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+
+import cometrt
+import tests.cases as cases
+from cometrt.cuda.trials import Trials
+from cometrt.tuner import cache
+from tests.cases import Case, check_case, make_inputs, on_device, on_host
+from tests.device.test_failures import Rank
+
+pytestmark = pytest.mark.gpu
+COLUMNS = cometrt.TileConfig(
+    layer1_order="columns", chunk=256, waves=3, max_run=2, num_comm0=1, num_comm1=2
+)
+
+
+@pytest.fixture(autouse=True)
+def cache_file(monkeypatch, tmp_path):
+    """Of tuned configs; kernels stay in the user's."""
+    monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path)
+    return tmp_path / "tuned.json"
+
+
+def bits(rank):
+    y, _ = rank.forward(training=False)
+    rank.layer.synchronize()
+    return on_host(y).tobytes()
+
+
+@pytest.mark.parametrize("order", ["waves", "columns"])
+@pytest.mark.parametrize("ranks", [(1, 1), (4, 1), (4, 2)], ids=str)
+def test_num_comm_changes_no_bits(ranks, order, monkeypatch):
+    monkeypatch.setattr(cases, "HIDDEN", 2560)  # ten chunks; rows in two pieces
+    case = Case(ranks, "skewed", mode="fused", gemm="engine", order=order)
+    inputs = make_inputs(case)
+
+    def fn(world):
+        counts = [(None, None), (1, 1), (2, 2), (10**6, 10**6), (1, None), (None, 1)]
+        configs = [dataclasses.replace(case.config, num_comm0=a, num_comm1=b) for a, b in counts]
+        rank = Rank(world, inputs, case.spec, configs[0], case.mode)
+        layers = [rank.layer]
+        layers += [cometrt.MoELayer(world, case.spec, config=config) for config in configs[1:]]
+        found = set()
+        for layer in layers:
+            rank.layer = layer
+            found |= {bits(rank) for _ in range(3)}
+        assert len(found) == 1
+        assert not np.isnan(np.frombuffer(found.pop(), case.spec.numpy_dtype).astype(float)).any()
+
+    cometrt.spawn(fn, case.size, "cuda", timeout_sec=10)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 1), (4, 1), (4, 2)], ids=str)
+def test_tune_chooses_keeps_and_stays_right(ranks, given, cache_file):
+    case = Case(ranks, mode="fused", gemm="engine")
+    inputs = make_inputs(case)
+
+    def fn(world):
+        rank = Rank(world, inputs, case.spec, None, None)
+        assert rank.layer.config == cometrt.TileConfig()
+        before = bits(rank)
+        arrays = (rank.x, rank.ids, rank.topk_weights, *rank.weights) if given else None
+        config = rank.layer.tune(arrays, training=not given)
+        assert rank.layer.config == config
+        second = cometrt.MoELayer(world, case.spec)
+        assert second.config == config
+        output = rank.step()
+        assert output.y.tobytes() == before == bits(rank)
+        rank.layer = second
+        assert bits(rank) == before
+        return config, output
+
+    results = cometrt.spawn(fn, case.size, "cuda", timeout_sec=30)
+    assert len({config for config, _ in results}) == 1
+    check_case(case, inputs, [output for _, output in results])
+    (entry,) = json.loads(cache_file.read_text())["entries"].values()
+    assert cometrt.TileConfig(**entry["config"]) == results[0][0]
+    assert entry["ms"] > 0
+
+
+def choose(monkeypatch, config):
+    """Only `config` is tried, and taken."""
+    monkeypatch.setattr(
+        "cometrt.tuner.tune.search", lambda base, settings, terms, time: (config, time(config))
+    )
+
+
+def test_what_forward_saved_before_is_refused(monkeypatch):
+    choose(monkeypatch, COLUMNS)
+    case = Case((4, 1), mode="fused", gemm="engine")
+    inputs = make_inputs(case)
+
+    def fn(world):
+        rank = Rank(world, inputs, case.spec, cometrt.TileConfig(), None)
+        y, saved = rank.forward()
+        assert rank.layer.tune() == rank.layer.config == COLUMNS
+        with pytest.raises(ValueError, match=re.escape("tune() may change it")):
+            rank.layer.backward(rank.dy, saved)
+        output = rank.step()
+        assert output.y.tobytes() == on_host(y).tobytes()
+        return output
+
+    check_case(case, inputs, cometrt.spawn(fn, 4, "cuda", timeout_sec=10))
+
+
+def test_a_rank_that_fails_ends_the_trials_of_all(monkeypatch, cache_file):
+    choose(monkeypatch, COLUMNS)
+    case = Case((4, 1), mode="fused", gemm="engine")
+    inputs = make_inputs(case)
+    real, failing = Trials._calls, [True]
+
+    def calls(self, executor):
+        if failing[0] and self._world.rank == 1:
+            raise MemoryError("no room")
+        real(self, executor)
+
+    monkeypatch.setattr(Trials, "_calls", calls)
+
+    def fn(world):
+        import cupy
+
+        rank = Rank(world, inputs, case.spec, cometrt.TileConfig(), None)
+        before = bits(rank)
+        with pytest.raises(MemoryError if world.rank == 1 else cometrt.PeerTimeout, match="room"):
+            rank.layer.tune()
+        assert rank.layer.config == cometrt.TileConfig()
+        cupy.cuda.get_current_stream().synchronize()
+        world.reset()
+        assert bits(rank) == before
+        failing[0] = False
+        world.barrier()
+        assert rank.layer.tune() == COLUMNS
+        assert bits(rank) == before
+
+    cometrt.spawn(fn, 4, "cuda", timeout_sec=10)
+
+
+def test_wrong_routing_in_the_inputs_is_raised_on_all_ranks():
+    case = Case((2, 1), mode="fused", gemm="engine")
+    inputs = make_inputs(case)
+
+    def fn(world):
+        rank = Rank(world, inputs, case.spec, cometrt.TileConfig(), None)
+        before = bits(rank)
+        ids = inputs.ids[world.rank].copy()
+        ids[3, 0] = case.spec.num_experts
+        wrong = (rank.x, on_device(world)(ids), rank.topk_weights, *rank.weights)
+        with pytest.raises(cometrt.RoutingError, match="rank 0, token 3"):
+            rank.layer.tune(wrong)
+        assert rank.layer.config == cometrt.TileConfig()
+        assert bits(rank) == before
+
+    cometrt.spawn(fn, 2, "cuda", timeout_sec=10)
+
+
+def test_wrong_arguments_are_raised_on_all_ranks():
+    case = Case((2, 1), mode="fused", gemm="engine")
+    inputs = make_inputs(case)
+
+    def fn(world):
+        rank = Rank(world, inputs, case.spec, cometrt.TileConfig(), None)
+        good = (rank.x, rank.ids, rank.topk_weights, *rank.weights)
+        bad = (rank.x[:, :16], *good[1:]) if world.rank == 1 else good
+        with pytest.raises(ValueError, match=r"x must have shape .* \[rank 1\]"):
+            rank.layer.tune(bad)
+        with pytest.raises(ValueError, match="must be equal on all ranks"):
+            rank.layer.tune(good if world.rank else None)
+        rank.layer._executor.captured.append(())
+        with pytest.raises(ValueError, match="CUDA graph"):
+            rank.layer.tune()
+        sequential = cometrt.MoELayer(world, case.spec, "sequential")
+        with pytest.raises(ValueError, match=r"mode 'fused' \(got 'cuda', 'sequential'\)"):
+            sequential.tune()
+
+    cometrt.spawn(fn, 2, "cuda", timeout_sec=10)

@@ -1,0 +1,300 @@
+"""The tuner without a GPU: keys, the cache, candidates, the search, and that ranks agree."""
+
+import dataclasses
+import json
+import logging
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import cometrt
+from cometrt.cuda import trials
+from cometrt.cuda.fused import num_movers
+from cometrt.specs import Geometry
+from cometrt.tuner import cache, search, tune
+from cometrt.tuner.cache import Key, load, look_up, store
+from cometrt.world.link import link_share
+
+SPEC = cometrt.MoESpec(hidden=2048, intermediate=768, num_experts=16, topk=4, max_tokens=1000)
+KEY = Key("a GPU", 16, 8, 8, 1, 2048, 768, 16, 4, 1024, "bfloat16", "h100")
+FOUND = cometrt.TileConfig(layer1_order="columns", chunk=512, max_run=8, num_comm0=3)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch, tmp_path):
+    """A GPU's name and its SMs, and a cache of its own."""
+    monkeypatch.setenv("COMETRT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cache, "gpu_name", lambda: "a GPU")
+    for module in (cache, tune):
+        monkeypatch.setattr(module, "num_sms", lambda: 16)
+
+
+def fake_world(**changes):
+    world = {"device": "cuda", "rank": 0, "size": 8, "link": link_share("h100", 16, 132)}
+    return SimpleNamespace(**(world | changes))
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({}, {}),
+        ({"max_tokens": 1024}, {}),
+        ({"max_tokens": 1025}, {"tokens": 2048}),
+        ({"max_tokens": 1}, {"tokens": 1}),
+        ({"tp": 2}, {"ep": 4, "tp": 2}),
+        ({"topk": 3}, {"topk": 3}),
+        ({"intermediate": 64}, {"intermediate": 64}),
+    ],
+)
+def test_keys(change, differs):
+    key = cache.key_of(fake_world(), dataclasses.replace(SPEC, **change))
+    assert key == dataclasses.replace(KEY, **differs)
+
+
+def test_keys_tell_links_and_ranks_apart():
+    spec = SPEC
+    worlds = [fake_world(), fake_world(link=None), fake_world(link=link_share("h800", 16, 132))]
+    keys = [cache.key_of(world, spec) for world in (*worlds, fake_world(size=4))]
+    assert [key.link for key in keys] == ["h100", "none", "h800", "h100"]
+    assert len({str(key) for key in keys}) == 4
+
+
+def test_what_is_stored_is_found_and_nothing_else(tmp_path):
+    path = tmp_path / "new" / "tuned.json"
+    other = dataclasses.replace(KEY, tokens=2048)
+    assert load(path, KEY) is None
+    store(path, KEY, FOUND, 1.5)
+    store(path, other, cometrt.TileConfig(), 2.5)
+    assert load(path, KEY) == FOUND
+    assert load(path, other) == cometrt.TileConfig()
+    assert load(path, dataclasses.replace(KEY, sms=24)) is None
+    assert [p.name for p in path.parent.iterdir()] == ["tuned.json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"format": "another 7", "entries": {}}', b"\xff\xfe",
+     '{"format": "cometrt tuner 1", "entries": []}'],
+)  # fmt: skip
+def test_a_file_that_is_not_one_is_passed_over_and_replaced(text, tmp_path, caplog):
+    path = tmp_path / "tuned.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with caplog.at_level(logging.WARNING, "cometrt"):
+        assert load(path, KEY) is None
+    assert "passed over" in caplog.text
+    store(path, KEY, FOUND, 1.0)
+    assert load(path, KEY) == FOUND
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [7, {}, {"config": None}, {"config": {"waves": 0}}, {"config": {"of_another_version": 1}},
+     {"config": {"chunk": "512"}}, {"config": {"layer1_order": "columns", "chunk": 384}},
+     {"config": {"gemm": "cublas"}}],
+)  # fmt: skip
+def test_an_entry_that_cannot_be_used_is_passed_over(entry, caplog):
+    path = cache.cache_file()
+    path.write_text(json.dumps({"format": "cometrt tuner 1", "entries": {str(KEY): entry}}))
+    with caplog.at_level(logging.WARNING, "cometrt"):
+        assert look_up(fake_world(), SPEC, None) is None
+    assert "passed over" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    store(tmp_path / "file" / "tuned.json", KEY, FOUND, 1.0)
+    assert "is not kept" in caplog.text
+
+
+def test_the_users_file_comes_before_the_shipped_one(monkeypatch, tmp_path):
+    shipped = tmp_path / "defaults.json"
+    monkeypatch.setattr(cache, "SHIPPED", shipped)
+    world = fake_world()
+    assert look_up(world, SPEC, None) is None
+    store(shipped, KEY, cometrt.TileConfig(max_run=2), 1.0)
+    assert look_up(world, SPEC, None) == cometrt.TileConfig(max_run=2)
+    store(cache.cache_file(), KEY, FOUND, 1.0)
+    assert look_up(world, SPEC, "fused") == FOUND
+    assert look_up(world, SPEC, "sequential") is None
+    assert look_up(fake_world(device="host"), SPEC, None) is None
+
+
+def test_the_shipped_file_is_one(caplog):
+    entries = cache._entries(cache.SHIPPED)
+    assert not caplog.records
+    for entry in entries.values():
+        cometrt.TileConfig(**entry["config"]).check_on("cuda", "fused", 2)
+
+
+def test_all_ranks_use_what_rank_0_finds(monkeypatch):
+    # On the host nothing is looked up: as if it were.
+    monkeypatch.setattr(
+        "cometrt.layer.look_up",
+        lambda world, spec, mode: cometrt.TileConfig(waves=3 + world.rank),
+    )
+
+    def fn(world):
+        spec = dataclasses.replace(SPEC, max_tokens=8)
+        assert cometrt.MoELayer(world, spec, config=cometrt.TileConfig(waves=7)).config.waves == 7
+        return cometrt.MoELayer(world, spec).config
+
+    assert cometrt.spawn(fn, 4) == [cometrt.TileConfig(waves=3)] * 4
+
+
+# ---- candidates and the search -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "sms"), [(1, 132), (1, 1), (2, 66), (4, 32), (8, 16), (8, 8)])
+@pytest.mark.parametrize("hidden", [48, 512, 2048, 7168])
+def test_candidates_are_legal_few_and_different(size, sms, hidden):
+    spec = dataclasses.replace(SPEC, hidden=hidden)
+    base = cometrt.TileConfig()
+    settings = search.candidates(base, spec, size, sms)
+    assert sum(map(len, settings)) <= 20
+    for changes in settings:
+        configs = [search.legal(base, change, spec.topk + size) for change in changes]
+        assert None not in configs
+        assert base in configs
+        assert len(set(configs)) == len(configs)
+        walks = {(c.layer1_order, len(c.chunks(hidden))) for c in configs}
+        assert len(walks) == (len(configs) if "layer1_order" in changes[0] else 1)
+        waves = {tuple(c.last_distances(size)) for c in configs}
+        assert len(waves) == (len(configs) if "waves" in changes[0] else 1)
+
+
+def test_illegal_changes_are_not_tried():
+    base = cometrt.TileConfig()
+    assert search.legal(base, {"layer1_order": "columns", "chunk": 384}, 8) is None
+    assert search.legal(base, {"gemm": "cublas"}, 8) is None
+    assert search.legal(base, {"max_run": 0}, 8) is None
+    assert search.legal(base, {}, 257) is None
+
+
+@pytest.mark.parametrize(
+    "best",
+    [{}, {"waves": 8}, {"num_comm0": 4, "num_comm1": 2}, {"layer1_order": "columns", "chunk": 1024},
+     {"layer1_order": "columns", "chunk": 512, "waves": 4, "max_run": 8, "num_comm1": 8}],
+)  # fmt: skip
+def test_the_search_finds_the_best_where_settings_are_independent(best):
+    base = cometrt.TileConfig()
+    wanted = dataclasses.asdict(dataclasses.replace(base, **best))
+    timed = []
+
+    def time(config):
+        timed.append(config)
+        found = dataclasses.asdict(config)
+        return 1.0 + sum(0.1 for name, value in wanted.items() if found[name] != value)
+
+    settings = search.candidates(base, SPEC, 8, 16)
+    config, ms = search.search(base, settings, 12, time)
+    assert config == dataclasses.replace(base, **best)
+    assert ms == time(config)
+    assert len(timed) - 1 == len(set(timed)) <= 40
+
+
+def test_what_gains_less_than_noise_is_not_taken():
+    base = cometrt.TileConfig()
+    settings = search.candidates(base, SPEC, 8, 16)
+    assert search.search(base, settings, 12, lambda c: 1.0 - 0.005 * (c != base))[0] == base
+
+
+def test_num_comm_is_at_most_the_grid():
+    assert [int(num_movers(n, 16)) for n in (None, 1, 15, 16, 17, 132)] == [16, 1, 15, 16, 16, 16]
+
+
+# ---- all ranks together --------------------------------------------------------------------------
+
+
+class FakeTrials:
+    """Each rank has its own idea of what is fast; the slowest counts."""
+
+    def __init__(self, world, geometry, layer, inputs, training):
+        self.world = world
+
+    def time(self, config):
+        rank = self.world.rank
+        if FakeTrials.fails == (rank, config.layer1_order):
+            raise MemoryError("no room")
+        mine = 1.0 + 0.1 * (config.max_run != 2 + 6 * (rank % 2)) - 0.2 * (config.waves == 8)
+        return max(self.world.allgather(mine))
+
+    def executor(self, config):
+        return ("executor of", config)
+
+
+def run_tune(world, problem="", training=True):
+    world.gpu = SimpleNamespace(last_call=None, abort=lambda generation: None)
+    try:
+        spec = dataclasses.replace(SPEC, max_tokens=8)
+        arguments = (Geometry(spec, world.rank, 8), 0, cometrt.TileConfig(), None, training)
+        return tune.tune(world, *arguments, problem)
+    finally:
+        world.gpu = None
+
+
+def test_all_ranks_choose_the_same_and_rank_0_keeps_it(monkeypatch):
+    monkeypatch.setattr(trials, "Trials", FakeTrials)
+    FakeTrials.fails = None
+    results = cometrt.spawn(run_tune, 8)
+    best = cometrt.TileConfig(waves=8)
+    assert results == [(best, ("executor of", best))] * 8
+    key = dataclasses.replace(KEY, tokens=8, link="none")
+    assert load(cache.cache_file(), key) == best
+
+
+def test_a_rank_that_fails_ends_the_trials_of_all(monkeypatch):
+    monkeypatch.setattr(trials, "Trials", FakeTrials)
+    FakeTrials.fails = (3, "columns")
+
+    def fn(world):
+        error = MemoryError if world.rank == 3 else cometrt.PeerTimeout
+        with pytest.raises(error, match="no room"):
+            run_tune(world)
+        world.reset()
+        FakeTrials.fails = None
+        world.barrier()
+        return run_tune(world)[0]
+
+    assert set(cometrt.spawn(fn, 8)) == {cometrt.TileConfig(waves=8)}
+
+
+def test_wrong_arguments_of_one_rank_are_raised_on_all(monkeypatch):
+    monkeypatch.setattr(trials, "Trials", FakeTrials)
+    FakeTrials.fails = None
+
+    def fn(world):
+        with pytest.raises(ValueError, match=re.escape("x must be right [rank 5]")):
+            run_tune(world, "x must be right" if world.rank == 5 else "")
+        with pytest.raises(ValueError, match="training must be equal on all ranks"):
+            run_tune(world, training=world.rank != 2)
+
+    cometrt.spawn(fn, 8)
+
+
+def test_the_host_has_nothing_to_tune():
+    def fn(world):
+        layer = cometrt.MoELayer(world, dataclasses.replace(SPEC, max_tokens=8))
+        rule = "tune() needs device='cuda' and mode 'fused' (got 'host', 'fused')"
+        with pytest.raises(ValueError, match=re.escape(rule)):
+            layer.tune()
+
+    cometrt.spawn(fn, 2)
+
+
+@pytest.mark.parametrize(
+    ("experts", "topk", "tokens"), [(16, 4, 1000), (12, 12, 7), (1, 1, 5), (60, 4, 240)]
+)
+def test_random_routing_gives_every_expert_as_many_rows(experts, topk, tokens):
+    spec = dataclasses.replace(SPEC, num_experts=experts, topk=topk, max_tokens=tokens)
+    for size in (1, 4) if experts % 4 == 0 else (1,):
+        ids = [trials.balanced_ids(Geometry(spec, rank, size)) for rank in range(size)]
+        assert all(part.dtype == np.int32 for part in ids)
+        rows = np.concatenate(ids)
+        assert all(len(set(row)) == topk for row in rows.tolist())
+        counts = np.bincount(rows.ravel(), minlength=experts)
+        assert counts.max() - counts.min() <= topk
