@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
 from cometrt.plan import TileConfig
-from cometrt.plan.turns import longest_run
+from cometrt.plan.turns import CLUSTER_SIZE
 from cometrt.specs import MoESpec
 
 _log = logging.getLogger("cometrt")
@@ -16,7 +17,7 @@ _log = logging.getLogger("cometrt")
 _PASSES = 2
 _GAIN = 0.01  # of the time: what changes less is taken for noise
 _CHUNKS = (512, 1024, 2048)  # columns
-_WAVES = (2, 4, 8)
+_WAVES = (1, 2, 4)
 _PARTS = (2, 4, 8)  # one CTA in so many moves rows
 
 Change = dict[str, Any]  # fields of a TileConfig
@@ -31,17 +32,18 @@ def candidates(base: TileConfig, spec: MoESpec, size: int, sms: int) -> list[lis
     chunks = [chunk for chunk in _CHUNKS if chunk < spec.hidden]
     orders: list[Change] = [{"layer1_order": "waves", "chunk": base.chunk}]
     orders += [{"layer1_order": "columns", "chunk": chunk} for chunk in chunks]
-    distances = {
+    distances = {  # of equal ones the base's stays
         tuple(TileConfig(waves=waves).last_distances(size)): {"waves": waves}
-        for waves in sorted({*_WAVES, max(size, 2)}, reverse=True)  # the smallest of equals stays
+        for waves in (*_WAVES, size, base.waves)
     }
-    run, grid = longest_run(sms), sms // 2 * 2
-    runs = [None, run // 2, 2 * run]
+    grid = sms // CLUSTER_SIZE * CLUSTER_SIZE
+    square = max(1, math.isqrt(sms // CLUSTER_SIZE))  # as many columns as rows at one time
+    groups = [None, *dict.fromkeys((square, 2 * square, 4 * square))]
     movers = [None, *dict.fromkeys(max(1, grid // part) for part in _PARTS)]
     return [
         orders,
-        list(distances.values())[::-1],
-        [{"max_run": value} for value in runs],
+        list(distances.values()),
+        [{"group": value} for value in groups],
         [{"num_comm1": value} for value in movers],
         [{"num_comm0": value} for value in movers],
     ]

@@ -177,8 +177,8 @@ def test_illegal_changes_are_not_tried():
 
 @pytest.mark.parametrize(
     "best",
-    [{}, {"waves": 8}, {"num_comm0": 4, "num_comm1": 2}, {"layer1_order": "columns", "chunk": 1024},
-     {"layer1_order": "columns", "chunk": 512, "waves": 4, "max_run": 8, "num_comm1": 8}],
+    [{}, {"waves": 1}, {"num_comm0": 4, "num_comm1": 2}, {"layer1_order": "columns", "chunk": 1024},
+     {"layer1_order": "columns", "chunk": 512, "waves": 4, "group": 4, "num_comm1": 8}],
 )  # fmt: skip
 def test_the_search_finds_the_best_where_settings_are_independent(best):
     base = cometrt.TileConfig()
