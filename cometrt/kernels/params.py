@@ -60,8 +60,8 @@ call_report_dtype = np.dtype(
 HEAP_OFFSETS = {  # field of Call -> array of the heap
     "x_at": "x",
     "dy_at": "dy",
-    "ids_at": "ids",
-    "weights_at": "weights",
+    "ids_at": "ids0",  # and ids1: in the same place of the other segment
+    "weights_at": "weights0",
     "staging_at": "staging",
     "dweight_at": "dweight",
     "partials_at": "partials_ready",

@@ -65,6 +65,11 @@ struct Call {
   __device__ T* data(int rank, u64 offset) const {
     return reinterpret_cast<T*>(world.data[rank] + offset);
   }
+  // Ids or weights: a segment for each parity of the epoch.
+  template <typename T>
+  __device__ T* routing(int rank, u64 epoch, u64 offset) const {
+    return reinterpret_cast<T*>(world.routing[epoch & 1][rank] + offset);
+  }
   // The home's flags of a contributor's block, first chunk.
   __device__ u64* partials_ready(int home, int contributor, int block) const {
     const long long index = static_cast<long long>(contributor) * g.blocks_per_home + block;

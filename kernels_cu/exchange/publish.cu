@@ -53,8 +53,8 @@ extern "C" __global__ void publish(const __grid_constant__ Call c) {
   const int pairs = c.num_tokens * c.g.topk, all_pairs = c.g.max_tokens * c.g.topk;
   const int step = gridDim.x * blockDim.x;
   if (c.ids != nullptr) {
-    int* ids = c.data<int>(me, c.ids_at) + parity * all_pairs;
-    float* weights = c.data<float>(me, c.weights_at) + parity * all_pairs;
+    int* ids = c.routing<int>(me, epoch, c.ids_at);
+    float* weights = c.routing<float>(me, epoch, c.weights_at);
     for (int i = first; i < pairs; i += step) {
       long long id = c.ids_are_64 ? static_cast<const long long*>(c.ids)[i]
                                   : static_cast<const int*>(c.ids)[i];

@@ -123,9 +123,9 @@ __device__ u64 take_routing(const Call& c, const Pace& pace, const PlanParams& p
   }
   __syncthreads();
   const int tokens = shared_tokens, all_pairs = p.g.max_tokens * p.g.topk;
-  const long long parity_at = (c.world.epoch() & 1) * all_pairs, to = 1ll * source * all_pairs;
-  const int* ids = c.data<int>(source, c.ids_at) + parity_at;
-  const float* weights = c.data<float>(source, c.weights_at) + parity_at;
+  const long long to = 1ll * source * all_pairs;
+  const int* ids = c.routing<int>(source, c.world.epoch(), c.ids_at);
+  const float* weights = c.routing<float>(source, c.world.epoch(), c.weights_at);
   const int end = min(tokens, first + kChunk) * p.g.topk;
   for (int i = first * p.g.topk + threadIdx.x; i < end; i += kChunk) {
     p.ids[to + i] = ids[i];
