@@ -52,7 +52,7 @@ plan_params = np.dtype(
     ]
 )
 
-call_state_dtype = np.dtype([("ticket", np.uint32), ("ok", np.uint32)])
+call_state_dtype = np.dtype([(name, np.uint32) for name in "ticket ok told".split()])
 call_report_dtype = np.dtype(
     [(name, np.uint64) for name in "epoch stopped wrong_pair largest_need".split()]
     + [("wrong_weight", np.float32), ("wrong_ids", np.int32, (1,))]

@@ -10,7 +10,7 @@
 namespace cometrt {
 
 struct CallState {
-  u32 ticket, ok;
+  u32 ticket, ok, told;  // told: a block of `finish` has found that the call failed
 };
 
 // In the host's memory: the first call that went wrong since the host last looked, which then sets
