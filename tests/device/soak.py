@@ -58,10 +58,10 @@ class Model:
 
 
 def make_models(size):
-    """One shape in both orders; and one whose rows take several pieces, and whose arrays have
-    other places in the heap."""
+    """One shape in both orders; and one whose rows take several pieces, and whose tokens lie in the
+    heap where the others have something else."""
     shape = {"hidden": 528, "intermediate": 144, "topk": 3, "max_tokens": 150}
-    wide = {"hidden": 2064, "intermediate": 96, "topk": 4, "max_tokens": 70}
+    wide = {"hidden": 2064, "intermediate": 96, "topk": 4, "max_tokens": 100}
     return [
         Model("waves", size, 0, order="waves", **shape),
         Model("columns", size, 1, order="columns", waves=3, **shape),
