@@ -1,8 +1,9 @@
 """The symmetric heap: what peers touch, and only that. One table serves every rank.
 
-An array of a peer is its segment plus an offset from the table. Two segments, because layers
+An array of a peer is its segment plus an offset from the table. Several segments, because layers
 of different shape share them: in "flags" a slot only ever holds epochs, whichever layer wrote
-it, so that a stale value is always too small; "data" holds everything else.
+it, so that a stale value is always too small; what a peer may still read in the next epoch lies
+in "routing0" or "routing1", by epoch parity; "data" holds everything else.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from cometrt.plan import PlanShape
 from cometrt.world import World
 
+SEGMENTS = ("data", "flags", "routing0", "routing1")
 _ALIGNMENT = 256  # bytes: a bulk copy's and a cache line's
 
 
@@ -34,7 +36,8 @@ def heap_table(shape: PlanShape) -> dict[str, HeapEntry]:
     """name -> place of each array of one layer.
 
     x, dy: what peers pull, one copy each: who has all partials knows all pulls are done.
-    ids, weights: by epoch parity; a peer's planner may read them for one epoch more.
+    ids, weights: by epoch parity, in the same place of either segment; a peer's planner may read
+        them for one epoch more, whatever layer that is of.
     staging: partial rows from contributors; dweight: from the shard that computed them.
     partials_ready: [contributor, block of tokens, chunk].
     """
@@ -44,8 +47,6 @@ def heap_table(shape: PlanShape) -> dict[str, HeapEntry]:
     wanted = {
         "x": ("data", tokens, dtype),
         "dy": ("data", tokens, dtype),
-        "ids": ("data", (2, *pairs), np.dtype(np.int32)),
-        "weights": ("data", (2, *pairs), np.dtype(np.float32)),
         "staging": ("data", (shape.staging_rows, spec.hidden), dtype),
         "dweight": ("data", (spec.tp, *pairs), np.dtype(np.float32)),
         "partials_ready": (
@@ -54,7 +55,10 @@ def heap_table(shape: PlanShape) -> dict[str, HeapEntry]:
             np.dtype(np.int64),
         ),
     }
-    table, end = {}, {"data": 0, "flags": 0}
+    for parity in (0, 1):
+        wanted[f"ids{parity}"] = (f"routing{parity}", pairs, np.dtype(np.int32))
+        wanted[f"weights{parity}"] = (f"routing{parity}", pairs, np.dtype(np.float32))
+    table, end = {}, dict.fromkeys(SEGMENTS, 0)
     for name, (segment, array_shape, array_dtype) in wanted.items():
         entry = table[name] = HeapEntry(segment, end[segment], array_shape, array_dtype)
         end[segment] += -(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT
@@ -68,7 +72,7 @@ class SymmetricHeap:
         """Collective: grows the world's segments to hold this layer's arrays."""
         self._world = world
         self.table = heap_table(shape)
-        for segment in ("data", "flags"):
+        for segment in SEGMENTS:
             entries = [entry for entry in self.table.values() if entry.segment == segment]
             world.grow_segment(segment, max(entry.offset + entry.nbytes for entry in entries))
 

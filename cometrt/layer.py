@@ -38,7 +38,8 @@ class MoELayer:
     CometError of it is raised by `synchronize`, `close`, or the first call that begins after the
     device has come so far. Only `synchronize` raises on all ranks after the same call: who wants
     to go on after an error asks it first. Calls may be captured in a CUDA graph (no backward
-    yet); each rank's replays are then ordered by their owner.
+    yet); each rank's replays are then ordered by their owner, and after ``world.reset()`` it is
+    captured again.
 
     Args:
         world: from ``cometrt.connect`` or ``cometrt.spawn``.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cometrt.cuda.report import OPERATIONS
-from cometrt.heap import SymmetricHeap
+from cometrt.heap import SEGMENTS, SymmetricHeap
 from cometrt.kernels.params import (
     CALL_TABLES,
     HEAP_OFFSETS,
@@ -44,8 +44,8 @@ class Calls:
         state_of_world = (
             world.generation,
             world.timeout_sec,
-            world.segment("data", world.rank),  # another layer may have made them grow
-            world.segment("flags", world.rank),
+            # Another layer may have made them grow.
+            *(world.segment(name, world.rank) for name in SEGMENTS),
         )
         if self._filled_for != state_of_world:
             self._fill()
@@ -67,6 +67,8 @@ class Calls:
             record["control"][0, peer] = world.gpu.control[peer]
             record["data"][0, peer] = world.segment("data", peer)
             record["flags"][0, peer] = world.segment("flags", peer)
+            for parity in (0, 1):
+                record["routing"][0, parity, peer] = world.segment(f"routing{parity}", peer)
         record["generation"] = world.generation
         record["timeout_ns"] = round(world.timeout_sec * 1e9)
         record["rank"], record["size"] = world.rank, world.size

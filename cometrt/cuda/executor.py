@@ -270,13 +270,16 @@ class CudaExecutor:
                 if gpu.last_call is not None:
                     stream.wait_event(gpu.last_call)
                 self._meet()
-            yield
-            self._finish((self._num_sms,), _THREADS, call)
+            try:
+                yield
+                self._finish((self._num_sms,), _THREADS, call)
+            finally:  # what was launched before an error runs on
+                if not capturing:
+                    self._report.ended.record(stream)
+                    gpu.last_call = self._report.ended
             if capturing:
                 self.captured.append(buffers)
             else:
-                self._report.ended.record(stream)
-                gpu.last_call = self._report.ended
                 self._meet()
         except CometError:
             raise

@@ -25,7 +25,8 @@ from cometrt.plan.tables import plan_table_shapes
 from cometrt.world.partitions import num_sms
 
 _CHUNK = 128  # kChunk of plan.cu
-_BLOCKS_PER_SM = 6  # of those that are resident at once
+_BLOCKS_PER_SM = 6  # by registers; see __launch_bounds__
+_SM_BYTES, _BLOCK_BYTES = 228 * 1024, 2 * 1024  # shared memory; what a block takes besides its own
 _ALIGNMENT = 64  # words of a table: a bulk copy's, and a cache line's
 
 
@@ -37,6 +38,11 @@ def _layout(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, int], int]:
         offsets[name] = end
         end += -(-math.prod(shapes[name]) // _ALIGNMENT) * _ALIGNMENT
     return offsets, offsets["row_weight"]
+
+
+def _blocks_per_sm(shared_bytes: int) -> int:
+    """Blocks that an SM holds at once: they meet, so that a larger grid would wait for ever."""
+    return max(1, min(_BLOCKS_PER_SM, _SM_BYTES // (shared_bytes + _BLOCK_BYTES)))
 
 
 class DevicePlanner:
@@ -85,7 +91,7 @@ class DevicePlanner:
         self._shared_bytes = 16 * spec.num_experts
         for kernel in (self._plan, self._prepare):
             kernel.allow_shared(self._shared_bytes)
-        self._grid = (_BLOCKS_PER_SM * num_sms(),)
+        self._grid = (_blocks_per_sm(self._shared_bytes) * num_sms() // 2 * 2,)
         self._params = self._new_params()
         fields, offsets = self._params, self._offsets
         self._outputs = slice(*(fields.place(PLAN_OUTPUTS[i][1]) + (i != 0) for i in (0, -1)))

@@ -63,7 +63,7 @@ class Report:
         ids = self._ids.copy()
         self._epoch[0] = 0
         if found["stopped"]:
-            return self._stop_found()
+            return self._stop_found(int(found["epoch"]))
         spec, pair = self._shape.geometry.spec, int(found["wrong_pair"])
         if pair != NO_WRONG_PAIR:
             token, k = divmod(pair, spec.topk)
@@ -85,15 +85,20 @@ class Report:
         kind = runtime.memcpyDeviceToHost
         runtime.memcpyAsync(target.ctypes.data, pointer, target.nbytes, kind, stream.ptr)
 
-    def _stop_found(self) -> CometError | None:
-        """What stopped the world on the device, told to the hosts too."""
+    def _stop_found(self, epoch: int) -> CometError | None:
+        """What stopped the world on the device in that epoch, told to the hosts too."""
         world = self._world
         assert world.gpu is not None
         self._read(self._control, world.gpu.control[world.rank])
         self._cp.cuda.get_current_stream().synchronize()
         control = self._control[0]
-        if int(control["abort"]) < world.generation:
-            return None  # it has been reset since
+        if int(control["abort"]) < world.generation:  # it has been reset since
+            if epoch <= world.epoch:
+                return None
+            return CometError(
+                f"a graph captured before world.reset() was replayed (epoch {epoch}): its calls "
+                f"belong to a world that has stopped; capture it again"
+            )
         records = [r for r in control["failure"] if int(r["generation"]) >= world.generation]
         if not records:  # a host stopped it
             try:

@@ -79,8 +79,8 @@ class Exchange:
                 limits = np.iinfo(np.int32)
                 # An int64 id that int32 cannot hold stays out of range instead of wrapping.
                 clipped = np.clip(ids, limits.min, limits.max)
-                self.heap.array("ids")[parity, :num_tokens] = clipped
-                self.heap.array("weights")[parity, :num_tokens] = weights
+                self.heap.array(f"ids{parity}")[:num_tokens] = clipped
+                self.heap.array(f"weights{parity}")[:num_tokens] = weights
             header = (
                 self.epoch,
                 OPERATIONS.index(operation),
@@ -111,8 +111,8 @@ class Exchange:
         weights = np.zeros(ids.shape, np.float32)
         for source in self.shape.geometry.ring():
             used = num_tokens[source]
-            ids[source, :used] = self.heap.array("ids", source)[parity, :used]
-            weights[source, :used] = self.heap.array("weights", source)[parity, :used]
+            ids[source, :used] = self.heap.array(f"ids{parity}", source)[:used]
+            weights[source, :used] = self.heap.array(f"weights{parity}", source)[:used]
         return RoutingTables(ids, weights, np.array(num_tokens, np.int32))
 
     def _check_headers(self, headers: np.ndarray) -> None:

@@ -52,7 +52,7 @@ plan_params = np.dtype(
     ]
 )
 
-call_state_dtype = np.dtype([("ticket", np.uint32), ("ok", np.uint32)])
+call_state_dtype = np.dtype([(name, np.uint32) for name in "ticket ok told".split()])
 call_report_dtype = np.dtype(
     [(name, np.uint64) for name in "epoch stopped wrong_pair largest_need".split()]
     + [("wrong_weight", np.float32), ("wrong_ids", np.int32, (1,))]
@@ -60,8 +60,8 @@ call_report_dtype = np.dtype(
 HEAP_OFFSETS = {  # field of Call -> array of the heap
     "x_at": "x",
     "dy_at": "dy",
-    "ids_at": "ids",
-    "weights_at": "weights",
+    "ids_at": "ids0",  # and ids1: in the same place of the other segment
+    "weights_at": "weights0",
     "staging_at": "staging",
     "dweight_at": "dweight",
     "partials_at": "partials_ready",

@@ -121,7 +121,7 @@ class World(abc.ABC):
         try:
             allocate = self.gpu.allocate if self.gpu else self._allocate
             self._segments[name] = allocate(max(wanted, 1))
-            if name == "data":
+            if name != "flags":
                 self._poison(name)
         except BaseException as error:
             self.stop_for(error, " in allocating shared memory")

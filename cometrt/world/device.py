@@ -84,6 +84,13 @@ class DeviceMemory:
             )
 
     def read_epoch(self) -> int:
+        """When this rank's calls have ended, on whatever stream, and its aborts have arrived:
+        nothing of this generation touches a peer any more."""
+        import cupy
+
+        if self.last_call is not None:
+            self.last_call.synchronize()
+        _side_stream(cupy.cuda.Device().id).synchronize()
         return int(self._epoch().get()[0])
 
     def write_epoch(self, epoch: int) -> None:

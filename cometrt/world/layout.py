@@ -35,6 +35,7 @@ world_dtype = np.dtype(
         ("control", np.uint64, MAX_RANKS),
         ("data", np.uint64, MAX_RANKS),
         ("flags", np.uint64, MAX_RANKS),
+        ("routing", np.uint64, (2, MAX_RANKS)),
         ("generation", np.uint64),
         ("timeout_ns", np.uint64),
         ("rank", np.int32),

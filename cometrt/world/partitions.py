@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from cometrt.errors import CometError
 
+_ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
+
 
 class Partition(NamedTuple):
     """A stream, and the number of SMs that its kernels run on."""
@@ -136,11 +138,24 @@ def gpu_seats(ranks: int) -> list[contextlib.AbstractContextManager[None]]:
     else:
         partitions = [_whole_gpu(device_id) for device_id in range(ranks)]
         for device_id in range(ranks):
-            with cupy.cuda.Device(device_id):
-                for peer in range(ranks):
-                    if peer != device_id:
-                        cupy.cuda.runtime.deviceEnablePeerAccess(peer)
+            for peer in range(ranks):
+                if peer != device_id:
+                    _reach(device_id, peer)
     return [_rank_seat(partition) for partition in partitions]
+
+
+@functools.cache
+def _reach(device_id: int, peer: int) -> None:
+    """Lets the device's kernels touch the peer's memory; CUDA refuses to be asked twice."""
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    with cupy.cuda.Device(device_id):
+        try:
+            runtime.deviceEnablePeerAccess(peer)
+        except runtime.CUDARuntimeError as error:
+            if error.status != _ALREADY_ENABLED:
+                raise
 
 
 def num_sms() -> int:

@@ -35,6 +35,7 @@ struct World {
   Control* control[kMaxRanks];
   char* data[kMaxRanks];  // segments of the symmetric heap
   char* flags[kMaxRanks];
+  char* routing[2][kMaxRanks];  // by epoch parity
   u64 generation, timeout_ns;
   int rank, size;
 

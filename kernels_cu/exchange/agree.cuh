@@ -9,15 +9,16 @@ namespace cometrt {
 
 constexpr u64 kNoWrongPair = ~0ull;
 
-// The tokens of source s, once it has published; 0 if the wait ended without it. One thread.
-// Acquires source_ready.
+// The tokens of source s, once it has published (0 if its layer is another); -1 if the wait ended
+// without it: the world has stopped. One thread. Acquires source_ready.
 __device__ inline int wait_source(const Call& c, int s) {
   const u64 epoch = c.world.epoch();
   const u64* flag = &c.world.own().source_ready[s];
   const bool ok = wait_until(c.world, {kSourceReady, s, -1, -1}, epoch, epoch,
                              [&] { return load_acquire_sys(flag); });
   const long long found = c.world.own().header[epoch & 1][s].num_tokens;
-  return ok && found >= 0 && found <= c.g.max_tokens ? static_cast<int>(found) : 0;
+  if (!ok) return -1;
+  return found >= 0 && found <= c.g.max_tokens ? static_cast<int>(found) : 0;
 }
 
 // One thread, after all sources: do all ranks call the same, and does the world still run? Who

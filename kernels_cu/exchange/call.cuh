@@ -10,7 +10,7 @@
 namespace cometrt {
 
 struct CallState {
-  u32 ticket, ok;
+  u32 ticket, ok, told;  // told: a block of `finish` has found that the call failed
 };
 
 // In the host's memory: the first call that went wrong since the host last looked, which then sets
@@ -64,6 +64,11 @@ struct Call {
   template <typename T>
   __device__ T* data(int rank, u64 offset) const {
     return reinterpret_cast<T*>(world.data[rank] + offset);
+  }
+  // Ids or weights: a segment for each parity of the epoch.
+  template <typename T>
+  __device__ T* routing(int rank, u64 epoch, u64 offset) const {
+    return reinterpret_cast<T*>(world.routing[epoch & 1][rank] + offset);
   }
   // The home's flags of a contributor's block, first chunk.
   __device__ u64* partials_ready(int home, int contributor, int block) const {

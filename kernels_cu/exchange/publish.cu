@@ -53,8 +53,8 @@ extern "C" __global__ void publish(const __grid_constant__ Call c) {
   const int pairs = c.num_tokens * c.g.topk, all_pairs = c.g.max_tokens * c.g.topk;
   const int step = gridDim.x * blockDim.x;
   if (c.ids != nullptr) {
-    int* ids = c.data<int>(me, c.ids_at) + parity * all_pairs;
-    float* weights = c.data<float>(me, c.weights_at) + parity * all_pairs;
+    int* ids = c.routing<int>(me, epoch, c.ids_at);
+    float* weights = c.routing<float>(me, epoch, c.weights_at);
     for (int i = first; i < pairs; i += step) {
       long long id = c.ids_are_64 ? static_cast<const long long*>(c.ids)[i]
                                   : static_cast<const int*>(c.ids)[i];
@@ -90,6 +90,7 @@ extern "C" __global__ void publish(const __grid_constant__ Call c) {
   if (c.kept_epoch != nullptr) *c.kept_epoch = epoch;
   c.state->ticket = 0;
   c.state->ok = 0;
+  c.state->told = 0;
   for (int d = 0; d < c.world.size; ++d) {
     const int peer = (me + d) % c.world.size;
     store_release_sys(&c.world.control[peer]->source_ready[me], epoch);
@@ -104,12 +105,18 @@ extern "C" __global__ void agree(const __grid_constant__ Call c) {
 }
 
 // The end of an exchange: results of a call that failed, or of a world that stopped, are NaN, and
-// the host is told.
+// the host is told. A world may stop while some blocks have found that it runs: each decides for
+// itself, and the first that writes NaN tells.
 extern "C" __global__ void finish(const __grid_constant__ Call c) {
-  const bool stopped = c.world.stopped();
-  if (c.state->ok && !stopped) return;
+  __shared__ bool failed;
+  if (threadIdx.x == 0) {
+    const bool stopped = c.world.stopped();
+    failed = !c.state->ok || stopped;
+    if (failed && atomicExch(&c.state->told, 1u) == 0) write_report(c, stopped);
+  }
+  __syncthreads();
+  if (!failed) return;
   const long long first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
-  if (first == 0) write_report(c, stopped);
   const long long values = static_cast<long long>(c.num_tokens) * c.g.hidden;
   const __nv_bfloat16 nan = __float2bfloat16(__int_as_float(0x7fffffff));
   for (long long i = first; i < values; i += step) c.out[i] = nan;

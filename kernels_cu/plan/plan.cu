@@ -123,9 +123,9 @@ __device__ u64 take_routing(const Call& c, const Pace& pace, const PlanParams& p
   }
   __syncthreads();
   const int tokens = shared_tokens, all_pairs = p.g.max_tokens * p.g.topk;
-  const long long parity_at = (c.world.epoch() & 1) * all_pairs, to = 1ll * source * all_pairs;
-  const int* ids = c.data<int>(source, c.ids_at) + parity_at;
-  const float* weights = c.data<float>(source, c.weights_at) + parity_at;
+  const long long to = 1ll * source * all_pairs;
+  const int* ids = c.routing<int>(source, c.world.epoch(), c.ids_at);
+  const float* weights = c.routing<float>(source, c.world.epoch(), c.weights_at);
   const int end = min(tokens, first + kChunk) * p.g.topk;
   for (int i = first * p.g.topk + threadIdx.x; i < end; i += kChunk) {
     p.ids[to + i] = ids[i];
@@ -135,11 +135,13 @@ __device__ u64 take_routing(const Call& c, const Pace& pace, const PlanParams& p
 }
 
 // 2. Checks ids and weights; counts pairs by (source, chunk of tokens, expert); each pair's index
-// among its chunk's pairs of its expert. A block a (chunk, source); members [num_experts, 4]: which
+// among its chunk's pairs of its expert. Blocks whose waits ended may know less of a source than
+// others do: no tables are made of that. A block a (chunk, source); members [num_experts, 4]: which
 // tokens of the chunk chose it.
 __device__ void count_pairs(const PlanParams& p, int chunk_idx, int source, u32* members) {
   const int thread = threadIdx.x, tokens = p.chunk_tokens[source * num_chunks(p) + chunk_idx];
   for (int i = thread; i < 4 * p.g.num_experts; i += kChunk) members[i] = 0;
+  if (tokens < 0 && thread == 0) *p.largest_need = ~0ull;
   __syncthreads();
   const int token = chunk_idx * kChunk + thread;
   const long long first_pair = (static_cast<long long>(source) * p.g.max_tokens + token) * p.g.topk;

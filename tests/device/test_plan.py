@@ -115,6 +115,17 @@ def test_a_model_of_full_size(size, tp, experts, topk, intermediate):
     print(f"plan W={size} TP={tp}: {cp.cuda.get_elapsed_time(begin, end) / 20 * 1e3:.0f} us")
 
 
+def test_experts_beyond_what_six_blocks_of_an_sm_have_room_for():
+    spec = MoESpec(16, 16, num_experts=4096, topk=4, max_tokens=300, capacity_factor=4.0)
+    rng = np.random.default_rng(2)
+    ids = np.argsort(rng.random((2, 300, 4096)), axis=2)[:, :, :4].astype(np.int32)
+    weights = rng.random(ids.shape, dtype=np.float32)
+    tables = RoutingTables(ids, weights, np.array([300, 170], np.int32))
+    shape = PlanShape(Geometry(spec, 1, 2), TileConfig(block_m=16))
+    _, plan = device_plan(tables, shape)
+    assert_equal(plan, make_plan(tables, shape))
+
+
 @pytest.mark.parametrize("value", [-2, 12, 2**31 - 1])
 def test_the_first_wrong_pair_is_found(value):
     spec = MoESpec(16, 16, num_experts=12, topk=3, max_tokens=40)

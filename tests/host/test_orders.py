@@ -147,6 +147,28 @@ def test_layers_of_different_shape_share_the_heap():
         check_case(case, inputs[case], [outputs[case] for outputs in results])
 
 
+def test_a_rank_that_plans_late_is_not_overtaken_by_another_layer():
+    # Rank 2 still reads this epoch's tables when the others, who need nothing of it, publish the
+    # next one's, of a layer with other places in the heap.
+    small, large = Case((4, 1), "at_home"), Case((4, 1), dtype="float32", order="columns")
+    inputs = {case: make_inputs(case) for case in (small, large)}
+
+    def fn(world):
+        late = at("plan", lambda: time.sleep(0.5)) if world.rank == 2 else None
+        first, second = (
+            Rank(world, small, [inputs[small]], late),
+            Rank(world, large, [inputs[large]]),
+        )
+        second.forward(0)
+        first.forward(0)
+        grads = second.backward(0)
+        return {small: first.backward(0), large: grads}
+
+    results = cometrt.spawn(fn, 4, timeout_sec=5)
+    for case in (small, large):
+        check_case(case, inputs[case], [outputs[case] for outputs in results])
+
+
 @pytest.mark.parametrize("save", ["rows", "z"])
 def test_x_in_the_heap_is_used_in_place_and_may_be_the_output(save):
     case = Case((4, 1), save=save)

@@ -1,0 +1,283 @@
+"""A soak of the fused forward: thousands of calls with random tokens, routing and delays.
+
+    python tests/device/soak.py --calls 10000 --ranks 8 --seconds 240
+
+Layers of different shapes and orders follow each other at random, each rank brings a batch of its
+own choice, and each launch of a call may be held up on the device. A token's result depends on
+its own row, ids and weights alone: so the bits of each batch are known from its first call,
+whatever the other ranks bring, and a kernel compares them after every call while the host goes
+on. Every `--every` calls the host waits: it reads what that kernel has found, repeats the last
+call in mode "sequential", and makes a call with a wrong id, which must raise on every rank.
+
+Exits with 0 if there was no failure. All waits have deadlines; should the process hang even so,
+it tells where, and ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import cometrt
+from tests.cases import on_host, relative_error, tolerance
+from tests.device.pauses import Differences, Pauses
+
+BATCHES = 12  # of each rank and model
+LONGEST_SETUP_SEC, LONGEST_STALL_SEC = 400, 60
+MOST_FAILURES = 20
+REPORT_SEC = 10
+
+
+class Model:
+    """A shape of layer with its weights, equal on all ranks."""
+
+    def __init__(self, name, size, seed, *, order, waves=2, tp=1, **shape):
+        self.name, tp = name, tp if size % tp == 0 else 1
+        self.spec = spec = cometrt.MoESpec(
+            num_experts=4 * size // tp,
+            tp=tp,
+            capacity_factor=4.0 * size,  # every routing fits
+            **shape,
+        )
+        self.config = cometrt.TileConfig(block_tokens=16, layer1_order=order, waves=waves)
+        rng = np.random.default_rng(seed)
+        self.weights = [
+            (rng.standard_normal(s, np.float32) / np.sqrt(s[2])).astype(spec.numpy_dtype)
+            for s in (
+                (spec.num_experts, 2 * spec.intermediate, spec.hidden),
+                (spec.num_experts, spec.hidden, spec.intermediate),
+            )
+        ]
+
+
+def make_models(size):
+    """One shape in both orders; and one whose rows take several pieces, and whose tokens lie in the
+    heap where the others have something else."""
+    shape = {"hidden": 528, "intermediate": 144, "topk": 3, "max_tokens": 150}
+    wide = {"hidden": 2064, "intermediate": 96, "topk": 4, "max_tokens": 100}
+    return [
+        Model("waves", size, 0, order="waves", **shape),
+        Model("columns", size, 1, order="columns", waves=3, **shape),
+        Model("wide", size, 2, order="columns", tp=2, **wide),
+    ]
+
+
+def make_batch(spec, rank, size, rng):
+    """x, ids and weights: any number of tokens, any pairs dropped, near or far experts."""
+    tokens = int(rng.choice([0, 1, spec.max_tokens, rng.integers(spec.max_tokens)]))
+    scores = rng.normal(scale=rng.choice([0.0, 2.0]), size=spec.num_experts)
+    if rng.random() < 0.25:  # all at home: no peer holds this rank back
+        experts = spec.num_experts // (size // spec.tp)
+        first = rank // spec.tp * experts
+        scores[:first] = scores[first + experts :] = -np.inf
+    noisy = scores + rng.gumbel(size=(tokens, spec.num_experts))
+    ids = np.argsort(-noisy, axis=1)[:, : spec.topk]
+    ids[rng.random(ids.shape) < rng.choice([0.0, 0.3, 1.0], p=[0.5, 0.4, 0.1])] = -1
+    return (
+        rng.standard_normal((tokens, spec.hidden)).astype(spec.numpy_dtype),
+        ids.astype(np.int64 if rng.random() < 0.5 else np.int32),
+        rng.uniform(0.1, 1.5, ids.shape).astype(np.float32),
+    )
+
+
+class Subject:
+    """One model on one rank: its layers, its batches, and the bits that they give."""
+
+    def __init__(self, world, model, seed):
+        import cupy
+
+        self.name, self._spec = model.name, model.spec
+        self.fused, self.sequential = (
+            cometrt.MoELayer(world, model.spec, mode, config=model.config)
+            for mode in ("fused", "sequential")
+        )
+        shards = cometrt.shard_weights(*model.weights, world.rank, world.size, model.spec)
+        self._weights = [cupy.asarray(shard) for shard in shards]
+        rng = np.random.default_rng((seed, world.rank))
+        made = [make_batch(self._spec, world.rank, world.size, rng) for _ in range(BATCHES)]
+        while not len(made[0][0]):  # it gets a wrong id at times
+            made[0] = make_batch(self._spec, world.rank, world.size, rng)
+        self._batches = [tuple(cupy.asarray(array) for array in batch) for batch in made]
+        made[0][1][-1, -1] = self._spec.num_experts
+        self._wrong_ids = cupy.asarray(made[0][1])
+        rows = (self._spec.max_tokens, self._spec.hidden)
+        self._y = [cupy.empty(rows, self._spec.numpy_dtype) for _ in range(2)]  # of either mode
+        self.expected = []
+
+    def learn(self):
+        """The bits of each batch, from a call that the other mode confirms."""
+        for batch in range(BATCHES):
+            y = self.forward(batch, in_heap=batch % 2 == 1)
+            self.expected.append(y.copy())
+            error, _ = self.compare(batch, y)
+            assert error < tolerance("bfloat16"), f"{self.name}, batch {batch}: error {error:.1e}"
+
+    def forward(self, batch, *, ids=None, in_heap=False, sequential=False, training=False):
+        """y, in poisoned memory; with `in_heap` in that of x, and x in the heap."""
+        layer = self.sequential if sequential else self.fused
+        x, good_ids, weights = self._batches[batch]
+        out = self._y[sequential][: len(x)]
+        if in_heap:
+            out = layer.buffer()[: len(x)]
+            out[...] = x
+            x = out
+        elif len(x):
+            out.data.memset_async(0xFF, out.nbytes)
+        tables = (good_ids if ids is None else ids, weights)
+        layer.forward(x, *tables, *self._weights, out=out, training=training)
+        return out
+
+    def compare(self, batch, y):
+        """The relative error of y to what mode "sequential" gives, and whether they are the same
+        bits. Waits for the device."""
+        found = on_host(y)  # the next call may overwrite it
+        expected = self.forward(batch, sequential=True)
+        self.sequential.synchronize()
+        expected = on_host(expected)
+        error = relative_error(found, expected.astype(np.float64))
+        return error, found.tobytes() == expected.tobytes()
+
+    def wrong_call(self, is_wrong):
+        """What is amiss in a call in which one rank's ids are wrong: nothing, if it raises."""
+        y = self.forward(0, ids=self._wrong_ids if is_wrong else None)
+        try:
+            self.fused.synchronize()
+        except cometrt.RoutingError:
+            return "" if np.isnan(on_host(y).astype(np.float32)).all() else "y is not NaN"
+        return "a wrong id was not told"
+
+
+class Rank:
+    """A rank's calls, one after the other; `failures` is common to all ranks."""
+
+    def __init__(self, world, models, options, failures):
+        self._world, self._options, self._failures = world, options, failures
+        self._pauses, self._differences = Pauses(), Differences(options.every)
+        self._subjects = [Subject(world, model, options.seed + i) for i, model in enumerate(models)]
+        for subject in self._subjects:
+            subject.learn()
+            self._pauses.hold_up(subject.fused)
+        self._common = np.random.default_rng(options.seed)  # equal on all ranks
+        self._own = np.random.default_rng((options.seed, world.rank, 1))
+        self._recent = []  # calls since the last check
+        self.num_compared = self.num_same = 0
+        world.timeout_sec = options.timeout  # nothing is compiled any more
+
+    def run(self):
+        """Returns the number of calls and the seconds that they took."""
+        options, begin, call = self._options, time.monotonic(), 0
+        reported = begin
+        while call < options.calls:
+            self._call(call)
+            call += 1
+            if call % options.every and call < options.calls:
+                continue
+            faulthandler.dump_traceback_later(LONGEST_STALL_SEC, exit=True)
+            self._check()
+            now, failed = time.monotonic(), len(self._failures)
+            if any(self._world.allgather(now - begin > options.seconds or failed > MOST_FAILURES)):
+                break
+            if self._world.rank == 0 and now - reported > REPORT_SEC:
+                reported = now
+                rate = call / (now - begin)
+                print(f"{call} calls, {rate:.0f} a second, {failed} failures", flush=True)
+        return call, time.monotonic() - begin
+
+    def _call(self, call):
+        own = self._own
+        subject = self._subjects[self._common.integers(len(self._subjects))]
+        batch = int(own.integers(BATCHES))
+        how = {"in_heap": bool(own.random() < 0.2), "training": bool(own.random() < 0.3)}
+        if own.random() < 0.1:
+            time.sleep(own.uniform(0, 2e-3))
+        self._pauses.next = iter(self._draw_pauses())
+        y = subject.forward(batch, **how)
+        self._differences.count(call % self._options.every, y, subject.expected[batch])
+        self._recent.append((call, subject, batch, y, how))
+
+    def _draw_pauses(self):
+        """Of the five launches of a call, in us: mostly none, or a few, or one long one."""
+        kind = self._own.random()
+        if kind < 0.5:
+            return []
+        if kind < 0.8:
+            return self._own.integers(0, 60, 5)
+        late = np.zeros(5, int)
+        late[self._own.integers(5)] = self._own.integers(100, 2000)
+        return late
+
+    def _check(self):
+        """Wait for all that is queued and see whether it was right; then a wrong call."""
+        counts = self._differences.read()
+        for call, subject, batch, _, how in self._recent:
+            if words := int(counts[call % self._options.every]):
+                text = f"{words} words differ from the first call of batch {batch} ({how})"
+                self._fail(call, subject, text)
+        call, subject, batch, y, _ = self._recent[-1]
+        self._recent.clear()
+        self._pauses.next = iter(())
+        subject.fused.synchronize()
+        error, same = subject.compare(batch, y)
+        self.num_compared += 1
+        self.num_same += same
+        if not error < tolerance("bfloat16"):
+            self._fail(call, subject, f"relative error {error:.1e} to sequential")
+        self._pauses.next = iter(self._draw_pauses())
+        culprit = int(self._common.integers(self._world.size))
+        if problem := subject.wrong_call(self._world.rank == culprit):
+            self._fail(call + 1, subject, problem)
+
+    def _fail(self, call, subject, text):
+        failure = f"call {call}, rank {self._world.rank}, {subject.name}: {text}"
+        print(failure, flush=True)
+        self._failures.append(failure)
+
+
+def soak(options):
+    """Returns the failures; prints how it goes."""
+    faulthandler.dump_traceback_later(LONGEST_SETUP_SEC, exit=True)
+    models, failures = make_models(options.ranks), []
+
+    def fn(world):
+        rank = Rank(world, models, options, failures)
+        if world.rank == 0:
+            print(f"{len(models)} models on {world.size} ranks are ready", flush=True)
+        return *rank.run(), rank.num_compared, rank.num_same
+
+    try:
+        results = cometrt.spawn(
+            fn, options.ranks, "cuda", link=options.link, timeout_sec=LONGEST_SETUP_SEC / 4
+        )
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    calls, seconds = results[0][:2]
+    compared, same = (sum(result[i] for result in results) for i in (2, 3))
+    print(
+        f"{calls} calls on {options.ranks} ranks in {seconds:.1f} s, {calls / seconds:.0f} a "
+        f"second: {len(failures)} failures; {compared} results compared with sequential, "
+        f"{same} of them the same bits"
+    )
+    return failures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calls", type=int, default=10000)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=240, help="after that the soak ends")
+    parser.add_argument("--every", type=int, default=50, help="calls from check to check")
+    parser.add_argument("--timeout", type=float, default=10, help="seconds of any one wait")
+    parser.add_argument("--link", help="pace what crosses ranks: h100, h200 or h800")
+    parser.add_argument("--seed", type=int, default=0)
+    return 1 if soak(parser.parse_args()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
