@@ -3,7 +3,6 @@ plan's order, group sizes known on the device alone."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -152,7 +151,6 @@ def gemm_arguments(
 _OUT, _Z = (Record(gemm_params).place(name) for name in ("out", "z"))
 
 
-@functools.cache
 def _kernel(activation: str | None, write_z: bool) -> Kernel:
     number = -1 if activation is None else list(ACTIVATIONS).index(activation)
     defines = (("ACTIVATION", number), ("WRITE_Z", int(write_z)))

@@ -12,7 +12,7 @@ from cometrt.kernels.params import Record
 
 
 class Kernel:
-    """A kernel that takes its arguments by value: Records, tensor maps, NumPy scalars."""
+    """A kernel on one device; arguments go by value: Records, tensor maps, NumPy scalars."""
 
     def __init__(self, function: Any) -> None:
         self._function = function
@@ -38,7 +38,6 @@ class Kernel:
             self._function.max_dynamic_shared_size_bytes = shared_bytes
 
 
-@functools.cache
 def load_kernels(
     source: str, *names: str, defines: tuple[tuple[str, int], ...] = ()
 ) -> tuple[Kernel, ...]:
@@ -48,6 +47,16 @@ def load_kernels(
     Load all of them before the first kernel that waits for a peer: loading may wait for the
     device.
     """
+    import cupy
+
+    return _load(cupy.cuda.Device().id, source, names, defines)
+
+
+@functools.cache
+def _load(
+    device_id: int, source: str, names: tuple[str, ...], defines: tuple[tuple[str, int], ...]
+) -> tuple[Kernel, ...]:
+    """By device: each has a copy of the module, and of what a kernel is allowed."""
     import cupy
 
     module = cupy.RawModule(path=str(compile_cubin(kernels_folder() / source, defines).path))
