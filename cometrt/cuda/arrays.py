@@ -67,6 +67,11 @@ class CudaArrays:
         if stream is None:
             return contextlib.nullcontext()
         if isinstance(stream, self._cp.cuda.Stream):
+            if stream.device_id not in (-1, self._device_id):
+                raise ValueError(
+                    f"stream must be on this rank's GPU {self._device_id} "
+                    f"(got GPU {stream.device_id})"
+                )
             return stream
         if not hasattr(stream, "__cuda_stream__"):
             raise ValueError(f"stream must have __cuda_stream__ or be None (got {stream!r})")

@@ -95,6 +95,7 @@ def _rank_seat(partition: Partition) -> Iterator[None]:
 
 
 _seats = threading.local()
+_MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
 _ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled: by an earlier spawn, or by CuPy
 
 
@@ -147,7 +148,8 @@ def gpu_sms() -> int:
     """SMs of this thread's GPU."""
     import cupy
 
-    return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
+    runtime = cupy.cuda.runtime  # asked at each launch: `Device.attributes` reads all there are
+    return int(runtime.deviceGetAttribute(_MULTIPROCESSORS, runtime.getDevice()))
 
 
 @functools.cache
