@@ -71,13 +71,8 @@ class Side:
         arrays = (self.data, self.target, self.flags, self.zeros)
         shared = [world.allgather(array.data.ptr) for array in arrays]
         self.neighbour = (world.rank + 1) % world.size
-        self.there = dict(
-            zip(
-                ("data", "target", "flags", "zeros"),
-                (s[self.neighbour] for s in shared),
-                strict=True,
-            )
-        )
+        theirs = [pointers[self.neighbour] for pointers in shared]
+        self.there = dict(zip(("data", "target", "flags", "zeros"), theirs, strict=True))
         self.devices = world.allgather(cp.cuda.Device().id)
         gate.close(0)
         stream.synchronize()
@@ -106,9 +101,7 @@ class Side:
         before = (self.world.rank - 1) % self.world.size
         receives = {self.neighbour: self.target} if both or self.world.rank == 0 else {}
         sends = {before: self.data} if both or before == 0 else {}
-        if not sends and not receives:
-            return None
-        return lambda: nccl.exchange(sends, receives)
+        return functools.partial(nccl.exchange, sends, receives) if sends or receives else None
 
     def copy(self) -> None:
         mine, theirs = self.devices[self.world.rank], self.devices[self.neighbour]
@@ -210,6 +203,10 @@ def measure(ranks: int, out: Path | None) -> dict[str, Any]:
         side.push(PUSHES[0], num_sms())
         side.check(pulled=False)
         nccl = Nccl.connect(world)
+        if nccl is not None:  # it connects ranks in the first call, which nothing may hold up
+            found["nccl"] = nccl.version
+            side.by_nccl(nccl, both=True)()
+            side.check(pulled=True)
         for both in (False, True):
             way = "both ways" if both else "one way"
             takes_part = both or world.rank == 0

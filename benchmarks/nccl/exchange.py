@@ -29,6 +29,7 @@ class Nccl:
         self._library, self._rank, self._size = library, world.rank, world.size
         number = library.get_unique_id() if world.rank == 0 else None
         number = world.allgather(number)[0]
+        self.version = library.get_version()
         self._comm = library.NcclCommunicator(world.size, number, world.rank)
 
     @staticmethod
