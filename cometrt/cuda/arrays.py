@@ -57,11 +57,21 @@ class CudaArrays:
         CuPy's current one.
 
         Raises:
-            ValueError: for anything else.
+            ValueError: for anything else, or from a thread that is not on this rank's GPU.
         """
+        current = self._cp.cuda.runtime.getDevice()
+        if current != self._device_id:
+            raise ValueError(
+                f"the current GPU must be this rank's GPU {self._device_id} (got GPU {current})"
+            )
         if stream is None:
             return contextlib.nullcontext()
         if isinstance(stream, self._cp.cuda.Stream):
+            if stream.device_id not in (-1, self._device_id):
+                raise ValueError(
+                    f"stream must be on this rank's GPU {self._device_id} "
+                    f"(got GPU {stream.device_id})"
+                )
             return stream
         if not hasattr(stream, "__cuda_stream__"):
             raise ValueError(f"stream must have __cuda_stream__ or be None (got {stream!r})")

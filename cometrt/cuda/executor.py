@@ -288,10 +288,12 @@ class CudaExecutor:
             raise
 
     def _meet(self) -> None:
-        """Where ranks are threads on one GPU, they meet before a call, after it, and before what
-        waits for a peer and comes after something that may wait for the whole device (allocate,
-        load a kernel): that could hold up a kernel that a peer's kernel waits for."""
-        if self._world.shares_gpu:
+        """Where ranks are threads of one process, they meet before a call, after it, and before
+        what waits for a peer and comes after something that may wait for the whole device
+        (allocate, load a kernel): that could hold up a kernel that a peer's kernel waits for. On
+        GPUs of their own too: CUDA calls of one process wait for each other, and memory that
+        peers reach is given back only when they rest."""
+        if self._world.shares_process:
             self._world.allgather(None, purpose="a call")
 
     def _group_rows(self, plan: Any) -> list[tuple[int, int]]:

@@ -12,17 +12,11 @@ from cometrt.kernels.params import Record
 
 
 class Kernel:
-    """A kernel that takes its arguments by value: Records, tensor maps, NumPy scalars."""
+    """A kernel on one device; arguments go by value: Records, tensor maps, NumPy scalars."""
 
     def __init__(self, function: Any) -> None:
-        from cupy.cuda import runtime
-
-        self._function, self._device = function, runtime.getDevice
-        self._shared_bytes: dict[int, int] = {}  # by device: each has loaded it anew
-
-    def load(self) -> None:
-        """On this device; nothing where that has been done."""
-        _ = self._function.kernel
+        self._function = function
+        self._shared_bytes = 0
 
     def __call__(
         self,
@@ -32,15 +26,14 @@ class Kernel:
         shared_bytes: int = 0,
     ) -> None:
         """Launch on CuPy's current stream."""
-        if shared_bytes > self._shared_bytes.get(self._device(), 0):
+        if shared_bytes > self._shared_bytes:
             self.allow_shared(shared_bytes)
         by_value = tuple([a.raw if isinstance(a, Record) else a for a in arguments])
         self._function(grid, (block,), by_value, shared_mem=shared_bytes)
 
     def allow_shared(self, shared_bytes: int) -> None:
         """What launches may ask for; done once, best before any kernel waits for a peer."""
-        device = self._device()
-        self._shared_bytes[device] = max(shared_bytes, self._shared_bytes.get(device, 0))
+        self._shared_bytes = max(shared_bytes, self._shared_bytes)
         if shared_bytes > self._function.max_dynamic_shared_size_bytes:
             self._function.max_dynamic_shared_size_bytes = shared_bytes
 
@@ -54,16 +47,16 @@ def load_kernels(
     Load all of them before the first kernel that waits for a peer: loading may wait for the
     device.
     """
-    kernels = _kernels(source, names, defines)
-    for kernel in kernels:
-        kernel.load()
-    return kernels
+    import cupy
+
+    return _load(cupy.cuda.Device().id, source, names, defines)
 
 
 @functools.cache
-def _kernels(
-    source: str, names: tuple[str, ...], defines: tuple[tuple[str, int], ...]
+def _load(
+    device_id: int, source: str, names: tuple[str, ...], defines: tuple[tuple[str, int], ...]
 ) -> tuple[Kernel, ...]:
+    """By device: each has a copy of the module, and of what a kernel is allowed."""
     import cupy
 
     module = cupy.RawModule(path=str(compile_cubin(kernels_folder() / source, defines).path))

@@ -99,6 +99,11 @@ class World(abc.ABC):
         return False
 
     @property
+    def shares_process(self) -> bool:
+        """Whether other ranks are threads of this process."""
+        return False
+
+    @property
     def generation(self) -> int:
         return self._generation
 

@@ -31,7 +31,8 @@ class DeviceMemory:
 
         if world.size > MAX_RANKS:
             raise ValueError(f"ranks must be <= {MAX_RANKS} on device='cuda' (got {world.size})")
-        _side_stream(cupy.cuda.Device().id)  # made now: nothing waits on the device yet
+        # Made now, when nothing waits on the device; `abort` may come from another thread.
+        self._copies = _side_stream(cupy.cuda.Device().id)
         self._world = world
         pinned = cupy.cuda.alloc_pinned_memory(8)
         self._generation = np.frombuffer(pinned, np.uint64, 1)
@@ -72,7 +73,6 @@ class DeviceMemory:
 
         runtime = cupy.cuda.runtime
         self._generation[0] = generation
-        stream = _side_stream(cupy.cuda.Device().id)
         offset = control_dtype.fields["abort"][1]  # type: ignore[index]
         for pointer in self.control:
             runtime.memcpyAsync(
@@ -80,7 +80,7 @@ class DeviceMemory:
                 self._generation.ctypes.data,
                 8,
                 runtime.memcpyHostToDevice,
-                stream.ptr,
+                self._copies.ptr,
             )
 
     def read_epoch(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cometrt.errors import PeerTimeout
+from cometrt.errors import CometError, PeerTimeout
 from cometrt.specs import check_timeout
 from cometrt.world.base import World
 from cometrt.world.failure import Wanted
@@ -51,10 +51,16 @@ class MPIWorld(World):
         from cupy.cuda import runtime
 
         handles = self.allgather(runtime.ipcGetMemHandle(pointer), purpose="device memory")
-        return [
-            pointer if rank == self.rank else runtime.ipcOpenMemHandle(handle)
-            for rank, handle in enumerate(handles)
-        ]
+        pointers = [pointer] * self.size
+        for rank in set(range(self.size)) - {self.rank}:
+            try:
+                pointers[rank] = runtime.ipcOpenMemHandle(handles[rank])
+            except runtime.CUDARuntimeError as error:
+                raise CometError(
+                    f"rank {self.rank} cannot reach the memory of rank {rank}: every rank must see "
+                    f"all GPUs (CUDA_VISIBLE_DEVICES), and they must be peers ({error})"
+                ) from error
+        return pointers
 
     def _free(self) -> None:
         self.board["closing"][0] = 1

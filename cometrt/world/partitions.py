@@ -1,4 +1,5 @@
-"""Partitions of one GPU: streams whose kernels stay on their own SMs (CUDA green contexts)."""
+"""Where the ranks of one process work: each on a GPU of its own, or on a partition of one, a
+stream whose kernels stay on their own SMs (CUDA green contexts)."""
 
 from __future__ import annotations
 
@@ -9,8 +10,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from cometrt.errors import CometError
-
-_ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
 
 
 class Partition(NamedTuple):
@@ -127,35 +126,47 @@ def _rank_seat(partition: Partition) -> Iterator[None]:
 
 
 _seats = threading.local()
+_MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
+_ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled: by an earlier spawn, or by CuPy
 
 
-def gpu_seats(ranks: int) -> list[contextlib.AbstractContextManager[None]]:
-    """For each rank's thread: a GPU of its own if there are enough, else a partition of one."""
+def ranks_share_gpu(ranks: int, link: str | None) -> bool:
+    """Whether `gpu_seats` makes them partitions: a modelled link lies between those alone."""
     import cupy
 
-    if cupy.cuda.runtime.getDeviceCount() < ranks:
-        partitions = split_gpu(ranks) if ranks > 1 else [_whole_gpu(0)]
+    enough = cupy.cuda.runtime.getDeviceCount() >= ranks
+    return ranks > 1 and (link is not None or not enough)
+
+
+def gpu_seats(ranks: int, *, share: bool) -> list[contextlib.AbstractContextManager[None]]:
+    """For each rank's thread: a partition of the first GPU, or a GPU of its own.
+
+    Raises:
+        CometError: where the GPU cannot be split so, or GPUs cannot reach each other's memory.
+    """
+    if share:
+        partitions = split_gpu(ranks)
     else:
         partitions = [_whole_gpu(device_id) for device_id in range(ranks)]
         for device_id in range(ranks):
-            for peer in range(ranks):
-                if peer != device_id:
-                    _reach(device_id, peer)
+            _reach_peers(device_id, ranks)
     return [_rank_seat(partition) for partition in partitions]
 
 
-@functools.cache
-def _reach(device_id: int, peer: int) -> None:
-    """Lets the device's kernels touch the peer's memory; CUDA refuses to be asked twice."""
+def _reach_peers(device_id: int, ranks: int) -> None:
+    """Kernels of this GPU may access what others have allocated, and will."""
     import cupy
 
     runtime = cupy.cuda.runtime
     with cupy.cuda.Device(device_id):
-        try:
-            runtime.deviceEnablePeerAccess(peer)
-        except runtime.CUDARuntimeError as error:
-            if error.status != _ALREADY_ENABLED:
-                raise
+        for peer in set(range(ranks)) - {device_id}:
+            if not runtime.deviceCanAccessPeer(device_id, peer):
+                raise CometError(f"GPU {device_id} cannot reach the memory of GPU {peer}")
+            try:
+                runtime.deviceEnablePeerAccess(peer)
+            except runtime.CUDARuntimeError as error:
+                if error.status != _ALREADY_ENABLED:
+                    raise
 
 
 def num_sms() -> int:
@@ -168,7 +179,8 @@ def gpu_sms() -> int:
     """SMs of this thread's GPU."""
     import cupy
 
-    return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
+    runtime = cupy.cuda.runtime  # asked at each launch: `Device.attributes` reads all there are
+    return int(runtime.deviceGetAttribute(_MULTIPROCESSORS, runtime.getDevice()))
 
 
 def gpu_name() -> str:

@@ -17,7 +17,7 @@ from cometrt.specs import check_choice, check_int, check_timeout
 from cometrt.world.base import World
 from cometrt.world.failure import Wanted
 from cometrt.world.link import LINKS, link_share
-from cometrt.world.partitions import gpu_seats, gpu_sms, num_sms
+from cometrt.world.partitions import gpu_seats, gpu_sms, num_sms, ranks_share_gpu
 
 Result = TypeVar("Result")
 
@@ -25,8 +25,8 @@ Result = TypeVar("Result")
 class _Process:
     """What the ranks of one `spawn` share: the memory each of them allocated."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, shares_gpu: bool) -> None:
+        self.size, self.shares_gpu = size, shares_gpu
         self.lock = threading.Lock()
         self.device_memory: list[Any] = []  # freed when no rank is left
         self.allocations: dict[int, dict[int, np.ndarray]] = {}  # by number, by rank
@@ -55,7 +55,11 @@ class ThreadWorld(World):
 
     @property
     def shares_gpu(self) -> bool:
-        return self.device == "cuda" and self.size > 1
+        return self._process.shares_gpu
+
+    @property
+    def shares_process(self) -> bool:
+        return self.size > 1
 
     def share_device_memory(self, pointer: int) -> list[int]:
         return self.allgather(pointer, purpose="device memory")
@@ -80,8 +84,9 @@ def spawn(
         ranks: W, at least 1.
         device: "host"; or "cuda": one GPU a rank if there are enough, else partitions of one. On
             "cuda" the process's cyclic garbage collector rests until spawn returns.
-        link: "h100", "h200" or "h800": what crosses virtual ranks of one GPU goes at that link's
-            rate, scaled to a rank's part of the GPU; None: as fast as it can.
+        link: "h100", "h200" or "h800": ranks are partitions of one GPU, however many there are,
+            and what crosses them goes at that link's rate, scaled to a rank's part of the GPU;
+            None: as fast as it can.
         timeout_sec: longest that any single wait of a rank may last.
 
     Returns:
@@ -129,8 +134,10 @@ def collector_at_rest() -> Iterator[None]:
 def _run_ranks(
     fn: Callable[[World], Result], ranks: int, device: str, link: str | None, timeout_sec: float
 ) -> list[Result]:
-    seats = [contextlib.nullcontext()] * ranks if device == "host" else gpu_seats(ranks)
-    process = _Process(ranks)
+    shares_gpu = device == "cuda" and ranks_share_gpu(ranks, link)
+    on_host = device == "host"
+    seats = [contextlib.nullcontext()] * ranks if on_host else gpu_seats(ranks, share=shares_gpu)
+    process = _Process(ranks, shares_gpu)
     results: list[Any] = [None] * ranks
     errors: list[tuple[float, BaseException]] = []
     worlds: list[ThreadWorld | None] = [None] * ranks

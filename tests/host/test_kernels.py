@@ -93,6 +93,12 @@ def test_shared_memory_is_what_launches_ask_for():
     assert engine.SHARED_BYTES + 2 * sums == fused._LAYER1_BYTES <= 227 * 1024
 
 
+def test_nothing_is_read_as_if_it_never_changed():
+    # Peers write what kernels read, also while these run: a read-only load may find what was.
+    for path in kernels_folder().rglob("*.cu*"):
+        assert not re.search(r"__restrict__|__ldg|ld\.global\.nc", path.read_text()), path
+
+
 def test_the_most_terms_of_a_token_are_those_of_the_kernel():
     source = (kernels_folder() / "fused" / "combine.cuh").read_text()
     assert f"kMostTerms = {MOST_TERMS};" in source

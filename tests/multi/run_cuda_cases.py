@@ -1,29 +1,54 @@
-"""The rank side of tests/device/test_mpirun.py: cases on one GPU or several, under mpirun."""
+"""The rank side of test_mpirun.py and test_peers.py of tests/device, under mpirun."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import sys
 import traceback
 
+import cupy
 from mpi4py import MPI
 
 import cometrt
-from cometrt.plan.config import GEMMS
-from tests.cases import Case, make_inputs, on_device, on_host, run_case
+from tests.cases import Case, Output, make_inputs, on_device, on_host, run_case
+from tests.device.test_orders import Rank
 from tests.host.test_failures import caught
+from tests.host.test_orders import batches_of
 from tests.multi.run_cases import CASES, checked
+
+MODES = (("fused", "engine"), ("sequential", "engine"), ("sequential", "cublas"))
+
+
+def slow_rank(world):
+    """Calls in a row that a rank comes to late, and then their backwards."""
+    for mode, _ in MODES[:2]:
+        case = Case((world.size, 1), mode=mode, gemm="engine")
+        batches = batches_of(case, 4, ("uniform", "at_home", "skewed"))
+        rank = Rank(world, case, batches, 0.02 if world.rank == 1 else 0.0)
+        for batch in range(4):
+            rank.forward(batch)
+        for batch in (1, 0, 2, 3):
+            grads = rank.backward(batch)
+            rank.layer.synchronize()
+            arrays = map(on_host, (rank.y[batch], *grads))
+            output = Output(next(arrays), cometrt.Gradients(*arrays))
+            checked(world, case, batches[batch], output)
+        rank.layer.close()
 
 
 def mismatched(world):
-    case = Case((4, 1), mode="sequential", gemm="engine")
+    size = world.size
+    case = Case((size, 1), mode="sequential", gemm="engine")
     inputs, move, r = make_inputs(case), on_device(world), world.rank
-    weights = [move(w) for w in cometrt.shard_weights(inputs.w_up, inputs.w_down, r, 4, case.spec)]
+    shard = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, size, case.spec)
+    weights = [move(w) for w in shard]
     tables = move(inputs.x[r]), move(inputs.ids[r]), move(inputs.weights[r])
     dy = move(inputs.dy[r])
     layer = cometrt.MoELayer(world, case.spec, config=case.config)
     y, saved = layer.forward(*tables, *weights)
     layer.synchronize()
-    if r == 3:
+    if r == size - 1:
         layer.backward(dy, saved)
     else:
         layer.forward(*tables, *weights)
@@ -47,15 +72,18 @@ def mismatched(world):
 def main() -> None:
     try:
         with cometrt.connect(MPI.COMM_WORLD, device="cuda", timeout_sec=30) as world:
-            for number, case in enumerate(CASES):
-                if case.dtype == "float32":
-                    continue
-                case = Case(**{**case.__dict__, "mode": "sequential", "gemm": GEMMS[number % 2]})
+            size = world.size
+            cases = (case for case in CASES if case.dtype == "bfloat16")
+            for case, (mode, gemm) in zip(cases, itertools.cycle(MODES), strict=False):
+                ranks = (size, min(case.ranks[1], size))
+                case = dataclasses.replace(case, ranks=ranks, mode=mode, gemm=gemm)
                 inputs = make_inputs(case)
                 checked(world, case, inputs, run_case(world, case, inputs))
+            slow_rank(world)
             mismatched(world)
+            gpus = len(set(world.allgather(cupy.cuda.Device().id)))
             if world.rank == 0:
-                print("all cases passed", flush=True)
+                print(f"all cases passed on {gpus} GPUs", flush=True)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

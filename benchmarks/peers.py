@@ -1,0 +1,174 @@
+"""Measure a layer's forward on GPUs that are peers, beside NCCL; or, with --link, the same cells on
+virtual ranks of one GPU, to see whether the digital twin tells the truth.
+
+python benchmarks/peers.py [--ranks W] [--gbps 380 [--link]] [--out results.json]
+                           [--models mixtral-8x7b,...] [--tokens 8192] [--rounds 9]
+
+TFLOP/s per GPU, of the slowest rank; of virtual ranks, all in sum. --gbps: of the link, each way:
+what the computed times of dispatch and combine rest on, and with --link the modelled link's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cupy as cp
+
+import cometrt
+from benchmarks.files import read, write
+from benchmarks.layer import WARM_UP, Cell, Gate, Rank, crossing_bytes, figures, machine, routing
+from benchmarks.nccl.exchange import Nccl, NcclForward
+from cometrt.models import MODELS
+from cometrt.world.link import LINKS
+from cometrt.world.partitions import gpu_sms, num_sms
+
+SMALL_FIRST = ("qwen3-30b-a3b", "qwen2-moe", "phi-3.5-moe", "mixtral-8x7b", "deepseek-v3")
+LINK = "given"  # name of the link that --gbps describes
+assert set(SMALL_FIRST) == set(MODELS)
+
+
+def relative_distance(one: Any, other: Any) -> float:
+    one, other = one.astype(cp.float32), other.astype(cp.float32)
+    return float(cp.linalg.norm(one - other) / cp.linalg.norm(other))
+
+
+def take_turns(world: cometrt.World, gate: Gate, runs: dict[str, Any], rounds: int) -> Any:
+    """Milliseconds of each, [rounds], on this rank, from a common gate on."""
+    stream, number = cp.cuda.get_current_stream(), 0
+    gate.close(0)
+    stream.synchronize()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(rounds + WARM_UP):
+        for name, run in runs.items():
+            number += 1
+            world.barrier()
+            gate.close(number)
+            begin, end = cp.cuda.Event(), cp.cuda.Event()
+            begin.record()
+            run()
+            end.record()
+            world.barrier()
+            if world.rank == 0:
+                gate.open(number)
+            end.synchronize()
+            if index >= WARM_UP:
+                times[name].append(cp.cuda.get_elapsed_time(begin, end))
+    return times
+
+
+def measure(cell: Cell, rounds: int, gbps: float) -> dict[str, Any]:
+    ids, gate = routing(cell), Gate()
+
+    def fn(world: cometrt.World) -> dict[str, Any]:
+        rank = Rank(world, cell, ids)
+        distances = {"fused": rank.check()}
+        runs = {
+            "fused": lambda: rank.forward("fused"),
+            "sequential": lambda: rank.forward("sequential"),
+            "gemms": rank.gemms,
+        }
+        nccl = Nccl.connect(world)
+        if nccl is not None:
+            layer = rank.layers["sequential"]
+            forward = NcclForward(nccl, layer, rank.x, ids, rank.topk_weights, rank.weights)
+            forward()
+            distances["nccl"] = relative_distance(forward.y, rank.y["sequential"])
+            runs["nccl"] = forward
+        wrong = {name: far for name, far in distances.items() if not far < 1e-2}
+        if any(world.allgather(wrong)):
+            raise cometrt.CometError(f"rank {world.rank}: far from sequential: {wrong}")
+        times = take_turns(world, gate, runs, rounds)
+        for layer in rank.layers.values():
+            layer.close()
+        return {
+            "times": times,
+            "distances": distances,
+            "sms": num_sms(),
+            "device": cp.cuda.Device().id,
+            "shares_gpu": world.shares_gpu,
+        }
+
+    results = cometrt.spawn(fn, cell.ranks, "cuda", link=cell.link, timeout_sec=20)
+    slowest = {
+        name: [max(run) for run in zip(*(r["times"][name] for r in results), strict=True)]
+        for name in results[0]["times"]
+    }
+    shares_gpu, sms = results[0]["shares_gpu"], results[0]["sms"]
+    crossing = crossing_bytes(cell, ids)
+    rate = gbps * 1e9 * (sms / gpu_sms() if shares_gpu else 1)
+    found = figures(cell, slowest, 1e3 * crossing / rate)
+    if not shares_gpu:
+        found["tflops"] = {name: value / cell.ranks for name, value in found["tflops"].items()}
+    return found | {
+        "sms": sms,
+        "devices": [r["device"] for r in results],
+        "crossing_bytes": crossing,
+        "distance": {n: max(r["distances"][n] for r in results) for n in results[0]["distances"]},
+    }
+
+
+def free_memory() -> None:
+    for device in range(cp.cuda.runtime.getDeviceCount()):
+        with cp.cuda.Device(device):
+            cp.get_default_memory_pool().free_all_blocks()
+
+
+TITLE = (
+    f"{'TFLOP/s per GPU':28s}  fused sequen.   nccl  GEMMs | fused ms  link ms | over sequential, "
+    "over nccl, efficiency, hidden share"
+)
+
+
+def line(name: str, found: dict[str, Any]) -> str:
+    if "skipped" in found:
+        return f"{name:28s} skipped: {found['skipped']}"
+    rate, ms = found["tflops"], found["ms"]
+    nccl = f"{rate['nccl']:6.0f}" if "nccl" in rate else "     -"
+    over = f"{ms['nccl']['median'] / ms['fused']['median']:5.2f}" if "nccl" in rate else "    -"
+    hidden = f"{found['hidden_share']:5.2f}" if "hidden_share" in found else "    -"
+    return (
+        f"{name:28s} {rate['fused']:6.0f} {rate['sequential']:6.0f} {nccl} {rate['gemms']:6.0f} | "
+        f"{ms['fused']['median']:8.2f} {found['link_ms']:8.2f} | "
+        f"{found['speedup_over_sequential']:5.2f} {over} {found['efficiency']:5.2f} {hidden}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--ranks", type=int, default=cp.cuda.runtime.getDeviceCount())
+    parser.add_argument("--gbps", type=float, default=LINKS["h100"])
+    parser.add_argument("--link", action="store_true")
+    parser.add_argument("--models", default=",".join(SMALL_FIRST))
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    LINKS[LINK] = args.gbps
+    found = read(args.out) if args.out else {}
+    found.setdefault("cells", {})
+    found |= {"machine": machine(), "gbps": args.gbps}
+    print(TITLE, flush=True)
+    for model in args.models.split(","):
+        link = LINK if args.link else None
+        cell = Cell(model, ranks=args.ranks, tokens=args.tokens, link=link)
+        name = f"{model} W={args.ranks} T={args.tokens}"
+        try:
+            found["cells"][name] = measure(cell, args.rounds, args.gbps)
+        except (cp.cuda.memory.OutOfMemoryError, cometrt.CometError, ValueError) as error:
+            found["cells"][name] = {"skipped": f"{type(error).__name__}: {error}"}
+        free_memory()
+        print(line(name, found["cells"][name]), flush=True)
+        write(args.out, found)
+    if any("skipped" in cell for cell in found["cells"].values()):
+        sys.exit("not all cells were measured")
+
+
+if __name__ == "__main__":
+    main()
