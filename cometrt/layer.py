@@ -13,7 +13,7 @@ from cometrt.host import HostExecutor
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.saved import Saved
 from cometrt.specs import Geometry, Gradients, MoESpec, check_choice
-from cometrt.trace import NullTracer, Tracer
+from cometrt.trace import NullTracer, Recording, Tracer
 from cometrt.world import World
 
 MODES = ("fused", "sequential")
@@ -216,6 +216,11 @@ class MoELayer:
         self._check_open()
         self.world.check_running(_STOPPED)
         return self._executor.buffer()
+
+    def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
+        """For `cometrt.trace.record`: within it, what runs on the device is recorded too."""
+        self._check_open()
+        return self._executor.recorded_by(recording)
 
     def synchronize(self) -> None:
         """Wait for this layer's calls and raise what they have not raised yet. On the host
