@@ -13,7 +13,7 @@ from cometrt.host import HostExecutor
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.saved import Saved
 from cometrt.specs import Geometry, Gradients, MoESpec, check_choice
-from cometrt.trace import NullTracer, Tracer
+from cometrt.trace import NullTracer, Recording, Tracer
 from cometrt.tuner.cache import look_up
 from cometrt.tuner.tune import tune
 from cometrt.world import World
@@ -210,6 +210,11 @@ class MoELayer:
         self._check_open()
         self.world.check_running(_STOPPED)
         return self._executor.buffer()
+
+    def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
+        """For `cometrt.trace.record`: within it, what runs on the device is recorded too."""
+        self._check_open()
+        return self._executor.recorded_by(recording)
 
     def tune(self, inputs: tuple[Any, ...] | None = None, *, training: bool = True) -> TileConfig:
         """Find the fastest config for this layer's shape on this machine, by trials, use it from

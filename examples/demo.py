@@ -86,8 +86,8 @@ def main() -> None:
         # Once to warm up, once recorded. The loss pulls y towards the next byte's embedding.
         for _ in range(2):
             world.barrier()
-            begin = time.perf_counter()
             with cometrt.trace.record(layer) as recording:
+                begin = time.perf_counter()
                 there, saved = layer.forward(*model)
                 layer.synchronize()
                 y = to_host(there)[0]
@@ -95,7 +95,7 @@ def main() -> None:
                 there = layer.backward(to_device(world, dy)[0], saved)
                 layer.synchronize()
                 grads = cometrt.Gradients(*to_host(*there))
-            seconds = time.perf_counter() - begin
+                seconds = time.perf_counter() - begin
         timeline = recording.gather()
         inputs = (x, ids, topk_weights)
         errors = errors_against_reference(comm, spec, weights, inputs, dy, y, grads)
@@ -130,15 +130,19 @@ def report(comm, spec, ids, seconds, timeline, error, out) -> None:
     )
     print("every result agrees with the float64 reference")
     if timeline.hidden_share != timeline.hidden_share:  # NaN
-        print("hidden share: unknown (nothing crossed, or the device is not traced)")
+        print("hidden share: unknown (nothing crossed, or on CUDA not in a fused forward)")
         return
     print(
         f"hidden share: {timeline.hidden_share:.0%} of the time in which rows cross between ranks "
         f"runs under GEMMs of the same rank"
     )
+    print(f"where the time of each role went:\n{timeline.waits()}")
     out.mkdir(parents=True, exist_ok=True)
     timeline.save_json(out / "timeline.json")
-    title = f"one forward, then one backward, on {size} ranks: {timeline.hidden_share:.0%} hidden"
+    calls = "one forward"  # a backward on CUDA is not traced
+    if timeline.seconds(0, "wgrad"):
+        calls += ", then one backward,"
+    title = f"{calls} on {size} ranks: {timeline.hidden_share:.0%} hidden"
     try:
         timeline.save_png(out / "timeline.png", title)
         print(f"timeline: {out / 'timeline.png'}; for Perfetto: {out / 'timeline.json'}")

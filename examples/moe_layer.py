@@ -26,7 +26,7 @@ from cometrt.models import MODELS, scaled_spec
 
 
 def share(timeline: cometrt.trace.Timeline) -> str:
-    """As text; "unknown share" where nothing crossed or the device is not traced."""
+    """As text; "unknown share" where nothing crossed, or on CUDA where it is not fused."""
     hidden = timeline.hidden_share
     return "unknown share" if hidden != hidden else f"{hidden:.0%}"
 
@@ -73,14 +73,14 @@ def main() -> None:
             print(layer, flush=True)
         for repeat in range(args.repeats):
             world.barrier()
-            begin = time.perf_counter()
             with cometrt.trace.record(layer) as recording:
+                begin = time.perf_counter()
                 y, saved = layer.forward(*inputs)
                 layer.synchronize()
                 forward = time.perf_counter()
                 grads = layer.backward(dy_there, saved)
                 layer.synchronize()
-            end = time.perf_counter()
+                end = time.perf_counter()
             seconds = [comm.allreduce(s, MPI.MAX) for s in (forward - begin, end - forward)]
             timeline = recording.gather()
             if rank == 0:

@@ -27,14 +27,15 @@ from cometrt.cuda.fused import FusedForward
 from cometrt.cuda.planner import DevicePlanner
 from cometrt.cuda.report import Report
 from cometrt.cuda.rows import RowMovers
+from cometrt.cuda.trace import recorded_by
 from cometrt.errors import CometError
 from cometrt.heap import SymmetricHeap
 from cometrt.kernels.launch import load_kernels
-from cometrt.kernels.params import Record, call_state_dtype, pace_record, turns_params
+from cometrt.kernels.params import Record, pace_record, traced_call_state_dtype, turns_params
 from cometrt.plan import PlanShape
 from cometrt.saved import Saved
 from cometrt.specs import Gradients
-from cometrt.trace import Tracer
+from cometrt.trace import Recording, Tracer
 from cometrt.world import World
 from cometrt.world.partitions import num_sms
 
@@ -54,7 +55,7 @@ class CudaExecutor:
             raise ValueError(f"dtype must be 'bfloat16' on device='cuda' (got {spec.dtype!r})")
         self._heap = SymmetricHeap(world, shape)
         self._planner = DevicePlanner(shape)
-        self._state = cp.zeros(call_state_dtype.itemsize, cp.uint8)
+        self._state = cp.zeros(traced_call_state_dtype.itemsize, cp.uint8)
         self._publish, self._agree, self._finish = load_kernels(
             "exchange/publish.cu", "publish", "agree", "finish"
         )
@@ -239,6 +240,12 @@ class CudaExecutor:
                 self._meet()
 
             self._combine(call, weights)
+
+    def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
+        """Within it the fused forward's kernels record themselves."""
+        if self._fused is None:
+            return contextlib.nullcontext()
+        return recorded_by(recording, self._fused, self._state, self._report.ended)
 
     def synchronize(self) -> None:
         """Wait for this layer's calls; raise what they have not raised yet."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from cometrt.cuda.engine import (
     new_turns,
     turns_record,
 )
-from cometrt.kernels.launch import load_kernels
+from cometrt.kernels.launch import Kernel, load_kernels
 from cometrt.kernels.params import Record
 from cometrt.plan import PlanShape
 from cometrt.plan.turns import BLOCK_N, column_tiles
@@ -25,6 +25,11 @@ from cometrt.plan.turns import BLOCK_N, column_tiles
 # sizeof(Memory) of fused/layer0.cu and fused/layer1.cu
 _LAYER0_BYTES = SHARED_BYTES + 6 * 4096 + 128
 _LAYER1_BYTES = SHARED_BYTES + 2 * 12544
+
+
+class FusedKernels(NamedTuple):
+    layer0: tuple[Kernel, ...]  # without z, with z
+    layer1: Kernel
 
 
 class FusedForward:
@@ -35,6 +40,8 @@ class FusedForward:
 
     Attributes:
         up_turns, down_turns: how the planner orders tiles for it: a TurnsParams each.
+        grid: of both launches.
+        kernels: what is launched; of `load_kernels`.
         tile_counters: of layer0 and layer1, zero when a call begins.
     """
 
@@ -59,34 +66,40 @@ class FusedForward:
         )
         self._up_params = gemm_record(turns[0], spec.hidden, width)
         self._down_params = gemm_record(turns[1], width, spec.hidden)
-        number = list(ACTIVATIONS).index(spec.activation)
-        self._layer0 = {}
-        for z in (False, True):
-            defines = (("ACTIVATION", number), ("WRITE_Z", int(z)))
-            (self._layer0[z],) = load_kernels("fused/layer0.cu", "layer0", defines=defines)
-            self._layer0[z].allow_shared(_LAYER0_BYTES)
-        (self._layer1,) = load_kernels("fused/layer1.cu", "layer1")
-        self._layer1.allow_shared(_LAYER1_BYTES)
+        self._activation = list(ACTIVATIONS).index(spec.activation)
+        self.kernels = self.load_kernels()
         self.tile_counters = cp.zeros(shape.max_tiles * (1 + num_chunks), cp.uint32)
         self.tile_done = self.tile_counters[shape.max_tiles :]
         self._pull_pace, self._push_pace = pull_pace, push_pace
-        self._grid = gemm_grid()
-        self._num_comm0 = num_movers(config.num_comm0, self._grid[0])
-        self._num_comm1 = num_movers(config.num_comm1, self._grid[0])
+        self.grid = gemm_grid()
+        self._num_comm0 = num_movers(config.num_comm0, self.grid[0])
+        self._num_comm1 = num_movers(config.num_comm1, self.grid[0])
+
+    def load_kernels(self, *, trace: bool = False) -> FusedKernels:
+        """Before any of them waits for a peer."""
+        traced = (("TRACE", 1),) if trace else ()
+        layer0: list[Kernel] = []
+        for z in (0, 1):
+            defines = (("ACTIVATION", self._activation), ("WRITE_Z", z), *traced)
+            layer0 += load_kernels("fused/layer0.cu", "layer0", defines=defines)
+            layer0[z].allow_shared(_LAYER0_BYTES)
+        (layer1,) = load_kernels("fused/layer1.cu", "layer1", defines=traced)
+        layer1.allow_shared(_LAYER1_BYTES)
+        return FusedKernels(tuple(layer0), layer1)
 
     def layer0(self, call: Record, x_rows: Any, w_up: Any, z: Any, a: Any) -> None:
         """Pull x into its rows and multiply: a, and z unless it is None."""
         arguments = gemm_arguments(self._up_params, x_rows, w_up, a, z, gated=self._gated)
-        kernel = self._layer0[z is not None]
+        kernel = self.kernels.layer0[z is not None]
         pace, num_comm = self._pull_pace, self._num_comm0
-        kernel(self._grid, THREADS, call, *arguments, pace, num_comm, shared_bytes=_LAYER0_BYTES)
+        kernel(self.grid, THREADS, call, *arguments, pace, num_comm, shared_bytes=_LAYER0_BYTES)
 
     def layer1(self, call: Record, a: Any, w_down: Any, o: Any) -> None:
         """Multiply, push partial rows, and add up at home: waits for peers."""
         arguments = gemm_arguments(self._down_params, a, w_down, o, None, gated=False)
         pace, num_comm = self._push_pace, self._num_comm1
-        self._layer1(
-            self._grid, THREADS, call, *arguments, pace, num_comm, shared_bytes=_LAYER1_BYTES
+        self.kernels.layer1(
+            self.grid, THREADS, call, *arguments, pace, num_comm, shared_bytes=_LAYER1_BYTES
         )
 
 

@@ -6,6 +6,8 @@ on this rank in the order of k, -1 where the pair is computed elsewhere.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from cometrt.host.exchange import Exchange
@@ -24,7 +26,7 @@ def pull_rows(ex: Exchange, name: str, rows: np.ndarray) -> None:
         tokens = plan.pulls_of(position)
         sources = tokens // spec.max_tokens
         remote = int((sources != me).sum())
-        moved = {
+        moved: dict[str, Any] = {
             "local_bytes": (len(tokens) - remote) * row_bytes,
             "link_bytes": remote * row_bytes,
         }

@@ -94,7 +94,7 @@ class Exchange:
             self.world.fence()
             for peer in self.shape.geometry.ring():
                 self.world.boards[peer]["source_ready"][self.world.rank] = self.epoch
-        with self.step("compute", "wait"):
+        with self.step("compute", "wait", flag="source_ready"):
             ready = self.world.board["source_ready"]
             for source in self.shape.geometry.ring():
                 wanted = Wanted("source_ready", source, self.epoch, self.epoch)
@@ -132,12 +132,20 @@ class Exchange:
 
     @contextlib.contextmanager
     def step(
-        self, role: str, name: str, tile: int = -1, *, local_bytes: int = 0, link_bytes: int = 0
+        self,
+        role: str,
+        name: str,
+        tile: int = -1,
+        *,
+        local_bytes: int = 0,
+        link_bytes: int = 0,
+        flag: str = "",
     ) -> Iterator[None]:
         """One stretch of work of a role, traced; its place is told if it raises."""
         self._at[role] = (name, tile)
-        span = self.tracer.span(role, name, tile, local_bytes=local_bytes, link_bytes=link_bytes)
-        with span:
+        with self.tracer.span(
+            role, name, tile, local_bytes=local_bytes, link_bytes=link_bytes, flag=flag
+        ):
             yield
 
     def wait_filled(self, name: str, tile: int) -> None:
@@ -156,7 +164,7 @@ class Exchange:
         ready = self.heap.array("partials_ready")
         index = (contributor, block, chunk)
         if ready[index] < self.epoch:
-            with self.step("comm", "wait", block):
+            with self.step("comm", "wait", block, flag="partials_ready"):
                 wanted = Wanted("partials_ready", contributor, self.epoch, self.epoch, block, chunk)
                 self.world.wait(value_of(ready, index), wanted)
         else:
@@ -169,7 +177,7 @@ class Exchange:
             return
         chunk = index[1] if len(index) > 1 else -1
         wanted = Wanted(flag, self.world.rank, expected, self.epoch, index[0], chunk)
-        with self.step(role, "wait", index[0]):
+        with self.step(role, "wait", index[0], flag=flag):
             self.world.wait(value_of(counter, index), wanted)
 
     def run(self, phases: list[tuple[str, Callable[[], None]]], *, overlapped: bool) -> None:

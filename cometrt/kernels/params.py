@@ -53,6 +53,24 @@ plan_params = np.dtype(
 )
 
 call_state_dtype = np.dtype([(name, np.uint32) for name in "ticket ok told".split()])
+traced_call_state_dtype = np.dtype(
+    [*call_state_dtype.descr, ("unused", np.uint32), ("trace", np.uint64)]
+)
+TRACE_LANES, _EVENTS_OF_LANE = 15, 511  # kTraceLanes, kEventsOfLane of common/trace.cuh
+trace_event_dtype = np.dtype(
+    [(name, np.uint64) for name in "begin_ns end_ns".split()]
+    + [(name, np.uint32) for name in "local_bytes link_bytes".split()]
+    + [("tile", np.int32), ("column", np.int16), ("kind", np.uint16)]
+)
+trace_lane_dtype = np.dtype(
+    [
+        ("num_events", np.uint32),
+        ("unused", np.uint32, (3,)),
+        ("since_ns", np.uint64),
+        ("waits_since_ns", np.uint64),
+        ("events", trace_event_dtype, (_EVENTS_OF_LANE,)),
+    ]
+)
 call_report_dtype = np.dtype(
     [(name, np.uint64) for name in "epoch stopped wrong_pair largest_need".split()]
     + [("wrong_weight", np.float32), ("wrong_ids", np.int32, (1,))]
@@ -128,6 +146,9 @@ MIRRORS = {
     "Control": ("comm/world.cuh", control_dtype),
     "World": ("comm/world.cuh", world_dtype),
     "CallState": ("exchange/call.cuh", call_state_dtype),
+    "TracedCallState": ("exchange/call.cuh", traced_call_state_dtype),
+    "TraceEvent": ("common/trace.cuh", trace_event_dtype),
+    "TraceLane": ("common/trace.cuh", trace_lane_dtype),
     "CallReport": ("exchange/call.cuh", call_report_dtype),
     "Call": ("exchange/call.cuh", call_dtype),
     "WorkItem": ("gemm/tile.cuh", work_item_dtype),

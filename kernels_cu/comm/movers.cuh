@@ -13,6 +13,7 @@ constexpr int kSlotsOfWarp = 3, kMoverSlots = kMoverWarps * kSlotsOfWarp;
 constexpr u32 kPieceBytes = 4096;  // of a row; the last piece may be shorter
 constexpr int kPullsInFlight = 3;  // stored or crossing, of each slot
 constexpr int kRowsAtOnce = 8;
+constexpr u32 kBytesOfEvent = 64 * kPieceBytes;  // of pulls that a trace tells as one
 
 struct alignas(128) MoverSlots {
   char bytes[kMoverSlots][kPieceBytes];
@@ -27,6 +28,8 @@ __device__ inline u32 num_pieces(const Geometry& g) {
 // written to all its rows, tiles in the order in which layer0 takes them.
 class Puller {
  public:
+  Recorder recorder;
+
   __device__ Puller(const Call& c, const Pace& pace, char* buffer, u64* full)
       : c_(c), pace_(pace), buffer_(buffer), full_(full) {}
 
@@ -35,6 +38,7 @@ class Puller {
     const int num_units = c_.pull_offsets[c_.g.max_tiles] * static_cast<int>(pieces);
     int next = mover < num_units ? c_.pull_tokens[mover / pieces] : 0;
     u32 phase = 0;
+    recorder.begin();
     for (int unit = mover; unit < num_units; unit += num_movers, phase ^= 1) {
       const int token = next;
       const u32 offset = unit % pieces * kPieceBytes, bytes = min(kPieceBytes, row_bytes - offset);
@@ -62,6 +66,7 @@ class Puller {
     for (int i = 0; i < kPullsInFlight; ++i) {
       if (i < count_) release(i);
     }
+    recorder.end_part(1);
   }
 
  private:
@@ -73,6 +78,7 @@ class Puller {
   __device__ u64 load(int token, u32 offset, u32 bytes) {
     const int source = token / c_.g.max_tokens, index = token % c_.g.max_tokens;
     const u64 crossed_ns = source == c_.world.rank ? 0 : reserve_link(pace_, bytes);
+    recorder.count(source != c_.world.rank, bytes);
     const char* from = c_.data<char>(source, c_.pull_at) + 2ll * index * c_.g.hidden + offset;
     bulk_wait_read<0>();  // the slot's last stores have left it
     mbarrier_arrive_expect(full_, bytes);
@@ -100,13 +106,16 @@ class Puller {
   // Of the i-th pull in flight, whose stores are complete. Releases tile_filled, a count of pieces.
   __device__ void release(int i) {
     const int* rows = rows_of(tokens_[i]);
+    recorder.begin_wait();
     if (crossed_ns_[i] != 0) wait_crossed(crossed_ns_[i]);
+    recorder.end_wait(kWaitLink, -1, -1);
     fence_acq_rel_gpu();
 #pragma unroll 4
     for (int k = 0; k < c_.g.topk; ++k) {
       const int row = rows[k];
       if (row >= 0) add_relaxed_gpu(&c_.tile_filled[row / c_.g.block_m], 1);
     }
+    recorder.end_part(kBytesOfEvent);
   }
 
   const Call& c_;

@@ -6,11 +6,17 @@
 
 #include "comm/world.cuh"
 #include "common/geometry.cuh"
+#include "common/trace.cuh"
 
 namespace cometrt {
 
 struct CallState {
   u32 ticket, ok, told;  // told: a block of `finish` has found that the call failed
+};
+
+// What Call::state points to in fact; apart, since TRACE alone looks at the rest.
+struct TracedCallState : CallState {
+  TraceLane* trace;  // [CTAs, kTraceLanes]; null: nothing is recorded
 };
 
 // In the host's memory: the first call that went wrong since the host last looked, which then sets
@@ -61,6 +67,9 @@ struct Call {
   // chunk. One behind the other, num_tile_counters in all; publish sets them to zero.
   u32 *tile_filled, *tile_done;
 
+  __device__ TraceLane* const* trace() const {
+    return &static_cast<const TracedCallState*>(state)->trace;
+  }
   template <typename T>
   __device__ T* data(int rank, u64 offset) const {
     return reinterpret_cast<T*>(world.data[rank] + offset);

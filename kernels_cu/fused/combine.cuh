@@ -52,6 +52,8 @@ struct SumCursor {
 // One warp of the movers; all its lanes stay together.
 class Combine {
  public:
+  Recorder recorder;  // lane 0 alone tells
+
   __device__ Combine(const Call& c, const Pace& pace, SumSlots& slots)
       : c_(c), pace_(pace), s_(slots), epoch_(c.world.epoch()), lane_(threadIdx.x % 32) {}
 
@@ -65,12 +67,14 @@ class Combine {
     const int blocks = (c_.num_tokens + c_.g.block_tokens - 1) / c_.g.block_tokens;
     for (int chunk = 0; chunk <= c_.num_chunks; ++chunk) {
       if (chunk < c_.num_chunks) {
+        recorder.kind = kReduceAndPush;
         for (int i = mover; i < *c_.num_blocks; i += num_movers) {
           if (!push(c_.push_blocks[i], chunk)) return;
         }
         release_push();
       }
       if (chunk > 0) {
+        recorder.kind = kReduceAtHome;
         for (int i = mover; i < blocks; i += num_movers) {
           if (!add_at_home(i, chunk - 1)) return;
         }
@@ -95,10 +99,13 @@ class Combine {
       const int token = lane_ < here ? c_.send_tokens[first + i + lane_] : -1;
       list_terms(token, nullptr);
       if (!wait_terms(chunk)) return false;
+      recorder.begin();
       if (lane_ == 0) {
         crossed_ns = reserve_link(pace_, 2ull * here * (end(chunk) - begin(chunk)));
       }
       sum_batch(here, chunk, to + static_cast<long long>(i) * c_.g.hidden);
+      recorder.count(true, 2 * here * (end(chunk) - begin(chunk)));
+      recorder.end(block, chunk);
     }
     release_push();
     if (lane_ == 0) {
@@ -113,7 +120,9 @@ class Combine {
   // block's chunk.
   __device__ void release_push() {
     if (lane_ == 0 && s_.pushed != nullptr) {
+      recorder.begin_wait();
       if (s_.pushed_crossed_ns != 0) wait_crossed(s_.pushed_crossed_ns);
+      recorder.end_wait(kWaitLink, -1, -1);
       fence_acq_rel_sys();
       store_release_sys(s_.pushed, epoch_);
       s_.pushed = nullptr;
@@ -132,7 +141,10 @@ class Combine {
       list_terms(used ? c_.world.rank * c_.g.max_tokens + local : -1,
                  c_.home_slot + static_cast<long long>(local) * c_.world.size);
       if (!wait_terms(chunk)) return false;
+      recorder.begin();
       sum_batch(here, chunk, c_.out + static_cast<long long>(first + i) * c_.g.hidden);
+      recorder.count(false, 2 * num_terms_ * (end(chunk) - begin(chunk)));
+      recorder.end(block, chunk);
     }
     return true;
   }
@@ -177,18 +189,35 @@ class Combine {
     }
     if (!__all_sync(~0u, ready)) {
       release_push();  // peers do not wait for what this warp waits for
+      if (Recorder::kOn) ok = wait_rows(chunk);
+      recorder.begin_wait();
       for (int i = lane_; i < num_terms_ && ok; i += 32) {
         const int row = s_.rows[i];
         ok = row < 0 ? wait_partial(i, chunk) : wait_tile(row / BLOCK_M, chunk);
       }
       ok = __all_sync(~0u, ok);
+      recorder.end_wait(kWaitPartialsReady, -1, chunk);
     }
+#if TRACE  // which has no registers for more
+#pragma unroll 1
+#endif
     for (int i = lane_; i < num_terms_; i += 32) {
       const int row = s_.rows[i];
       s_.weights[i] = row >= 0 && c_.weighted ? c_.row_weight[row] : 1.0f;
     }
     fence_proxy_async();  // what was acquired is read by bulk copies
     __syncwarp();         // what a lane acquired, all may read
+    return ok;
+  }
+  // First, where a trace tells the wait for this rank's own tiles from that for its peers.
+  __device__ bool wait_rows(int chunk) {
+    bool ok = true;
+    recorder.begin_wait();
+    for (int i = lane_; i < num_terms_ && ok; i += 32) {
+      if (s_.rows[i] >= 0) ok = wait_tile(s_.rows[i] / BLOCK_M, chunk);
+    }
+    ok = __all_sync(~0u, ok);
+    recorder.end_wait(kWaitTileDone, -1, chunk);
     return ok;
   }
   __device__ const u32* done_flag(int tile, int chunk) const {

@@ -26,13 +26,16 @@ static_assert(sizeof(Memory) <= 227 * 1024, "shared memory of an SM");
 // A tile's loads wait until all its rows are there. Acquires tile_filled.
 struct RowsArrive {
   const Call& c;
+  mutable Recorder recorder;
   mutable bool stopped = false;  // then nothing is waited for any more: the call's results are NaN
 
   __device__ void before_loads(const WorkItem& item) const {
     if (stopped) return;
     const u32* filled = &c.tile_filled[item.tile];
+    recorder.begin_wait();
     stopped = !wait_until(c.world, {kTileFilled, c.world.rank, item.tile, -1}, c.world.epoch(),
                           item.rows * num_pieces(c.g), [&] { return load_acquire_gpu(filled); });
+    recorder.end_wait(kWaitTileFilled, item.tile, item.column);
     fence_proxy_async();  // rows are read by tensor loads
   }
 };
@@ -63,6 +66,7 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
     const int lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
       const RowsArrive hooks{c};
+      hooks.recorder = Recorder(c.trace(), 1, kUp);
       produce<is_gated(ACTIVATION)>(shared, p, {a_map, a_half_map, b_map}, cta, hooks);
     } else if (threadIdx.x == 32 && cta == 0) {
       deal_turns(shared, p);
@@ -70,6 +74,7 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
                c.state->ok) {
       const int slot = (warp - 2) * kSlotsOfWarp + lane;
       Puller puller(c, pace, all.movers.bytes[slot], &all.movers.full[slot]);
+      puller.recorder = Recorder(c.trace(), kSlotsOfWarp, kPull);
       puller.run(static_cast<int>(blockIdx.x) * kMoverSlots + slot, num_comm * kMoverSlots);
     }
     __syncwarp();
@@ -77,7 +82,8 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
     take_registers<224>();
     const NoHooks hooks;
     Epilogue<ACTIVATION, WRITE_Z, NoHooks> epilogue(shared, p, warp - 4, hooks);
-    consume(shared, p, warp / 4 - 1, epilogue);
+    Recorder recorder(c.trace(), 1, kUp);
+    consume(shared, p, warp / 4 - 1, epilogue, recorder);
   }
   cluster_barrier();  // nobody leaves while the neighbour may still write here
 }

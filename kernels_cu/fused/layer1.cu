@@ -64,6 +64,7 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
     } else if (warp >= 2 && static_cast<int>(blockIdx.x) < num_comm && c.state->ok) {
       const int mover = warp - 2;
       Combine combine(c, pace, all.sums[mover]);
+      combine.recorder = Recorder(c.trace(), 1, kReduceAndPush);
       combine.run(static_cast<int>(blockIdx.x) * kMoverWarps + mover, num_comm * kMoverWarps);
     }
     __syncwarp();
@@ -71,7 +72,8 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
     take_registers<208>();
     const TilesEnd hooks{c};
     Epilogue<-1, false, TilesEnd> epilogue(shared, p, warp - 4, hooks);
-    consume(shared, p, warp / 4 - 1, epilogue);
+    Recorder recorder(c.trace(), 1, kDown);
+    consume(shared, p, warp / 4 - 1, epilogue, recorder);
   }
   cluster_barrier();  // nobody leaves while the neighbour may still write here
 }

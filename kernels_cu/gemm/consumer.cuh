@@ -1,6 +1,7 @@
 // A warpgroup multiplies its 64 rows of each tile, as slots fill, and hands them to the epilogue.
 #pragma once
 
+#include "common/trace.cuh"
 #include "gemm/turns.cuh"
 #include "hopper/wgmma.cuh"
 
@@ -74,17 +75,20 @@ __device__ inline void pass_by(Shared& shared, Cursor& at, int num_k_blocks) {
 
 template <typename Epilogue>
 __device__ inline void consume(Shared& shared, const GemmParams& p, int warpgroup,
-                               Epilogue& epilogue) {
+                               Epilogue& epilogue, Recorder recorder = {}) {
   Turns<32> turns(shared);
   Cursor at;
   WorkItem item, next;
   for (bool more = turns.take(item); more; item = next) {
     if (warpgroup * kHalfM < item.rows) {
       float d[128];
+      if (Recorder::kOn) mbarrier_wait(&shared.full[at.slot], at.phase);  // then the work begins
+      recorder.begin();
       const int last = multiply(shared, at, p.num_k_blocks, warpgroup, d, epilogue);
       more = turns.take(next);
       wgmma_wait<0>();
       release_slot(shared, last);
+      recorder.end(item.tile, item.column);
       epilogue.keep(item, d);
     } else {
       epilogue.leave_at_once();

@@ -13,6 +13,13 @@ __device__ inline u64 global_timer_ns() {
   return now;
 }
 
+// threadIdx.x, where the compiler is not to keep what follows from it in registers.
+__device__ inline int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // ---- flags. gpu scope: peers on this GPU's partition of the call; sys scope: other ranks -------
 
 __device__ inline u32 load_acquire_gpu(const u32* flag) {

@@ -1,7 +1,10 @@
 """Every shipped kernel compiles for sm_90a, without a GPU, spills or local memory."""
 
 import re
+import shutil
+import struct as structs
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +12,10 @@ import pytest
 from cometrt import CometError
 from cometrt.activations import ACTIVATIONS
 from cometrt.cuda import engine, fused
+from cometrt.cuda.trace import KINDS
 from cometrt.kernels import compiler
 from cometrt.kernels.compiler import compile_cubin, kernels_folder
-from cometrt.kernels.params import MIRRORS
+from cometrt.kernels.params import MIRRORS, TRACE_LANES, trace_lane_dtype
 from cometrt.plan.config import MOST_TERMS
 from tests.launch import ROOT
 
@@ -19,9 +23,11 @@ pytest.importorskip("cuda.bindings", reason="needs NVRTC")
 
 # Macros of what is shipped, where a file is compiled in more ways than one.
 ACTIVATED = [(("ACTIVATION", a), ("WRITE_Z", z)) for a in range(len(ACTIVATIONS)) for z in (0, 1)]
+TRACED = ("TRACE", 1)
 CONFIGURATIONS = {
     "forward.cu": [(("ACTIVATION", -1), ("WRITE_Z", 0)), *ACTIVATED],
-    "layer0.cu": ACTIVATED,
+    "layer0.cu": ACTIVATED + [(*defines, TRACED) for defines in ACTIVATED],
+    "layer1.cu": [(), (TRACED,)],
 }
 SOURCES = sorted(kernels_folder().rglob("*.cu")) + sorted((ROOT / "benchmarks").rglob("*.cu"))
 
@@ -97,6 +103,57 @@ def test_nothing_is_read_as_if_it_never_changed():
     # Peers write what kernels read, also while these run: a read-only load may find what was.
     for path in kernels_folder().rglob("*.cu*"):
         assert not re.search(r"__restrict__|__ldg|ld\.global\.nc", path.read_text()), path
+
+
+def machine_code(cubin: Path) -> dict[str, bytes]:
+    """The sections of an ELF file that hold kernels, by name."""
+    data = cubin.read_bytes()
+    (start,) = structs.unpack_from("<Q", data, 0x28)
+    count, names_at = structs.unpack_from("<HH", data, 0x3C)
+    headers = [structs.unpack_from("<IIQQQQ", data, start + 64 * i) for i in range(count)]
+    sections = {}
+    for name, _, _, _, offset, size in headers:
+        begin = headers[names_at][4] + name
+        text = data[begin : data.index(b"\0", begin)].decode()
+        if text.startswith(".text."):
+            sections[text] = data[offset : offset + size]
+    return sections
+
+
+def without_recorders(folder: Path) -> None:
+    """Take out of a copy of kernels_cu what common/trace.cuh says may be left out."""
+    for path in folder.rglob("*.cu*"):
+        text = path.read_text()
+        if path.name == "trace.cuh":
+            text = re.sub(r"#if TRACE\n.*?#endif\n", "", text, flags=re.DOTALL)
+        text = re.sub(r", (Recorder )?recorder( = \{\})?(?=\))", "", text)
+        lines = [line for line in text.splitlines() if "recorder" not in line.lower()]
+        path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("name", ["layer0", "layer1"])
+def test_no_trace_is_the_code_of_sources_without_recorders(name, tmp_path, monkeypatch):
+    defines = ACTIVATED[1] if name == "layer0" else ()
+    here = kernels_folder() / "fused" / f"{name}.cu"
+    off, on = (machine_code(compile_cubin(here, (*defines, ("TRACE", i))).path) for i in (0, 1))
+    folder = tmp_path / "kernels_cu"
+    shutil.copytree(kernels_folder(), folder)
+    without_recorders(folder)
+    monkeypatch.setattr(compiler, "kernels_folder", lambda: folder)
+    stripped = machine_code(compile_cubin(folder / "fused" / here.name, defines).path)
+    assert set(off) == {f".text.{name}"}
+    assert len(off[f".text.{name}"]) > 10_000
+    assert off == stripped
+    assert off != on
+
+
+def test_traces_are_read_as_they_are_written():
+    text = (kernels_folder() / "common" / "trace.cuh").read_text()
+    written = re.search(r"enum EventKind : u16 \{(.*?)\}", text, re.DOTALL).group(1)
+    names = ["k" + f"{name} {flag}".title().translate({32: "", 95: ""}) for _, name, flag in KINDS]
+    assert re.findall(r"\w+", written) == names
+    (nbytes,) = layout_of("TraceLane[cometrt::kTraceLanes]", "common/trace.cuh", [])
+    assert nbytes == TRACE_LANES * trace_lane_dtype.itemsize
 
 
 def test_the_most_terms_of_a_token_are_those_of_the_kernel():

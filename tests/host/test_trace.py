@@ -5,9 +5,12 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 
 import cometrt
+from cometrt.cuda.trace import events_of
+from cometrt.kernels.params import TRACE_LANES, trace_lane_dtype
 from cometrt.trace import Event, Timeline
 from tests.cases import Case, make_inputs
 from tests.host.test_orders import Rank
@@ -62,8 +65,22 @@ def test_bytes_are_those_of_the_tokens_that_cross(timelines):
     assert 0 <= timeline.hidden_share <= 1
 
 
-def event(role, name, begin, end, rank=0, link_bytes=0):
-    return Event(rank, role, name, begin, end, link_bytes=link_bytes)
+def event(role, name, begin, end, rank=0, **more):
+    return Event(rank, role, name, begin, end, **more)
+
+
+def of_ctas():
+    """Two CTAs of one rank: each a thread that loads, one that multiplies, and movers."""
+    return [
+        event("compute", "wait", 0, 40, flag="tile_filled", cta=0, lane=0),
+        event("compute", "up", 40, 100, tile=1, column=0, cta=0, lane=4),
+        event("compute", "wait", 60, 120, flag="tile_filled", cta=0, lane=0),
+        event("compute", "up", 120, 200, tile=1, column=1, cta=0, lane=4),
+        event("compute", "up", 0, 200, tile=0, column=0, cta=1, lane=4),
+        event("comm", "pull", 0, 100, link_bytes=64, cta=0, lane=2),
+        event("comm", "wait", 100, 150, flag="link", cta=0, lane=2),
+        event("comm", "pull", 0, 50, local_bytes=64, cta=0, lane=3),
+    ]
 
 
 def test_hidden_share_counts_communication_under_compute_of_the_same_rank():
@@ -84,10 +101,83 @@ def test_hidden_share_counts_communication_under_compute_of_the_same_rank():
     assert timeline.span_sec == pytest.approx(1e-6)
 
 
+def test_hidden_share_of_ctas_is_that_of_those_that_work():
+    assert Timeline(of_ctas()).hidden_share == pytest.approx((60 / 100 + 1) / 2)
+
+
+def test_waits_are_shares_of_the_time_of_all_who_might_have_worked():
+    waits = Timeline(of_ctas()).waits()
+    # Of the second wait, 40 ns lie under the CTA's own work.
+    assert waits[0, "compute"] == pytest.approx({"work": 340 / 400, "tile_filled": 60 / 400})
+    assert waits[0, "comm"] == pytest.approx({"work": 150 / 400, "link": 50 / 400})
+    head, compute = (str(waits).splitlines()[i] for i in (0, 2))
+    assert head.split() == "rank role working tile_filled link the rest".split()
+    assert compute.split() == "0 compute 85.0% 15.0% 0.0% 0.0%".split()
+
+
+def test_waits_of_a_layer_name_their_flags(timelines):
+    timeline = timelines[0]
+    flags = {e.flag for e in timeline.events if e.name == "wait"}
+    assert {"source_ready", "tile_filled"} <= flags
+    assert flags <= {"source_ready", "tile_filled", "tile_done", "partials_ready"}
+    assert not any(e.flag for e in timeline.events if e.name != "wait")
+    waits = timeline.waits()
+    assert len(waits) == 2 * CASE.size
+    assert all(0 < sum(shares.values()) <= 1 for shares in waits.values())
+
+
+def lanes_of(counts, records):
+    lanes = np.zeros((2, TRACE_LANES), trace_lane_dtype)
+    for (cta, lane), count in counts.items():
+        lanes["num_events"][cta, lane] = count
+    for (cta, lane, index), values in records.items():
+        lanes["events"][cta, lane, index] = values
+    return lanes
+
+
+def test_what_kernels_have_recorded_becomes_events():
+    lanes = lanes_of(
+        {(0, 4): 1, (1, 2): 2},
+        {
+            (0, 4, 0): (5, 9, 0, 0, 3, 1, 0),
+            (1, 2, 0): (1, 2, 64, 32, -1, -1, 2),
+            (1, 2, 1): (2, 4, 0, 0, -1, -1, 8),
+        },
+    )
+    assert events_of(lanes, 7) == [
+        event("compute", "up", 5, 9, rank=7, tile=3, column=1, cta=0, lane=4),
+        event("comm", "pull", 1, 2, rank=7, local_bytes=64, link_bytes=32, cta=1, lane=2),
+        event("comm", "wait", 2, 4, rank=7, flag="link", cta=1, lane=2),
+    ]
+
+
+def test_events_without_room_are_counted():
+    room = trace_lane_dtype["events"].shape[0]
+    with pytest.warns(UserWarning, match=r"3 events of rank 0 found no room"):
+        events = events_of(lanes_of({(0, 4): room + 3}, {}), 0)
+    assert len(events) == room
+
+
+def test_files_of_ctas(tmp_path):
+    timeline = Timeline(of_ctas())
+    timeline.save_json(tmp_path / "t.json")
+    records = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    tracks = {r["tid"]: r["args"]["name"] for r in records if r["name"] == "thread_name"}
+    assert sorted(tracks.values()) == [
+        "CTA 0 comm 2", "CTA 0 comm 3", "CTA 0 compute 0", "CTA 0 compute 4", "CTA 1 compute 4",
+    ]  # fmt: skip
+    assert {tracks[r["tid"]] for r in records if r["name"] == "wait for link"} == {"CTA 0 comm 2"}
+    pytest.importorskip("matplotlib")
+    for rank in (None, 0):
+        timeline.save_png(tmp_path / "t.png", rank=rank)
+        assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_an_empty_timeline(tmp_path):
     timeline = Timeline([])
     assert math.isnan(timeline.hidden_share)
     assert timeline.span_sec == 0
+    assert timeline.waits() == {}
     timeline.save_json(tmp_path / "empty.json")
     assert json.loads((tmp_path / "empty.json").read_text())["traceEvents"] == []
     pytest.importorskip("matplotlib")

@@ -1,0 +1,112 @@
+"""What the fused kernels record of themselves: kernels_cu/common/trace.cuh."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from cometrt.cuda.fused import FusedForward
+from cometrt.kernels.params import (
+    TRACE_LANES,
+    trace_lane_dtype,
+    traced_call_state_dtype,
+)
+from cometrt.trace import Event, Recording
+
+KINDS = (  # role, name, flag; numbers of EventKind
+    ("compute", "up", ""),
+    ("compute", "down", ""),
+    ("comm", "pull", ""),
+    ("comm", "reduce and push", ""),
+    ("comm", "reduce at home", ""),
+    ("compute", "wait", "tile_filled"),
+    ("comm", "wait", "tile_done"),
+    ("comm", "wait", "partials_ready"),
+    ("comm", "wait", "link"),
+)
+_AT = traced_call_state_dtype.fields["trace"][1]  # type: ignore[index]
+
+
+@contextlib.contextmanager
+def recorded_by(
+    recording: Recording, fused: FusedForward, state: Any, ended: Any
+) -> Iterator[None]:
+    """Within it the kernels of `fused` record themselves; then their events are the recording's.
+
+    Kernels are loaded when it is entered: no peer's kernel waits for this rank then, since what
+    was called before has been launched by all, and the next call begins with a meeting.
+
+    Args:
+        state: the layer's CallState, as bytes on the device.
+        ended: event at the end of its last call.
+    """
+    import cupy as cp
+
+    kernels, fused.kernels = fused.kernels, fused.load_kernels(trace=True)
+    trace = DeviceTrace(state, fused.grid[0])
+    try:
+        yield
+    finally:
+        fused.kernels = kernels
+        ended.synchronize()
+        cp.cuda.get_current_stream().synchronize()  # where graphs were launched
+        lanes = trace.end()
+    recording.events += events_of(lanes, recording.world.rank)
+
+
+class DeviceTrace:
+    """From its making to its `end`, kernels that record do so into its memory.
+
+    Args:
+        state: as for `recorded_by`.
+        num_ctas: the most that a kernel has.
+    """
+
+    def __init__(self, state: Any, num_ctas: int) -> None:
+        import cupy as cp
+
+        self._pointer = state[_AT : _AT + 8].view(cp.uint64)
+        self._before = int(self._pointer.get()[0])
+        shape = (num_ctas, TRACE_LANES, trace_lane_dtype.itemsize)
+        self._lanes = cp.zeros(shape, cp.uint8)
+        self._point_to(self._lanes.data.ptr)
+
+    def end(self) -> np.ndarray:
+        """[num_ctas, TRACE_LANES] of trace_lane_dtype. The kernels must have ended."""
+        self._point_to(self._before)
+        return self._lanes.get().view(trace_lane_dtype)[..., 0]
+
+    def _point_to(self, address: int) -> None:
+        """For kernels on every stream, from now on."""
+        import cupy as cp
+
+        self._pointer.set(np.array([address], np.uint64))
+        cp.cuda.get_current_stream().synchronize()
+
+
+def events_of(lanes: np.ndarray, rank: int) -> list[Event]:
+    """What `DeviceTrace.end` returns, as events. Warns of those that found no room."""
+    room = trace_lane_dtype["events"].shape[0]
+    dropped = int(np.maximum(lanes["num_events"].astype(np.int64) - room, 0).sum())
+    if dropped:
+        warnings.warn(
+            f"{dropped} events of rank {rank} found no room (there are {room} a thread): "
+            "record fewer calls at once",
+            stacklevel=2,
+        )
+    events = []
+    for (cta, lane), count in np.ndenumerate(lanes["num_events"]):
+        for record in lanes["events"][cta, lane, : min(count, room)].tolist():
+            begin_ns, end_ns, local_bytes, link_bytes, tile, column, kind = record
+            role, name, flag = KINDS[kind]
+            events.append(
+                Event(
+                    rank, role, name, begin_ns, end_ns, tile, local_bytes, link_bytes, flag,
+                    column, cta, lane,
+                )
+            )  # fmt: skip
+    return events

@@ -1,0 +1,21 @@
+"""Record what both roles of a layer do, draw it, and say how much communication was hidden and what
+was waited for.
+
+with cometrt.trace.record(layer) as recording:
+    layer.forward(...)
+timeline = recording.gather()               # collective: all ranks' events
+timeline.save_png("timeline.png")           # needs matplotlib
+timeline.save_json("timeline.json")         # opens in Perfetto and chrome://tracing
+print(timeline.hidden_share)
+print(timeline.waits())
+
+On device="cuda" the kernels of the fused forward record themselves, each CTA its own events: see
+kernels_cu/common/trace.cuh. Nothing else is recorded there.
+"""
+
+from cometrt.trace.events import ROLES, Event
+from cometrt.trace.recording import NullTracer, Recording, Tracer, record
+from cometrt.trace.timeline import Timeline
+from cometrt.trace.waits import Waits
+
+__all__ = ["ROLES", "Event", "NullTracer", "Recording", "Timeline", "Tracer", "Waits", "record"]
