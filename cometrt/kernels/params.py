@@ -53,9 +53,7 @@ plan_params = np.dtype(
 )
 
 call_state_dtype = np.dtype([(name, np.uint32) for name in "ticket ok told".split()])
-traced_call_state_dtype = np.dtype(
-    [*call_state_dtype.descr, ("unused", np.uint32), ("trace", np.uint64)]
-)
+traced_call_state_dtype = np.dtype([*call_state_dtype.descr, ("trace", np.uint64)], align=True)
 TRACE_LANES, _EVENTS_OF_LANE = 15, 511  # kTraceLanes, kEventsOfLane of common/trace.cuh
 trace_event_dtype = np.dtype(
     [(name, np.uint64) for name in "begin_ns end_ns".split()]
