@@ -91,7 +91,7 @@ class Groups:
 def engine_run(groups: Groups, b: Any, activation: str | None, write_z: bool) -> Any:
     gemm = GroupedGemm(activation, write_z=write_z)
     group = GROUP or group_of(b.shape[2])
-    turns = order_turns(groups.tiles, gemm.column_tiles(b.shape[1]), max_run=MAX_RUN, group=group)
+    turns = order_turns(groups.tiles, gemm.column_tiles(b.shape[1]), group=group)
     rows, columns = len(groups.a), b.shape[1]
     out = cp.empty((rows, columns // 2 if activation else columns), BF16)
     z = cp.empty((rows, columns), BF16) if write_z else None
@@ -104,7 +104,7 @@ def partitions_run(groups: Groups, b: Any) -> Any:
     """The experts dealt to eight partitions of 16 SMs, all busy at once, `REPEATS` times in a row:
     what it takes to start and join eight streams is not what is measured."""
     parts = split_gpu(PARTITIONS)
-    gemm, jobs = GroupedGemm(None), []
+    jobs: list[Any] = []
     experts = len(b) // PARTITIONS
     for i, part in enumerate(parts):
         mine = slice(i * experts, (i + 1) * experts)
@@ -114,16 +114,17 @@ def partitions_run(groups: Groups, b: Any) -> Any:
         tiles = tiles_of(groups.sizes[mine])
         cp.cuda.Device().synchronize()  # they are there before another stream reads them
         with seat(part):
+            gemm = GroupedGemm(None)
             columns = gemm.column_tiles(b.shape[1])
             turns = order_turns(tiles, columns, group=group_of(b.shape[2]))
-        jobs.append((part, a, b[mine], out, turns))
+        jobs.append((part, gemm, a, b[mine], out, turns))
     cp.cuda.Device().synchronize()
     ended = [cp.cuda.Event(disable_timing=True) for _ in parts]
 
     def run() -> None:
         current = cp.cuda.get_current_stream()
         begin = current.record()
-        for (part, a, b_part, out, turns), event in zip(jobs, ended, strict=True):
+        for (part, gemm, a, b_part, out, turns), event in zip(jobs, ended, strict=True):
             part.stream.wait_event(begin)
             with seat(part):
                 for _ in range(REPEATS):
@@ -318,11 +319,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--max-run", type=int, default=2, help="of the engine's order")
-    parser.add_argument("--group", type=int, help="likewise; default: its own")
+    parser.add_argument("--group", type=int, help="of the engine's order; default: its own")
     args = parser.parse_args()
-    global MAX_RUN, GROUP
-    MAX_RUN, GROUP = args.max_run, args.group
+    global GROUP
+    GROUP = args.group
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     print(
         f"{'TFLOP/s':20s} engine  torch batchd  dense | /best /dense | skew, x torch | "

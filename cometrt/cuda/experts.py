@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from cometrt.cuda.engine import GroupedGemm, layer_groups, new_turns, turns_record
+from cometrt.cuda.engine import GroupedGemm, cluster_size, layer_groups, new_turns, turns_record
 from cometrt.cuda.gemm import ExpertGemm
 from cometrt.kernels.launch import load_kernels
 from cometrt.kernels.params import Record, activation_params, geometry_record
 from cometrt.plan import Plan, PlanShape
+from cometrt.plan.turns import CLUSTER_SIZES
 from cometrt.specs import Gradients
 from cometrt.world.partitions import num_sms
 
@@ -31,20 +32,19 @@ class EngineExperts:
 
     def __init__(self, shape: PlanShape, parts: int = 1) -> None:
         geometry, activation = shape.geometry, shape.geometry.spec.activation
-        self._up = {z: GroupedGemm(activation, write_z=z) for z in (False, True)}
-        self._down = GroupedGemm()
+        # Beside rows that are moved a part has no whole clusters of four.
+        n = cluster_size() if parts == 1 else CLUSTER_SIZES[0]
+        self._up = {z: GroupedGemm(activation, write_z=z, cluster=n) for z in (False, True)}
+        self._down = GroupedGemm(cluster=n)
         up = self._up[True].column_tiles(geometry.up_columns)
         down = self._down.column_tiles(geometry.spec.hidden)
         up_group, down_group = layer_groups(shape)
-        up_turns = new_turns(shape.max_tiles, up, None, up_group, parts=parts)
-        down_turns = new_turns(shape.max_tiles, down, None, down_group, parts=parts)
+        up_turns = new_turns(shape.max_tiles, up, cluster=n, parts=parts)
+        down_turns = new_turns(shape.max_tiles, down, cluster=n, parts=parts)
         self._up_parts = [up_turns.part(index) for index in range(parts)]
         self._down_parts = [down_turns.part(index) for index in range(parts)]
-        run = shape.config.max_run
-        self.up_turns = turns_record(up_turns, up, max_run=run, group=up_group)
-        self.down_turns = turns_record(
-            down_turns, down, backwards=True, max_run=run, group=down_group
-        )
+        self.up_turns = turns_record(up_turns, up, group=up_group)
+        self.down_turns = turns_record(down_turns, down, backwards=True, group=down_group)
 
     def forward(self, x_rows: Any, w_up: Any, w_down: Any, z: Any, a: Any, o: Any) -> None:
         """z (None: not written), a and o from the rows of x, when the turns are made."""

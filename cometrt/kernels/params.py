@@ -129,7 +129,7 @@ turns_params = np.dtype(
     + [
         (name, np.int32)
         for name in (
-            "num_columns max_run backwards chunk group num_parts part_turns unused"
+            "num_columns cluster backwards chunk group num_parts part_turns unused"
         ).split()
     ]
 )

@@ -27,7 +27,6 @@ class TileConfig:
             of them read weights seldom, many wait for nobody far away.
         group: N-tiles that all M-tiles of an expert take before its next N-tiles, in the engine;
             None: as many as the cache can keep (`plan.turns.best_group`).
-        max_run: M-tiles of an expert that take an N-tile together in the engine.
         chunk: columns of H that are reduced and pushed together in "columns"; a multiple of
             block_n.
         parts: of layer0's order in mode "chunked", the baseline of two streams: what is pulled,
@@ -48,7 +47,6 @@ class TileConfig:
     layer1_order: str = "waves"
     waves: int = 2
     group: int | None = None
-    max_run: int = 2
     chunk: int = 256
     gemm: str = "engine"
     parts: int = 2
@@ -57,7 +55,7 @@ class TileConfig:
     num_comm1: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("block_m", "block_n", "block_tokens", "chunk", "waves", "max_run", "parts"):
+        for name in ("block_m", "block_n", "block_tokens", "chunk", "waves", "parts"):
             object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=1))
         for name in ("group", "num_comm0", "num_comm1", "comm_sms"):
             if (value := getattr(self, name)) is not None:

@@ -1,14 +1,15 @@
-"""The order of a GEMM's tiles as data: what each cluster of two CTAs computes, turn by turn.
+"""The order of a GEMM's tiles as data: what each cluster of CTAs computes, turn by turn.
 
-Both CTAs of a turn read one operand in common, which each then loads half of for both: two
-M-tiles of one expert against the same columns of its weights (they share B), or one M-tile
-against two neighbouring column tiles (they share A).
+The CTAs of a turn take neighbouring tiles, so that they read operands in common: M-tiles of one
+expert by column tiles. What two or more of them read is loaded half by one and half by another,
+for all of them.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -16,8 +17,7 @@ from cometrt.plan.config import ENGINE_BLOCK_M, ENGINE_BLOCK_N
 from cometrt.plan.tables import Plan
 
 BLOCK_M, BLOCK_N = ENGINE_BLOCK_M, ENGINE_BLOCK_N
-CLUSTER_SIZE = 2  # kClusterSize of kernels_cu/gemm/tile.cuh
-SHARES_NOTHING, SHARES_A, SHARES_B = range(3)
+CLUSTER_SIZES = (2, 4)
 _KEPT_BYTES = 20 << 20  # of the cache, for weights that are read again
 
 work_item_dtype = np.dtype(
@@ -26,7 +26,7 @@ work_item_dtype = np.dtype(
         ("column", np.int32),  # N-tile
         ("expert", np.int32),
         ("rows", np.uint16),  # of the M-tile, without pads
-        ("sharing", np.uint16),
+        ("loads", np.uint16),  # of `_loads`
     ]
 )
 
@@ -37,10 +37,10 @@ def column_tiles(columns: int, *, gated: bool) -> int:
 
 
 def most_turns(
-    max_tiles: int, num_columns: int, chunk: int | None = None, group: int | None = None
+    max_tiles: int, num_columns: int, chunk: int | None = None, *, cluster: int = 2
 ) -> int:
-    """Turns of the worst order: every M-tile alone, in every walk over a group of columns."""
-    return max_tiles * sum(-(-len(piece) // 2) for piece in _groups(num_columns, chunk, group))
+    """Turns of the worst order: every M-tile alone, in every walk over a chunk."""
+    return max_tiles * sum(-(-len(part) // cluster) for part in _pieces(range(num_columns), chunk))
 
 
 def part_begin(num_tiles: int, index: int, count: int) -> int:
@@ -59,7 +59,7 @@ def best_group(num_sms: int, gpu_sms: int, inner: int) -> int:
         num_sms, gpu_sms: that compute; of the GPU.
         inner: K.
     """
-    square = max(1, math.isqrt(num_sms // CLUSTER_SIZE))
+    square = max(1, math.isqrt(num_sms // 2))
     kept = _KEPT_BYTES * num_sms // gpu_sms // (2 * BLOCK_N * inner)
     return max(square, min(kept, 2 * square))
 
@@ -68,7 +68,7 @@ def make_turns(
     plan: Plan,
     num_columns: int,
     *,
-    max_run: int = 2,
+    cluster: int = 2,
     backwards: bool = False,
     chunk: int | None = None,
     group: int | None = None,
@@ -76,75 +76,97 @@ def make_turns(
 ) -> np.ndarray:
     """The specification of kernels_cu/schedule/turns.cu.
 
-    The plan's order is cut into stretches where the expert changes. A stretch is walked once for
-    each group of column tiles, so that the weights of a group serve all its tiles while they are in
-    the cache; it is cut into even runs of at most about `max_run` tiles. A run takes two column
-    tiles at a time: first its tiles of more than 64 rows, in pairs, for the one and for the other;
-    then what is left, alone, for both.
+    The plan's order is cut into stretches where the expert changes. M-tiles of a stretch of more
+    than 64 rows go in pairs; a turn is a pair by `cluster` / 2 column tiles. All pairs take the
+    first group of column tiles, then the next, so that the weights of a group serve all of them
+    while they are in the cache. A column tile that is left over is taken by two pairs a turn. Last,
+    M-tiles that are left over take `cluster` column tiles a turn.
 
     Args:
         plan: made with block_m = 128.
         num_columns: of `column_tiles`.
+        cluster: CTAs of a turn, of CLUSTER_SIZES.
         backwards: walk the order from its end.
         chunk: walk all of it once for each so many column tiles; None: once for all.
         group: column tiles of a group, within a chunk; see `best_group`. None: all of them.
         part: index and number of even parts, in layer0's order; only this one's tiles.
 
     Returns:
-        [turns, 2] of work_item_dtype.
+        [turns, cluster] of work_item_dtype.
     """
     order = plan.layer0_tiles()
     index, count = part
     order = order[part_begin(len(order), index, count) : part_begin(len(order), index + 1, count)]
     order = order[::-1] if backwards else order
-    items: list[tuple[int, ...]] = []  # two a turn
+    items: list[tuple[int, ...]] = []
     for columns in _pieces(range(num_columns), chunk):
-        items += _walk(plan, order, _pieces(columns, group), max_run)
-    return np.array(items, work_item_dtype).reshape(-1, 2)
+        for expert, tiles in itertools.groupby(order, key=lambda tile: int(plan.tile_expert[tile])):
+            for some_tiles, some_columns in _walk(
+                plan, expert, list(tiles), columns, cluster, group
+            ):
+                items += _turn(plan, expert, some_tiles, some_columns, cluster)
+    return np.array(items, work_item_dtype).reshape(-1, cluster)
 
 
 def _pieces(columns: range, size: int | None) -> list[range]:
-    step = size or len(columns)
+    step = size or max(1, len(columns))
     return [columns[first : first + step] for first in range(0, len(columns), step)]
 
 
-def _groups(num_columns: int, chunk: int | None, group: int | None) -> list[range]:
-    return [
-        part for columns in _pieces(range(num_columns), chunk) for part in _pieces(columns, group)
-    ]
-
-
-def _walk(plan: Plan, order: list[int], groups: list[range], max_run: int) -> list[tuple[int, ...]]:
-    items = []
-    for expert, stretch in itertools.groupby(order, key=lambda tile: int(plan.tile_expert[tile])):
-        tiles = list(stretch)
-        pieces = -(-len(tiles) // max_run)
-        length = -(-len(tiles) // (2 * pieces)) * 2
-        runs = [tiles[begin : begin + length] for begin in range(0, len(tiles), length)]
-        for columns in groups:
-            for run in runs:
-                items += _run(plan, expert, run, columns)
-    return items
-
-
-def _run(plan: Plan, expert: int, run: list[int], columns: range) -> list[tuple[int, ...]]:
+def _rows(plan: Plan, expert: int, tile: int) -> int:
     end = int(plan.expert_offsets[expert] + plan.expert_rows[expert])
-    rows = {tile: min(BLOCK_M, end - tile * BLOCK_M) for tile in run}
-    large = [tile for tile in run if rows[tile] > BLOCK_M // 2]
-    paired = large[: len(large) // 2 * 2]
-    singles = [tile for tile in run if tile not in paired]
+    return min(BLOCK_M, end - tile * BLOCK_M)
 
-    def item(tile: int, column: int, sharing: int) -> tuple[int, ...]:
-        return (tile, column, expert, rows[tile], sharing)
 
-    items = []
-    for first in columns[::2]:
-        both = range(first, min(first + 2, columns.stop))
-        for column in both:
-            items += [item(tile, column, SHARES_B) for tile in paired]
-        for tile in singles:
-            if len(both) == 2:
-                items += [item(tile, column, SHARES_A) for column in both]
-            else:
-                items += [item(tile, first, SHARES_NOTHING), (-1, 0, 0, 0, SHARES_NOTHING)]
-    return items
+def _walk(
+    plan: Plan, expert: int, tiles: list[int], columns: range, cluster: int, group: int | None
+) -> Iterator[tuple[list[int], range]]:
+    """M-tiles and column tiles of each turn of a stretch."""
+    large = [tile for tile in tiles if _rows(plan, expert, tile) > BLOCK_M // 2]
+    pairs = [large[i : i + 2] for i in range(0, len(large) - 1, 2)]
+    step = cluster // 2
+    even = columns[: len(columns) // step * step]
+    for some in _pieces(even, None if group is None else whole_group(group, cluster)):
+        for pair in pairs:
+            for both in _pieces(some, step):
+                yield pair, both
+    for i in range(0, len(pairs) if len(even) < len(columns) else 0, 2):
+        yield [tile for pair in pairs[i : i + 2] for tile in pair], columns[-1:]
+    paired = [tile for pair in pairs for tile in pair]
+    for tile in tiles:
+        if tile not in paired:
+            for some in _pieces(columns, cluster):
+                yield [tile], some
+
+
+def whole_group(group: int, cluster: int) -> int:
+    """The group that is walked: a multiple of what a turn takes."""
+    step = cluster // 2
+    return max(step, group // step * step)
+
+
+def _turn(
+    plan: Plan, expert: int, tiles: list[int], columns: range, cluster: int
+) -> list[tuple[int, ...]]:
+    """Its items, tile by tile; CTAs that are left over have nothing to do."""
+    items: list[tuple[int, ...]] = []
+    for m, tile in enumerate(tiles):
+        rows = _rows(plan, expert, tile)
+        for n, column in enumerate(columns):
+            with_a = sum(1 << (m * len(columns) + i) for i in range(len(columns)))
+            with_b = sum(1 << (i * len(columns) + n) for i in range(len(tiles)))
+            loads = _loads(n, with_a, two_halves=rows > BLOCK_M // 2) | _loads(m, with_b) << 6
+            items.append((tile, column, expert, rows, loads))
+    return items + [(-1, 0, 0, 0, 0)] * (cluster - len(items))
+
+
+def _loads(place: int, ctas: int, *, two_halves: bool = True) -> int:
+    """What a CTA loads of an operand, 6 bits: 0 to 3, for whom (a bit a CTA); 4 and 5, its halves.
+
+    Args:
+        place: among the CTAs that read it.
+        ctas: those, a bit each.
+        two_halves: else there is only the first.
+    """
+    halves = 3 if ctas.bit_count() == 1 else (1, 2, 0, 0)[place]
+    return ctas | (halves if two_halves else halves & 1) << 4

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from cometrt.plan import TileConfig
-from cometrt.plan.turns import CLUSTER_SIZE
 from cometrt.specs import MoESpec
 
 _log = logging.getLogger("cometrt")
@@ -36,8 +35,8 @@ def candidates(base: TileConfig, spec: MoESpec, size: int, sms: int) -> list[lis
         tuple(TileConfig(waves=waves).last_distances(size)): {"waves": waves}
         for waves in (*_WAVES, size, base.waves)
     }
-    grid = sms // CLUSTER_SIZE * CLUSTER_SIZE
-    square = max(1, math.isqrt(sms // CLUSTER_SIZE))  # as many columns as rows at one time
+    grid = sms // 2 * 2  # at most
+    square = max(1, math.isqrt(sms // 2))  # as many columns as rows at one time
     groups = [None, *dict.fromkeys((square, 2 * square, 4 * square))]
     movers = [None, *dict.fromkeys(max(1, grid // part) for part in _PARTS)]
     return [

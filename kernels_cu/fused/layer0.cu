@@ -26,8 +26,8 @@ static_assert(sizeof(Memory) <= 227 * 1024, "shared memory of an SM");
 // A tile's loads wait until all its rows are there. Acquires tile_filled.
 struct RowsArrive {
   const Call& c;
-  mutable Recorder recorder;
   mutable bool stopped = false;  // then nothing is waited for any more: the call's results are NaN
+  mutable Recorder recorder;
 
   __device__ void before_loads(const WorkItem& item) const {
     if (stopped) return;
@@ -67,7 +67,7 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
     if (threadIdx.x == 0) {
       const RowsArrive hooks{c};
       hooks.recorder = Recorder(c.trace(), 1, kUp);
-      produce<is_gated(ACTIVATION)>(shared, p, {a_map, a_half_map, b_map}, cta, hooks);
+      produce<is_gated(ACTIVATION)>(shared, p, {a_map, a_half_map, b_map}, hooks);
     } else if (threadIdx.x == 32 && cta == 0) {
       deal_turns(shared, p);
     } else if (warp >= 2 && lane < kSlotsOfWarp && static_cast<int>(blockIdx.x) < num_comm &&

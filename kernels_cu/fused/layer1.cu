@@ -58,7 +58,7 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
     give_registers<88>();
     if (threadIdx.x == 0) {
       const NoHooks hooks;
-      produce<false>(shared, p, {a_map, a_half_map, b_map}, cta, hooks);
+      produce<false>(shared, p, {a_map, a_half_map, b_map}, hooks);
     } else if (threadIdx.x == 32 && cta == 0) {
       deal_turns(shared, p);
     } else if (warp >= 2 && static_cast<int>(blockIdx.x) < num_comm && c.state->ok) {

@@ -29,7 +29,7 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
   if (warp < 4) {
     give_registers<40>();
     if (threadIdx.x == 0) {
-      produce<ACTIVATION >= 0 && is_gated(ACTIVATION)>(shared, p, {a_map, a_half_map, b_map}, cta,
+      produce<ACTIVATION >= 0 && is_gated(ACTIVATION)>(shared, p, {a_map, a_half_map, b_map},
                                                        hooks);
     } else if (threadIdx.x == 32 && cta == 0) {
       deal_turns(shared, p);

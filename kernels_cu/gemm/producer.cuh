@@ -19,37 +19,37 @@ struct Operands {
         b_policy(cache_policy<Keep::kLong>()) {}
 };
 
-// An operand that both CTAs want is loaded half by this one and half by the other, for both.
+// This CTA's part of what the tile reads, also for others of the cluster.
 template <bool kGated>
 __device__ inline void load_slot(Slot& slot, u64* full, const Operands& maps, const WorkItem& item,
-                                 u32 cta, int c0) {
+                                 int c0) {
   const int row = item.tile * BLOCK_M;
-  const bool both_halves = item.rows > kHalfM;
-  if (item.sharing == kSharesA) {
-    if (both_halves || cta == 0) {
-      tensor_load_4d_multicast(slot.a[cta], maps.a_half, c0, row + cta * kHalfM, 0, 0, full, 0b11,
-                               maps.a_policy);
-    }
-  } else {
-    tensor_load_4d(slot.a, both_halves ? maps.a : maps.a_half, c0, row, 0, 0, full, maps.a_policy);
+  const Load a = item.a(), b = item.b();
+  if (a.halves() == 3) {
+    tensor_load_4d(slot.a, maps.a, c0, row, 0, 0, full, maps.a_policy);
+  } else if (a.halves() != 0) {
+    const int half = a.halves() - 1;
+    tensor_load_4d_multicast(slot.a[half], maps.a_half, c0, row + half * kHalfM, 0, 0, full,
+                             a.ctas(), maps.a_policy);
   }
-  const auto column = [&](u32 half) {
-    return kGated ? item.column * kHalfN : item.column * BLOCK_N + static_cast<int>(half) * kHalfN;
+  const auto column = [&](int half) {
+    return kGated ? item.column * kHalfN : item.column * BLOCK_N + half * kHalfN;
   };
-  if (item.sharing == kSharesB) {
-    tensor_load_4d_multicast(slot.b[cta], maps.b, c0, column(cta), kGated ? cta : 0, item.expert,
-                             full, 0b11, maps.b_policy);
-  } else {
-    for (u32 half = 0; half < 2; ++half) {
+  if (b.halves() == 3) {
+    for (int half = 0; half < 2; ++half) {
       tensor_load_4d(slot.b[half], maps.b, c0, column(half), kGated ? half : 0, item.expert, full,
                      maps.b_policy);
     }
+  } else if (b.halves() != 0) {
+    const int half = b.halves() - 1;
+    tensor_load_4d_multicast(slot.b[half], maps.b, c0, column(half), kGated ? half : 0, item.expert,
+                             full, b.ctas(), maps.b_policy);
   }
 }
 
 // `kGated`: an N-tile is 128 gate columns and the up columns that belong to them.
 template <bool kGated, typename Hooks>
-__device__ inline void produce(Shared& shared, const GemmParams& p, const Operands& maps, u32 cta,
+__device__ inline void produce(Shared& shared, const GemmParams& p, const Operands& maps,
                                const Hooks& hooks) {
   Turns<1> turns(shared);
   Cursor at;
@@ -65,7 +65,7 @@ __device__ inline void produce(Shared& shared, const GemmParams& p, const Operan
         mbarrier_arrive(full);
       } else {
         mbarrier_arrive_expect(full, a_bytes + sizeof(Slot::b));
-        load_slot<kGated>(shared.slots[at.slot], full, maps, item, cta, k * BLOCK_K);
+        load_slot<kGated>(shared.slots[at.slot], full, maps, item, k * BLOCK_K);
       }
     }
   }

@@ -2,8 +2,8 @@
 //
 //   out[rows of an M-tile, columns of an N-tile] = a[rows, :] b[expert, columns, :]^T
 //
-// Two CTAs form a cluster and take neighbouring tiles, so that one of their operands is the same:
-// each loads half of it, for both.
+// The CTAs of a cluster take neighbouring tiles, so that they read operands in common: one loads
+// half of it, another the other half, for all that read it. Macro: CLUSTER, 2 or 4.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,22 +15,34 @@ namespace cometrt {
 constexpr int BLOCK_M = 128, BLOCK_N = 256, BLOCK_K = 64;
 constexpr int kWarpgroups = 2;  // that multiply: each has 64 rows of the tile, and all columns
 constexpr int kHalfM = BLOCK_M / kWarpgroups, kHalfN = BLOCK_N / 2;
-constexpr int kStages = 4, kClusterSize = 2;
+#ifndef CLUSTER
+#define CLUSTER 2
+#endif
+constexpr int kStages = 4, kClusterSize = CLUSTER;
 constexpr int kThreads = 128 * (1 + kWarpgroups);  // the first warpgroup loads
 constexpr int kSlabRows = 8, kSlabColumns = 64;
 constexpr int kTurnsAhead = 2;
 constexpr int kMoverWarps = 2;  // of the first warpgroup, in the fused kernels: they move rows
 
-enum Sharing : u16 { kSharesNothing, kSharesA, kSharesB };
+// What a CTA loads of an operand: of its two halves none, one or both, for which CTAs.
+struct Load {
+  u32 bits;
 
-// One CTA's tile; a list of them, two for each turn of a cluster, is written by schedule/. Mirrored
-// by work_item_dtype in cometrt/plan/turns.py.
+  __device__ u16 ctas() const { return bits & 0xf; }  // one bit each
+  __device__ u32 halves() const { return bits >> 4 & 3; }
+};
+
+// One CTA's tile; a list of them, kClusterSize for each turn of a cluster, is written by schedule/.
+// Mirrored by work_item_dtype in cometrt/plan/turns.py.
 struct WorkItem {
-  int tile;    // M-tile; -1: nothing to do, while the neighbour has
+  int tile;    // M-tile; -1: nothing to do, while a neighbour has
   int column;  // N-tile
   int expert;
-  u16 rows;     // of the M-tile that are not padding
-  u16 sharing;  // which operand is the neighbour's too; equal in both items of a turn
+  u16 rows;   // of the M-tile that are not padding
+  u16 loads;  // 6 bits for A, 6 for B
+
+  __device__ Load a() const { return {loads & 0x3fu}; }
+  __device__ Load b() const { return {loads >> 6 & 0x3fu}; }
 };
 
 // Mirrored by gemm_params.

@@ -18,9 +18,9 @@ struct PlannedTiles {
 struct TurnsParams {
   WorkItem* items;
   int *num_turns, *progress;
-  // chunk: column tiles for which the whole order is walked; group: those, within a chunk, for
-  // which a stretch of one expert's tiles is walked.
-  int num_columns, max_run, backwards, chunk, group;
+  // chunk: column tiles for which the whole order is walked; group: those, within a chunk, that all
+  // pairs of a stretch take before the next ones, a multiple of cluster / 2.
+  int num_columns, cluster, backwards, chunk, group;
   // Parts of the order, a list of turns each: room for part_turns in `items`, counts 3 words on.
   int num_parts, part_turns, unused;
 };
@@ -39,103 +39,133 @@ struct Order {
     const int t = tile(position), e = tiles.tile_expert[t];
     return min(BLOCK_M, tiles.expert_offsets[e] + tiles.expert_rows[e] - t * BLOCK_M);
   }
-  // Tiles with rows for both warpgroups go in pairs.
-  __device__ bool is_large(int position) const { return rows(position) > kHalfM; }
 };
 
-// Turns of tiles that take column tiles together: some in pairs, the others alone and then two
-// column tiles a turn.
-__device__ inline int turns_of(int tiles, int pairs, int columns) {
-  return pairs * columns + (tiles - 2 * pairs) * ((columns + 1) / 2);
-}
+// The stretch of one expert's tiles around a position. At most one of them, the expert's last, has
+// no more than 64 rows: all others are large.
+struct Stretch {
+  int begin, size, small;  // small: its position, or -1
 
-// The stretch of one expert's tiles around a position, and the run in it that is computed together.
-struct Run {
-  int begin, first, size, size_all;    // the stretch, the run, their tiles
-  int pairs, pairs_before, pairs_all;  // of the run, of the runs before it, of the stretch
-
-  __device__ Run(const Order& order, int position, int max_run) : begin(position) {
-    const int expert = order.expert(position);
-    int end = position + 1;
-    while (begin > 0 && order.expert(begin - 1) == expert) --begin;
-    while (end < order.num_tiles && order.expert(end) == expert) ++end;
-    const int pieces = (end - begin + max_run - 1) / max_run;
-    const int length = (end - begin + 2 * pieces - 1) / (2 * pieces) * 2;
-    first = begin + (position - begin) / length * length;
-    size = min(length, end - first);
-    size_all = end - begin;
-    pairs = pairs_before = pairs_all = 0;
-    for (int start = begin; start < end; start += length) {
-      int num_large = 0;
-      for (int i = start; i < min(start + length, end); ++i) num_large += order.is_large(i);
-      if (start == first) pairs_before = pairs_all, pairs = num_large / 2;
-      pairs_all += num_large / 2;
-    }
+  __device__ Stretch(const Order& order, int position) : begin(position), small(-1) {
+    const int expert = order.expert(position), rows = order.tiles.expert_rows[expert];
+    const int last = (order.tiles.expert_offsets[expert] + rows - 1) / BLOCK_M;
+    const bool has_small = (rows - 1) % BLOCK_M < kHalfM;
+    int end = position;
+    const auto take = [&](int at) {
+      if (at < 0 || at >= order.num_tiles) return false;
+      const int tile = order.tile(at);
+      if (order.tiles.tile_expert[tile] != expert) return false;
+      if (has_small && tile == last) small = at;
+      return true;
+    };
+    while (take(end)) ++end;
+    while (take(begin - 1)) --begin;
+    size = end - begin;
   }
-  // Of the stretch, of the runs before this one, for so many column tiles.
-  __device__ int all_turns(int columns) const { return turns_of(size_all, pairs_all, columns); }
-  __device__ int turns_before(int columns) const {
-    return turns_of(first - begin, pairs_before, columns);
+  __device__ int pairs() const { return (size - (small >= 0)) / 2; }
+  __device__ int singles() const { return size - 2 * pairs(); }
+  // Large tiles before a position.
+  __device__ int large_before(int position) const {
+    return position - begin - (small >= 0 && small < position);
   }
 };
 
-__device__ inline WorkItem item_of(const Order& order, int position, int column, Sharing sharing) {
-  const int tile = order.tile(position);
-  return {tile, column, order.expert(position), static_cast<u16>(order.rows(position)), sharing};
+// The turns of a stretch for `columns` column tiles: of its pairs, of the column tile that these
+// leave over, of its singles.
+struct Counts {
+  int of_pairs, of_rest, of_singles;
+
+  __device__ Counts(const Stretch& stretch, int columns, int cluster) {
+    const int step = cluster / 2;
+    of_pairs = stretch.pairs() * (columns / step);
+    of_rest = columns % step ? (stretch.pairs() + 1) / 2 : 0;
+    of_singles = stretch.singles() * ((columns + cluster - 1) / cluster);
+  }
+  __device__ int all() const { return of_pairs + of_rest + of_singles; }
+};
+
+// What a CTA loads of an operand: `place` among the CTAs that read it, a bit each in `ctas`.
+__device__ inline u32 loads_of(int place, u32 ctas, bool two_halves) {
+  const u32 shared = place < 2 ? 1 + place : 0, halves = (ctas & (ctas - 1)) == 0 ? 3 : shared;
+  return ctas | (two_halves ? halves : halves & 1) << 4;
 }
 
-// The turns of a run for column tiles [first, first + columns), as far as they are this
-// position's, from `turns` on.
-__device__ inline void write_run(const Order& order, const Run& run, int position, int first,
-                                 int columns, WorkItem* turns) {
-  int larges = 0, smalls = 0, mate = -1;  // before this one; the last large one
-  for (int i = run.first; i < position; ++i) {
-    const bool large = order.is_large(i);
-    if (large) mate = i;
-    larges += large;
-    smalls += !large;
+// A turn is `tiles` M-tiles by `columns` column tiles; writes those of its m-th tile.
+__device__ inline void write_tile(const Order& order, int position, int m, int tiles, int first,
+                                  int columns, WorkItem* turn) {
+  const int tile = order.tile(position), rows = order.rows(position);
+  const u32 row_ctas = (1u << columns) - 1;
+  u32 column_ctas = 0;
+  for (int i = 0; i < tiles; ++i) column_ctas |= 1u << i * columns;
+  for (int n = 0; n < columns; ++n) {
+    const u32 a = loads_of(n, row_ctas << m * columns, rows > kHalfM);
+    const u32 b = loads_of(m, column_ctas << n, true);
+    turn[m * columns + n] = {tile, first + n, order.expert(position), static_cast<u16>(rows),
+                             static_cast<u16>(a | b << 6)};
   }
-  const int pairs = run.pairs;
-  const bool paired = order.is_large(position) && larges < 2 * pairs;
-  if (paired && larges % 2 == 0) return;  // the second of a pair writes both
-  const int index = paired ? larges / 2 : smalls + max(0, larges - 2 * pairs);
-  for (int column = first; column < first + columns; column += 2, turns += 2 * run.size) {
-    const int count = min(2, first + columns - column);
-    if (paired) {
-      for (int c = 0; c < count; ++c) {
-        turns[2 * (c * pairs + index)] = item_of(order, mate, column + c, kSharesB);
-        turns[2 * (c * pairs + index) + 1] = item_of(order, position, column + c, kSharesB);
+}
+
+__device__ inline void write_idle(WorkItem* turn, int begin, int end) {
+  for (int i = begin; i < end; ++i) turn[i] = {-1, 0, 0, 0, 0};
+}
+
+// The turns of the pair that ends at this position, if one does, or of its single tile, for column
+// tiles [first, first + columns), of which the stretch's begin at `turns`.
+__device__ inline void write_position(const TurnsParams& p, const Order& order,
+                                      const Stretch& stretch, int position, int first, int columns,
+                                      WorkItem* turns) {
+  const int cluster = p.cluster, step = cluster / 2, pairs = stretch.pairs();
+  const int index = stretch.large_before(position), whole = columns / step * step;
+  const Counts counts(stretch, columns, cluster);
+  const bool is_small = position == stretch.small;
+  if (!is_small && index < 2 * pairs) {
+    if (index % 2 == 0) return;
+    const int pair = index / 2, mate = position - 1 == stretch.small ? position - 2 : position - 1;
+    for (int done = 0; done < whole; done += p.group) {
+      const int here = min(p.group, whole - done);
+      WorkItem* turn = turns + (pairs * (done / step) + pair * (here / step)) * cluster;
+      for (int column = first + done; column < first + done + here; column += step) {
+        write_tile(order, mate, 0, 2, column, step, turn);
+        write_tile(order, position, 1, 2, column, step, turn);
+        turn += cluster;
       }
-    } else {
-      WorkItem* turn = turns + 2 * (count * pairs + index);
-      const WorkItem nothing{-1, 0, 0, 0, kSharesNothing};
-      turn[0] = item_of(order, position, column, count == 2 ? kSharesA : kSharesNothing);
-      turn[1] = count == 2 ? item_of(order, position, column + 1, kSharesA) : nothing;
     }
+    if (whole < columns) {
+      WorkItem* turn = turns + (counts.of_pairs + pair / 2) * cluster;
+      const int m = pair % 2 * 2, tiles = pair % 2 == 0 && pair == pairs - 1 ? 2 : 4;
+      write_tile(order, mate, m, tiles, first + whole, 1, turn);
+      write_tile(order, position, m + 1, tiles, first + whole, 1, turn);
+      if (tiles == 2) write_idle(turn, 2, cluster);
+    }
+    return;
+  }
+  const int before = (stretch.small >= 0 && stretch.small < position) + max(0, index - 2 * pairs);
+  const int each = counts.of_singles / stretch.singles();
+  WorkItem* turn = turns + (counts.of_pairs + counts.of_rest + before * each) * cluster;
+  for (int done = 0; done < columns; done += cluster, turn += cluster) {
+    const int here = min(cluster, columns - done);
+    write_tile(order, position, 0, 1, first + done, here, turn);
+    write_idle(turn, here, cluster);
   }
 }
 
 __device__ inline void write_part(const TurnsParams& p, const Order& order, int part, int block,
                                   int blocks, int* shared) {
-  WorkItem* items = p.items + 2ll * part * p.part_turns;
+  WorkItem* items = p.items + static_cast<long long>(p.cluster) * part * p.part_turns;
   int before = 0;
   for (int column = 0; column < p.num_columns; column += p.chunk) {
     const int columns = min(p.chunk, p.num_columns - column);
     for (int first = 0; first < order.num_tiles; first += blockDim.x) {
       const int position = first + threadIdx.x;
       const bool used = position < order.num_tiles;
-      const Run run(order, used ? position : first, p.max_run);
-      const int whole = columns / p.group, rest = columns % p.group;  // groups, columns of the last
-      const int turns = whole * run.all_turns(p.group) + run.all_turns(rest);
-      const int mine = used && run.begin == position ? turns : 0;  // counts where a stretch begins
+      const Stretch stretch(order, used ? position : first);
+      const int turns = Counts(stretch, columns, p.cluster).all();
+      const int mine = used && stretch.begin == position ? turns : 0;
       int total;
-      int base = before + block_scan(mine, shared, &total) + mine - turns;
-      const bool dealt = used && run.first / 2 % blocks == block;  // runs are dealt to blocks
-      for (int done = 0; dealt && done < columns; done += p.group) {
-        const int here = min(p.group, columns - done);
-        write_run(order, run, position, column + done, here,
-                  items + 2ll * (base + run.turns_before(here)));
-        base += run.all_turns(here);
+      const int base = before + block_scan(mine, shared, &total) + mine - turns;
+      if (used && position / 2 % blocks == block) {
+        write_position(p, order, stretch, position, column, columns,
+                       items + static_cast<long long>(p.cluster) * base);
       }
       before += total;
     }

@@ -53,22 +53,23 @@ def on_gpu(tiles):
     ("backwards", "chunk"), [(False, None), (True, None), (True, 1), (True, 2), (True, 3)]
 )
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize(("max_run", "group"), [(2, None), (2, 2), (4, 3), (16, 1)])
+@pytest.mark.parametrize("cluster", [2, 4])
+@pytest.mark.parametrize("group", [None, 2, 3])
 @pytest.mark.parametrize("columns", [1, 2, 5, 16])
 @pytest.mark.parametrize("rows", [EDGES, (700,), (0, 0), (2048, 1999, 5000, 40)] + [
     tuple(np.random.default_rng(s).integers(0, 700, 40)) for s in range(3)] + [(300,) * 700],
     ids=lambda rows: f"{len(rows)}experts{sum(rows)}rows")  # fmt: skip
-def test_turns_are_those_of_numpy(rows, columns, max_run, group, parts, backwards, chunk):
+def test_turns_are_those_of_numpy(rows, columns, cluster, group, parts, backwards, chunk):
     from cometrt.cuda.engine import order_turns
 
     tiles = tiles_of(rows, seed=len(rows))
-    how = {"backwards": backwards, "max_run": max_run, "chunk": chunk, "group": group}
+    how = {"backwards": backwards, "cluster": cluster, "chunk": chunk, "group": group}
     all_turns = order_turns(on_gpu(tiles), columns, parts=parts, **how)
     for index in range(parts):
         expected = make_turns(tiles, columns, part=(index, parts), **how)
         turns = all_turns.part(index)
         assert turns.counts.tolist() == [len(expected), 0, 0]
-        found = turns.items.get().view(work_item_dtype).reshape(-1, 2)[: len(expected)]
+        found = turns.items.get().view(work_item_dtype).reshape(-1, cluster)[: len(expected)]
         assert (found == expected).all()
 
 

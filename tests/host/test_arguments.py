@@ -66,7 +66,6 @@ def test_specs_are_hashable_and_take_numpy_integers():
         ({"block_n": 64, "chunk": 96}, "chunk must be a multiple of block_n=64 (got 96)"),
         ({"waves": 0}, "waves must be an integer >= 1 (got 0)"),
         ({"group": 0}, "group must be an integer >= 1 (got 0)"),
-        ({"max_run": 0}, "max_run must be an integer >= 1 (got 0)"),
         ({"parts": 0}, "parts must be an integer >= 1 (got 0)"),
         ({"comm_sms": 1}, "comm_sms must be an integer >= 2 (got 1)"),
         ({"comm_sms": 5}, "comm_sms must be even (got 5)"),

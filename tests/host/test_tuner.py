@@ -19,7 +19,7 @@ from cometrt.world.link import link_share
 
 SPEC = cometrt.MoESpec(hidden=2048, intermediate=768, num_experts=16, topk=4, max_tokens=1000)
 KEY = Key("a GPU", 16, 8, 8, 1, 2048, 768, 16, 4, 1024, "bfloat16", "h100")
-FOUND = cometrt.TileConfig(layer1_order="columns", chunk=512, max_run=8, num_comm0=3)
+FOUND = cometrt.TileConfig(layer1_order="columns", chunk=512, group=8, num_comm0=3)
 
 
 @pytest.fixture(autouse=True)
@@ -116,8 +116,8 @@ def test_the_users_file_comes_before_the_shipped_one(monkeypatch, tmp_path):
     monkeypatch.setattr(cache, "SHIPPED", shipped)
     world = fake_world()
     assert look_up(world, SPEC, None) is None
-    store(shipped, KEY, cometrt.TileConfig(max_run=2), 1.0)
-    assert look_up(world, SPEC, None) == cometrt.TileConfig(max_run=2)
+    store(shipped, KEY, cometrt.TileConfig(group=3), 1.0)
+    assert look_up(world, SPEC, None) == cometrt.TileConfig(group=3)
     store(cache.cache_file(), KEY, FOUND, 1.0)
     assert look_up(world, SPEC, "fused") == FOUND
     assert look_up(world, SPEC, "sequential") is None
@@ -171,7 +171,7 @@ def test_illegal_changes_are_not_tried():
     base = cometrt.TileConfig()
     assert search.legal(base, {"layer1_order": "columns", "chunk": 384}, 8) is None
     assert search.legal(base, {"gemm": "cublas"}, 8) is None
-    assert search.legal(base, {"max_run": 0}, 8) is None
+    assert search.legal(base, {"group": 0}, 8) is None
     assert search.legal(base, {}, 257) is None
 
 
@@ -220,7 +220,7 @@ class FakeTrials:
         rank = self.world.rank
         if FakeTrials.fails == (rank, config.layer1_order):
             raise MemoryError("no room")
-        mine = 1.0 + 0.1 * (config.max_run != 2 + 6 * (rank % 2)) - 0.2 * (config.waves == 8)
+        mine = 1.0 + 0.1 * (config.group != 2 + 6 * (rank % 2)) - 0.2 * (config.waves == 8)
         return max(self.world.allgather(mine))
 
     def executor(self, config):

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from cometrt.plan.turns import (
     BLOCK_M,
-    SHARES_A,
-    SHARES_B,
+    CLUSTER_SIZES,
     best_group,
     column_tiles,
     make_turns,
@@ -36,42 +35,66 @@ def plans(draw):
 @given(
     plans(),
     st.integers(1, 9),
-    st.sampled_from([2, 4, 16]),
+    st.sampled_from(CLUSTER_SIZES),
     st.booleans(),
     st.sampled_from([None, 1, 2, 3]),
     st.sampled_from([None, 1, 2, 3]),
 )
-def test_turns(plan, columns, max_run, backwards, chunk, group):
-    how = {"max_run": max_run, "backwards": backwards, "chunk": chunk, "group": group}
+def test_turns(plan, columns, cluster, backwards, chunk, group):
+    how = {"cluster": cluster, "backwards": backwards, "chunk": chunk, "group": group}
     turns = make_turns(plan, columns, **how)
-    assert len(turns) <= most_turns(len(plan.tile_expert), columns, chunk, group)
+    assert len(turns) <= most_turns(len(plan.tile_expert), columns, chunk, cluster=cluster)
     walks = [item // (chunk or columns) for item in turns[:, 0]["column"].tolist()]
     assert walks == sorted(walks)
     done = [(i["tile"], i["column"]) for turn in turns for i in turn if i["tile"] >= 0]
     assert sorted(done) == [(t, c) for t in range(len(plan.tile_expert)) for c in range(columns)]
-    for one, two in turns:
-        assert one["sharing"] == two["sharing"]
-        assert one["tile"] >= 0
-        for item in (one, two):
-            if item["tile"] >= 0:
-                expert = plan.tile_expert[item["tile"]]
-                end = plan.expert_offsets[expert] + plan.expert_rows[expert]
-                assert item["expert"] == expert
-                assert item["rows"] == min(BLOCK_M, end - item["tile"] * BLOCK_M) > 0
-        if one["sharing"] == SHARES_B:  # the same weights: never two experts
-            assert (one["column"], one["expert"]) == (two["column"], two["expert"])
-            assert one["tile"] != two["tile"]
-            assert min(one["rows"], two["rows"]) > BLOCK_M // 2
-        elif one["sharing"] == SHARES_A:
-            assert one["tile"] == two["tile"]
-            assert one["column"] + 1 == two["column"]
-        else:
-            assert two["tile"] == -1
+    for turn in turns:
+        assert turn[0]["tile"] >= 0
+        assert len({item["expert"] for item in turn if item["tile"] >= 0}) == 1
+        for cta, item in enumerate(turn):
+            halves = arriving(turn, cta)
+            if item["tile"] < 0:
+                assert halves == {"tile": [], "column": []}
+                continue
+            expert = plan.tile_expert[item["tile"]]
+            end = plan.expert_offsets[expert] + plan.expert_rows[expert]
+            assert item["expert"] == expert
+            assert item["rows"] == min(BLOCK_M, end - item["tile"] * BLOCK_M) > 0
+            of_a = [0, 1] if item["rows"] > BLOCK_M // 2 else [0]
+            assert halves == {"tile": of_a, "column": [0, 1]}
     # The plan's order is kept from expert to expert.
     order = plan.layer0_tiles()[::-1] if backwards else plan.layer0_tiles()
     first_walk = turns[:, 0][[walk == 0 for walk in walks]] if len(turns) else turns[:, 0]
     starts = list(dict.fromkeys(first_walk["expert"].tolist()))
     assert starts == list(dict.fromkeys(plan.tile_expert[order].tolist()))
+
+
+def arriving(turn, cta):
+    """Halves of A ("tile") and B ("column") that a CTA gets, from whoever loads them."""
+    halves = {"tile": [], "column": []}
+    for other in turn:
+        for name, shift in (("tile", 0), ("column", 6)):
+            load = int(other["loads"]) >> shift & 63
+            if load >> 4 and load >> cta & 1:
+                assert other[name] == turn[cta][name]  # what it loads is its own too
+                halves[name] += [half for half in (0, 1) if load >> 4 + half & 1]
+                assert load >> 4 < 3 or (load & 15).bit_count() == 1  # both halves: for itself
+    return {name: sorted(found) for name, found in halves.items()}
+
+
+def test_a_cluster_reads_less_than_its_tiles():
+    plan = types.SimpleNamespace(
+        tile_expert=np.zeros(8, int),
+        expert_offsets=np.array([0, 1024]),
+        expert_rows=np.array([1024]),
+        layer0_tiles=lambda: list(range(8)),
+    )
+    for cluster, most in ((2, 0.68), (4, 0.51)):
+        turns = make_turns(plan, 6, cluster=cluster)
+        assert (turns["tile"] >= 0).all()
+        loads = turns["loads"].astype(int)
+        halves = (loads >> 4 & 1) + (loads >> 5 & 1) + 2 * ((loads >> 10 & 1) + (loads >> 11 & 1))
+        assert halves.sum() <= most * 6 * turns.size
 
 
 @given(
@@ -88,7 +111,7 @@ def test_parts_are_stretches_of_the_order(plan, columns, parts, backwards):
     for index in range(parts):
         tiles = order[begins[index] : begins[index + 1]]
         assert most - 1 <= len(tiles) <= most
-        turns = make_turns(plan, columns, max_run=4, backwards=backwards, part=(index, parts))
+        turns = make_turns(plan, columns, backwards=backwards, part=(index, parts))
         assert len(turns) <= most_turns(most, columns)
         done = [(i["tile"], i["column"]) for turn in turns for i in turn if i["tile"] >= 0]
         assert sorted(done) == sorted((tile, c) for tile in tiles for c in range(columns))
