@@ -3,6 +3,7 @@ plan's order, group sizes known on the device alone."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -112,8 +113,23 @@ def order_turns(tiles: Tiles, num_columns: int, **how: Any) -> Turns:
 
 def cluster_size() -> int:
     """CTAs that share operands, of this thread's kernels. Four read a quarter less from the cache
-    than two; a partition has room for whole clusters, of a GPU some SMs would stay idle."""
-    return 4 if num_sms() < gpu_sms() else 2
+    than two, where all SMs have room in clusters of four."""
+    import cupy as cp
+
+    return _cluster_size(num_sms(), cp.cuda.Device().id, cp.cuda.get_current_stream().ptr)
+
+
+@functools.cache
+def _cluster_size(sms: int, device_id: int, stream: int) -> int:
+    """Tried out: which SMs belong together is not told. Waits for the stream."""
+    import cupy as cp
+
+    if sms % 4:
+        return 2
+    (kernel,) = load_kernels("schedule/residency.cu", "residency")
+    counts = cp.zeros(2, cp.uint32)
+    kernel((sms,), 1, np.uint64(counts.data.ptr), shared_bytes=SHARED_BYTES)
+    return 2 if int(counts[1]) else 4
 
 
 def group_of(inner: int) -> int:
