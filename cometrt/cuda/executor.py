@@ -163,7 +163,12 @@ class CudaExecutor:
         _, _, tables, x_rows, z, a, o = buffers
         counters = fused.tile_counters
         call.fields["num_tile_counters"] = counters.size
-        set_words(call, tile_filled=counters.data.ptr, tile_done=fused.tile_done.data.ptr)
+        set_words(
+            call,
+            tile_filled=counters.data.ptr,
+            tile_done=fused.tile_done.data.ptr,
+            taken=fused.taken.data.ptr,
+        )
         self._publish((self._num_sms,), _THREADS, call)
         self._planner.prepare(call, tables, fused.up_turns, fused.down_turns, self._pull_pace)
         fused.layer0(call, x_rows, w_up, z, a)

@@ -68,8 +68,10 @@ class FusedForward:
         self._cluster = cluster
         self._activation = list(ACTIVATIONS).index(spec.activation)
         self.kernels = self.load_kernels()
-        self.tile_counters = cp.zeros(shape.max_tiles * (1 + num_chunks), cp.uint32)
-        self.tile_done = self.tile_counters[shape.max_tiles :]
+        sizes = (shape.max_tiles, shape.max_tiles * num_chunks, 1 + 2 * num_chunks)
+        self.tile_counters = cp.zeros(sum(sizes), cp.uint32)
+        self.tile_done = self.tile_counters[sizes[0] :]
+        self.taken = self.tile_done[sizes[1] :]
         self._pull_pace, self._push_pace = pull_pace, push_pace
         self.grid = gemm_grid(cluster)
         self._num_comm0 = num_movers(config.num_comm0, self.grid[0])

@@ -103,7 +103,7 @@ call_dtype = np.dtype(
             *"all_ids all_weights errors".split(),
             *CALL_TABLES,
             *"pull_at rows partial_rows out dweight_rows out_dweight".split(),
-            *"tile_filled tile_done".split(),
+            *"tile_filled tile_done taken".split(),
         )
     ]
 )

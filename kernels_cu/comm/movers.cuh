@@ -24,8 +24,9 @@ __device__ inline u32 num_pieces(const Geometry& g) {
   return (2 * g.hidden + kPieceBytes - 1) / kPieceBytes;
 }
 
-// One thread a slot, `mover` of `num_movers` on this rank: every needed token crosses once and is
-// written to all its rows, tiles in the order in which layer0 takes them.
+// One thread a slot: every needed token crosses once and is written to all its rows, tiles in the
+// order in which layer0 takes them. Movers take the next piece when they have done with one, so
+// that none waits for a CTA that begins late.
 class Puller {
  public:
   Recorder recorder;
@@ -33,17 +34,20 @@ class Puller {
   __device__ Puller(const Call& c, const Pace& pace, char* buffer, u64* full)
       : c_(c), pace_(pace), buffer_(buffer), full_(full) {}
 
-  __device__ void run(int mover, int num_movers) {
+  __device__ void run() {
     const u32 row_bytes = 2 * c_.g.hidden, pieces = num_pieces(c_.g);
     const int num_units = c_.pull_offsets[c_.g.max_tiles] * static_cast<int>(pieces);
-    int next = mover < num_units ? c_.pull_tokens[mover / pieces] : 0;
+    const auto take = [&] { return static_cast<int>(atomicAdd(c_.taken, 1)); };
+    // The next two are on their way: a unit's number, and its token.
+    int unit = take(), ahead = unit < num_units ? take() : num_units;
+    int token = unit < num_units ? c_.pull_tokens[unit / pieces] : 0;
     u32 phase = 0;
     recorder.begin();
-    for (int unit = mover; unit < num_units; unit += num_movers, phase ^= 1) {
-      const int token = next;
+    for (; unit < num_units; phase ^= 1) {
       const u32 offset = unit % pieces * kPieceBytes, bytes = min(kPieceBytes, row_bytes - offset);
       const u64 crossed_ns = load(token, offset, bytes);
-      if (unit + num_movers < num_units) next = c_.pull_tokens[(unit + num_movers) / pieces];
+      const int next = ahead < num_units ? c_.pull_tokens[ahead / pieces] : 0;
+      const int after = ahead < num_units ? take() : num_units;
       store(token, offset, bytes, phase);
       if (count_ == kPullsInFlight) {
         bulk_wait<kPullsInFlight>();  // complete, not only read: then it may be released
@@ -60,6 +64,7 @@ class Puller {
         if (i == count_) tokens_[i] = token, crossed_ns_[i] = crossed_ns;
       }
       ++count_;
+      unit = ahead, ahead = after, token = next;
     }
     bulk_wait<0>();
 #pragma unroll

@@ -75,7 +75,7 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
       const int slot = (warp - 2) * kSlotsOfWarp + lane;
       Puller puller(c, pace, all.movers.bytes[slot], &all.movers.full[slot]);
       puller.recorder = Recorder(c.trace(), kSlotsOfWarp, kPull);
-      puller.run(static_cast<int>(blockIdx.x) * kMoverSlots + slot, num_comm * kMoverSlots);
+      puller.run();
     }
     __syncwarp();
   } else {
