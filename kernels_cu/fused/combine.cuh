@@ -310,20 +310,19 @@ class Combine {
       // What lies behind a row's columns, or in a slot that was not loaded, is added to sums that
       // are not stored.
       uint4 packed[kPacksAhead];  // on their way from the group while those before are added
-      float weight = s_.weights[term];
+      const float weights[] = {s_.weights[term], s_.weights[term + 1 < num_terms_ ? term + 1 : 0]};
       mbarrier_wait(&s_.full[at_.slot], at_.phase);
       const uint4* values = reinterpret_cast<const uint4*>(s_.values[at_.slot]) + lane_;
 #pragma unroll
       for (int i = 0; i < kPacksAhead; ++i) packed[i] = values[32 * i];
       const auto add = [&](int i) {
-        add_packed(sum[i % kPacks], packed[i % kPacksAhead], weight);
+        add_packed(sum[i % kPacks], packed[i % kPacksAhead], weights[i / kPacks]);
         const int next = i + kPacksAhead;
         if (next < kSlotsOfGroup * kPacks) packed[i % kPacksAhead] = values[32 * next];
       };
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) add(i);
       end_term();
-      weight = s_.weights[term];
 #pragma unroll
       for (int i = kPacks; i < kSlotsOfGroup * kPacks; ++i) {
         if (i + kPacksAhead == kSlotsOfGroup * kPacks) {
