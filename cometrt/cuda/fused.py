@@ -25,7 +25,7 @@ from cometrt.plan.turns import BLOCK_N, column_tiles
 
 # sizeof(Memory) of fused/layer0.cu and fused/layer1.cu
 _LAYER0_BYTES = SHARED_BYTES + 6 * 4096 + 128
-_LAYER1_BYTES = SHARED_BYTES + 2 * 12544
+_LAYER1_BYTES = SHARED_BYTES + 2 * 13696
 
 
 class FusedKernels(NamedTuple):

@@ -7,13 +7,13 @@
 
 namespace cometrt {
 
+// One rounding a column: the product is added unrounded. A bf16 is the upper half of an fp32.
 __device__ inline void add_packed(float (&sum)[8], uint4 packed, float weight) {
-  const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&packed);
+  const u32 pairs[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float2 two = __bfloat1622float2(pairs[i]);
-    sum[2 * i] += __fmul_rn(weight, two.x);
-    sum[2 * i + 1] += __fmul_rn(weight, two.y);
+    sum[2 * i] = fmaf(weight, __uint_as_float(pairs[i] << 16), sum[2 * i]);
+    sum[2 * i + 1] = fmaf(weight, __uint_as_float(pairs[i] & 0xffff0000u), sum[2 * i + 1]);
   }
 }
 

@@ -13,39 +13,45 @@
 namespace cometrt {
 
 constexpr u32 kWarpsOfTile = 4 * kWarpgroups;
-constexpr int kSumSlots = 5, kSumColumns = 1024;  // columns of a slot: of one row
-constexpr int kMostTerms = 256;  // of a batch of tokens; a token has topk + ranks at most
+constexpr int kSumColumns = 1024;  // of a slot: of one row
+// Slots of a group are loaded and read together; while one is added, the others are on their way.
+constexpr int kSumGroups = 3, kSlotsOfGroup = 2;
+constexpr int kPacks = kSumColumns / 256;   // of eight columns, a lane
+constexpr int kPacksAhead = TRACE ? 2 : 3;  // a trace leaves no registers for more
+constexpr int kMostTerms = 128;  // of a batch of tokens; a token has topk + ranks at most
+constexpr int kTermsOfLane = kMostTerms / 32;
+constexpr int kRowsAtOnce = 8;  // of a token: looked up together, where topk is larger
 
-// One warp's.
-struct alignas(128) SumSlots {
-  __nv_bfloat16 values[kSumSlots][kSumColumns];
-  u64 full[kSumSlots];
-  // The terms of a batch of tokens, token after token: a row of this rank's, or ~slot of staging;
-  // what it is multiplied by; where each token's end.
-  int rows[kMostTerms];
-  float weights[kMostTerms];
-  int ends[32];
-  // The flag of a block that is stored and crossing, or null; lane 0's.
-  u64* pushed;
-  u64 pushed_crossed_ns;
+struct TokenEnd {
+  int term, token;  // its terms end before `term`
 };
 
-// A place in the order in which terms are added: by token, piece of columns, term.
-struct SumCursor {
-  int token = 0, piece = 0, term = 0;
+// The flag of a block that is stored and crossing, or null.
+struct SentBlock {
+  u64* flag;
+  u64 crossed_ns;
+};
 
-  __device__ void skip_empty(const SumSlots& s, int count) {
-    while (token < count && term == s.ends[token]) ++token;
-  }
-  __device__ void advance(const SumSlots& s, int count, int pieces) {
-    if (++term < s.ends[token]) return;
-    if (++piece < pieces) {
-      term = token ? s.ends[token - 1] : 0;
-    } else {
-      piece = 0;
-      ++token;
-      skip_empty(s, count);
-    }
+// One warp's. What is needed now and then lies here, too: registers are for sums.
+struct alignas(128) SumSlots {
+  __nv_bfloat16 values[kSumGroups][kSlotsOfGroup][kSumColumns];
+  u64 full[kSumGroups];  // each slot's lane arrives
+  // The terms of a batch of tokens, token after token: a row of this rank's, or ~slot of staging;
+  // what it is multiplied by; where those of each token end that has any, and one for nothing.
+  int rows[kMostTerms];
+  float weights[kMostTerms];
+  TokenEnd ends[32 + 1];
+  SentBlock summed, pushed;  // the block at hand, and the one before; lane 0's
+  u64 epoch;
+};
+
+// What a slot holds: columns of one term's row. Pieces of columns follow each other, and in each
+// the terms as they are listed.
+struct SumItem {
+  int term, column;
+
+  __device__ void advance(int items, int num_terms) {
+    for (term += items; term >= num_terms; term -= num_terms) column += kSumColumns;
   }
 };
 
@@ -55,7 +61,10 @@ class Combine {
   Recorder recorder;  // lane 0 alone tells
 
   __device__ Combine(const Call& c, const Pace& pace, SumSlots& slots)
-      : c_(c), pace_(pace), s_(slots), epoch_(c.world.epoch()), lane_(threadIdx.x % 32) {}
+      : c_(c), pace_(pace), s_(slots), lane_(threadIdx.x % 32) {
+    if (lane_ == 0) s_.epoch = c.world.epoch();
+    __syncwarp();
+  }
 
   // Pushes of a chunk come before the home's sums of the chunk before it, so that what peers wait
   // for is never held up. Pushes wait for this rank's tiles alone.
@@ -88,30 +97,28 @@ class Combine {
 
   __device__ bool push(int item, int chunk) {
     const int home = item / c_.g.blocks_per_home, block = item % c_.g.blocks_per_home;
-    const int size = c_.g.block_tokens, first = c_.send_offsets[home] + block * size;
-    const int count = min(size, c_.send_offsets[home + 1] - first);
-    const int batch = min(32, kMostTerms / c_.g.topk);
+    const int size = c_.g.block_tokens;
+    int token = c_.send_offsets[home] + block * size;
+    const int end_token = min(token + size, c_.send_offsets[home + 1]);
     const long long slot = c_.send_base[home] + block * size;
     __nv_bfloat16* to = c_.data<__nv_bfloat16>(home, c_.staging_at) + slot * c_.g.hidden;
-    u64 crossed_ns = 0;
-    for (int i = 0; i < count; i += batch) {
-      const int here = min(batch, count - i);
-      const int token = lane_ < here ? c_.send_tokens[first + i + lane_] : -1;
-      list_terms(token, nullptr);
+    if (lane_ == 0) s_.summed.flag = c_.partials_ready(home, c_.world.rank, block) + chunk;
+    while (token < end_token) {
+      const bool used = token + lane_ < end_token;
+      const int here = list_terms(used ? c_.send_tokens[token + lane_] : -1, nullptr);
       if (!wait_terms(chunk)) return false;
       recorder.begin();
       if (lane_ == 0) {
-        crossed_ns = reserve_link(pace_, 2ull * here * (end(chunk) - begin(chunk)));
+        s_.summed.crossed_ns = reserve_link(pace_, 2ull * here * (end(chunk) - begin(chunk)));
       }
-      sum_batch(here, chunk, to + static_cast<long long>(i) * c_.g.hidden);
+      sum_batch(chunk, to);
+      token += here;
+      to += static_cast<long long>(here) * c_.g.hidden;
       recorder.count(true, 2 * here * (end(chunk) - begin(chunk)));
       recorder.end(block, chunk);
     }
     release_push();
-    if (lane_ == 0) {
-      s_.pushed = c_.partials_ready(home, c_.world.rank, block) + chunk;
-      s_.pushed_crossed_ns = crossed_ns;
-    }
+    if (lane_ == 0) s_.pushed = s_.summed;
     __syncwarp();  // all stores of the block happen before its release
     return true;
   }
@@ -119,65 +126,79 @@ class Combine {
   // The last block, which crossed while the next one was summed. Releases partials_ready of the
   // block's chunk.
   __device__ void release_push() {
-    if (lane_ == 0 && s_.pushed != nullptr) {
+    if (lane_ == 0 && s_.pushed.flag != nullptr) {
       recorder.begin_wait();
-      if (s_.pushed_crossed_ns != 0) wait_crossed(s_.pushed_crossed_ns);
+      if (s_.pushed.crossed_ns != 0) wait_crossed(s_.pushed.crossed_ns);
       recorder.end_wait(kWaitLink, -1, -1);
       fence_acq_rel_sys();
-      store_release_sys(s_.pushed, epoch_);
-      s_.pushed = nullptr;
+      store_release_sys(s_.pushed.flag, s_.epoch);
+      s_.pushed.flag = nullptr;
     }
     __syncwarp();
   }
 
   // Own rows first, in fp32, then the contributors by ring distance.
   __device__ bool add_at_home(int block, int chunk) {
-    const int size = c_.g.block_tokens, first = block * size;
-    const int count = min(size, c_.num_tokens - first);
-    const int batch = min(32, kMostTerms / (c_.g.topk + c_.world.size));
-    for (int i = 0; i < count; i += batch) {
-      const int here = min(batch, count - i), local = first + i + lane_;
-      const bool used = lane_ < here;
-      list_terms(used ? c_.world.rank * c_.g.max_tokens + local : -1,
-                 c_.home_slot + static_cast<long long>(local) * c_.world.size);
+    int local = block * c_.g.block_tokens;
+    const int end_local = min(local + c_.g.block_tokens, c_.num_tokens);
+    while (local < end_local) {
+      const int mine = local + lane_;
+      const int token = mine < end_local ? c_.world.rank * c_.g.max_tokens + mine : -1;
+      const int here =
+          list_terms(token, c_.home_slot + static_cast<long long>(mine) * c_.world.size);
       if (!wait_terms(chunk)) return false;
       recorder.begin();
-      sum_batch(here, chunk, c_.out + static_cast<long long>(first + i) * c_.g.hidden);
+      sum_batch(chunk, c_.out + static_cast<long long>(local) * c_.g.hidden);
+      local += here;
       recorder.count(false, 2 * num_terms_ * (end(chunk) - begin(chunk)));
       recorder.end(block, chunk);
     }
     return true;
   }
 
-  // Each lane a token, or -1: its rows here in the order of k; and with `slots` [ranks], its slots
-  // of staging.
-  __device__ void list_terms(int token, const int* slots) {
+  // Each lane a token, or -1 behind the last: its rows here in the order of k; and with `slots`
+  // [ranks], its slots of staging. Returns how many of them there was room for.
+  __device__ int list_terms(int token, const int* slots) {
     const int* rows = c_.pair_row + static_cast<long long>(token) * c_.g.topk;
-    int count = 0;
-    if (token >= 0) {
+    const int topk = token >= 0 ? c_.g.topk : 0;
+    const int ranks = token >= 0 && slots != nullptr ? c_.world.size : 0;
+    int first[kRowsAtOnce], count = 0;
+#pragma unroll
+    for (int k = 0; k < kRowsAtOnce; ++k) first[k] = k < topk ? rows[k] : -1;
 #pragma unroll 4
-      for (int k = 0; k < c_.g.topk; ++k) count += rows[k] >= 0;
-      for (int d = 1; d < c_.world.size && slots != nullptr; ++d) count += slots[d] >= 0;
-    }
+    for (int d = 1; d < ranks; ++d) count += slots[d] >= 0;
+#pragma unroll 4
+    for (int k = kRowsAtOnce; k < topk; ++k) count += rows[k] >= 0;
+#pragma unroll
+    for (int k = 0; k < kRowsAtOnce; ++k) count += first[k] >= 0;
     int at = count;
     for (int step = 1; step < 32; step *= 2) {
       const int left = __shfl_up_sync(~0u, at, step);
       if (lane_ >= step) at += left;
     }
-    num_terms_ = __shfl_sync(~0u, at, 31);
-    s_.ends[lane_] = at;
-    at -= count;
-    if (token >= 0) {
-      for (int k = 0; k < c_.g.topk; ++k) {
+    const u32 listed = __ballot_sync(~0u, token >= 0 && at <= kMostTerms);  // the first ones
+    const u32 some = __ballot_sync(~0u, count > 0) & listed;
+    const int tokens = __popc(listed);
+    num_terms_ = __shfl_sync(~0u, at, tokens - 1);
+    empty_ = listed & ~some;
+    if (lane_ < tokens && count > 0) {
+      s_.ends[__popc(some & ((1u << lane_) - 1))] = {at, lane_};
+      at -= count;
+#pragma unroll
+      for (int k = 0; k < kRowsAtOnce; ++k) {
+        if (first[k] >= 0) s_.rows[at++] = first[k];
+      }
+      for (int k = kRowsAtOnce; k < topk; ++k) {
         if (rows[k] >= 0) s_.rows[at++] = rows[k];
       }
-      for (int d = 1; d < c_.world.size && slots != nullptr; ++d) {
+      for (int d = 1; d < ranks; ++d) {
         if (slots[d] < 0) continue;
         s_.weights[at] = __int_as_float(d);  // until it has come
         s_.rows[at++] = ~slots[d];
       }
     }
     __syncwarp();
+    return tokens;
   }
 
   // A lane a term: its tile is done, or it has come. Acquires tile_done and partials_ready.
@@ -198,12 +219,15 @@ class Combine {
       ok = __all_sync(~0u, ok);
       recorder.end_wait(kWaitPartialsReady, -1, chunk);
     }
-#if TRACE  // which has no registers for more
-#pragma unroll 1
-#endif
-    for (int i = lane_; i < num_terms_; i += 32) {
-      const int row = s_.rows[i];
-      s_.weights[i] = row >= 0 && c_.weighted ? c_.row_weight[row] : 1.0f;
+    float weights[kTermsOfLane];  // on their way together
+#pragma unroll
+    for (int j = 0; j < kTermsOfLane; ++j) {
+      const int i = lane_ + 32 * j, row = i < num_terms_ ? s_.rows[i] : -1;
+      weights[j] = row >= 0 && c_.weighted ? c_.row_weight[row] : 1.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < kTermsOfLane; ++j) {
+      if (lane_ + 32 * j < num_terms_) s_.weights[lane_ + 32 * j] = weights[j];
     }
     fence_proxy_async();  // what was acquired is read by bulk copies
     __syncwarp();         // what a lane acquired, all may read
@@ -231,7 +255,7 @@ class Combine {
   }
   __device__ bool wait_tile(int tile, int chunk) const {
     const u32* done = done_flag(tile, chunk);
-    return wait_until(c_.world, {kTileDone, c_.world.rank, tile, chunk}, epoch_, when_done(chunk),
+    return wait_until(c_.world, {kTileDone, c_.world.rank, tile, chunk}, s_.epoch, when_done(chunk),
                       [&] { return load_acquire_gpu(done); });
   }
   __device__ const u64* ready_flag(int term, int chunk, int* contributor, int* block) const {
@@ -242,69 +266,112 @@ class Combine {
   }
   __device__ bool partial_is_ready(int term, int chunk) const {
     int contributor, block;
-    return load_acquire_sys(ready_flag(term, chunk, &contributor, &block)) >= epoch_;
+    return load_acquire_sys(ready_flag(term, chunk, &contributor, &block)) >= s_.epoch;
   }
   __device__ bool wait_partial(int term, int chunk) const {
     int contributor, block;
     const u64* flag = ready_flag(term, chunk, &contributor, &block);
-    return wait_until(c_.world, {kPartialsReady, contributor, block, chunk}, epoch_, epoch_,
+    return wait_until(c_.world, {kPartialsReady, contributor, block, chunk}, s_.epoch, s_.epoch,
                       [&] { return load_acquire_sys(flag); });
   }
 
-  // The sums of the listed terms of `count` tokens: the chunk's columns of rows of `to`.
-  __device__ void sum_batch(int count, int chunk, __nv_bfloat16* to) {
-    const int first = begin(chunk), columns = end(chunk) - first;
-    const int pieces = (columns + kSumColumns - 1) / kSumColumns;
-    SumCursor ahead;
-    ahead.skip_empty(s_, count);
-    const auto load_next = [&](int slot) {
-      if (ahead.token >= count) return;
-      if (lane_ == 0) load(slot, ahead, first, columns);
-      ahead.advance(s_, count, pieces);
-    };
-    for (int i = 0; i < kSumSlots; ++i) load_next((at_.slot + i) % kSumSlots);
-    for (int token = 0; token < count; ++token, to += c_.g.hidden) {
-      const int begin_term = token ? s_.ends[token - 1] : 0, end_term = s_.ends[token];
-      for (int piece = 0; piece < pieces; ++piece) {
-        const int column = piece * kSumColumns + 8 * lane_;
-        float sum[kSumColumns / 256][8] = {};
-        for (int term = begin_term; term < end_term; ++term) {
-          const float weight = s_.weights[term];
-          mbarrier_wait(&s_.full[at_.slot], at_.phase);
-          const __nv_bfloat16* values = s_.values[at_.slot] + 8 * lane_;
+  // The sums of the listed terms of a batch: the chunk's columns of rows of `to`.
+  __device__ void sum_batch(int chunk, __nv_bfloat16* to) {
+    const int first = begin(chunk), last = end(chunk);
+    store_zeros(to, first, last);
+    const int items = (last - first + kSumColumns - 1) / kSumColumns * num_terms_;
+    if (items == 0) return;
+    SumItem ahead{0, first};  // of this lane's slot of the next group
+    ahead.advance(lane_ % kSlotsOfGroup, num_terms_);
+#pragma unroll 1
+    for (int i = 0; i < kSumGroups; ++i) {
+      load((at_.slot + i) % kSumGroups, ahead, items - kSlotsOfGroup * i, last);
+    }
+    float sum[kPacks][8] = {};
+    int term = 0, column = first + 8 * lane_, token = 0;
+    TokenEnd end = s_.ends[0];
+    const auto end_term = [&] {
+      if (++term < end.term) return;
+      __nv_bfloat16* row =
+          to + (static_cast<u64>(static_cast<u32>(end.token)) * static_cast<u32>(c_.g.hidden) +
+                static_cast<u32>(column));
 #pragma unroll
-          for (int i = 0; i < kSumColumns / 256; ++i) {
-            if (column + 256 * i < columns) add_row(sum[i], values + 256 * i, weight);
-          }
-          __syncwarp();  // the slot has been read
-          load_next(at_.slot);
+      for (int i = 0; i < kPacks; ++i) {
+        if (column + 256 * i < last) store_row(row + 256 * i, sum[i]);
+#pragma unroll
+        for (float& value : sum[i]) value = 0;
+      }
+      ++token;
+      if (term == num_terms_) term = 0, token = 0, column += kSumColumns;
+      end = s_.ends[token];
+    };
+#pragma unroll 1
+    for (int left = items; left > 0; left -= kSlotsOfGroup) {
+      // What lies behind a row's columns, or in a slot that was not loaded, is added to sums that
+      // are not stored.
+      uint4 packed[kPacksAhead];  // on their way from the group while those before are added
+      const float weights[] = {s_.weights[term], s_.weights[term + 1 < num_terms_ ? term + 1 : 0]};
+      mbarrier_wait(&s_.full[at_.slot], at_.phase);
+      const uint4* values = reinterpret_cast<const uint4*>(s_.values[at_.slot]) + lane_;
+#pragma unroll
+      for (int i = 0; i < kPacksAhead; ++i) packed[i] = values[32 * i];
+      const auto add = [&](int i) {
+        add_packed(sum[i % kPacks], packed[i % kPacksAhead], weights[i / kPacks]);
+        const int next = i + kPacksAhead;
+        if (next < kSlotsOfGroup * kPacks) packed[i % kPacksAhead] = values[32 * next];
+      };
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) add(i);
+      end_term();
+#pragma unroll
+      for (int i = kPacks; i < kSlotsOfGroup * kPacks; ++i) {
+        if (i + kPacksAhead == kSlotsOfGroup * kPacks) {
+          __syncwarp();  // the group has been read
+          load(at_.slot, ahead, left - kSumGroups * kSlotsOfGroup, last);
           at_.advance();
         }
-#pragma unroll
-        for (int i = 0; i < kSumColumns / 256; ++i) {
-          if (column + 256 * i < columns) store_row(to + first + column + 256 * i, sum[i]);
-        }
+        add(i);
       }
+      if (left > 1) end_term();
     }
     __syncwarp();  // the list may be written again
   }
 
-  __device__ void load(int slot, const SumCursor& of, int first, int columns) {
-    const int row = s_.rows[of.term], at = of.piece * kSumColumns;
+  // For tokens without terms.
+  __device__ void store_zeros(__nv_bfloat16* to, int first, int last) const {
+    const float zeros[8] = {};
+    for (u32 left = empty_; left != 0; left &= left - 1) {
+      __nv_bfloat16* row = to + static_cast<long long>(__ffs(left) - 1) * c_.g.hidden;
+      for (int i = first + 8 * lane_; i < last; i += 256) store_row(row + i, zeros);
+    }
+  }
+
+  // The next of `left` items, if any: a lane a slot. Lanes without an item arrive without bytes.
+  __device__ void load(int group, SumItem& of, int left, int last) {
+    if (lane_ >= kSlotsOfGroup || left <= 0) return;
+    u64* full = &s_.full[group];
+    if (lane_ >= left) {
+      mbarrier_arrive(full);
+      return;
+    }
+    const int row = s_.rows[of.term];
     const __nv_bfloat16* from =
-        row >= 0 ? c_.partial_rows + 1ll * row * c_.g.hidden
-                 : c_.data<__nv_bfloat16>(c_.world.rank, c_.staging_at) + 1ll * ~row * c_.g.hidden;
-    const u32 bytes = 2 * min(kSumColumns, columns - at);
-    mbarrier_arrive_expect(&s_.full[slot], bytes);
-    bulk_load<Keep::kBriefly>(s_.values[slot], from + first + at, bytes, &s_.full[slot]);
+        row >= 0 ? c_.partial_rows : c_.data<__nv_bfloat16>(c_.world.rank, c_.staging_at);
+    from +=
+        static_cast<u64>(static_cast<u32>(row >= 0 ? row : ~row)) * static_cast<u32>(c_.g.hidden) +
+        static_cast<u32>(of.column);
+    const u32 bytes = 2 * min(kSumColumns, last - of.column);
+    mbarrier_arrive_expect(full, bytes);
+    bulk_load<Keep::kBriefly>(s_.values[group][lane_], from, bytes, full);
+    of.advance(kSlotsOfGroup, num_terms_);
   }
 
   const Call& c_;
   const Pace& pace_;
   SumSlots& s_;
-  u64 epoch_;
   int lane_, num_terms_ = 0;
-  Ring<kSumSlots> at_;
+  u32 empty_ = 0;        // tokens of the batch that have no terms, a bit each
+  Ring<kSumGroups> at_;  // of groups; goes on from batch to batch
 };
 
 }  // namespace cometrt

@@ -48,8 +48,8 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
   if (threadIdx.x == 0) {
     init_barriers(shared);
     for (SumSlots& sums : all.sums) {
-      for (u64& full : sums.full) mbarrier_init(&full, 1);
-      sums.pushed = nullptr;
+      for (u64& full : sums.full) mbarrier_init(&full, kSlotsOfGroup);
+      sums.pushed.flag = nullptr;
     }
     mbarrier_init_fence();
   }
