@@ -43,6 +43,7 @@ struct alignas(128) SumSlots {
   TokenEnd ends[32 + 1];
   SentBlock summed, pushed;  // the block at hand, and the one before; lane 0's
   u64 epoch;
+  int block, list;  // that this warp has taken, and from which list; list is lane 0's
 };
 
 // What a slot holds: columns of one term's row. Pieces of columns follow each other, and in each
@@ -67,41 +68,48 @@ class Combine {
   }
 
   // Pushes of a chunk come before the home's sums of the chunk before it, so that what peers wait
-  // for is never held up. Pushes wait for this rank's tiles alone.
-  __device__ void run(int mover, int num_movers) {
+  // for is never held up. Pushes wait for this rank's tiles alone. Warps take the next block when
+  // they have done with one, so that none waits for a CTA that begins late.
+  __device__ void run() {
     // Once stopped, layer0 no longer waited for rows: what was made of them must not reach a peer.
     // Every CTA that went on without its rows saw the abort before this launch.
     const bool stopped = lane_ == 0 && c_.world.stopped();
     if (__any_sync(~0u, stopped)) return;
-    const int blocks = (c_.num_tokens + c_.g.block_tokens - 1) / c_.g.block_tokens;
+#pragma unroll 1
     for (int chunk = 0; chunk <= c_.num_chunks; ++chunk) {
       if (chunk < c_.num_chunks) {
+        if (lane_ == 0) s_.list = 2 * chunk;
         recorder.kind = kReduceAndPush;
-        for (int i = mover; i < *c_.num_blocks; i += num_movers) {
-          if (!push(c_.push_blocks[i], chunk)) return;
+        while (push(chunk)) {
         }
         release_push();
       }
       if (chunk > 0) {
+        if (lane_ == 0) s_.list = 2 * chunk - 1;
         recorder.kind = kReduceAtHome;
-        for (int i = mover; i < blocks; i += num_movers) {
-          if (!add_at_home(i, chunk - 1)) return;
+        while (add_at_home(chunk - 1)) {
         }
       }
     }
   }
 
  private:
+  // The next of s_.list, by lane 0.
+  __device__ int take() const { return static_cast<int>(atomicAdd(&c_.taken[1 + s_.list], 1)); }
   __device__ int begin(int chunk) const { return chunk * c_.chunk_columns; }
   __device__ int end(int chunk) const { return min(begin(chunk + 1), c_.g.hidden); }
 
-  __device__ bool push(int item, int chunk) {
-    const int home = item / c_.g.blocks_per_home, block = item % c_.g.blocks_per_home;
-    const int size = c_.g.block_tokens;
-    int token = c_.send_offsets[home] + block * size;
-    const int end_token = min(token + size, c_.send_offsets[home + 1]);
-    const long long slot = c_.send_base[home] + block * size;
-    __nv_bfloat16* to = c_.data<__nv_bfloat16>(home, c_.staging_at) + slot * c_.g.hidden;
+  // The next block, if there is one; false too once the world is stopped.
+  __device__ bool push(int chunk) {
+    if (lane_ == 0) {
+      const int next = take();
+      s_.block = next < *c_.num_blocks ? c_.push_blocks[next] : -1;
+    }
+    __syncwarp();
+    if (s_.block < 0) return false;
+    const int home = s_.block / c_.g.blocks_per_home, block = s_.block % c_.g.blocks_per_home;
+    int token = c_.send_offsets[home] + block * c_.g.block_tokens;
+    const int end_token = min(token + c_.g.block_tokens, c_.send_offsets[home + 1]);
     if (lane_ == 0) s_.summed.flag = c_.partials_ready(home, c_.world.rank, block) + chunk;
     while (token < end_token) {
       const bool used = token + lane_ < end_token;
@@ -111,16 +119,22 @@ class Combine {
       if (lane_ == 0) {
         s_.summed.crossed_ns = reserve_link(pace_, 2ull * here * (end(chunk) - begin(chunk)));
       }
-      sum_batch(chunk, to);
+      sum_batch(chunk, staging_of(token));
       token += here;
-      to += static_cast<long long>(here) * c_.g.hidden;
       recorder.count(true, 2 * here * (end(chunk) - begin(chunk)));
-      recorder.end(block, chunk);
+      recorder.end(s_.block % c_.g.blocks_per_home, chunk);
     }
     release_push();
     if (lane_ == 0) s_.pushed = s_.summed;
     __syncwarp();  // all stores of the block happen before its release
     return true;
+  }
+
+  // Where a token of the block, by its place in send_tokens, has its row at home.
+  __device__ __nv_bfloat16* staging_of(int place) const {
+    const int home = s_.block / c_.g.blocks_per_home;
+    const long long slot = place + (c_.send_base[home] - c_.send_offsets[home]);
+    return c_.data<__nv_bfloat16>(home, c_.staging_at) + slot * c_.g.hidden;
   }
 
   // The last block, which crossed while the next one was summed. Releases partials_ready of the
@@ -138,8 +152,11 @@ class Combine {
   }
 
   // Own rows first, in fp32, then the contributors by ring distance.
-  __device__ bool add_at_home(int block, int chunk) {
-    int local = block * c_.g.block_tokens;
+  __device__ bool add_at_home(int chunk) {
+    if (lane_ == 0) s_.block = take();
+    __syncwarp();
+    int local = s_.block * c_.g.block_tokens;
+    if (local >= c_.num_tokens) return false;
     const int end_local = min(local + c_.g.block_tokens, c_.num_tokens);
     while (local < end_local) {
       const int mine = local + lane_;
@@ -151,8 +168,9 @@ class Combine {
       sum_batch(chunk, c_.out + static_cast<long long>(local) * c_.g.hidden);
       local += here;
       recorder.count(false, 2 * num_terms_ * (end(chunk) - begin(chunk)));
-      recorder.end(block, chunk);
+      recorder.end(s_.block, chunk);
     }
+    __syncwarp();  // the block has been read
     return true;
   }
 

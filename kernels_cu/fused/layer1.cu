@@ -62,10 +62,9 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
     } else if (threadIdx.x == 32 && cta == 0) {
       deal_turns(shared, p);
     } else if (warp >= 2 && static_cast<int>(blockIdx.x) < num_comm && c.state->ok) {
-      const int mover = warp - 2;
-      Combine combine(c, pace, all.sums[mover]);
+      Combine combine(c, pace, all.sums[warp - 2]);
       combine.recorder = Recorder(c.trace(), 1, kReduceAndPush);
-      combine.run(static_cast<int>(blockIdx.x) * kMoverWarps + mover, num_comm * kMoverWarps);
+      combine.run();
     }
     __syncwarp();
   } else {
