@@ -24,8 +24,8 @@ from cometrt.plan import Plan, PlanShape
 from cometrt.plan.tables import plan_table_shapes
 from cometrt.world.partitions import num_sms
 
-_CHUNK = 128  # kChunk of plan.cu
-_BLOCKS_PER_SM = 6  # by registers; see __launch_bounds__
+_CHUNK = 128  # kChunk of plan/items.cuh
+_BLOCKS_PER_SM = 7  # kBlocksPerSm of plan/plan.cu
 _SM_BYTES, _BLOCK_BYTES = 228 * 1024, 2 * 1024  # shared memory; what a block takes besides its own
 _ALIGNMENT = 64  # words of a table: a bulk copy's, and a cache line's
 
@@ -46,7 +46,7 @@ def _blocks_per_sm(shared_bytes: int) -> int:
 
 
 def _shared_words(shape: PlanShape) -> int:
-    """Of the phase of plan.cu that takes most shared memory: place_rows, make_tiles, make_bases."""
+    """What the greediest phase takes of shared memory: place_rows, make_tiles or make_bases."""
     geometry, spec = shape.geometry, shape.geometry.spec
     waves = len(shape.config.last_distances(geometry.size))
     return max(

@@ -115,7 +115,7 @@ def test_a_model_of_full_size(size, tp, experts, topk, intermediate):
     print(f"plan W={size} TP={tp}: {cp.cuda.get_elapsed_time(begin, end) / 20 * 1e3:.0f} us")
 
 
-def test_experts_beyond_what_six_blocks_of_an_sm_have_room_for():
+def test_experts_beyond_what_all_blocks_of_an_sm_have_room_for():
     spec = MoESpec(16, 16, num_experts=4096, topk=4, max_tokens=300, capacity_factor=4.0)
     rng = np.random.default_rng(2)
     ids = np.argsort(rng.random((2, 300, 4096)), axis=2)[:, :, :4].astype(np.int32)
