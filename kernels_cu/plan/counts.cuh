@@ -65,13 +65,13 @@ __device__ inline void count_pairs(const PlanParams& p, int chunk_idx, int sourc
   u64 groups = 0;
   for (int k = 0; k < topk; k += kPairsAtOnce) {
     int ids[kPairsAtOnce];
-    if (used) load_ids(from, k, topk, ids);
+    if (used) load_pairs(from, k, topk, ids);
     if (k == 0) {
       meanwhile();
       if (thread == 0) wait_crossed(routing.crossed_ns);
       __syncthreads();
     }
-    if (used) store_ids(p.ids + first_pair, k, topk, ids);
+    if (used) store_pairs(p.ids + first_pair, k, topk, ids);
 #pragma unroll
     for (int i = 0; i < kPairsAtOnce; ++i) {
       if (!used || k + i >= topk) continue;

@@ -1,4 +1,4 @@
-// What the planner's phases have in common: chunks of tokens, a token's ids, where tables lie.
+// What the planner's phases have in common: chunks of tokens, a token's pairs, where tables lie.
 #pragma once
 
 #include "plan/plan.cuh"
@@ -14,31 +14,32 @@ __device__ inline int num_chunks(const PlanParams& p) {
   return (p.g.max_tokens + kChunk - 1) / kChunk;
 }
 
-// A token's ids from k on, as many as there are and as fit, -1 beyond; in vectors where aligned.
-__device__ inline void load_ids(const int* ids, int k, int topk, int (&out)[kPairsAtOnce]) {
+// A word of each of a token's pairs from k on, as many as there are and as fit, -1 beyond; in
+// vectors where they are aligned.
+__device__ inline void load_pairs(const int* words, int k, int topk, int (&out)[kPairsAtOnce]) {
 #pragma unroll
   for (int i = 0; i < kPairsAtOnce; i += 4) {
     if (topk % 4 == 0) {
       int4 four = make_int4(-1, -1, -1, -1);
-      if (k + i < topk) four = *reinterpret_cast<const int4*>(ids + k + i);
+      if (k + i < topk) four = *reinterpret_cast<const int4*>(words + k + i);
       out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
     } else {
 #pragma unroll
-      for (int j = i; j < i + 4; ++j) out[j] = k + j < topk ? ids[k + j] : -1;
+      for (int j = i; j < i + 4; ++j) out[j] = k + j < topk ? words[k + j] : -1;
     }
   }
 }
 
-__device__ inline void store_ids(int* ids, int k, int topk, const int (&from)[kPairsAtOnce]) {
+__device__ inline void store_pairs(int* words, int k, int topk, const int (&from)[kPairsAtOnce]) {
 #pragma unroll
   for (int i = 0; i < kPairsAtOnce; i += 4) {
     if (topk % 4 == 0) {
       const int4 four = make_int4(from[i], from[i + 1], from[i + 2], from[i + 3]);
-      if (k + i < topk) *reinterpret_cast<int4*>(ids + k + i) = four;
+      if (k + i < topk) *reinterpret_cast<int4*>(words + k + i) = four;
     } else {
 #pragma unroll
       for (int j = i; j < i + 4; ++j) {
-        if (k + j < topk) ids[k + j] = from[j];
+        if (k + j < topk) words[k + j] = from[j];
       }
     }
   }

@@ -22,6 +22,12 @@ __device__ inline void place_rows(const PlanParams& p, int chunk_idx, int source
   u32* firsts = reinterpret_cast<u32*>(rows + tp * num_experts);    // [size, kChunk]
   const int* chunk =
       p.chunk_counts + (static_cast<long long>(source) * num_chunks(p) + chunk_idx) * num_experts;
+  const int token = chunk_idx * kChunk + thread;
+  const bool used = token < p.num_tokens[source];
+  const long long global_token = static_cast<long long>(source) * p.g.max_tokens + token;
+  const long long first_pair = global_token * topk;
+  int ids[kPairsAtOnce];  // the first come with what follows; few tokens have more
+  if (token < p.g.max_tokens) load_pairs(p.ids + first_pair, 0, topk, ids);
   for (int e = begin + thread; e < end; e += kChunk) {
     reinterpret_cast<uint4*>(members)[e] = make_uint4(0, 0, 0, 0);
     starts[e] = p.list_start[e] + chunk[e];
@@ -30,16 +36,11 @@ __device__ inline void place_rows(const PlanParams& p, int chunk_idx, int source
       rows[shard * num_experts + e] = p.rank_rows[rank_rows_at(p, c, d, e % experts)] + chunk[e];
     }
   }
-  for (int c = own ? 0 : rank; c < (own ? size : rank + 1); ++c)
-    firsts[c * kChunk + thread] = kNever;
-  const int token = chunk_idx * kChunk + thread;
-  const bool used = token < p.num_tokens[source];
-  const long long global_token = static_cast<long long>(source) * p.g.max_tokens + token;
-  const long long first_pair = global_token * topk;
-  int ids[kPairsAtOnce];
+  firsts[rank * kChunk + thread] = kNever;
+  for (int c = 0; c < size && own; ++c) firsts[c * kChunk + thread] = kNever;
   __syncthreads();
   for (int k = 0; k < topk && used; k += kPairsAtOnce) {
-    load_ids(p.ids + first_pair, k, topk, ids);
+    if (k > 0) load_pairs(p.ids + first_pair, k, topk, ids);
 #pragma unroll
     for (int i = 0; i < kPairsAtOnce; ++i) {
       if (ids[i] >= begin && ids[i] < end) choose(members, ids[i]);
@@ -47,15 +48,16 @@ __device__ inline void place_rows(const PlanParams& p, int chunk_idx, int source
   }
   __syncthreads();
   for (int k = 0; k < topk && used; k += kPairsAtOnce) {
-    load_ids(p.ids + first_pair, k, topk, ids);
-    int indices[kPairsAtOnce];
+    if (topk > kPairsAtOnce) load_pairs(p.ids + first_pair, k, topk, ids);
+    int indices[kPairsAtOnce], weights[kPairsAtOnce];  // loads together, before the stores
+    load_pairs(reinterpret_cast<const int*>(p.weights) + first_pair, k, topk, weights);
 #pragma unroll
     for (int i = 0; i < kPairsAtOnce; ++i) {
       const bool matters = ids[i] >= begin && ids[i] < end;
       indices[i] = matters ? chosen_before(members, ids[i]) : -1;
     }
     for (int shard = first_shard; shard < end_shard; ++shard) {
-      u32 positions[kPairsAtOnce];  // loads together, before the stores
+      u32 positions[kPairsAtOnce];
 #pragma unroll
       for (int i = 0; i < kPairsAtOnce; ++i) {
         if (indices[i] < 0) continue;
@@ -79,7 +81,7 @@ __device__ inline void place_rows(const PlanParams& p, int chunk_idx, int source
       const int row = rows[rank % tp * num_experts + ids[i]] + indices[i];
       p.pair_row[pair] = row;
       p.row_pair[row] = static_cast<int>(pair);
-      p.row_weight[row] = p.weights[pair];
+      p.row_weight[row] = __int_as_float(weights[i]);
     }
   }
   if (!used) return;

@@ -4,8 +4,8 @@
 // orders both GEMMs' tiles.
 //
 // Few threads wait for one load after the other here, so what matters is how many loads follow from
-// each other and how often the grid meets. What one phase needs of an item is loaded together; a
-// phase begins where another's items do not depend on it; weights cross while tiles are made.
+// each other and how often the grid meets. What an item needs is loaded together, what does not
+// depend on each other shares a phase, and weights cross while tiles are made.
 //
 // A segment (c, s, p) is the rows of source s in the p-th tile of rank c's layer0 order. Rows of
 // one expert and source lie in token order, so a segment is a stretch of the sorted pairs of
@@ -21,11 +21,11 @@ using namespace cometrt;
 
 namespace {
 
-constexpr int kBlocksPerSm = 7;  // as many as have the registers
+constexpr int kBlocksPerSm = 7;  // as many as get by without spills
 
-// All blocks of the grid meet; they are all resident, and wait for nothing else. In between a block
-// may do what needs none of the others.
-// `upto`, in shared memory: arrivals that the next meeting needs, for the first thread.
+// All blocks of the grid meet: they are all resident. Between its arrival and the others' a block
+// may do what needs none of them. `upto`, in shared memory: arrivals that the next meeting needs,
+// for the first thread.
 __device__ void arrive(u32* arrivals) {
   __syncthreads();
   if (threadIdx.x == 0) add_release_gpu(arrivals, 1);
@@ -59,12 +59,13 @@ __device__ void by_warp(int count, F f) {
 }
 
 // All phases up to the tables. `find(chunk, source)`: see Routing; `take(chunk, source)` brings
-// weights and returns when they will have crossed; `verdict()`, by one thread, may take note of the
-// errors that were found. Returns whether there are tables: those of a call that is wrong are not
-// filled, and nothing reads them. Shared memory: shared_words of DevicePlanner.
-template <typename Find, typename Take, typename Verdict>
+// weights and returns when they will have crossed; `agree()`, by one thread: do all ranks call the
+// same? Returns whether there are tables, and sets *ok then, which was 0: those of a call that is
+// wrong are not filled, and nothing reads them. Shared memory: _shared_words of
+// cometrt/cuda/planner.py.
+template <typename Find, typename Take, typename Agree>
 __device__ bool make_plan(const PlanParams& p, u32* shared, int* warps, u32* upto, Find find,
-                          Take take, Verdict verdict) {
+                          Take take, Agree agree, u32* ok) {
   const int size = p.g.size, chunks = num_chunks(p), rank = p.g.rank;
   int* words = reinterpret_cast<int*>(shared);
   if (threadIdx.x == 0) *upto = gridDim.x;
@@ -92,6 +93,7 @@ __device__ bool make_plan(const PlanParams& p, u32* shared, int* warps, u32* upt
       make_tiles(p, i, words, warps);
     } else if (i == size) {
       make_bases(p, words, warps);
+      if (threadIdx.x == 0 && !agree()) atomicMax(p.largest_need, ~0ull);
     } else if (i < before_takes) {
       sum_chunks(p, (i - size - 1) * kWarps + threadIdx.x / 32);
     } else {
@@ -102,9 +104,11 @@ __device__ bool make_plan(const PlanParams& p, u32* shared, int* warps, u32* upt
   wait_crossed(crossed_ns);
   meet(p.arrivals, upto);
 
-  if (blockIdx.x == 0 && threadIdx.x == 0) verdict();
   if (*p.first_wrong_pair != kNoWrongPair || *p.largest_need != 0) return false;
-  by_block(chunks * size, [&](int i) { place_rows(p, i / size, (rank + i) % size, shared); });
+  if (ok != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *ok = 1;
+  by_block(chunks * size, [&](int i) {  // own chunks take longest: first, and one a block
+    place_rows(p, i % chunks, (rank + i / chunks) % size, shared);
+  });
   meet(p.arrivals, upto);
 
   by_block(1 + 2 * size, [&](int i) { sum_segments(p, i - 1, warps); });
@@ -143,7 +147,8 @@ extern "C" __global__ void __launch_bounds__(kChunk, kBlocksPerSm)
   const auto take = [&](int chunk, int source) {
     return take_weights(p, chunk, source, p.weights + source * pairs, nullptr);
   };
-  make_plan(p, reinterpret_cast<u32*>(shared), warps, &upto, find, take, [] {});
+  make_plan(
+      p, reinterpret_cast<u32*>(shared), warps, &upto, find, take, [] { return true; }, nullptr);
   leave(p, &upto);
 }
 
@@ -161,12 +166,9 @@ extern "C" __global__ void __launch_bounds__(kChunk, kBlocksPerSm)
     const float* weights = c.routing<float>(source, c.world.epoch(), c.weights_at);
     return take_weights(p, chunk, source, weights, &pace);
   };
-  const auto verdict = [&] {
-    const bool planned = *p.first_wrong_pair == kNoWrongPair && *p.largest_need == 0;
-    c.state->ok = all_agree(c) && planned;
-  };
+  const auto agree = [&] { return all_agree(c); };
   const bool planned =
-      make_plan(p, reinterpret_cast<u32*>(shared), warps, &upto, find, take, verdict);
+      make_plan(p, reinterpret_cast<u32*>(shared), warps, &upto, find, take, agree, &c.state->ok);
   leave(p, &upto);
   // Pads need the rows, turns the tiles and the verdict: all made before the last meeting.
   const int half = gridDim.x / 2, block = blockIdx.x;
