@@ -126,6 +126,22 @@ def test_experts_beyond_what_all_blocks_of_an_sm_have_room_for():
     assert_equal(plan, make_plan(tables, shape))
 
 
+@pytest.mark.parametrize(
+    ("size", "tp", "experts", "topk"),
+    [(2, 1, 32, 9), (4, 2, 24, 12), (3, 3, 40, 20), (40, 1, 80, 5)],
+)
+def test_many_pairs_a_token_and_many_ranks(size, tp, experts, topk):
+    spec = MoESpec(16, 16 * tp, experts, topk, 200, tp=tp, capacity_factor=2.0 * size)
+    rng = np.random.default_rng(topk)
+    ids = np.argsort(rng.random((size, 200, experts)), axis=2)[:, :, :topk].astype(np.int32)
+    ids[rng.random(ids.shape) < 0.2] = -1
+    weights = rng.random(ids.shape, dtype=np.float32)
+    tables = RoutingTables(ids, weights, rng.integers(0, 201, size).astype(np.int32))
+    shape = PlanShape(Geometry(spec, size // 2, size), TileConfig(block_m=64, waves=3))
+    _, plan = device_plan(tables, shape)
+    assert_equal(plan, make_plan(tables, shape))
+
+
 @pytest.mark.parametrize("value", [-2, 12, 2**31 - 1])
 def test_the_first_wrong_pair_is_found(value):
     spec = MoESpec(16, 16, num_experts=12, topk=3, max_tokens=40)
