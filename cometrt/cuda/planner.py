@@ -24,8 +24,8 @@ from cometrt.plan import Plan, PlanShape
 from cometrt.plan.tables import plan_table_shapes
 from cometrt.world.partitions import num_sms
 
-_CHUNK = 128  # kChunk of plan.cu
-_BLOCKS_PER_SM = 6  # by registers; see __launch_bounds__
+_CHUNK = 128  # kChunk of plan/items.cuh
+_BLOCKS_PER_SM = 7  # kBlocksPerSm of plan/plan.cu
 _SM_BYTES, _BLOCK_BYTES = 228 * 1024, 2 * 1024  # shared memory; what a block takes besides its own
 _ALIGNMENT = 64  # words of a table: a bulk copy's, and a cache line's
 
@@ -45,6 +45,17 @@ def _blocks_per_sm(shared_bytes: int) -> int:
     return max(1, min(_BLOCKS_PER_SM, _SM_BYTES // (shared_bytes + _BLOCK_BYTES)))
 
 
+def _shared_words(shape: PlanShape) -> int:
+    """What the greediest phase takes of shared memory: place_rows, make_tiles or make_bases."""
+    geometry, spec = shape.geometry, shape.geometry.spec
+    waves = len(shape.config.last_distances(geometry.size))
+    return max(
+        (5 + spec.tp) * spec.num_experts + _CHUNK * geometry.size,
+        (geometry.size + waves + 2) * geometry.local_experts,
+        geometry.size * geometry.ep,
+    )
+
+
 class DevicePlanner:
     """Plans one layer's exchanges on the current device; scratch memory is its own."""
 
@@ -55,17 +66,13 @@ class DevicePlanner:
         geometry = shape.geometry
         size, experts, spec = geometry.size, geometry.local_experts, geometry.spec
         self._chunks = math.ceil(spec.max_tokens / _CHUNK)
-        pairs = shape.global_tokens * spec.topk
         lengths = {
             "chunk_counts": size * self._chunks * spec.num_experts,
             "counts": size * spec.num_experts,
-            "list_start": size * spec.num_experts,
             "token_counts": size * geometry.ep,
-            "pair_index": pairs,
-            "pair_list": pairs,
-            "rank_upto": size * size * experts,
-            "rank_position": size * size * experts,
-            "rank_first_tile": size * experts,
+            "list_start": spec.num_experts,
+            "pair_list": spec.max_tokens * spec.topk,
+            "rank_rows": size * (size + 1) * experts,
             "rank_num_tiles": size,
             "rank_order": size * shape.max_tiles,
             "rank_tile_position": size * shape.max_tiles,
@@ -74,7 +81,6 @@ class DevicePlanner:
             "column_tokens": 2 * size,
             "block_position": size * shape.blocks_per_home,
             "first_position": 2 * shape.global_tokens,
-            "chunk_tokens": size * self._chunks,
         }
         self._scratch = {name: cp.empty(lengths[name], cp.int32) for name in PLAN_SCRATCH}
         self.block_position = int(self._scratch["block_position"].data.ptr)
@@ -88,7 +94,7 @@ class DevicePlanner:
         self._offsets, self._num_words = _layout(self._shapes)
         self._all_words = self._num_words + shape.capacity
         self._plan, self._prepare = load_kernels("plan/plan.cu", "plan", "prepare")
-        self._shared_bytes = 16 * spec.num_experts
+        self._shared_bytes = 4 * _shared_words(shape)
         for kernel in (self._plan, self._prepare):
             kernel.allow_shared(self._shared_bytes)
         self._grid = (_blocks_per_sm(self._shared_bytes) * num_sms() // 2 * 2,)

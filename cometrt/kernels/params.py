@@ -28,9 +28,8 @@ geometry_dtype = np.dtype(
 
 # Scratch and results of the planner, in the order of PlanParams.
 PLAN_SCRATCH = (
-    "chunk_counts counts list_start token_counts pair_index pair_list rank_upto rank_position "
-    "rank_first_tile rank_num_tiles rank_order rank_tile_position segment_counts segment_before "
-    "column_tokens block_position first_position chunk_tokens"
+    "chunk_counts counts token_counts list_start pair_list rank_rows rank_num_tiles rank_order "
+    "rank_tile_position segment_counts segment_before column_tokens block_position first_position"
 ).split()
 _PLAN_OUTPUTS = {"num_tiles": "out_num_tiles", "num_tokens": "out_num_tokens"}
 PLAN_OUTPUTS = [

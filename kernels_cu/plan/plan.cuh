@@ -11,18 +11,16 @@ struct PlanParams {
   int* ids;
   float* weights;
   int* num_tokens;
-  // Scratch. chunk_counts [size, chunks, num_experts]; counts, list_start [size, num_experts];
-  // token_counts [size, ep]; pair_index, pair_list [size, max_tokens, topk];
-  // rank_upto, rank_position [size, size, local_experts]; rank_first_tile [size, local_experts];
-  // rank_num_tiles [size]; rank_order, rank_tile_position [size, max_tiles]; segment_counts,
-  // segment_before [2 * size, max_tiles]; column_tokens [2 * size]; block_position
-  // [size, blocks_per_home]; first_position [2 * size, max_tokens]; chunk_tokens
-  // [size, chunks].
-  int *chunk_counts, *counts, *list_start, *token_counts, *pair_index, *pair_list;
-  int *rank_upto, *rank_position, *rank_first_tile, *rank_num_tiles, *rank_order;
-  int *rank_tile_position, *segment_counts, *segment_before, *column_tokens, *block_position;
+  // Scratch. chunk_counts [size, chunks, num_experts]; counts [size, num_experts]; token_counts
+  // [size, ep]; list_start [num_experts], pair_list [max_tokens * topk]: this rank's own tokens by
+  // expert; rank_rows [size, size + 1, local_experts]; rank_num_tiles [size]; rank_order,
+  // rank_tile_position [size, max_tiles]; segment_counts, segment_before [2 * size, max_tiles]:
+  // columns, of this rank as contributor by source, then of this home by contributor; column_tokens
+  // [2 * size]; block_position [size, blocks_per_home]; first_position [2 * size, max_tokens].
+  int *chunk_counts, *counts, *token_counts, *list_start, *pair_list;
+  int *rank_rows, *rank_num_tiles, *rank_order, *rank_tile_position;
+  int *segment_counts, *segment_before, *column_tokens, *block_position;
   u32* first_position;
-  int* chunk_tokens;
   u32* arrivals;  // of blocks at the grid's meetings; 0 between launches
   // Errors: the first wrong pair, ~0 if none; (rows << 16 | 0xffff - rank) of the largest need
   // over capacity, 0 if none.

@@ -115,13 +115,29 @@ def test_a_model_of_full_size(size, tp, experts, topk, intermediate):
     print(f"plan W={size} TP={tp}: {cp.cuda.get_elapsed_time(begin, end) / 20 * 1e3:.0f} us")
 
 
-def test_experts_beyond_what_six_blocks_of_an_sm_have_room_for():
+def test_experts_beyond_what_all_blocks_of_an_sm_have_room_for():
     spec = MoESpec(16, 16, num_experts=4096, topk=4, max_tokens=300, capacity_factor=4.0)
     rng = np.random.default_rng(2)
     ids = np.argsort(rng.random((2, 300, 4096)), axis=2)[:, :, :4].astype(np.int32)
     weights = rng.random(ids.shape, dtype=np.float32)
     tables = RoutingTables(ids, weights, np.array([300, 170], np.int32))
     shape = PlanShape(Geometry(spec, 1, 2), TileConfig(block_m=16))
+    _, plan = device_plan(tables, shape)
+    assert_equal(plan, make_plan(tables, shape))
+
+
+@pytest.mark.parametrize(
+    ("size", "tp", "experts", "topk"),
+    [(2, 1, 32, 9), (4, 2, 24, 12), (3, 3, 40, 20), (40, 1, 80, 5)],
+)
+def test_many_pairs_a_token_and_many_ranks(size, tp, experts, topk):
+    spec = MoESpec(16, 16 * tp, experts, topk, 200, tp=tp, capacity_factor=2.0 * size)
+    rng = np.random.default_rng(topk)
+    ids = np.argsort(rng.random((size, 200, experts)), axis=2)[:, :, :topk].astype(np.int32)
+    ids[rng.random(ids.shape) < 0.2] = -1
+    weights = rng.random(ids.shape, dtype=np.float32)
+    tables = RoutingTables(ids, weights, rng.integers(0, 201, size).astype(np.int32))
+    shape = PlanShape(Geometry(spec, size // 2, size), TileConfig(block_m=64, waves=3))
     _, plan = device_plan(tables, shape)
     assert_equal(plan, make_plan(tables, shape))
 

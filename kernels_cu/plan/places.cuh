@@ -1,0 +1,244 @@
+// Phases 3 to 5 of the planner: where each pair and token goes.
+#pragma once
+
+#include "common/scan.cuh"
+#include "plan/items.cuh"
+
+namespace cometrt {
+
+// 3. The rows of this rank and, of this source, the sorted tokens of each expert; the first tile
+// that needs each token: on this rank of all sources, and of this source on all ranks; how many
+// tokens each segment is the first of. A block a (chunk, source).
+__device__ inline void place_rows(const PlanParams& p, int chunk_idx, int source, u32* members) {
+  const int experts = p.g.local_experts, num_experts = p.g.num_experts, topk = p.g.topk;
+  const int tp = p.g.tp, size = p.g.size, rank = p.g.rank, thread = threadIdx.x;
+  const bool own = source == rank;
+  // Pairs of a source elsewhere matter only where their expert is here.
+  const int begin = own ? 0 : rank / tp * experts, end = own ? num_experts : begin + experts;
+  const int first_shard = own ? 0 : rank % tp, end_shard = own ? tp : first_shard + 1;
+  // Of the chunk's first pair of each expert: its place in the list, its row on each shard.
+  int* starts = reinterpret_cast<int*>(members + 4 * num_experts);  // [num_experts]
+  int* rows = starts + num_experts;                                 // [tp, num_experts]
+  u32* firsts = reinterpret_cast<u32*>(rows + tp * num_experts);    // [size, kChunk]
+  const int* chunk =
+      p.chunk_counts + (static_cast<long long>(source) * num_chunks(p) + chunk_idx) * num_experts;
+  const int token = chunk_idx * kChunk + thread;
+  const bool used = token < p.num_tokens[source];
+  const long long global_token = static_cast<long long>(source) * p.g.max_tokens + token;
+  const long long first_pair = global_token * topk;
+  int ids[kPairsAtOnce];  // the first come with what follows; few tokens have more
+  if (token < p.g.max_tokens) load_pairs(p.ids + first_pair, 0, topk, ids);
+  for (int e = begin + thread; e < end; e += kChunk) {
+    reinterpret_cast<uint4*>(members)[e] = make_uint4(0, 0, 0, 0);
+    starts[e] = p.list_start[e] + chunk[e];
+    for (int shard = first_shard; shard < end_shard; ++shard) {
+      const int c = e / experts * tp + shard, d = ring_distance(p.g, c, source);
+      rows[shard * num_experts + e] = p.rank_rows[rank_rows_at(p, c, d, e % experts)] + chunk[e];
+    }
+  }
+  firsts[rank * kChunk + thread] = kNever;
+  for (int c = 0; c < size && own; ++c) firsts[c * kChunk + thread] = kNever;
+  __syncthreads();
+  for (int k = 0; k < topk && used; k += kPairsAtOnce) {
+    if (k > 0) load_pairs(p.ids + first_pair, k, topk, ids);
+#pragma unroll
+    for (int i = 0; i < kPairsAtOnce; ++i) {
+      if (ids[i] >= begin && ids[i] < end) choose(members, ids[i]);
+    }
+  }
+  __syncthreads();
+  for (int k = 0; k < topk && used; k += kPairsAtOnce) {
+    if (topk > kPairsAtOnce) load_pairs(p.ids + first_pair, k, topk, ids);
+    int indices[kPairsAtOnce], weights[kPairsAtOnce];  // loads together, before the stores
+    load_pairs(reinterpret_cast<const int*>(p.weights) + first_pair, k, topk, weights);
+#pragma unroll
+    for (int i = 0; i < kPairsAtOnce; ++i) {
+      const bool matters = ids[i] >= begin && ids[i] < end;
+      indices[i] = matters ? chosen_before(members, ids[i]) : -1;
+    }
+    for (int shard = first_shard; shard < end_shard; ++shard) {
+      u32 positions[kPairsAtOnce];
+#pragma unroll
+      for (int i = 0; i < kPairsAtOnce; ++i) {
+        if (indices[i] < 0) continue;
+        const int c = ids[i] / experts * tp + shard;
+        const int tile = (rows[shard * num_experts + ids[i]] + indices[i]) / p.g.block_m;
+        positions[i] = p.rank_tile_position[static_cast<long long>(c) * p.g.max_tiles + tile];
+      }
+#pragma unroll
+      for (int i = 0; i < kPairsAtOnce; ++i) {
+        if (indices[i] < 0) continue;
+        u32* first = &firsts[(ids[i] / experts * tp + shard) * kChunk + thread];
+        *first = min(*first, positions[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPairsAtOnce; ++i) {
+      if (indices[i] < 0) continue;
+      const long long pair = first_pair + k + i;
+      if (own) p.pair_list[starts[ids[i]] + indices[i]] = token;
+      if (ids[i] / experts != rank / tp) continue;
+      const int row = rows[rank % tp * num_experts + ids[i]] + indices[i];
+      p.pair_row[pair] = row;
+      p.row_pair[row] = static_cast<int>(pair);
+      p.row_weight[row] = __int_as_float(weights[i]);
+    }
+  }
+  if (!used) return;
+  const auto keep = [&](int j, long long at, int c) {
+    const u32 first = firsts[c * kChunk + thread];
+    p.first_position[at] = first;
+    if (first != kNever) atomicAdd(&p.segment_counts[j * p.g.max_tiles + first], 1);
+  };
+  keep(source, global_token, rank);
+  for (int c = 0; c < size && own; ++c) {
+    keep(size + c, static_cast<long long>(size + c) * p.g.max_tokens + token, c);
+  }
+}
+
+// 4. Sums along the orders: pulls forwards over all sources, sends and slots backwards for each
+// home. A block a column; j = -1 for pulls. A thread sums neighbours.
+__device__ inline void sum_segments(const PlanParams& p, int j, int* warps) {
+  const int size = p.g.size, max_tiles = p.g.max_tiles;
+  const int share = (max_tiles + kChunk - 1) / kChunk;
+  const int begin = threadIdx.x * share, end = min(begin + share, max_tiles);
+  const auto place = [&](int i) { return j < 0 ? i : max_tiles - 1 - i; };  // layer1 walks back
+  const auto count = [&](int i) {
+    if (j >= 0) return p.segment_counts[j * max_tiles + place(i)];
+    int sum = 0;
+#pragma unroll 8
+    for (int s = 0; s < size; ++s) sum += p.segment_counts[s * max_tiles + i];
+    return sum;
+  };
+  int mine = 0, total;
+#pragma unroll 4
+  for (int i = begin; i < end; ++i) mine += count(i);
+  int sum = block_scan(mine, warps, &total);
+  int* out = j < 0 ? p.pull_offsets : p.segment_before + j * max_tiles;
+  for (int i = begin; i < end; ++i) {
+    const int here = count(i);
+    out[place(i)] = sum;
+    sum += here;
+  }
+  if (threadIdx.x == 0) {
+    if (j < 0) {
+      p.pull_offsets[max_tiles] = total;
+    } else {
+      p.column_tokens[j] = total;
+    }
+  }
+}
+
+// 5. The place of a block among those that are pushed, by (when layer1 finishes them, distance of
+// the home, block): how many are whole before, of nearer homes with this position.
+__device__ inline int push_place(const PlanParams& p, int home, int block, int position) {
+  int place = block;
+  const int mine = ring_distance(p.g, p.g.rank, home);
+#pragma unroll 4
+  for (int d = 1; d < p.g.size; ++d) {
+    const int other = (p.g.rank + d) % p.g.size, at = other * p.g.max_tiles + position;
+    const int tokens = p.segment_before[at] + (d < mine ? p.segment_counts[at] : 0);
+    const bool all = tokens == p.column_tokens[other];  // then the last need not be full
+    const int whole = (tokens + (all ? p.g.block_tokens - 1 : 0)) / p.g.block_tokens;
+    place += d == mine ? 0 : whole;
+  }
+  return place;
+}
+
+// 5. Pulls and sends of the tokens whose first tile this is, which lie in it by (distance, token).
+// A warp a position.
+__device__ inline void place_pulls(const PlanParams& p, int position) {
+  const int lane = threadIdx.x % 32, max_tiles = p.g.max_tiles;
+  if (position >= p.rank_num_tiles[p.g.rank]) return;
+  const long long first_row = static_cast<long long>(p.tile_order[position]) * p.g.block_m;
+  int pulls = p.pull_offsets[position];
+  int last_source = -1, sent = 0;  // of the rows before: the last source, its tokens
+  for (int first = 0; first < p.g.block_m; first += 32 * kRowsAtOnce) {
+    int tokens[kRowsAtOnce];
+    bool here[kRowsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      const int row = first + 32 * i + lane;
+      const int pair = row < p.g.block_m ? p.row_pair[first_row + row] : -1;
+      tokens[i] = pair < 0 ? -1 : pair / p.g.topk;
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      here[i] = tokens[i] >= 0 && p.first_position[tokens[i]] == static_cast<u32>(position);
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      const u32 all = __ballot_sync(~0u, here[i]), left = all & ((1u << lane) - 1);
+      if (all == 0) continue;
+      const int s = here[i] ? tokens[i] / p.g.max_tokens : -1;
+      const u32 same = __match_any_sync(~0u, s);
+      const int index = __popc(same & left) + (s == last_source ? sent : 0);
+      if (here[i]) {
+        p.pull_tokens[pulls + __popc(left)] = tokens[i];
+        if (s != p.g.rank) {
+          const int at = p.segment_before[s * max_tiles + position] + index;
+          p.send_tokens[p.send_offsets[s] + at] = tokens[i];
+          const int block = at / p.g.block_tokens;
+          if ((at + 1) % p.g.block_tokens == 0 || at + 1 == p.column_tokens[s]) {
+            const int item = s * p.g.blocks_per_home + block;
+            p.block_position[item] = position;
+            p.push_blocks[push_place(p, s, block, position)] = item;
+          }
+        }
+      }
+      pulls += __popc(all);
+      const int last = 31 - __clz(all);
+      last_source = __shfl_sync(~0u, s, last);
+      sent = __shfl_sync(~0u, index, last) + 1;
+    }
+  }
+}
+
+// 5. Slots of this home's tokens in the segments of rank c at 32 positions. A warp: a lane looks a
+// segment up, then all work on those that are not empty.
+__device__ inline void place_slots(const PlanParams& p, int c, int first_position) {
+  const int lane = threadIdx.x % 32, max_tiles = p.g.max_tiles, mine = first_position + lane;
+  const int experts = p.g.local_experts, back = ring_distance(p.g, p.g.rank, c);
+  if (back == 0) return;                       // the home's own sum has no slot
+  int begin_of = 0, end_of = 0, place_of = 0;  // of the lane's segment: in the list; first slot
+  if (mine < p.rank_num_tiles[c]) {
+    const int column = (p.g.size + c) * max_tiles + mine;
+    const int packed = p.rank_order[static_cast<long long>(c) * max_tiles + mine];
+    const int tokens = p.segment_counts[column];
+    place_of = p.home_base[back] + p.segment_before[column];
+    const int expert = packed % experts, tile = packed / experts;
+    const long long rows = rank_rows_at(p, c, ring_distance(p.g, c, p.g.rank), expert);
+    const int first = p.rank_rows[rows], end = p.rank_rows[rows + experts];
+    const int start = p.list_start[c / p.g.tp * experts + expert] - first;
+    begin_of = start + max(tile * p.g.block_m, first);
+    end_of = tokens == 0 ? begin_of : start + min((tile + 1) * p.g.block_m, end);
+  }
+  const u32* needed = p.first_position + static_cast<long long>(p.g.size + c) * p.g.max_tokens;
+  for (u32 segments = __ballot_sync(~0u, begin_of < end_of); segments; segments &= segments - 1) {
+    const int which = __ffs(segments) - 1, position = first_position + which;
+    const int begin = __shfl_sync(~0u, begin_of, which), end = __shfl_sync(~0u, end_of, which);
+    int place = __shfl_sync(~0u, place_of, which);
+    for (int first = begin; first < end; first += 32 * kRowsAtOnce) {
+      int tokens[kRowsAtOnce];
+      bool here[kRowsAtOnce];
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        const int at = first + 32 * i + lane;
+        tokens[i] = at < end ? p.pair_list[at] : -1;
+      }
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        here[i] = tokens[i] >= 0 && needed[tokens[i]] == static_cast<u32>(position);
+      }
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        const u32 all = __ballot_sync(~0u, here[i]);
+        const int slot = place + __popc(all & ((1u << lane) - 1));
+        if (here[i]) p.home_slot[static_cast<long long>(tokens[i]) * p.g.size + back] = slot;
+        place += __popc(all);
+      }
+    }
+  }
+}
+
+}  // namespace cometrt
