@@ -3,7 +3,6 @@ plan's order, group sizes known on the device alone."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +17,6 @@ from cometrt.plan.turns import (
     best_group,
     column_tiles,
     most_turns,
-    whole_group,
     work_item_dtype,
 )
 from cometrt.world.partitions import gpu_sms, num_sms
@@ -42,31 +40,25 @@ class Tiles(Protocol):
 class Turns(NamedTuple):
     """The order of a GEMM's tiles; see cometrt.plan.turns. In parts, each has its own."""
 
-    items: Any  # [parts * most, cluster] of work_item_dtype, as bytes
+    items: Any  # [parts * most, 2] of work_item_dtype, as bytes
     counts: Any  # [parts * 3] int32: turns; dealt, and clusters that have finished: 0 between uses
-    cluster: int  # CTAs
     num_parts: int = 1
 
     def part(self, index: int) -> Turns:
         size = self.items.size // self.num_parts
         items = self.items[index * size : (index + 1) * size]
-        return Turns(items, self.counts[3 * index : 3 * index + 3], self.cluster)
+        return Turns(items, self.counts[3 * index : 3 * index + 3])
 
 
 def new_turns(
-    max_tiles: int,
-    num_columns: int,
-    chunk: int | None = None,
-    *,
-    cluster: int,
-    parts: int = 1,
+    max_tiles: int, num_columns: int, chunk: int | None = None, *, parts: int = 1
 ) -> Turns:
     """Memory for the turns of up to that many M-tiles and that many column tiles."""
     import cupy as cp
 
-    turns = parts * most_turns(-(-max_tiles // parts), num_columns, chunk, cluster=cluster)
-    memory = cp.empty(turns * cluster * work_item_dtype.itemsize, cp.uint8)
-    return Turns(memory, cp.empty(3 * parts, cp.int32), cluster, parts)
+    items = 2 * parts * most_turns(-(-max_tiles // parts), num_columns, chunk)
+    memory = cp.empty(items * work_item_dtype.itemsize, cp.uint8)
+    return Turns(memory, cp.empty(3 * parts, cp.int32), parts)
 
 
 def turns_record(
@@ -82,11 +74,10 @@ def turns_record(
     _set_turns(record.fields, turns)
     record.fields["num_columns"], record.fields["backwards"] = num_columns, backwards
     record.fields["chunk"] = chunk or num_columns
-    turn_bytes = turns.cluster * work_item_dtype.itemsize
+    turn_bytes = 2 * work_item_dtype.itemsize
     record.fields["num_parts"] = turns.num_parts
     record.fields["part_turns"] = turns.items.size // turns.num_parts // turn_bytes
-    record.fields["group"] = whole_group(group or num_columns, turns.cluster)
-    record.fields["cluster"] = turns.cluster
+    record.fields["group"] = group or num_columns
     return record
 
 
@@ -97,11 +88,10 @@ def order_turns(tiles: Tiles, num_columns: int, **how: Any) -> Turns:
 
     Args:
         how: backwards, chunk and group, as in `make_turns`; parts: how many, each of which is a
-            `Turns.part`; cluster: None: of `cluster_size`.
+            `Turns.part`.
     """
-    parts, cluster = how.pop("parts", 1), how.pop("cluster", None) or cluster_size()
-    tiles_of_part = len(tiles.tile_order)
-    turns = new_turns(tiles_of_part, num_columns, how.get("chunk"), cluster=cluster, parts=parts)
+    parts = how.pop("parts", 1)
+    turns = new_turns(len(tiles.tile_order), num_columns, how.get("chunk"), parts=parts)
     record = turns_record(turns, num_columns, **how)
     tables = Record(planned_tiles_dtype)
     for name in "tile_order num_tiles tile_expert expert_offsets expert_rows".split():
@@ -109,27 +99,6 @@ def order_turns(tiles: Tiles, num_columns: int, **how: Any) -> Turns:
     (kernel,) = load_kernels("schedule/turns.cu", "turns")
     kernel((_TURNS_BLOCKS,), _TURNS_THREADS, record, tables)
     return turns
-
-
-def cluster_size() -> int:
-    """CTAs that share operands, of this thread's kernels. Four read a quarter less from the cache
-    than two, where all SMs have room in clusters of four."""
-    import cupy as cp
-
-    return _cluster_size(num_sms(), cp.cuda.Device().id, cp.cuda.get_current_stream().ptr)
-
-
-@functools.cache
-def _cluster_size(sms: int, device_id: int, stream: int) -> int:
-    """Tried out: which SMs belong together is not told. Waits for the stream."""
-    import cupy as cp
-
-    if sms % 4:
-        return 2
-    (kernel,) = load_kernels("schedule/residency.cu", "residency")
-    counts = cp.zeros(2, cp.uint32)
-    kernel((sms,), 1, np.uint64(counts.data.ptr), shared_bytes=SHARED_BYTES)
-    return 2 if int(counts[1]) else 4
 
 
 def group_of(inner: int) -> int:
@@ -156,19 +125,11 @@ class GroupedGemm:
     Args:
         activation: of cometrt.activations, or None for none.
         write_z: also write what the activation is applied to (rounded; out has its bits).
-        cluster: that of its turns; None: of `cluster_size`.
     """
 
-    def __init__(
-        self,
-        activation: str | None = None,
-        *,
-        write_z: bool = False,
-        cluster: int | None = None,
-    ) -> None:
+    def __init__(self, activation: str | None = None, *, write_z: bool = False) -> None:
         self.gated = activation is not None and is_gated(activation)
-        self._cluster = cluster or cluster_size()
-        self._kernel = _kernel(activation, write_z, self._cluster)
+        self._kernel = _kernel(activation, write_z)
 
     def column_tiles(self, b_rows: int) -> int:
         """N-tiles of a result, for `order_turns`; b_rows: b's second extent."""
@@ -188,14 +149,12 @@ class GroupedGemm:
         """
         params = gemm_record(turns, a.shape[1], out.shape[1])
         arguments = gemm_arguments(params, a, b, out, z, gated=self.gated)
-        assert turns.cluster == self._cluster
-        grid = gemm_grid(self._cluster, sms)
-        self._kernel(grid, THREADS, *arguments, shared_bytes=SHARED_BYTES)
+        self._kernel(gemm_grid(sms), THREADS, *arguments, shared_bytes=SHARED_BYTES)
 
 
-def gemm_grid(cluster: int, sms: int | None = None) -> tuple[int]:
-    """That many SMs, or all; CTAs come in clusters."""
-    return ((num_sms() if sms is None else sms) // cluster * cluster,)
+def gemm_grid(sms: int | None = None) -> tuple[int]:
+    """That many SMs, or all; CTAs come in pairs."""
+    return ((num_sms() if sms is None else sms) // 2 * 2,)
 
 
 def gemm_record(turns: Turns, inner: int, columns: int) -> Record:
@@ -228,9 +187,9 @@ def gemm_arguments(
 _OUT, _Z = (Record(gemm_params).place(name) for name in ("out", "z"))
 
 
-def _kernel(activation: str | None, write_z: bool, cluster: int) -> Kernel:
+def _kernel(activation: str | None, write_z: bool) -> Kernel:
     number = -1 if activation is None else list(ACTIVATIONS).index(activation)
-    defines = (("ACTIVATION", number), ("WRITE_Z", int(write_z)), ("CLUSTER", cluster))
+    defines = (("ACTIVATION", number), ("WRITE_Z", int(write_z)))
     (kernel,) = load_kernels("gemm/forward.cu", "gemm", defines=defines)
     kernel.allow_shared(SHARED_BYTES)
     return kernel

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from cometrt.cuda.engine import GroupedGemm, cluster_size, layer_groups, new_turns, turns_record
+from cometrt.cuda.engine import GroupedGemm, layer_groups, new_turns, turns_record
 from cometrt.cuda.gemm import ExpertGemm
 from cometrt.kernels.launch import load_kernels
 from cometrt.kernels.params import Record, activation_params, geometry_record
 from cometrt.plan import Plan, PlanShape
-from cometrt.plan.turns import CLUSTER_SIZES
 from cometrt.specs import Gradients
 from cometrt.world.partitions import num_sms
 
@@ -32,15 +31,13 @@ class EngineExperts:
 
     def __init__(self, shape: PlanShape, parts: int = 1) -> None:
         geometry, activation = shape.geometry, shape.geometry.spec.activation
-        # Beside rows that are moved a part has no whole clusters of four.
-        n = cluster_size() if parts == 1 else CLUSTER_SIZES[0]
-        self._up = {z: GroupedGemm(activation, write_z=z, cluster=n) for z in (False, True)}
-        self._down = GroupedGemm(cluster=n)
+        self._up = {z: GroupedGemm(activation, write_z=z) for z in (False, True)}
+        self._down = GroupedGemm()
         up = self._up[True].column_tiles(geometry.up_columns)
         down = self._down.column_tiles(geometry.spec.hidden)
         up_group, down_group = layer_groups(shape)
-        up_turns = new_turns(shape.max_tiles, up, cluster=n, parts=parts)
-        down_turns = new_turns(shape.max_tiles, down, cluster=n, parts=parts)
+        up_turns = new_turns(shape.max_tiles, up, parts=parts)
+        down_turns = new_turns(shape.max_tiles, down, parts=parts)
         self._up_parts = [up_turns.part(index) for index in range(parts)]
         self._down_parts = [down_turns.part(index) for index in range(parts)]
         self.up_turns = turns_record(up_turns, up, group=up_group)

@@ -10,7 +10,6 @@ from cometrt.activations import ACTIVATIONS
 from cometrt.cuda.engine import (
     SHARED_BYTES,
     THREADS,
-    cluster_size,
     gemm_arguments,
     gemm_grid,
     gemm_record,
@@ -55,17 +54,16 @@ class FusedForward:
         chunk = -(-config.chunks(spec.hidden)[0][1] // BLOCK_N)
         up = column_tiles(width, gated=spec.gated)
         down = column_tiles(spec.hidden, gated=False)
-        groups, cluster = layer_groups(shape), cluster_size()
+        groups = layer_groups(shape)
         turns = (
-            new_turns(shape.max_tiles, up, cluster=cluster),
-            new_turns(shape.max_tiles, down, chunk, cluster=cluster),
+            new_turns(shape.max_tiles, up),
+            new_turns(shape.max_tiles, down, chunk),
         )
         self._turns = turns
         self.up_turns = turns_record(turns[0], up, group=groups[0])
         self.down_turns = turns_record(turns[1], down, backwards=True, chunk=chunk, group=groups[1])
         self._up_params = gemm_record(turns[0], spec.hidden, width)
         self._down_params = gemm_record(turns[1], width, spec.hidden)
-        self._cluster = cluster
         self._activation = list(ACTIVATIONS).index(spec.activation)
         self.kernels = self.load_kernels()
         sizes = (shape.max_tiles, shape.max_tiles * num_chunks, 1 + 2 * num_chunks)
@@ -73,19 +71,19 @@ class FusedForward:
         self.tile_done = self.tile_counters[sizes[0] :]
         self.taken = self.tile_done[sizes[1] :]
         self._pull_pace, self._push_pace = pull_pace, push_pace
-        self.grid = gemm_grid(cluster)
+        self.grid = gemm_grid()
         self._num_comm0 = num_movers(config.num_comm0, self.grid[0])
         self._num_comm1 = num_movers(config.num_comm1, self.grid[0])
 
     def load_kernels(self, *, trace: bool = False) -> FusedKernels:
         """Before any of them waits for a peer."""
-        built = (("CLUSTER", self._cluster), *((("TRACE", 1),) if trace else ()))
+        traced = (("TRACE", 1),) if trace else ()
         layer0: list[Kernel] = []
         for z in (0, 1):
-            defines = (("ACTIVATION", self._activation), ("WRITE_Z", z), *built)
+            defines = (("ACTIVATION", self._activation), ("WRITE_Z", z), *traced)
             layer0 += load_kernels("fused/layer0.cu", "layer0", defines=defines)
             layer0[z].allow_shared(_LAYER0_BYTES)
-        (layer1,) = load_kernels("fused/layer1.cu", "layer1", defines=built)
+        (layer1,) = load_kernels("fused/layer1.cu", "layer1", defines=traced)
         layer1.allow_shared(_LAYER1_BYTES)
         return FusedKernels(tuple(layer0), layer1)
 

@@ -127,9 +127,7 @@ turns_params = np.dtype(
     [(name, np.uint64) for name in "items num_turns progress".split()]
     + [
         (name, np.int32)
-        for name in (
-            "num_columns cluster backwards chunk group num_parts part_turns unused"
-        ).split()
+        for name in "num_columns backwards chunk group num_parts part_turns".split()
     ]
 )
 part_dtype = np.dtype([("block_position", np.uint64), ("index", np.int32), ("count", np.int32)])

@@ -1,8 +1,8 @@
-"""The order of a GEMM's tiles as data: what each cluster of CTAs computes, turn by turn.
+"""The order of a GEMM's tiles as data: what each cluster of two CTAs computes, turn by turn.
 
-The CTAs of a turn take neighbouring tiles, so that they read operands in common: M-tiles of one
-expert by column tiles. What two or more of them read is loaded half by one and half by another,
-for all of them.
+Both CTAs of a turn read one operand in common, which each then loads half of for both: two
+M-tiles of one expert against the same columns of its weights, or one M-tile against two
+neighbouring column tiles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from cometrt.plan.config import ENGINE_BLOCK_M, ENGINE_BLOCK_N
 from cometrt.plan.tables import Plan
 
 BLOCK_M, BLOCK_N = ENGINE_BLOCK_M, ENGINE_BLOCK_N
-CLUSTER_SIZES = (2, 4)
 _KEPT_BYTES = 20 << 20  # of the cache, for weights that are read again
 
 work_item_dtype = np.dtype(
@@ -26,7 +25,7 @@ work_item_dtype = np.dtype(
         ("column", np.int32),  # N-tile
         ("expert", np.int32),
         ("rows", np.uint16),  # of the M-tile, without pads
-        ("loads", np.uint16),  # of `_loads`
+        ("loads", np.uint16),  # of `_loads`: of A in bits 0 and 1, of B in 2 and 3
     ]
 )
 
@@ -36,11 +35,9 @@ def column_tiles(columns: int, *, gated: bool) -> int:
     return -(-columns // (BLOCK_N // 2 if gated else BLOCK_N))
 
 
-def most_turns(
-    max_tiles: int, num_columns: int, chunk: int | None = None, *, cluster: int = 2
-) -> int:
+def most_turns(max_tiles: int, num_columns: int, chunk: int | None = None) -> int:
     """Turns of the worst order: every M-tile alone, in every walk over a chunk."""
-    return max_tiles * sum(-(-len(part) // cluster) for part in _pieces(range(num_columns), chunk))
+    return max_tiles * sum(-(-len(part) // 2) for part in _pieces(range(num_columns), chunk))
 
 
 def part_begin(num_tiles: int, index: int, count: int) -> int:
@@ -68,7 +65,6 @@ def make_turns(
     plan: Plan,
     num_columns: int,
     *,
-    cluster: int = 2,
     backwards: bool = False,
     chunk: int | None = None,
     group: int | None = None,
@@ -77,22 +73,20 @@ def make_turns(
     """The specification of kernels_cu/schedule/turns.cu.
 
     The plan's order is cut into stretches where the expert changes. M-tiles of a stretch of more
-    than 64 rows go in pairs; a turn is a pair by `cluster` / 2 column tiles. All pairs take the
-    first group of column tiles, then the next, so that the weights of a group serve all of them
-    while they are in the cache. A column tile that is left over is taken by two pairs a turn. Last,
-    M-tiles that are left over take `cluster` column tiles a turn.
+    than 64 rows go in pairs. All pairs take the first group of column tiles, one a turn, then the
+    next group, so that the weights of a group serve all of them while they are in the cache. Last,
+    M-tiles that are left over take two column tiles a turn.
 
     Args:
         plan: made with block_m = 128.
         num_columns: of `column_tiles`.
-        cluster: CTAs of a turn, of CLUSTER_SIZES.
         backwards: walk the order from its end.
         chunk: walk all of it once for each so many column tiles; None: once for all.
         group: column tiles of a group, within a chunk; see `best_group`. None: all of them.
         part: index and number of even parts, in layer0's order; only this one's tiles.
 
     Returns:
-        [turns, cluster] of work_item_dtype.
+        [turns, 2] of work_item_dtype.
     """
     order = plan.layer0_tiles()
     index, count = part
@@ -101,11 +95,9 @@ def make_turns(
     items: list[tuple[int, ...]] = []
     for columns in _pieces(range(num_columns), chunk):
         for expert, tiles in itertools.groupby(order, key=lambda tile: int(plan.tile_expert[tile])):
-            for some_tiles, some_columns in _walk(
-                plan, expert, list(tiles), columns, cluster, group
-            ):
-                items += _turn(plan, expert, some_tiles, some_columns, cluster)
-    return np.array(items, work_item_dtype).reshape(-1, cluster)
+            for some_tiles, some_columns in _walk(plan, expert, list(tiles), columns, group):
+                items += _turn(plan, expert, some_tiles, some_columns)
+    return np.array(items, work_item_dtype).reshape(-1, 2)
 
 
 def _pieces(columns: range, size: int | None) -> list[range]:
@@ -119,54 +111,41 @@ def _rows(plan: Plan, expert: int, tile: int) -> int:
 
 
 def _walk(
-    plan: Plan, expert: int, tiles: list[int], columns: range, cluster: int, group: int | None
+    plan: Plan, expert: int, tiles: list[int], columns: range, group: int | None
 ) -> Iterator[tuple[list[int], range]]:
     """M-tiles and column tiles of each turn of a stretch."""
     large = [tile for tile in tiles if _rows(plan, expert, tile) > BLOCK_M // 2]
     pairs = [large[i : i + 2] for i in range(0, len(large) - 1, 2)]
-    step = cluster // 2
-    even = columns[: len(columns) // step * step]
-    for some in _pieces(even, None if group is None else whole_group(group, cluster)):
+    for some in _pieces(columns, group):
         for pair in pairs:
-            for both in _pieces(some, step):
-                yield pair, both
-    for i in range(0, len(pairs) if len(even) < len(columns) else 0, 2):
-        yield [tile for pair in pairs[i : i + 2] for tile in pair], columns[-1:]
+            for column in _pieces(some, 1):
+                yield pair, column
     paired = [tile for pair in pairs for tile in pair]
     for tile in tiles:
         if tile not in paired:
-            for some in _pieces(columns, cluster):
+            for some in _pieces(columns, 2):
                 yield [tile], some
 
 
-def whole_group(group: int, cluster: int) -> int:
-    """The group that is walked: a multiple of what a turn takes."""
-    step = cluster // 2
-    return max(step, group // step * step)
-
-
-def _turn(
-    plan: Plan, expert: int, tiles: list[int], columns: range, cluster: int
-) -> list[tuple[int, ...]]:
-    """Its items, tile by tile; CTAs that are left over have nothing to do."""
+def _turn(plan: Plan, expert: int, tiles: list[int], columns: range) -> list[tuple[int, ...]]:
+    """Both CTAs' items; one that is left over has nothing to do."""
     items: list[tuple[int, ...]] = []
     for m, tile in enumerate(tiles):
         rows = _rows(plan, expert, tile)
         for n, column in enumerate(columns):
-            with_a = sum(1 << (m * len(columns) + i) for i in range(len(columns)))
-            with_b = sum(1 << (i * len(columns) + n) for i in range(len(tiles)))
-            loads = _loads(n, with_a, two_halves=rows > BLOCK_M // 2) | _loads(m, with_b) << 6
-            items.append((tile, column, expert, rows, loads))
-    return items + [(-1, 0, 0, 0, 0)] * (cluster - len(items))
+            a = _loads(n, len(columns), first_only=rows <= BLOCK_M // 2)
+            items.append((tile, column, expert, rows, a | _loads(m, len(tiles)) << 2))
+    return items + [(-1, 0, 0, 0, 0)] * (2 - len(items))
 
 
-def _loads(place: int, ctas: int, *, two_halves: bool = True) -> int:
-    """What a CTA loads of an operand, 6 bits: 0 to 3, for whom (a bit a CTA); 4 and 5, its halves.
+def _loads(place: int, readers: int, *, first_only: bool = False) -> int:
+    """What a CTA loads of an operand: 3, all there is, for itself; else 1, the first half for both
+    CTAs, 2, the second half for both, or 0.
 
     Args:
-        place: among the CTAs that read it.
-        ctas: those, a bit each.
-        two_halves: else there is only the first.
+        place: among its readers.
+        first_only: there is no second half.
     """
-    halves = 3 if ctas.bit_count() == 1 else (1, 2, 0, 0)[place]
-    return ctas | (halves if two_halves else halves & 1) << 4
+    if readers == 1:
+        return 3
+    return (1, 0 if first_only else 2)[place]

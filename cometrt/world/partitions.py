@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 from cometrt.errors import CometError
 
-_MAX_POTENTIAL_CLUSTER_SIZE = 2  # CU_DEV_SM_RESOURCE_SPLIT_MAX_POTENTIAL_CLUSTER_SIZE
-
 
 class Partition(NamedTuple):
     """A stream, and the number of SMs that its kernels run on."""
@@ -58,12 +56,7 @@ def split_gpu(count: int, device_id: int = 0) -> list[Partition]:
     num_sms = whole.sm.smCount // count // 8 * 8
     if num_sms < 8:
         raise CometError(f"{whole.sm.smCount} SMs are too few for {count} partitions of 8 or more")
-    # Such that clusters have room, where there are as many partitions of that kind.
-    for flags in (_MAX_POTENTIAL_CLUSTER_SIZE, 0):
-        split = driver.cuDevSmResourceSplitByCount(count, whole, flags, num_sms)
-        if int(split[0]) == 0 and int(split[2]) >= count:
-            break
-    groups, found, _ = check(split)
+    groups, found, _ = check(driver.cuDevSmResourceSplitByCount(count, whole, 0, num_sms))
     if found < count:
         raise CometError(f"the GPU gives {found} partitions of {num_sms} SMs (wanted {count})")
     partitions = []

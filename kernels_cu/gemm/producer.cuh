@@ -19,31 +19,31 @@ struct Operands {
         b_policy(cache_policy<Keep::kLong>()) {}
 };
 
-// This CTA's part of what the tile reads, also for others of the cluster.
+// This CTA's part of what the tile reads.
 template <bool kGated>
 __device__ inline void load_slot(Slot& slot, u64* full, const Operands& maps, const WorkItem& item,
                                  int c0) {
   const int row = item.tile * BLOCK_M;
-  const Load a = item.a(), b = item.b();
-  if (a.halves() == 3) {
-    tensor_load_4d(slot.a, maps.a, c0, row, 0, 0, full, maps.a_policy);
-  } else if (a.halves() != 0) {
-    const int half = a.halves() - 1;
-    tensor_load_4d_multicast(slot.a[half], maps.a_half, c0, row + half * kHalfM, 0, 0, full,
-                             a.ctas(), maps.a_policy);
+  if (item.a() == kLoadsAll) {
+    const TensorMap* map = item.rows > kHalfM ? maps.a : maps.a_half;
+    tensor_load_4d(slot.a, map, c0, row, 0, 0, full, maps.a_policy);
+  } else if (item.a() != kLoadsNone) {
+    const int half = item.a() - kLoadsFirst;
+    tensor_load_4d_multicast(slot.a[half], maps.a_half, c0, row + half * kHalfM, 0, 0, full, 0b11,
+                             maps.a_policy);
   }
   const auto column = [&](int half) {
     return kGated ? item.column * kHalfN : item.column * BLOCK_N + half * kHalfN;
   };
-  if (b.halves() == 3) {
+  if (item.b() == kLoadsAll) {
     for (int half = 0; half < 2; ++half) {
       tensor_load_4d(slot.b[half], maps.b, c0, column(half), kGated ? half : 0, item.expert, full,
                      maps.b_policy);
     }
-  } else if (b.halves() != 0) {
-    const int half = b.halves() - 1;
+  } else {
+    const int half = item.b() - kLoadsFirst;
     tensor_load_4d_multicast(slot.b[half], maps.b, c0, column(half), kGated ? half : 0, item.expert,
-                             full, b.ctas(), maps.b_policy);
+                             full, 0b11, maps.b_policy);
   }
 }
 

@@ -2,8 +2,8 @@
 //
 //   out[rows of an M-tile, columns of an N-tile] = a[rows, :] b[expert, columns, :]^T
 //
-// The CTAs of a cluster take neighbouring tiles, so that they read operands in common: one loads
-// half of it, another the other half, for all that read it. Macro: CLUSTER, 2 or 4.
+// Two CTAs form a cluster and take neighbouring tiles, so that one of their operands is the same:
+// each loads half of it, for both.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,34 +15,26 @@ namespace cometrt {
 constexpr int BLOCK_M = 128, BLOCK_N = 256, BLOCK_K = 64;
 constexpr int kWarpgroups = 2;  // that multiply: each has 64 rows of the tile, and all columns
 constexpr int kHalfM = BLOCK_M / kWarpgroups, kHalfN = BLOCK_N / 2;
-#ifndef CLUSTER
-#define CLUSTER 2
-#endif
-constexpr int kStages = 4, kClusterSize = CLUSTER;
+constexpr int kStages = 4, kClusterSize = 2;
 constexpr int kThreads = 128 * (1 + kWarpgroups);  // the first warpgroup loads
 constexpr int kSlabRows = 8, kSlabColumns = 64;
 constexpr int kTurnsAhead = 2;
 constexpr int kMoverWarps = 2;  // of the first warpgroup, in the fused kernels: they move rows
 
-// What a CTA loads of an operand: of its two halves none, one or both, for which CTAs.
-struct Load {
-  u32 bits;
+// What a CTA loads of an operand: a half for both CTAs, or all of it for itself.
+enum Loads : u32 { kLoadsNone, kLoadsFirst, kLoadsSecond, kLoadsAll };
 
-  __device__ u16 ctas() const { return bits & 0xf; }  // one bit each
-  __device__ u32 halves() const { return bits >> 4 & 3; }
-};
-
-// One CTA's tile; a list of them, kClusterSize for each turn of a cluster, is written by schedule/.
-// Mirrored by work_item_dtype in cometrt/plan/turns.py.
+// One CTA's tile; a list of them, two for each turn of a cluster, is written by schedule/. Mirrored
+// by work_item_dtype in cometrt/plan/turns.py.
 struct WorkItem {
-  int tile;    // M-tile; -1: nothing to do, while a neighbour has
+  int tile;    // M-tile; -1: nothing to do, while the neighbour has
   int column;  // N-tile
   int expert;
   u16 rows;   // of the M-tile that are not padding
-  u16 loads;  // 6 bits for A, 6 for B
+  u16 loads;  // Loads of A in bits 0 and 1, of B in 2 and 3
 
-  __device__ Load a() const { return {loads & 0x3fu}; }
-  __device__ Load b() const { return {loads >> 6 & 0x3fu}; }
+  __device__ u32 a() const { return loads & 3; }
+  __device__ u32 b() const { return loads >> 2 & 3; }
 };
 
 // Mirrored by gemm_params.

@@ -19,10 +19,10 @@ struct TurnsParams {
   WorkItem* items;
   int *num_turns, *progress;
   // chunk: column tiles for which the whole order is walked; group: those, within a chunk, that all
-  // pairs of a stretch take before the next ones, a multiple of cluster / 2.
-  int num_columns, cluster, backwards, chunk, group;
+  // pairs of a stretch take before the next ones.
+  int num_columns, backwards, chunk, group;
   // Parts of the order, a list of turns each: room for part_turns in `items`, counts 3 words on.
-  int num_parts, part_turns, unused;
+  int num_parts, part_turns;
 };
 
 // Positions of a part of the plan's order, which begins at `first`.
@@ -41,26 +41,32 @@ struct Order {
   }
 };
 
-// The stretch of one expert's tiles around a position. At most one of them, the expert's last, has
-// no more than 64 rows: all others are large.
+// The stretch of one expert's tiles around a position. Its tiles are neighbours, in order, and
+// all of more than 64 rows but for the expert's last.
 struct Stretch {
-  int begin, size, small;  // small: its position, or -1
+  int begin, size, small;  // small: the position of a tile of no more rows, or -1
 
-  __device__ Stretch(const Order& order, int position) : begin(position), small(-1) {
-    const int expert = order.expert(position), rows = order.tiles.expert_rows[expert];
-    const int last = (order.tiles.expert_offsets[expert] + rows - 1) / BLOCK_M;
-    const bool has_small = (rows - 1) % BLOCK_M < kHalfM;
-    int end = position;
-    const auto take = [&](int at) {
-      if (at < 0 || at >= order.num_tiles) return false;
-      const int tile = order.tile(at);
-      if (order.tiles.tile_expert[tile] != expert) return false;
-      if (has_small && tile == last) small = at;
-      return true;
+  __device__ Stretch(const Order& order, int position) {
+    const int tile = order.tile(position), expert = order.expert(position);
+    const int first = order.tiles.expert_offsets[expert] / BLOCK_M;
+    const int last = first + (order.tiles.expert_rows[expert] - 1) / BLOCK_M;
+    // How far the stretch goes on from here, by halving.
+    const auto extent = [&](int direction) {
+      const int step = order.backwards ? -direction : direction;
+      int low = 0, high = step > 0 ? last - tile : tile - first;
+      high = min(high, direction > 0 ? order.num_tiles - 1 - position : position);
+      while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        const bool same = order.tile(position + direction * middle) == tile + step * middle;
+        low = same ? middle : low;
+        high = same ? high : middle - 1;
+      }
+      return low;
     };
-    while (take(end)) ++end;
-    while (take(begin - 1)) --begin;
-    size = end - begin;
+    begin = position - extent(-1);
+    size = position + extent(1) + 1 - begin;
+    const int end = order.backwards ? begin : begin + size - 1;
+    small = order.rows(end) <= kHalfM ? end : -1;
   }
   __device__ int pairs() const { return (size - (small >= 0)) / 2; }
   __device__ int singles() const { return size - 2 * pairs(); }
@@ -68,90 +74,50 @@ struct Stretch {
   __device__ int large_before(int position) const {
     return position - begin - (small >= 0 && small < position);
   }
+  // A single takes two column tiles a turn.
+  __device__ int turns(int columns) const {
+    return pairs() * columns + singles() * ((columns + 1) / 2);
+  }
 };
 
-// The turns of a stretch for `columns` column tiles: of its pairs, of the column tile that these
-// leave over, of its singles.
-struct Counts {
-  int of_pairs, of_rest, of_singles;
-
-  __device__ Counts(const Stretch& stretch, int columns, int cluster) {
-    const int step = cluster / 2;
-    of_pairs = stretch.pairs() * (columns / step);
-    of_rest = columns % step ? (stretch.pairs() + 1) / 2 : 0;
-    of_singles = stretch.singles() * ((columns + cluster - 1) / cluster);
-  }
-  __device__ int all() const { return of_pairs + of_rest + of_singles; }
-};
-
-// What a CTA loads of an operand: `place` among the CTAs that read it, a bit each in `ctas`.
-__device__ inline u32 loads_of(int place, u32 ctas, bool two_halves) {
-  const u32 shared = place < 2 ? 1 + place : 0, halves = (ctas & (ctas - 1)) == 0 ? 3 : shared;
-  return ctas | (two_halves ? halves : halves & 1) << 4;
-}
-
-// A turn is `tiles` M-tiles by `columns` column tiles; writes those of its m-th tile.
-__device__ inline void write_tile(const Order& order, int position, int m, int tiles, int first,
-                                  int columns, WorkItem* turn) {
-  const int tile = order.tile(position), rows = order.rows(position);
-  const u32 row_ctas = (1u << columns) - 1;
-  u32 column_ctas = 0;
-  for (int i = 0; i < tiles; ++i) column_ctas |= 1u << i * columns;
-  for (int n = 0; n < columns; ++n) {
-    const u32 a = loads_of(n, row_ctas << m * columns, rows > kHalfM);
-    const u32 b = loads_of(m, column_ctas << n, true);
-    turn[m * columns + n] = {tile, first + n, order.expert(position), static_cast<u16>(rows),
-                             static_cast<u16>(a | b << 6)};
-  }
-}
-
-__device__ inline void write_idle(WorkItem* turn, int begin, int end) {
-  for (int i = begin; i < end; ++i) turn[i] = {-1, 0, 0, 0, 0};
+__device__ inline WorkItem item_of(const Order& order, int position, int column, u32 a, u32 b) {
+  const int tile = order.tile(position);
+  return {tile, column, order.expert(position), static_cast<u16>(order.rows(position)),
+          static_cast<u16>(a | b << 2)};
 }
 
 // The turns of the pair that ends at this position, if one does, or of its single tile, for column
 // tiles [first, first + columns), of which the stretch's begin at `turns`.
-__device__ inline void write_position(const TurnsParams& p, const Order& order,
-                                      const Stretch& stretch, int position, int first, int columns,
-                                      WorkItem* turns) {
-  const int cluster = p.cluster, step = cluster / 2, pairs = stretch.pairs();
-  const int index = stretch.large_before(position), whole = columns / step * step;
-  const Counts counts(stretch, columns, cluster);
-  const bool is_small = position == stretch.small;
-  if (!is_small && index < 2 * pairs) {
+__device__ inline void write_position(const Order& order, const Stretch& stretch, int position,
+                                      int first, int columns, int group, WorkItem* turns) {
+  const int pairs = stretch.pairs(), index = stretch.large_before(position);
+  if (position != stretch.small && index < 2 * pairs) {
     if (index % 2 == 0) return;
-    const int pair = index / 2, mate = position - 1 == stretch.small ? position - 2 : position - 1;
-    for (int done = 0; done < whole; done += p.group) {
-      const int here = min(p.group, whole - done);
-      WorkItem* turn = turns + (pairs * (done / step) + pair * (here / step)) * cluster;
-      for (int column = first + done; column < first + done + here; column += step) {
-        write_tile(order, mate, 0, 2, column, step, turn);
-        write_tile(order, position, 1, 2, column, step, turn);
-        turn += cluster;
+    const int mate = position - 1 == stretch.small ? position - 2 : position - 1;
+    for (int done = 0; done < columns; done += group) {
+      const int here = min(group, columns - done);
+      WorkItem* turn = turns + 2 * (pairs * done + index / 2 * here);
+      for (int column = first + done; column < first + done + here; ++column, turn += 2) {
+        turn[0] = item_of(order, mate, column, kLoadsAll, kLoadsFirst);
+        turn[1] = item_of(order, position, column, kLoadsAll, kLoadsSecond);
       }
-    }
-    if (whole < columns) {
-      WorkItem* turn = turns + (counts.of_pairs + pair / 2) * cluster;
-      const int m = pair % 2 * 2, tiles = pair % 2 == 0 && pair == pairs - 1 ? 2 : 4;
-      write_tile(order, mate, m, tiles, first + whole, 1, turn);
-      write_tile(order, position, m + 1, tiles, first + whole, 1, turn);
-      if (tiles == 2) write_idle(turn, 2, cluster);
     }
     return;
   }
   const int before = (stretch.small >= 0 && stretch.small < position) + max(0, index - 2 * pairs);
-  const int each = counts.of_singles / stretch.singles();
-  WorkItem* turn = turns + (counts.of_pairs + counts.of_rest + before * each) * cluster;
-  for (int done = 0; done < columns; done += cluster, turn += cluster) {
-    const int here = min(cluster, columns - done);
-    write_tile(order, position, 0, 1, first + done, here, turn);
-    write_idle(turn, here, cluster);
+  const u32 second = position == stretch.small ? kLoadsNone : kLoadsSecond;
+  WorkItem* turn = turns + 2 * (pairs * columns + before * ((columns + 1) / 2));
+  for (int column = first; column < first + columns; column += 2, turn += 2) {
+    const bool both = column + 1 < first + columns;
+    turn[0] = item_of(order, position, column, both ? kLoadsFirst : kLoadsAll, kLoadsAll);
+    turn[1] =
+        both ? item_of(order, position, column + 1, second, kLoadsAll) : WorkItem{-1, 0, 0, 0, 0};
   }
 }
 
 __device__ inline void write_part(const TurnsParams& p, const Order& order, int part, int block,
                                   int blocks, int* shared) {
-  WorkItem* items = p.items + static_cast<long long>(p.cluster) * part * p.part_turns;
+  WorkItem* items = p.items + 2ll * part * p.part_turns;
   int before = 0;
   for (int column = 0; column < p.num_columns; column += p.chunk) {
     const int columns = min(p.chunk, p.num_columns - column);
@@ -159,13 +125,12 @@ __device__ inline void write_part(const TurnsParams& p, const Order& order, int 
       const int position = first + threadIdx.x;
       const bool used = position < order.num_tiles;
       const Stretch stretch(order, used ? position : first);
-      const int turns = Counts(stretch, columns, p.cluster).all();
+      const int turns = stretch.turns(columns);
       const int mine = used && stretch.begin == position ? turns : 0;
       int total;
       const int base = before + block_scan(mine, shared, &total) + mine - turns;
       if (used && position / 2 % blocks == block) {
-        write_position(p, order, stretch, position, column, columns,
-                       items + static_cast<long long>(p.cluster) * base);
+        write_position(order, stretch, position, column, columns, p.group, items + 2ll * base);
       }
       before += total;
     }

@@ -18,15 +18,16 @@ EDGES = (0, 1, 63, 64, 65, 127, 129, 0)
 
 
 def tiles_of(rows, seed=0):
-    """Tables of a plan whose experts have these rows, tiles in a random order of runs."""
+    """Tables of a plan whose experts have these rows."""
     rng = np.random.default_rng(seed)
     num_tiles = [-(-n // 128) for n in rows]
     offsets = np.concatenate([[0], np.cumsum(num_tiles)]) * 128
     expert = np.repeat(np.arange(len(rows)), num_tiles)
-    order = np.arange(len(expert))
-    if len(order) > 2:  # two passes over the experts, as with two ring distances
-        late = np.isin(order % 5, rng.integers(0, 5, 2))
-        order = np.concatenate([order[~late], order[late]])
+    # Two passes over the experts, as with two waves: of each some tiles, then the rest.
+    cut = rng.integers(0, np.array(num_tiles, int) + 1)
+    index = np.arange(len(expert)) - np.repeat(offsets[:-1] // 128, num_tiles)
+    late = index >= cut[expert] if len(expert) else np.zeros(0, bool)
+    order = np.concatenate([np.flatnonzero(~late), np.flatnonzero(late)])
     tables = {
         "tile_order": np.append(order, [-1, -1]),
         "num_tiles": [len(order)],
@@ -53,23 +54,22 @@ def on_gpu(tiles):
     ("backwards", "chunk"), [(False, None), (True, None), (True, 1), (True, 2), (True, 3)]
 )
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("cluster", [2, 4])
 @pytest.mark.parametrize("group", [None, 2, 3])
 @pytest.mark.parametrize("columns", [1, 2, 5, 16])
 @pytest.mark.parametrize("rows", [EDGES, (700,), (0, 0), (2048, 1999, 5000, 40)] + [
     tuple(np.random.default_rng(s).integers(0, 700, 40)) for s in range(3)] + [(300,) * 700],
     ids=lambda rows: f"{len(rows)}experts{sum(rows)}rows")  # fmt: skip
-def test_turns_are_those_of_numpy(rows, columns, cluster, group, parts, backwards, chunk):
+def test_turns_are_those_of_numpy(rows, columns, group, parts, backwards, chunk):
     from cometrt.cuda.engine import order_turns
 
     tiles = tiles_of(rows, seed=len(rows))
-    how = {"backwards": backwards, "cluster": cluster, "chunk": chunk, "group": group}
+    how = {"backwards": backwards, "chunk": chunk, "group": group}
     all_turns = order_turns(on_gpu(tiles), columns, parts=parts, **how)
     for index in range(parts):
         expected = make_turns(tiles, columns, part=(index, parts), **how)
         turns = all_turns.part(index)
         assert turns.counts.tolist() == [len(expected), 0, 0]
-        found = turns.items.get().view(work_item_dtype).reshape(-1, cluster)[: len(expected)]
+        found = turns.items.get().view(work_item_dtype).reshape(-1, 2)[: len(expected)]
         assert (found == expected).all()
 
 

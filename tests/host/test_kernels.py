@@ -17,7 +17,6 @@ from cometrt.kernels import compiler
 from cometrt.kernels.compiler import compile_cubin, kernels_folder
 from cometrt.kernels.params import MIRRORS, TRACE_LANES, trace_lane_dtype
 from cometrt.plan.config import MOST_TERMS
-from cometrt.plan.turns import CLUSTER_SIZES
 from tests.launch import ROOT
 
 pytest.importorskip("cuda.bindings", reason="needs NVRTC")
@@ -25,16 +24,10 @@ pytest.importorskip("cuda.bindings", reason="needs NVRTC")
 # Macros of what is shipped, where a file is compiled in more ways than one.
 ACTIVATED = [(("ACTIVATION", a), ("WRITE_Z", z)) for a in range(len(ACTIVATIONS)) for z in (0, 1)]
 TRACED = ("TRACE", 1)
-CLUSTERS = [("CLUSTER", size) for size in CLUSTER_SIZES]
 CONFIGURATIONS = {
-    "forward.cu": [
-        (*defines, cluster)
-        for defines in ((("ACTIVATION", -1), ("WRITE_Z", 0)), *ACTIVATED)
-        for cluster in CLUSTERS
-    ],
-    "layer0.cu": [(*defines, cluster) for defines in ACTIVATED for cluster in CLUSTERS]
-    + [(*defines, CLUSTERS[-1], TRACED) for defines in ACTIVATED],
-    "layer1.cu": [(cluster, *traced) for cluster in CLUSTERS for traced in ((), (TRACED,))],
+    "forward.cu": [(("ACTIVATION", -1), ("WRITE_Z", 0)), *ACTIVATED],
+    "layer0.cu": ACTIVATED + [(*defines, TRACED) for defines in ACTIVATED],
+    "layer1.cu": [(), (TRACED,)],
 }
 SOURCES = sorted(kernels_folder().rglob("*.cu")) + sorted((ROOT / "benchmarks").rglob("*.cu"))
 

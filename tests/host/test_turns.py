@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from cometrt.plan.turns import (
     BLOCK_M,
-    CLUSTER_SIZES,
     best_group,
     column_tiles,
     make_turns,
@@ -35,15 +34,14 @@ def plans(draw):
 @given(
     plans(),
     st.integers(1, 9),
-    st.sampled_from(CLUSTER_SIZES),
     st.booleans(),
     st.sampled_from([None, 1, 2, 3]),
     st.sampled_from([None, 1, 2, 3]),
 )
-def test_turns(plan, columns, cluster, backwards, chunk, group):
-    how = {"cluster": cluster, "backwards": backwards, "chunk": chunk, "group": group}
+def test_turns(plan, columns, backwards, chunk, group):
+    how = {"backwards": backwards, "chunk": chunk, "group": group}
     turns = make_turns(plan, columns, **how)
-    assert len(turns) <= most_turns(len(plan.tile_expert), columns, chunk, cluster=cluster)
+    assert len(turns) <= most_turns(len(plan.tile_expert), columns, chunk)
     walks = [item // (chunk or columns) for item in turns[:, 0]["column"].tolist()]
     assert walks == sorted(walks)
     done = [(i["tile"], i["column"]) for turn in turns for i in turn if i["tile"] >= 0]
@@ -72,29 +70,30 @@ def test_turns(plan, columns, cluster, backwards, chunk, group):
 def arriving(turn, cta):
     """Halves of A ("tile") and B ("column") that a CTA gets, from whoever loads them."""
     halves = {"tile": [], "column": []}
-    for other in turn:
-        for name, shift in (("tile", 0), ("column", 6)):
-            load = int(other["loads"]) >> shift & 63
-            if load >> 4 and load >> cta & 1:
-                assert other[name] == turn[cta][name]  # what it loads is its own too
-                halves[name] += [half for half in (0, 1) if load >> 4 + half & 1]
-                assert load >> 4 < 3 or (load & 15).bit_count() == 1  # both halves: for itself
+    for number, item in enumerate(turn):
+        for name, shift in (("tile", 0), ("column", 2)):
+            load = int(item["loads"]) >> shift & 3
+            if load == 3 and number == cta:
+                halves[name] += [0, 1] if name == "column" or item["rows"] > BLOCK_M // 2 else [0]
+            elif load in (1, 2):
+                assert item[name] == turn[cta][name]  # what it loads for both, both read
+                halves[name].append(load - 1)
     return {name: sorted(found) for name, found in halves.items()}
 
 
-def test_a_cluster_reads_less_than_its_tiles():
+def test_two_tiles_read_less_than_two():
     plan = types.SimpleNamespace(
         tile_expert=np.zeros(8, int),
         expert_offsets=np.array([0, 1024]),
         expert_rows=np.array([1024]),
         layer0_tiles=lambda: list(range(8)),
     )
-    for cluster, most in ((2, 0.68), (4, 0.51)):
-        turns = make_turns(plan, 6, cluster=cluster)
-        assert (turns["tile"] >= 0).all()
-        loads = turns["loads"].astype(int)
-        halves = (loads >> 4 & 1) + (loads >> 5 & 1) + 2 * ((loads >> 10 & 1) + (loads >> 11 & 1))
-        assert halves.sum() <= most * 6 * turns.size
+    turns = make_turns(plan, 6)
+    assert (turns["tile"] >= 0).all()
+    loads = turns["loads"].astype(int)
+    halves_of = np.array([0, 1, 1, 2])
+    read = halves_of[loads & 3] * 64 + halves_of[loads >> 2 & 3] * 128  # rows of A, of B
+    assert read.sum() == turns.size * (128 + 256) * 2 / 3
 
 
 @given(
