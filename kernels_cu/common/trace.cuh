@@ -25,7 +25,7 @@ enum EventKind : u16 {
 };
 
 // A CTA's lanes: first threads of its first five warps, then their second ones, and so on. Warp 0
-// loads, 2 and 3 move rows, 4 speaks for all that multiply.
+// loads, 2 and 3 move rows, and in the end 0 and 1 too, 4 speaks for all that multiply.
 constexpr int kTracedWarps = 5, kTraceLanes = 3 * kTracedWarps;
 constexpr int kEventsOfLane = 511;
 

@@ -44,6 +44,12 @@ struct alignas(128) SumSlots {
   SentBlock summed, pushed;  // the block at hand, and the one before; lane 0's
   u64 epoch;
   int block, list;  // that this warp has taken, and from which list; list is lane 0's
+
+  // By one thread; then a fence of the barriers.
+  __device__ void init() {
+    for (u64& barrier : full) mbarrier_init(&barrier, kSlotsOfGroup);
+    pushed.flag = nullptr;
+  }
 };
 
 // What a slot holds: columns of one term's row. Pieces of columns follow each other, and in each

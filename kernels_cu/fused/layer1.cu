@@ -1,5 +1,6 @@
 // The down GEMM and combine in one launch. Every CTA multiplies; two of its warps sum and push
-// partial rows as tiles end, and add up what comes home.
+// partial rows as tiles end, and add up what comes home; when no tile is left, the two that loaded
+// and dealt help them.
 #include "fused/combine.cuh"
 #include "gemm/consumer.cuh"
 #include "gemm/epilogue.cuh"
@@ -15,6 +16,10 @@ struct Memory {
   SumSlots sums[kMoverWarps];
 };
 static_assert(sizeof(Memory) <= 227 * 1024, "shared memory of an SM");
+static_assert(2 * sizeof(SumSlots) <= sizeof(Shared::slots), "slots for those that help");
+
+// A barrier of the block: those that multiply arrive, the first two warps wait.
+constexpr int kConsumersDone = 1, kThreadsDone = 128 * kWarpgroups + 2 * 32;
 
 // A warp's results of a tile are stored. Releases tile_done.
 struct TilesEnd {
@@ -47,10 +52,7 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
   if (threadIdx.x == 0) {
     init_barriers(shared);
-    for (SumSlots& sums : all.sums) {
-      for (u64& full : sums.full) mbarrier_init(&full, kSlotsOfGroup);
-      sums.pushed.flag = nullptr;
-    }
+    for (SumSlots& sums : all.sums) sums.init();
     mbarrier_init_fence();
   }
   cluster_barrier();
@@ -61,8 +63,22 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
       produce<false>(shared, p, {a_map, a_half_map, b_map}, hooks);
     } else if (threadIdx.x == 32 && cta == 0) {
       deal_turns(shared, p);
-    } else if (warp >= 2 && static_cast<int>(blockIdx.x) < num_comm && c.state->ok) {
-      Combine combine(c, pace, all.sums[warp - 2]);
+    }
+    __syncwarp();
+    SumSlots* sums = &all.sums[warp - 2];
+    if (warp < 2) {
+      // Out of tiles: help. All that was loaded into the slots, also by the neighbour, has been
+      // waited for by both warpgroups, and read.
+      named_barrier(kConsumersDone, kThreadsDone);
+      sums = reinterpret_cast<SumSlots*>(shared.slots) + warp;
+      if (threadIdx.x % 32 == 0) {
+        sums->init();
+        mbarrier_init_fence();
+      }
+      __syncwarp();
+    }
+    if (static_cast<int>(blockIdx.x) < num_comm && c.state->ok) {
+      Combine combine(c, pace, *sums);
       combine.recorder = Recorder(c.trace(), 1, kReduceAndPush);
       combine.run();
     }
@@ -73,6 +89,7 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
     Epilogue<-1, false, TilesEnd> epilogue(shared, p, warp - 4, hooks);
     Recorder recorder(c.trace(), 1, kDown);
     consume(shared, p, warp / 4 - 1, epilogue, recorder);
+    named_barrier_arrive(kConsumersDone, kThreadsDone);
   }
   cluster_barrier();  // nobody leaves while the neighbour may still write here
 }

@@ -60,7 +60,11 @@ __device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" :
 // bulk copy will read.
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-// Among `threads` threads of the block; barrier 0 is __syncthreads.
+// Among `threads` threads of the block, those that only arrive included; barrier 0 is
+// __syncthreads.
+__device__ inline void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
