@@ -1,6 +1,6 @@
 """Measure a layer's forward on virtual ranks of one GPU, behind modelled links: the digital twin.
 
-python benchmarks/layer.py [--cells short|models|all] [--match "qwen3,mixtral T=1024"]
+python benchmarks/layer.py [--cells short|models|alone|all] [--match "qwen3,mixtral T=1024"]
     [--out results.json] [--seconds 600] [--rounds 7] [--comm-sms 2,4]
 
 Fused, sequential, chunked (2 and 4 parts on two streams) and the GEMMs alone take turns behind a
@@ -145,7 +145,7 @@ class Results:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--cells", choices=["short", "models", "all"], default="short")
+    parser.add_argument("--cells", choices=["short", "models", "alone", "all"], default="short")
     parser.add_argument("--match", default="", help="comma list; words of a cell's name each")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="then begin no more")
     parser.add_argument("--rounds", type=int, default=7)

@@ -15,6 +15,8 @@ from cometrt.models import MODELS
 EXPERTS = {"deepseek-v3": 64}  # what fits; others: all
 CAPACITY_FACTOR = 1.25
 REPLAYED_TOKENS = 4096  # up to here a call is a graph's replay
+# Tokens of a layer on one whole GPU, without an exchange.
+ALONE = {"mixtral-8x7b": 8192, "qwen2-moe": 16384, "phi-3.5-moe": 8192, "qwen3-30b-a3b": 16384}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +63,14 @@ class Cell:
 
 
 def cells(which: str, match: str = "") -> list[Cell]:
-    """Of "short", "models" or "all"; match: a comma list of filters, of which one must fit: all
+    """Of "short", "models", "alone" or "all"; match: a comma list of filters, of which one must fit: all
     of its words are in the cell's name."""
     if which == "short":
         found = [Cell("qwen3-30b-a3b"), Cell("mixtral-8x7b")]
     else:
-        found = [Cell(model) for model in MODELS]
+        found = [Cell(model) for model in MODELS if which != "alone"]
+    for model, tokens in ALONE.items() if which in ("alone", "all") else ():
+        found.append(Cell(model, ranks=1, tokens=tokens, link=None))
     for model in MODELS if which == "all" else ():
         base = Cell(model)
         found += [dataclasses.replace(base, ranks=ranks) for ranks in (2, 4)]
