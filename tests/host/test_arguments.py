@@ -84,7 +84,7 @@ def test_tile_config(change, message):
         ({"gemm": "cublas"}, 10, "gemm must be 'engine' on device='cuda' in mode 'fused'"),
         ({"layer1_order": "columns", "chunk": 384}, 10, "chunk must be a multiple of 256"),
         ({"block_m": 64}, 10, "block_m must be 128 on device='cuda' with gemm='engine' (got 64)"),
-        ({}, 257, "topk + ranks must be at most 256 on device='cuda' in mode 'fused' (got 257)"),
+        ({}, 129, "topk + ranks must be at most 128 on device='cuda' in mode 'fused' (got 129)"),
     ],
 )
 def test_what_kernels_cannot_do(change, terms, message):
@@ -106,8 +106,8 @@ def test_chunked_is_for_the_engine_on_cuda():
 
 
 def test_the_best_mode_is_one_that_can_be():
-    assert cometrt.TileConfig().best_mode("cuda", 256) == "fused"
-    assert cometrt.TileConfig().best_mode("cuda", 257) == "sequential"
+    assert cometrt.TileConfig().best_mode("cuda", 128) == "fused"
+    assert cometrt.TileConfig().best_mode("cuda", 129) == "sequential"
     assert cometrt.TileConfig(gemm="cublas").best_mode("cuda", 8) == "sequential"
     assert cometrt.TileConfig(gemm="cublas").best_mode("host", 999) == "fused"
 
