@@ -108,8 +108,7 @@ class Puller {
       u64* full = &full_[load_at_.slot];
       mbarrier_arrive_expect(full, bytes);
       bulk_load(slots_[load_at_.slot], from, bytes, full);
-      crossing_ = {};
-      if (source != c_.world.rank) crossing_ = begin_crossing(pace_, bytes);
+      crossing_.begin(pace_, source != c_.world.rank ? bytes : 0);
     }
     recorder.count(source != c_.world.rank, bytes);
     load_at_.advance();
@@ -139,7 +138,7 @@ class Puller {
     if (!is_unit(unit)) return;
     bulk_wait<kStoresInFlight>();  // complete, not only read
     recorder.begin_wait();
-    if (speaks(kReleased) && crossing_.end_ns() != 0) wait_crossed(crossing_.end_ns());
+    if (speaks(kReleased) && crossing_.needs_ns != 0) wait_crossed(crossing_.end_ns());
     __syncwarp();
     recorder.end_wait(kWaitLink, -1, -1);
     fence_acq_rel_gpu();  // each lane for its own stores
