@@ -9,127 +9,157 @@
 
 namespace cometrt {
 
-constexpr int kSlotsOfWarp = 3, kMoverSlots = kMoverWarps * kSlotsOfWarp;
-constexpr u32 kPieceBytes = 4096;  // of a row; the last piece may be shorter
-constexpr int kPullsInFlight = 3;  // stored or crossing, of each slot
-constexpr int kRowsAtOnce = 8;
+constexpr int kSlotsOfWarp = 3;
+constexpr u32 kPieceBytes = 4096;                // of a row; the last piece may be shorter
 constexpr u32 kBytesOfEvent = 64 * kPieceBytes;  // of pulls that a trace tells as one
 
 struct alignas(128) MoverSlots {
-  char bytes[kMoverSlots][kPieceBytes];
-  u64 full[kMoverSlots];
+  char bytes[kMoverWarps][kSlotsOfWarp][kPieceBytes];
+  u64 full[kMoverWarps][kSlotsOfWarp];
 };
 
 __device__ inline u32 num_pieces(const Geometry& g) {
   return (2 * g.hidden + kPieceBytes - 1) / kPieceBytes;
 }
 
-// One thread a slot: every needed token crosses once and is written to all its rows, tiles in the
-// order in which layer0 takes them. Movers take the next piece when they have done with one, so
-// that none waits for a CTA that begins late.
+// One warp of the movers; all its lanes stay together, so that what takes long (a fence above all)
+// is waited for once a unit, and not by each lane in turn. A unit is a piece of a token's row.
+// Every needed token crosses once and is written to all its rows, tiles in the order in which
+// layer0 takes them. Warps take the next unit when they have done with one, so that none waits for
+// a CTA that begins late.
+//
+// All units in flight go one step further at a time. What a step asks for (a unit's number, its
+// token, its rows, its bytes, its time on the link) is needed in a later one.
 class Puller {
- public:
-  Recorder recorder;
+  // A unit's age in steps, since its number was asked for.
+  static constexpr int kNumbered = 1, kLoaded = 2, kStored = kLoaded + kSlotsOfWarp - 1;
+  static constexpr int kStoresInFlight = 2, kReleased = kStored + kStoresInFlight;
 
-  __device__ Puller(const Call& c, const Pace& pace, char* buffer, u64* full)
-      : c_(c), pace_(pace), buffer_(buffer), full_(full) {}
+ public:
+  Recorder recorder;  // lane 0 alone tells
+
+  __device__ Puller(const Call& c, const Pace& pace, char (*slots)[kPieceBytes], u64* full)
+      : c_(c), pace_(pace), slots_(slots), full_(full), lane_(threadIdx.x % 32) {
+    pace_.free_at_ns = own_pointer(pace.free_at_ns);
+    taken_ = own_pointer(c.taken);
+#pragma unroll
+    for (int age = 0; age <= kReleased; ++age) units_[age] = rows_[age] = -1;
+  }
 
   __device__ void run() {
-    const u32 row_bytes = 2 * c_.g.hidden, pieces = num_pieces(c_.g);
-    const int num_units = c_.pull_offsets[c_.g.max_tiles] * static_cast<int>(pieces);
-    const auto take = [&] { return static_cast<int>(atomicAdd(c_.taken, 1)); };
-    // The next two are on their way: a unit's number, and its token.
-    int unit = take(), ahead = unit < num_units ? take() : num_units;
-    int token = unit < num_units ? c_.pull_tokens[unit / pieces] : 0;
-    u32 phase = 0;
+    const u32 pieces = num_pieces(c_.g);
+    num_units_ = c_.pull_offsets[c_.g.max_tiles] * static_cast<int>(pieces);
     recorder.begin();
-    for (; unit < num_units; phase ^= 1) {
-      const u32 offset = unit % pieces * kPieceBytes, bytes = min(kPieceBytes, row_bytes - offset);
-      const u64 crossed_ns = load(token, offset, bytes);
-      const int next = ahead < num_units ? c_.pull_tokens[ahead / pieces] : 0;
-      const int after = ahead < num_units ? take() : num_units;
-      store(token, offset, bytes, phase);
-      if (count_ == kPullsInFlight) {
-        bulk_wait<kPullsInFlight>();  // complete, not only read: then it may be released
-        release(0);
-        --count_;
+    // Numbers that a warp takes only grow: behind the first that is no unit's there are no more.
+#pragma unroll 1
+    for (; units_[kReleased] < num_units_; ++step_) {
 #pragma unroll
-        for (int i = 1; i < kPullsInFlight; ++i) {
-          tokens_[i - 1] = tokens_[i];
-          crossed_ns_[i - 1] = crossed_ns_[i];
-        }
+      for (int age = kReleased; age > kNumbered; --age) {
+        units_[age] = units_[age - 1];
+        if (age > kLoaded) rows_[age] = rows_[age - 1];
       }
-#pragma unroll
-      for (int i = 0; i < kPullsInFlight; ++i) {
-        if (i == count_) tokens_[i] = token, crossed_ns_[i] = crossed_ns;
+      units_[kNumbered] = __shfl_sync(~0u, number_, 0);
+      load(pieces);
+      if (is_unit(units_[kNumbered])) token_ = c_.pull_tokens[units_[kNumbered] / pieces];
+      if (lane_ == 0 && units_[kNumbered] < num_units_) {
+        number_ = static_cast<int>(fetch_add_relaxed_gpu(taken_, 1));
       }
-      ++count_;
-      unit = ahead, ahead = after, token = next;
-    }
-    bulk_wait<0>();
-#pragma unroll
-    for (int i = 0; i < kPullsInFlight; ++i) {
-      if (i < count_) release(i);
+      store(pieces);
+      release(pieces);
     }
     recorder.end_part(1);
   }
 
  private:
+  __device__ bool is_unit(int unit) const { return unit >= 0 && unit < num_units_; }
   __device__ const int* rows_of(int token) const {
     return c_.pair_row + static_cast<long long>(token) * c_.g.topk;
   }
-
-  // Returns when it will have crossed.
-  __device__ u64 load(int token, u32 offset, u32 bytes) {
-    const int source = token / c_.g.max_tokens, index = token % c_.g.max_tokens;
-    const u64 crossed_ns = source == c_.world.rank ? 0 : reserve_link(pace_, bytes);
-    recorder.count(source != c_.world.rank, bytes);
-    const char* from = c_.data<char>(source, c_.pull_at) + 2ll * index * c_.g.hidden + offset;
-    bulk_wait_read<0>();  // the slot's last stores have left it
-    mbarrier_arrive_expect(full_, bytes);
-    bulk_load(buffer_, from, bytes, full_);
-    return crossed_ns;
-  }
-
-  __device__ void store(int token, u32 offset, u32 bytes, u32 phase) {
-    const int* rows = rows_of(token);
-    int first[kRowsAtOnce];  // on their way while the row is
-#pragma unroll
-    for (int k = 0; k < kRowsAtOnce; ++k) first[k] = k < c_.g.topk ? rows[k] : -1;
-    mbarrier_wait(full_, phase);
-#pragma unroll
-    for (int k = 0; k < kRowsAtOnce; ++k) store_to(first[k], offset, bytes);
-    for (int k = kRowsAtOnce; k < c_.g.topk; ++k) store_to(rows[k], offset, bytes);
-    bulk_commit();
-  }
-  __device__ void store_to(int row, u32 offset, u32 bytes) {
-    if (row < 0) return;
-    char* to = reinterpret_cast<char*>(c_.rows) + 2ll * row * c_.g.hidden;
-    bulk_store<Keep::kBriefly>(to + offset, buffer_, bytes);
-  }
-
-  // Of the i-th pull in flight, whose stores are complete. Releases tile_filled, a count of pieces.
-  __device__ void release(int i) {
-    const int* rows = rows_of(tokens_[i]);
-    recorder.begin_wait();
-    if (crossed_ns_[i] != 0) wait_crossed(crossed_ns_[i]);
-    recorder.end_wait(kWaitLink, -1, -1);
-    fence_acq_rel_gpu();
-#pragma unroll 4
-    for (int k = 0; k < c_.g.topk; ++k) {
-      const int row = rows[k];
-      if (row >= 0) add_relaxed_gpu(&c_.tile_filled[row / c_.g.block_m], 1);
+  // Of a token's rows, those that are not in rows_: `use(row)` by a lane each.
+  template <typename Use>
+  __device__ void for_more_rows(int unit, u32 pieces, const Use& use) const {
+    if (c_.g.topk <= 32) return;
+    const int* rows = rows_of(c_.pull_tokens[unit / pieces]);
+#pragma unroll 1
+    for (int k = 32 + lane_; k < c_.g.topk; k += 32) {
+      if (rows[k] >= 0) use(rows[k]);
     }
+  }
+  __device__ u32 offset_of(int unit, u32 pieces) const { return unit % pieces * kPieceBytes; }
+  __device__ u32 bytes_of(u32 offset) const { return min(kPieceBytes, 2 * c_.g.hidden - offset); }
+
+  // One lane speaks for a unit, another for the next one: each has its own time on the link, which
+  // nobody waits for, nor even looks at, until the unit is released.
+  __device__ bool speaks(int age) const {
+    return lane_ == static_cast<int>((step_ - (age - kLoaded)) % 32);
+  }
+
+  __device__ void load(u32 pieces) {
+    // Each lane's last stores have left the slot that this unit gets, and then all lanes' have.
+    bulk_wait_read<0>();
+    __syncwarp();
+    rows_[kLoaded] = -1;
+    if (!is_unit(units_[kLoaded])) return;
+    const u32 offset = offset_of(units_[kLoaded], pieces), bytes = bytes_of(offset);
+    const int source = token_ / c_.g.max_tokens, index = token_ % c_.g.max_tokens;
+    if (lane_ < c_.g.topk) rows_[kLoaded] = rows_of(token_)[lane_];
+    if (speaks(kLoaded)) {
+      const char* from = c_.data<char>(source, c_.pull_at) + 2ll * index * c_.g.hidden + offset;
+      u64* full = &full_[load_at_.slot];
+      mbarrier_arrive_expect(full, bytes);
+      bulk_load(slots_[load_at_.slot], from, bytes, full);
+      crossing_.begin(pace_, source != c_.world.rank ? bytes : 0);
+    }
+    recorder.count(source != c_.world.rank, bytes);
+    load_at_.advance();
+  }
+
+  __device__ void store(u32 pieces) {
+    const int unit = units_[kStored];
+    if (is_unit(unit)) {
+      const u32 offset = offset_of(unit, pieces), bytes = bytes_of(offset);
+      const char* from = slots_[store_at_.slot];
+      const auto store_to = [&](int row) {
+        char* to = reinterpret_cast<char*>(c_.rows) + 2ll * row * c_.g.hidden;
+        bulk_store<Keep::kBriefly>(to + offset, from, bytes);
+      };
+      mbarrier_wait(&full_[store_at_.slot], store_at_.phase);
+      __syncwarp();
+      if (rows_[kStored] >= 0) store_to(rows_[kStored]);
+      for_more_rows(unit, pieces, store_to);
+      store_at_.advance();
+    }
+    bulk_commit();  // a group a step, be it empty, so that all lanes count the same
+  }
+
+  // Releases tile_filled, a count of pieces.
+  __device__ void release(u32 pieces) {
+    const int unit = units_[kReleased];
+    if (!is_unit(unit)) return;
+    bulk_wait<kStoresInFlight>();  // complete, not only read
+    recorder.begin_wait();
+    if (speaks(kReleased) && crossing_.needs_ns != 0) wait_crossed(crossing_.end_ns());
+    __syncwarp();
+    recorder.end_wait(kWaitLink, -1, -1);
+    fence_acq_rel_gpu();  // each lane for its own stores
+    const auto count = [&](int row) { add_relaxed_gpu(&c_.tile_filled[row / c_.g.block_m], 1); };
+    if (rows_[kReleased] >= 0) count(rows_[kReleased]);
+    for_more_rows(unit, pieces, count);
     recorder.end_part(kBytesOfEvent);
   }
 
   const Call& c_;
-  const Pace& pace_;
-  char* buffer_;
+  Pace pace_;
+  u32* taken_;
+  char (*slots_)[kPieceBytes];
   u64* full_;
-  // Oldest first. The link is what they wait for: the slot itself is free for the next row.
-  int tokens_[kPullsInFlight], count_ = 0;
-  u64 crossed_ns_[kPullsInFlight];
+  int lane_, num_units_;
+  u32 step_ = 0;
+  // By age; below 0: none yet. Of the rows each lane has its own, if the token has as many.
+  int units_[kReleased + 1], rows_[kReleased + 1];
+  int number_ = -1, token_ = 0;  // lane 0's of the next unit; of the one that is loaded next
+  Crossing crossing_;            // of the unit that this lane speaks for
+  Ring<kSlotsOfWarp> load_at_, store_at_;
 };
 
 }  // namespace cometrt

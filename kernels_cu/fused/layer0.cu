@@ -57,24 +57,23 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
   if (threadIdx.x == 0) {
     init_barriers(shared);
-    for (int i = 0; i < kMoverSlots; ++i) mbarrier_init(&all.movers.full[i], 1);
+    for (auto& full : all.movers.full) {
+      for (u64& of_slot : full) mbarrier_init(&of_slot, 1);
+    }
     mbarrier_init_fence();
   }
   cluster_barrier();
   if (warp < 4) {
     give_registers<56>();
-    const int lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
       const RowsArrive hooks{c};
       hooks.recorder = Recorder(c.trace(), 1, kUp);
       produce<is_gated(ACTIVATION)>(shared, p, {a_map, a_half_map, b_map}, hooks);
     } else if (threadIdx.x == 32 && cta == 0) {
       deal_turns(shared, p);
-    } else if (warp >= 2 && lane < kSlotsOfWarp && static_cast<int>(blockIdx.x) < num_comm &&
-               c.state->ok) {
-      const int slot = (warp - 2) * kSlotsOfWarp + lane;
-      Puller puller(c, pace, all.movers.bytes[slot], &all.movers.full[slot]);
-      puller.recorder = Recorder(c.trace(), kSlotsOfWarp, kPull);
+    } else if (warp >= 2 && static_cast<int>(blockIdx.x) < num_comm && c.state->ok) {
+      Puller puller(c, pace, all.movers.bytes[warp - 2], all.movers.full[warp - 2]);
+      puller.recorder = Recorder(c.trace(), 1, kPull);
       puller.run();
     }
     __syncwarp();

@@ -43,6 +43,28 @@ __device__ inline void add_relaxed_gpu(u32* flag, u32 value) {
   asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 
+__device__ inline u32 fetch_add_relaxed_gpu(u32* counter, u32 value) {
+  u32 old;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(counter), "r"(value)
+               : "memory");
+  return old;
+}
+
+__device__ inline u64 fetch_add_relaxed_gpu(u64* counter, u64 value) {
+  u64 old;
+  asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(old)
+               : "l"(counter), "l"(value)
+               : "memory");
+  return old;
+}
+
+__device__ inline void max_relaxed_gpu(u64* counter, u64 value) {
+  asm volatile("red.relaxed.gpu.global.max.u64 [%0], %1;" ::"l"(counter), "l"(value) : "memory");
+}
+
 __device__ inline void store_release_sys(u64* flag, u64 value) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 }
@@ -65,6 +87,16 @@ __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async;" :
 __device__ inline void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// The same pointer, of which the compiler no longer knows that all lanes of the warp have it. Where
+// it does, it makes one atomic of those of all lanes and waits for the answer at once, also where
+// only one lane takes part and needs the answer much later.
+template <typename T>
+__device__ inline T* own_pointer(T* pointer) {
+  const u64 bits = reinterpret_cast<u64>(pointer);
+  return reinterpret_cast<T*>(__shfl_sync(~0u, bits, thread_index() % 32));
+}
+
+// Among `threads` threads of the block; barrier 0 is __syncthreads.
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
