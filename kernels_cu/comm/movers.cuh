@@ -29,11 +29,14 @@ __device__ inline u32 num_pieces(const Geometry& g) {
 // a CTA that begins late.
 //
 // All units in flight go one step further at a time. What a step asks for (a unit's number, its
-// token, its rows, its bytes, its time on the link) is needed in a later one.
+// token, its rows, its bytes) is needed in a later one. Units that were loaded one after the other
+// form a group, which takes one time on the link and is released by one fence.
 class Puller {
   // A unit's age in steps, since its number was asked for.
   static constexpr int kNumbered = 1, kLoaded = 2, kStored = kLoaded + kSlotsOfWarp - 1;
   static constexpr int kStoresInFlight = 2, kReleased = kStored + kStoresInFlight;
+  static constexpr int kGroup = 4, kOldest = kReleased + kGroup - 1;
+  static_assert((kReleased - kLoaded) % kGroup == 0, "what is released was reserved as a group");
 
  public:
   Recorder recorder;  // lane 0 alone tells
@@ -43,7 +46,7 @@ class Puller {
     pace_.free_at_ns = own_pointer(pace.free_at_ns);
     taken_ = own_pointer(c.taken);
 #pragma unroll
-    for (int age = 0; age <= kReleased; ++age) units_[age] = rows_[age] = -1;
+    for (int age = 0; age <= kOldest; ++age) units_[age] = rows_[age] = -1;
   }
 
   __device__ void run() {
@@ -52,14 +55,18 @@ class Puller {
     recorder.begin();
     // Numbers that a warp takes only grow: behind the first that is no unit's there are no more.
 #pragma unroll 1
-    for (; units_[kReleased] < num_units_; ++step_) {
+    for (; units_[kOldest] < num_units_; ++step_) {
 #pragma unroll
-      for (int age = kReleased; age > kNumbered; --age) {
+      for (int age = kOldest; age > kNumbered; --age) {
         units_[age] = units_[age - 1];
         if (age > kLoaded) rows_[age] = rows_[age - 1];
       }
       units_[kNumbered] = __shfl_sync(~0u, number_, 0);
       load(pieces);
+      if (ends_group()) {
+        if (speaks(0)) crossing_.begin(pace_, link_bytes_);
+        link_bytes_ = 0;
+      }
       if (is_unit(units_[kNumbered])) token_ = c_.pull_tokens[units_[kNumbered] / pieces];
       if (lane_ == 0 && units_[kNumbered] < num_units_) {
         number_ = static_cast<int>(fetch_add_relaxed_gpu(taken_, 1));
@@ -88,10 +95,11 @@ class Puller {
   __device__ u32 offset_of(int unit, u32 pieces) const { return unit % pieces * kPieceBytes; }
   __device__ u32 bytes_of(u32 offset) const { return min(kPieceBytes, 2 * c_.g.hidden - offset); }
 
-  // One lane speaks for a unit, another for the next one: each has its own time on the link, which
-  // nobody waits for, nor even looks at, until the unit is released.
-  __device__ bool speaks(int age) const {
-    return lane_ == static_cast<int>((step_ - (age - kLoaded)) % 32);
+  __device__ bool ends_group() const { return step_ % kGroup == kGroup - 1; }
+  // One lane speaks for a group, another for the next one, that many steps ago: each has its own
+  // time on the link, at which nobody looks until the group is released.
+  __device__ bool speaks(int steps) const {
+    return lane_ == static_cast<int>((step_ - steps) / kGroup % 32);
   }
 
   __device__ void load(u32 pieces) {
@@ -103,13 +111,13 @@ class Puller {
     const u32 offset = offset_of(units_[kLoaded], pieces), bytes = bytes_of(offset);
     const int source = token_ / c_.g.max_tokens, index = token_ % c_.g.max_tokens;
     if (lane_ < c_.g.topk) rows_[kLoaded] = rows_of(token_)[lane_];
-    if (speaks(kLoaded)) {
+    if (lane_ == 0) {
       const char* from = c_.data<char>(source, c_.pull_at) + 2ll * index * c_.g.hidden + offset;
       u64* full = &full_[load_at_.slot];
       mbarrier_arrive_expect(full, bytes);
       bulk_load(slots_[load_at_.slot], from, bytes, full);
-      crossing_.begin(pace_, source != c_.world.rank ? bytes : 0);
     }
+    link_bytes_ += source != c_.world.rank ? bytes : 0;
     recorder.count(source != c_.world.rank, bytes);
     load_at_.advance();
   }
@@ -132,19 +140,22 @@ class Puller {
     bulk_commit();  // a group a step, be it empty, so that all lanes count the same
   }
 
-  // Releases tile_filled, a count of pieces.
+  // Of the group that is old enough. Releases tile_filled, a count of pieces.
   __device__ void release(u32 pieces) {
-    const int unit = units_[kReleased];
-    if (!is_unit(unit)) return;
+    if (!ends_group() || units_[kReleased] < 0 || units_[kOldest] >= num_units_) return;
     bulk_wait<kStoresInFlight>();  // complete, not only read
     recorder.begin_wait();
-    if (speaks(kReleased) && crossing_.needs_ns != 0) wait_crossed(crossing_.end_ns());
+    if (speaks(kReleased - kLoaded) && crossing_.needs_ns != 0) wait_crossed(crossing_.end_ns());
     __syncwarp();
     recorder.end_wait(kWaitLink, -1, -1);
     fence_acq_rel_gpu();  // each lane for its own stores
     const auto count = [&](int row) { add_relaxed_gpu(&c_.tile_filled[row / c_.g.block_m], 1); };
-    if (rows_[kReleased] >= 0) count(rows_[kReleased]);
-    for_more_rows(unit, pieces, count);
+#pragma unroll
+    for (int age = kOldest; age >= kReleased; --age) {
+      if (!is_unit(units_[age])) continue;
+      if (rows_[age] >= 0) count(rows_[age]);
+      for_more_rows(units_[age], pieces, count);
+    }
     recorder.end_part(kBytesOfEvent);
   }
 
@@ -156,9 +167,10 @@ class Puller {
   int lane_, num_units_;
   u32 step_ = 0;
   // By age; below 0: none yet. Of the rows each lane has its own, if the token has as many.
-  int units_[kReleased + 1], rows_[kReleased + 1];
+  int units_[kOldest + 1], rows_[kOldest + 1];
   int number_ = -1, token_ = 0;  // lane 0's of the next unit; of the one that is loaded next
-  Crossing crossing_;            // of the unit that this lane speaks for
+  u32 link_bytes_ = 0;           // of the group that is loaded now
+  Crossing crossing_;            // of the group that this lane speaks for
   Ring<kSlotsOfWarp> load_at_, store_at_;
 };
 
