@@ -328,19 +328,20 @@ def main() -> None:
         f"{'TFLOP/s':20s} engine  torch batchd  dense | /best /dense | skew, x torch | "
         "16-SM parts | activation | error, cuBLAS's"
     )
-    results = {}
+    results, here = {}, machine()
     with cp.cuda.Stream(non_blocking=True):
         for label, *shape in shapes(args.models.split(",")):
             results[label] = measure_shape(label, *shape, args.rounds)
             cp.get_default_memory_pool().free_all_blocks()
             print(line(label, results[label]), flush=True)
+            if args.out:
+                written = {"machine": here, "shapes": results}
+                args.out.write_text(json.dumps(written, indent=1) + "\n")
     ratios = [
         r["tflops"]["engine"] / max(r["tflops"].get("torch", 0), r["tflops"]["batched"])
         for r in results.values()
     ]
     print(f"geometric mean over the better peer: {statistics.geometric_mean(ratios):.3f}")
-    if args.out:
-        args.out.write_text(json.dumps({"machine": machine(), "shapes": results}, indent=1) + "\n")
 
 
 def machine() -> dict:
