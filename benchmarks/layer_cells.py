@@ -63,8 +63,8 @@ class Cell:
 
 
 def cells(which: str, match: str = "") -> list[Cell]:
-    """Of "short", "models", "alone" or "all"; match: a comma list of filters, of which one must fit: all
-    of its words are in the cell's name."""
+    """Of "short", "models", "alone" or "all"; match: a comma list of filters, of which one must
+    fit: all of its words are in the cell's name."""
     if which == "short":
         found = [Cell("qwen3-30b-a3b"), Cell("mixtral-8x7b")]
     else:
