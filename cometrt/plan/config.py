@@ -25,8 +25,8 @@ class TileConfig:
         waves: groups of sources, by ring distance, whose tiles follow each other in layer0 (and
             backwards in layer1): this rank itself, then even groups; 1: all sources together. Few
             of them read weights seldom, many wait for nobody far away.
-        group: N-tiles that all M-tiles of an expert take before its next N-tiles, in the engine;
-            None: as many as the cache can keep (`plan.turns.best_group`).
+        group: N-tiles that all M-tiles of an expert take before its next N-tiles, in the engine, an
+            even number; None: as many as the cache can keep (`plan.turns.best_group`).
         chunk: columns of H that are reduced and pushed together in "columns"; a multiple of
             block_n.
         parts: of layer0's order in mode "chunked", the baseline of two streams: what is pulled,
@@ -59,10 +59,10 @@ class TileConfig:
             object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=1))
         for name in ("group", "num_comm0", "num_comm1", "comm_sms"):
             if (value := getattr(self, name)) is not None:
-                least = 2 if name == "comm_sms" else 1
-                object.__setattr__(self, name, check_int(name, value, minimum=least))
-        if self.comm_sms is not None and self.comm_sms % 2:
-            raise ValueError(f"comm_sms must be even (got {self.comm_sms})")
+                even = name in ("group", "comm_sms")
+                object.__setattr__(self, name, check_int(name, value, minimum=2 if even else 1))
+                if even and value % 2:
+                    raise ValueError(f"{name} must be even (got {value})")
         check_choice("layer1_order", self.layer1_order, LAYER1_ORDERS)
         check_choice("gemm", self.gemm, GEMMS)
         if self.block_n % ALIGNMENT:

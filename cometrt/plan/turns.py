@@ -46,7 +46,7 @@ def part_begin(num_tiles: int, index: int, count: int) -> int:
 
 
 def best_group(num_sms: int, gpu_sms: int, inner: int) -> int:
-    """Column tiles that a stretch of one expert's M-tiles takes before the next ones.
+    """Column tiles that a stretch of one expert's M-tiles takes before the next ones; even.
 
     What all SMs compute at one time should be about as many rows as columns: then they read the
     fewest operands. Up to twice as many columns, if the weights of a group stay in these SMs' part
@@ -58,7 +58,7 @@ def best_group(num_sms: int, gpu_sms: int, inner: int) -> int:
     """
     square = max(1, math.isqrt(num_sms // 2))
     kept = _KEPT_BYTES * num_sms // gpu_sms // (2 * BLOCK_N * inner)
-    return max(square, min(kept, 2 * square))
+    return max(2, max(square, min(kept, 2 * square)) // 2 * 2)
 
 
 def make_turns(
@@ -73,16 +73,16 @@ def make_turns(
     """The specification of kernels_cu/schedule/turns.cu.
 
     The plan's order is cut into stretches where the expert changes. M-tiles of a stretch of more
-    than 64 rows go in pairs. All pairs take the first group of column tiles, one a turn, then the
-    next group, so that the weights of a group serve all of them while they are in the cache. Last,
-    M-tiles that are left over take two column tiles a turn.
+    than 64 rows go in pairs. All pairs take the first group of column tiles, one a turn, and then
+    M-tiles that are left over, two a turn; then the next group: so the weights of a group serve all
+    tiles while they are in the cache.
 
     Args:
         plan: made with block_m = 128.
         num_columns: of `column_tiles`.
         backwards: walk the order from its end.
         chunk: walk all of it once for each so many column tiles; None: once for all.
-        group: column tiles of a group, within a chunk; see `best_group`. None: all of them.
+        group: column tiles of a group, within a chunk; even; see `best_group`. None: all of them.
         part: index and number of even parts, in layer0's order; only this one's tiles.
 
     Returns:
@@ -116,15 +116,15 @@ def _walk(
     """M-tiles and column tiles of each turn of a stretch."""
     large = [tile for tile in tiles if _rows(plan, expert, tile) > BLOCK_M // 2]
     pairs = [large[i : i + 2] for i in range(0, len(large) - 1, 2)]
+    paired = [tile for pair in pairs for tile in pair]
     for some in _pieces(columns, group):
         for pair in pairs:
             for column in _pieces(some, 1):
                 yield pair, column
-    paired = [tile for pair in pairs for tile in pair]
-    for tile in tiles:
-        if tile not in paired:
-            for some in _pieces(columns, 2):
-                yield [tile], some
+        for tile in tiles:
+            if tile not in paired:
+                for both in _pieces(some, 2):
+                    yield [tile], both
 
 
 def _turn(plan: Plan, expert: int, tiles: list[int], columns: range) -> list[tuple[int, ...]]:

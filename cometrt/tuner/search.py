@@ -36,7 +36,7 @@ def candidates(base: TileConfig, spec: MoESpec, size: int, sms: int) -> list[lis
         for waves in (*_WAVES, size, base.waves)
     }
     grid = sms // 2 * 2  # at most
-    square = max(1, math.isqrt(sms // 2))  # as many columns as rows at one time
+    square = max(2, math.isqrt(sms // 2) // 2 * 2)  # about as many columns as rows at one time
     groups = [None, *dict.fromkeys((square, 2 * square, 4 * square))]
     movers = [None, *dict.fromkeys(max(1, grid // part) for part in _PARTS)]
     return [

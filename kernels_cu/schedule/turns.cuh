@@ -19,7 +19,7 @@ struct TurnsParams {
   WorkItem* items;
   int *num_turns, *progress;
   // chunk: column tiles for which the whole order is walked; group: those, within a chunk, that all
-  // pairs of a stretch take before the next ones.
+  // tiles of a stretch take before the next ones; even, or no less than chunk.
   int num_columns, backwards, chunk, group;
   // Parts of the order, a list of turns each: room for part_turns in `items`, counts 3 words on.
   int num_parts, part_turns;
@@ -91,27 +91,30 @@ __device__ inline WorkItem item_of(const Order& order, int position, int column,
 __device__ inline void write_position(const Order& order, const Stretch& stretch, int position,
                                       int first, int columns, int group, WorkItem* turns) {
   const int pairs = stretch.pairs(), index = stretch.large_before(position);
-  if (position != stretch.small && index < 2 * pairs) {
-    if (index % 2 == 0) return;
-    const int mate = position - 1 == stretch.small ? position - 2 : position - 1;
-    for (int done = 0; done < columns; done += group) {
-      const int here = min(group, columns - done);
-      WorkItem* turn = turns + 2 * (pairs * done + index / 2 * here);
-      for (int column = first + done; column < first + done + here; ++column, turn += 2) {
+  const bool is_small = position == stretch.small, paired = !is_small && index < 2 * pairs;
+  if (paired && index % 2 == 0) return;
+  const int mate = position - 1 == stretch.small ? position - 2 : position - 1;
+  const int before = (stretch.small >= 0 && stretch.small < position) + max(0, index - 2 * pairs);
+  for (int done = 0; done < columns; done += group) {
+    const int here = min(group, columns - done), end = first + done + here;
+    int column = first + done;
+    WorkItem* turn = turns + 2 * stretch.turns(done);
+    if (paired) {
+      turn += 2 * (index / 2) * here;
+      for (; column < end; ++column, turn += 2) {
         turn[0] = item_of(order, mate, column, kLoadsAll, kLoadsFirst);
         turn[1] = item_of(order, position, column, kLoadsAll, kLoadsSecond);
       }
+    } else {
+      turn += 2 * (pairs * here + before * ((here + 1) / 2));
+      for (; column < end; column += 2, turn += 2) {
+        const bool both = column + 1 < end;
+        const u32 second = is_small ? kLoadsNone : kLoadsSecond;
+        turn[0] = item_of(order, position, column, both ? kLoadsFirst : kLoadsAll, kLoadsAll);
+        turn[1] = both ? item_of(order, position, column + 1, second, kLoadsAll)
+                       : WorkItem{-1, 0, 0, 0, 0};
+      }
     }
-    return;
-  }
-  const int before = (stretch.small >= 0 && stretch.small < position) + max(0, index - 2 * pairs);
-  const u32 second = position == stretch.small ? kLoadsNone : kLoadsSecond;
-  WorkItem* turn = turns + 2 * (pairs * columns + before * ((columns + 1) / 2));
-  for (int column = first; column < first + columns; column += 2, turn += 2) {
-    const bool both = column + 1 < first + columns;
-    turn[0] = item_of(order, position, column, both ? kLoadsFirst : kLoadsAll, kLoadsAll);
-    turn[1] =
-        both ? item_of(order, position, column + 1, second, kLoadsAll) : WorkItem{-1, 0, 0, 0, 0};
   }
 }
 

@@ -54,7 +54,7 @@ def on_gpu(tiles):
     ("backwards", "chunk"), [(False, None), (True, None), (True, 1), (True, 2), (True, 3)]
 )
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("group", [None, 2, 3])
+@pytest.mark.parametrize("group", [None, 2, 4])
 @pytest.mark.parametrize("columns", [1, 2, 5, 16])
 @pytest.mark.parametrize("rows", [EDGES, (700,), (0, 0), (2048, 1999, 5000, 40)] + [
     tuple(np.random.default_rng(s).integers(0, 700, 40)) for s in range(3)] + [(300,) * 700],

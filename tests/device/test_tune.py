@@ -16,7 +16,7 @@ from tests.device.test_failures import Rank
 
 pytestmark = pytest.mark.gpu
 COLUMNS = cometrt.TileConfig(
-    layer1_order="columns", chunk=256, waves=3, group=3, num_comm0=1, num_comm1=2
+    layer1_order="columns", chunk=256, waves=3, group=4, num_comm0=1, num_comm1=2
 )
 
 

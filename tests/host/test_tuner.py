@@ -116,8 +116,8 @@ def test_the_users_file_comes_before_the_shipped_one(monkeypatch, tmp_path):
     monkeypatch.setattr(cache, "SHIPPED", shipped)
     world = fake_world()
     assert look_up(world, SPEC, None) is None
-    store(shipped, KEY, cometrt.TileConfig(group=3), 1.0)
-    assert look_up(world, SPEC, None) == cometrt.TileConfig(group=3)
+    store(shipped, KEY, cometrt.TileConfig(group=6), 1.0)
+    assert look_up(world, SPEC, None) == cometrt.TileConfig(group=6)
     store(cache.cache_file(), KEY, FOUND, 1.0)
     assert look_up(world, SPEC, "fused") == FOUND
     assert look_up(world, SPEC, "sequential") is None
