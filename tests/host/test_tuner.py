@@ -134,7 +134,7 @@ def test_the_shipped_file_is_one(caplog):
 def test_all_ranks_use_what_rank_0_finds(monkeypatch):
     # On the host nothing is looked up: as if it were.
     monkeypatch.setattr(
-        "cometrt.layer.look_up",
+        "cometrt.agreement.look_up",
         lambda world, spec, mode: cometrt.TileConfig(waves=3 + world.rank),
     )
 
