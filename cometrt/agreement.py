@@ -9,6 +9,7 @@ from cometrt.specs import Geometry, MoESpec, check_choice
 from cometrt.tuner.cache import look_up
 from cometrt.world import World
 
+MOST_HIDDEN = 28672  # a row a warp of `dispatch` in the shared memory of an SM
 MODES = ("fused", "sequential", "chunked")
 
 
@@ -35,6 +36,10 @@ def agree(world: World, spec: Any, mode: Any, given: Any) -> tuple[int, TileConf
         config.check_on(world.device, mode or config.best_mode(world.device, terms), terms)
         if world.device == "cuda" and spec.dtype != "bfloat16":
             raise ValueError(f"dtype must be 'bfloat16' on device='cuda' (got {spec.dtype!r})")
+        if world.device == "cuda" and spec.hidden > MOST_HIDDEN:
+            raise ValueError(
+                f"hidden must be at most {MOST_HIDDEN} on device='cuda' (got {spec.hidden})"
+            )
     except ValueError as error:
         problem = str(error)
     mine = (problem, repr(spec), repr(mode), repr(given), config, world.num_layers)

@@ -42,7 +42,7 @@ class FusedForward:
         up_turns, down_turns: how the planner orders tiles for it: a TurnsParams each.
         grid: of both launches.
         kernels: what is launched; of `load_kernels`.
-        tile_counters: of layer0 and layer1, zero when a call begins.
+        tile_counters: of layer0 and layer1, and what movers have taken; `publish` zeroes them.
     """
 
     def __init__(self, shape: PlanShape, pull_pace: Record, push_pace: Record) -> None:

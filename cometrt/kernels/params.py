@@ -212,7 +212,7 @@ def geometry_record(shape: PlanShape) -> np.ndarray:
         "up_columns": geometry.up_columns,
         "gated": spec.gated,
         "block_m": config.block_m,
-        "block_tokens": config.block_tokens,
+        "block_tokens": min(config.block_tokens, spec.max_tokens),  # products of it fit 32 bits
         "capacity": shape.capacity,
         "max_tiles": shape.max_tiles,
         "blocks_per_home": shape.blocks_per_home,

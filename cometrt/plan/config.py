@@ -20,8 +20,8 @@ class TileConfig:
         block_m: rows of an M-tile; every expert's first row is aligned to it.
         block_n: output columns of one GEMM tile; the last tile of a row of tiles may be narrower.
         block_tokens: tokens of one reduce-and-push item.
-        layer1_order: "waves" (whole rows, farthest source first) or "columns" (COMET's:
-            chunk after chunk of H, all experts within a chunk).
+        layer1_order: "waves" (whole rows, layer0's order backwards) or "columns" (COMET's: the
+            same walk, but chunk after chunk of H).
         waves: groups of sources, by ring distance, whose tiles follow each other in layer0 (and
             backwards in layer1): this rank itself, then even groups; 1: all sources together. Few
             of them read weights seldom, many wait for nobody far away.

@@ -25,8 +25,8 @@ __device__ inline u32 num_pieces(const Geometry& g) {
 // One warp of the movers; all its lanes stay together, so that what takes long (a fence above all)
 // is waited for once a unit, and not by each lane in turn. A unit is a piece of a token's row.
 // Every needed token crosses once and is written to all its rows, tiles in the order in which
-// layer0 takes them. Warps take the next unit when they have done with one, so that none waits for
-// a CTA that begins late.
+// layer0 takes them. Warps take units one by one, as they come to them, so that none waits for a
+// CTA that begins late.
 //
 // All units in flight go one step further at a time. What a step asks for (a unit's number, its
 // token, its rows, its bytes) is needed in a later one. Units that were loaded one after the other

@@ -64,8 +64,8 @@ struct Call {
   const float* dweight_rows;
   float* out_dweight;
   // Fused: pieces of rows that have come, by M-tile; warps whose results are stored, by M-tile and
-  // chunk; what movers have taken, of pulls, and of blocks to push and blocks at home by chunk. One
-  // behind the other, num_tile_counters in all; publish sets them to zero.
+  // chunk; what movers have taken, of pieces of pulls, and of blocks to push and blocks at home by
+  // chunk. One behind the other, num_tile_counters in all; publish sets them to zero.
   u32 *tile_filled, *tile_done, *taken;
 
   __device__ TraceLane* const* trace() const {

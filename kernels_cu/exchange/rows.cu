@@ -1,6 +1,6 @@
 // Rows on their way: pulled from their homes, summed and pushed back, added up at home. A launch
-// moves all of a call or a part of it, on the whole partition or beside a GEMM; the fused kernels
-// do the same in their comm role.
+// moves all of a call or a part of it, on the whole partition or beside a GEMM; movers of the
+// fused kernels do the same.
 #include "comm/pacing.cuh"
 #include "comm/wait.cuh"
 #include "exchange/pads.cuh"

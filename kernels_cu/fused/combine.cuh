@@ -62,7 +62,7 @@ struct SumItem {
   }
 };
 
-// One warp of the movers; all its lanes stay together.
+// One warp of those that combine; all its lanes stay together.
 class Combine {
  public:
   Recorder recorder;  // lane 0 alone tells
@@ -161,7 +161,9 @@ class Combine {
   __device__ bool add_at_home(int chunk) {
     if (lane_ == 0) s_.block = take();
     __syncwarp();
-    int local = s_.block * c_.g.block_tokens;
+    const int block = s_.block;
+    __syncwarp();  // lane 0 may take the next one
+    int local = block * c_.g.block_tokens;
     if (local >= c_.num_tokens) return false;
     const int end_local = min(local + c_.g.block_tokens, c_.num_tokens);
     while (local < end_local) {
@@ -174,9 +176,8 @@ class Combine {
       sum_batch(chunk, c_.out + static_cast<long long>(local) * c_.g.hidden);
       local += here;
       recorder.count(false, 2 * num_terms_ * (end(chunk) - begin(chunk)));
-      recorder.end(s_.block, chunk);
+      recorder.end(block, chunk);
     }
-    __syncwarp();  // the block has been read
     return true;
   }
 

@@ -42,7 +42,7 @@ struct RowsArrive {
 
 }  // namespace
 
-// Grid: an even number of CTAs, all resident. The movers of the first `num_comm` of them work, any
+// Grid: an even number of CTAs. The movers of the first `num_comm` of them work, any
 // number from 1 to all: movers share all pulls out among themselves and wait for no tile, so that
 // one of them is enough for every tile to get its rows.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)

@@ -36,8 +36,8 @@ struct TilesEnd {
 
 }  // namespace
 
-// Grid: an even number of CTAs, all resident. The movers of the first `num_comm` of them work, any
-// number from 1 to all, on each rank its own: tiles wait for no mover; pushes wait for tiles of
+// Grid: an even number of CTAs. Of the first `num_comm` of them movers work and other warps help,
+// any number from 1 to all, on each rank its own: tiles wait for no mover; pushes wait for tiles of
 // this rank, and home sums of a chunk for pushes of that chunk, which every mover of every rank
 // comes to before it adds up that chunk at home.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)

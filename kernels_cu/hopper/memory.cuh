@@ -82,11 +82,6 @@ __device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" :
 // bulk copy will read.
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-// Among `threads` threads of the block, those that only arrive included; barrier 0 is
-// __syncthreads.
-__device__ inline void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 // The same pointer, of which the compiler no longer knows that all lanes of the warp have it. Where
 // it does, it makes one atomic of those of all lanes and waits for the answer at once, also where
 // only one lane takes part and needs the answer much later.
@@ -96,9 +91,13 @@ __device__ inline T* own_pointer(T* pointer) {
   return reinterpret_cast<T*>(__shfl_sync(~0u, bits, thread_index() % 32));
 }
 
-// Among `threads` threads of the block; barrier 0 is __syncthreads.
+// Among `threads` threads of the block, those that only arrive included; barrier 0 is
+// __syncthreads.
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ inline void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 }  // namespace cometrt
