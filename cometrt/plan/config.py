@@ -8,7 +8,7 @@ from cometrt.specs import ALIGNMENT, check_choice, check_int
 
 LAYER1_ORDERS = ("waves", "columns")
 GEMMS = ("engine", "cublas")
-MOST_TERMS = 128  # kMostTerms of kernels_cu/fused/combine.cuh
+MOST_TERMS = 128  # kMostTerms of kernels_cu/fused/row_sums.cuh
 ENGINE_BLOCK_M, ENGINE_BLOCK_N = 128, 256  # BLOCK_M, BLOCK_N of kernels_cu/gemm/tile.cuh
 
 

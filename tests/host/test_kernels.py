@@ -94,7 +94,7 @@ def test_structs_are_laid_out_as_their_mirrors(struct):
 def test_shared_memory_is_what_launches_ask_for():
     assert layout_of("Shared", "gemm/tile.cuh", []) == [engine.SHARED_BYTES]
     (movers,) = layout_of("MoverSlots", "comm/movers.cuh", [])
-    (sums,) = layout_of("SumSlots", "fused/combine.cuh", [])
+    (sums,) = layout_of("SumSlots", "fused/row_sums.cuh", [])
     assert engine.SHARED_BYTES + movers == fused._LAYER0_BYTES <= 227 * 1024
     assert engine.SHARED_BYTES + 2 * sums == fused._LAYER1_BYTES <= 227 * 1024
 
@@ -157,7 +157,7 @@ def test_traces_are_read_as_they_are_written():
 
 
 def test_the_most_terms_of_a_token_are_those_of_the_kernel():
-    source = (kernels_folder() / "fused" / "combine.cuh").read_text()
+    source = (kernels_folder() / "fused" / "row_sums.cuh").read_text()
     assert f"kMostTerms = {MOST_TERMS};" in source
 
 
