@@ -4,12 +4,14 @@ import itertools
 import json
 import math
 import sys
+import time
 
 import numpy as np
 import pytest
 
 import cometrt
 from cometrt.cuda.trace import events_of
+from cometrt.host import comm
 from cometrt.kernels.params import TRACE_LANES, trace_lane_dtype
 from cometrt.trace import Event, Timeline
 from tests.cases import Case, make_inputs
@@ -115,8 +117,23 @@ def test_waits_are_shares_of_the_time_of_all_who_might_have_worked():
     assert compute.split() == "0 compute 85.0% 15.0% 0.0% 0.0%".split()
 
 
-def test_waits_of_a_layer_name_their_flags(timelines):
-    timeline = timelines[0]
+def test_waits_of_a_layer_name_their_flags(monkeypatch):
+    inputs, pull = make_inputs(CASE), comm.pull_rows
+
+    def late(*args):
+        time.sleep(0.1)  # compute has nothing but to wait
+        pull(*args)
+
+    def fn(world):
+        rank = Rank(world, CASE, [inputs])
+        with cometrt.trace.record(rank.layer) as recording:
+            if world.rank == 3:
+                time.sleep(0.1)
+            rank.forward(0)
+        return recording.gather()
+
+    monkeypatch.setattr(comm, "pull_rows", late)
+    timeline = cometrt.spawn(fn, CASE.size)[0]
     flags = {e.flag for e in timeline.events if e.name == "wait"}
     assert {"source_ready", "tile_filled"} <= flags
     assert flags <= {"source_ready", "tile_filled", "tile_done", "partials_ready"}
