@@ -8,14 +8,11 @@ All contenders of a shape take turns in every round; medians. Random data, real 
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import json
 import math
 import os
 import random
 import statistics
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -27,6 +24,8 @@ import cupy as cp
 import ml_dtypes
 import numpy as np
 
+from benchmarks.files import machine, write
+from benchmarks.layer_cells import spread
 from cometrt.cuda.engine import GroupedGemm, group_of, order_turns
 from cometrt.cuda.gemm import ExpertGemm
 from cometrt.models import MODELS
@@ -289,16 +288,6 @@ def measure_shape(label: str, rows: int, experts: int, n: int, k: int, rounds: i
     }  # fmt: skip
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    tenth = len(ordered) // 10
-    return {
-        "median": statistics.median(ordered),
-        "p10": ordered[tenth],
-        "p90": ordered[-1 - tenth],
-    }
-
-
 def line(label: str, result: dict) -> str:
     rate = result["tflops"]
     best = max(rate.get("torch", 0), rate["batched"])
@@ -334,30 +323,12 @@ def main() -> None:
             results[label] = measure_shape(label, *shape, args.rounds)
             cp.get_default_memory_pool().free_all_blocks()
             print(line(label, results[label]), flush=True)
-            if args.out:
-                written = {"machine": here, "shapes": results}
-                args.out.write_text(json.dumps(written, indent=1) + "\n")
+            write(args.out, {"machine": here, "shapes": results})
     ratios = [
         r["tflops"]["engine"] / max(r["tflops"].get("torch", 0), r["tflops"]["batched"])
         for r in results.values()
     ]
     print(f"geometric mean over the better peer: {statistics.geometric_mean(ratios):.3f}")
-
-
-def machine() -> dict:
-    commit = (
-        os.environ.get("COMETRT_COMMIT")
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-    )
-    properties = cp.cuda.runtime.getDeviceProperties(0)
-    return {
-        "gpu": properties["name"].decode(),
-        "driver": cp.cuda.runtime.driverGetVersion(),
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-    }
 
 
 if __name__ == "__main__":

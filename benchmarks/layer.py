@@ -13,10 +13,7 @@ and all ranks share one L2 cache and one DRAM.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,7 +22,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cupy as cp
-from layer_cells import (
+
+import cometrt
+from benchmarks.files import machine, read, write
+from benchmarks.layer_cells import (
     HEAD,
     Cell,
     busiest_rank,
@@ -35,13 +35,9 @@ from layer_cells import (
     line,
     routing,
 )
-from layer_rank import Gate, Rank
-
-import cometrt
+from benchmarks.layer_rank import Gate, Rank, take_turns
 from cometrt.world.link import LINKS
 from cometrt.world.partitions import gpu_sms, num_sms
-
-WARM_UP = 2
 
 
 def measure(cell: Cell, rounds: int, comm_sms: list[int | None], replay: bool) -> dict[str, Any]:
@@ -50,25 +46,7 @@ def measure(cell: Cell, rounds: int, comm_sms: list[int | None], replay: bool) -
     def fn(world: cometrt.World) -> tuple[dict[str, list[float]], float, int]:
         rank = Rank(world, cell, ids, comm_sms, replay)
         distance = rank.check()
-        stream, number = cp.cuda.get_current_stream(), 0
-        gate.close(0)
-        stream.synchronize()
-        times: dict[str, list[float]] = {name: [] for name in rank.contenders}
-        for index in range(rounds + WARM_UP):
-            for name, contender in rank.contenders.items():
-                number += 1
-                world.barrier()
-                gate.close(number)
-                begin, end = cp.cuda.Event(), cp.cuda.Event()
-                begin.record()
-                last = contender()
-                end.record()
-                world.barrier()
-                if world.rank == 0:
-                    gate.open(number)
-                end.synchronize()
-                if index >= WARM_UP:
-                    times[name].append(cp.cuda.get_elapsed_time(begin, last or end))
+        times = take_turns(world, gate, rank.contenders, rounds)
         rank.close()
         return times, distance, num_sms()
 
@@ -91,19 +69,6 @@ def measure(cell: Cell, rounds: int, comm_sms: list[int | None], replay: bool) -
     }
 
 
-def machine() -> dict[str, Any]:
-    properties = cp.cuda.runtime.getDeviceProperties(0)
-    return {
-        "gpu": properties["name"].decode(),
-        "driver": cp.cuda.runtime.driverGetVersion(),
-        "date": datetime.date.today().isoformat(),
-        "commit": os.environ.get("COMETRT_COMMIT")
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-    }
-
-
 class Results:
     """What a file holds: cells and those that were skipped, by name, each with its machine."""
 
@@ -112,7 +77,7 @@ class Results:
         self.cells: dict[str, dict[str, Any]] = {}
         self.skipped: dict[str, dict[str, Any]] = {}
         if path and path.exists():
-            data = json.loads(path.read_text())
+            data = read(path)
             old = {"machine": data["machine"]}
             self.cells = {name: old | cell for name, cell in data["cells"].items()}
             skipped = data["skipped"]
@@ -137,9 +102,7 @@ class Results:
             names = sorted(self.cells, key=lambda name: order.get(name, len(order)))
             ordered = {name: self.cells[name] for name in names}
             data = {"machine": self.here, "cells": ordered, "skipped": self.skipped}
-            new = self._path.with_suffix(".new")
-            new.write_text(json.dumps(data, indent=1) + "\n")
-            new.replace(self._path)
+            write(self._path, data)
 
 
 def main() -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import cupy as cp
 import numpy as np
-from layer_cells import Cell
 
 import cometrt
+from benchmarks.layer_cells import Cell
 from cometrt.models import MODELS
 
+WARM_UP = 2  # rounds
 _GATE = r"""
 extern "C" __global__ void gate(volatile int* open, int number) {
   unsigned long long begin, now;
@@ -38,6 +39,33 @@ class Gate:
 
     def open(self, number: int) -> None:
         self._flag[0] = number
+
+
+def take_turns(
+    world: cometrt.World, gate: Gate, contenders: dict[str, Callable[[], Any]], rounds: int
+) -> dict[str, list[float]]:
+    """Milliseconds of each, [rounds], on this rank, from a gate on that all ranks share.
+    Collective."""
+    stream, number = cp.cuda.get_current_stream(), 0
+    gate.close(0)
+    stream.synchronize()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for index in range(rounds + WARM_UP):
+        for name, contender in contenders.items():
+            number += 1
+            world.barrier()
+            gate.close(number)
+            begin, end = cp.cuda.Event(), cp.cuda.Event()
+            begin.record()
+            last = contender()
+            end.record()
+            world.barrier()
+            if world.rank == 0:
+                gate.open(number)
+            end.synchronize()
+            if index >= WARM_UP:
+                times[name].append(cp.cuda.get_elapsed_time(begin, last or end))
+    return times
 
 
 def random_bf16(shape: tuple[int, ...], scale: float = 1.0) -> Any:
@@ -71,6 +99,7 @@ class Rank:
 
     Attributes:
         contenders: what is timed: each queues one call, and may return the event that ends it.
+        expected: once checked, the sequential layer's result.
     """
 
     def __init__(
@@ -95,7 +124,7 @@ class Rank:
         )
         self.ids = cp.asarray(ids[world.rank])
         self.topk_weights = cp.asarray(rng.random(self.ids.shape, np.float32) + 0.5)
-        self.y, self._expected = (cp.empty(self.x.shape, _BF16) for _ in range(2))
+        self.y, self.expected = (cp.empty(self.x.shape, _BF16) for _ in range(2))
         self._graph_memory = cp.cuda.MemoryPool()
         self._planned: Any = None
         self._mark_planning()
@@ -173,7 +202,7 @@ class Rank:
                 stream.begin_capture()
                 self._forward(name)
                 graphs[name] = stream.end_capture()
-            layer._executor._captured.clear()
+            layer._executor.captured.clear()
             self.world.barrier()
             graphs[name].upload(stream)
             stream.synchronize()
@@ -193,8 +222,8 @@ class Rank:
             stream.synchronize()
             self.layers[name].synchronize()
             if name == "sequential":
-                self._expected[...] = self.y
-            distance = relative_distance(self.y, self._expected)
+                self.expected[...] = self.y
+            distance = relative_distance(self.y, self.expected)
             if not distance <= (0.0 if name.startswith("chunked") else 1.0):  # NaN is wrong too
                 distance = math.inf
             largest = max(largest, distance)

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cupy as cp
 
 import cometrt
-from benchmarks.files import read, write
-from benchmarks.layer import WARM_UP, Cell, Gate, Rank, crossing_bytes, figures, machine, routing
+from benchmarks.files import machine, read, write
+from benchmarks.layer_cells import Cell, crossing_bytes, figures, routing
+from benchmarks.layer_rank import Gate, Rank, relative_distance, take_turns
 from benchmarks.nccl.exchange import Nccl, NcclForward
 from cometrt.models import MODELS
 from cometrt.world.link import LINKS
@@ -34,59 +35,25 @@ LINK = "given"  # name of the link that --gbps describes
 assert set(SMALL_FIRST) == set(MODELS)
 
 
-def relative_distance(one: Any, other: Any) -> float:
-    one, other = one.astype(cp.float32), other.astype(cp.float32)
-    return float(cp.linalg.norm(one - other) / cp.linalg.norm(other))
-
-
-def take_turns(world: cometrt.World, gate: Gate, runs: dict[str, Any], rounds: int) -> Any:
-    """Milliseconds of each, [rounds], on this rank, from a common gate on."""
-    stream, number = cp.cuda.get_current_stream(), 0
-    gate.close(0)
-    stream.synchronize()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(rounds + WARM_UP):
-        for name, run in runs.items():
-            number += 1
-            world.barrier()
-            gate.close(number)
-            begin, end = cp.cuda.Event(), cp.cuda.Event()
-            begin.record()
-            run()
-            end.record()
-            world.barrier()
-            if world.rank == 0:
-                gate.open(number)
-            end.synchronize()
-            if index >= WARM_UP:
-                times[name].append(cp.cuda.get_elapsed_time(begin, end))
-    return times
-
-
 def measure(cell: Cell, rounds: int, gbps: float) -> dict[str, Any]:
     ids, gate = routing(cell), Gate()
 
     def fn(world: cometrt.World) -> dict[str, Any]:
-        rank = Rank(world, cell, ids)
-        distances = {"fused": rank.check()}
-        runs = {
-            "fused": lambda: rank.forward("fused"),
-            "sequential": lambda: rank.forward("sequential"),
-            "gemms": rank.gemms,
-        }
+        rank = Rank(world, cell, ids, [None], replay=False)
+        distances = {"ours": rank.check()}
+        runs = dict(rank.contenders)
         nccl = Nccl.connect(world)
         if nccl is not None:
             layer = rank.layers["sequential"]
             forward = NcclForward(nccl, layer, rank.x, ids, rank.topk_weights, rank.weights)
             forward()
-            distances["nccl"] = relative_distance(forward.y, rank.y["sequential"])
+            distances["nccl"] = relative_distance(forward.y, rank.expected)
             runs["nccl"] = forward
         wrong = {name: far for name, far in distances.items() if not far < 1e-2}
         if any(world.allgather(wrong)):
             raise cometrt.CometError(f"rank {world.rank}: far from sequential: {wrong}")
         times = take_turns(world, gate, runs, rounds)
-        for layer in rank.layers.values():
-            layer.close()
+        rank.close()
         return {
             "times": times,
             "distances": distances,
@@ -121,8 +88,8 @@ def free_memory() -> None:
 
 
 TITLE = (
-    f"{'TFLOP/s per GPU':28s}  fused sequen.   nccl  GEMMs | fused ms  link ms | over sequential, "
-    "over nccl, efficiency, hidden share"
+    f"{'TFLOP/s per GPU':28s}  fused sequen. chunked   nccl  GEMMs | fused ms  link ms | "
+    "over sequential, chunked, nccl; efficiency, hidden share"
 )
 
 
@@ -134,9 +101,11 @@ def line(name: str, found: dict[str, Any]) -> str:
     over = f"{ms['nccl']['median'] / ms['fused']['median']:5.2f}" if "nccl" in rate else "    -"
     hidden = f"{found['hidden_share']:5.2f}" if "hidden_share" in found else "    -"
     return (
-        f"{name:28s} {rate['fused']:6.0f} {rate['sequential']:6.0f} {nccl} {rate['gemms']:6.0f} | "
+        f"{name:28s} {rate['fused']:6.0f} {rate['sequential']:6.0f} "
+        f"{rate[found['best_chunked']]:7.0f} {nccl} {rate['gemms']:6.0f} | "
         f"{ms['fused']['median']:8.2f} {found['link_ms']:8.2f} | "
-        f"{found['speedup_over_sequential']:5.2f} {over} {found['efficiency']:5.2f} {hidden}"
+        f"{found['speedup_over_sequential']:5.2f} {found['speedup_over_chunked']:5.2f} {over} "
+        f"{found['efficiency']:5.2f} {hidden}"
     )
 
 

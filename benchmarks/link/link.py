@@ -25,8 +25,8 @@ import cupy as cp
 import numpy as np
 
 import cometrt
-from benchmarks.files import write
-from benchmarks.layer import Gate, machine
+from benchmarks.files import machine, write
+from benchmarks.layer_rank import Gate
 from benchmarks.nccl.exchange import Nccl
 from cometrt.kernels.compiler import compile_cubin
 from cometrt.kernels.launch import Kernel
@@ -37,7 +37,8 @@ BYTES, BLOCK_BYTES, PIECE_BYTES = 256 << 20, 64 << 10, 4096
 CTAS = (1, 2, 4, 8, 16, 32, 64, 128, 132)
 REPEATS = 5
 HOPS, LOADS = 1000, 2000
-# Warps and lanes of a CTA that move: as in layer0, and as in dispatch with 50 KB a warp.
+# Warps and slots of each that move in a CTA: as many as in layer0, and as in dispatch with 50 KB a
+# warp.
 PULLS = (2, 3), (4, 12)
 PUSHES = 2, 8  # warps of a CTA: as in layer1, and as in push
 

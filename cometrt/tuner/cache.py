@@ -78,8 +78,8 @@ def cache_file() -> Path:
 
 def look_up(world: World, spec: MoESpec, mode: str | None) -> TileConfig | None:
     """The config for this layer, from the user's file, else from the shipped one; None where
-    neither has one, and for what is not tuned: device="host", mode="sequential"."""
-    if world.device != "cuda" or mode == "sequential":
+    neither has one, and for what is not tuned: device="host", another mode than "fused"."""
+    if world.device != "cuda" or mode not in (None, "fused"):
         return None
     key = key_of(world, spec)
     for path in (cache_file(), SHIPPED):

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import sys
+import types
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 import cometrt
 from cometrt import trace
+from cometrt.agreement import agree
 from tests.cases import Case, Output, check_case, make_inputs
 
 SPEC = {"hidden": 64, "intermediate": 96, "num_experts": 8, "topk": 2, "max_tokens": 32}
@@ -104,6 +106,20 @@ def test_chunked_is_for_the_engine_on_cuda():
         cometrt.TileConfig(gemm="cublas").check_on("cuda", "chunked", 10)
     with pytest.raises(ValueError, match=r"mode must be .* \[rank 0\]"):
         cometrt.spawn(lambda w: cometrt.MoELayer(w, cometrt.MoESpec(**SPEC), "chunked"), 2)
+
+
+def test_what_a_layer_cannot_be_on_cuda():
+    world = types.SimpleNamespace(
+        device="cuda", rank=0, size=1, num_layers=0, allgather=lambda value, purpose: [value]
+    )
+    config = cometrt.TileConfig()
+    for change, message in (
+        ({"dtype": "float32"}, "dtype must be 'bfloat16' on device='cuda' (got 'float32')"),
+        ({"hidden": 28688}, "hidden must be at most 28672 on device='cuda' (got 28688)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            agree(world, cometrt.MoESpec(**(SPEC | change)), None, config)
+    agree(world, cometrt.MoESpec(**(SPEC | {"hidden": 28672})), None, config)
 
 
 def test_the_best_mode_is_one_that_can_be():
