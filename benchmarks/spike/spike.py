@@ -138,10 +138,11 @@ class Fused:
         for rank, (stream, num_sms, _) in enumerate(self.partitions):
             state = self.ranks[rank]
             p = self.params(rank, num_comm=num_comm, gbps=gbps, timeout_ms=timeout_ms, stall=stall)
+            maps = state["a_map"].value, state["b_map"].value
             with stream:
                 self.kernel(
                     (num_sms,), (384,),
-                    (p.view(f"V{spike_params.itemsize}"), state["a_map"], state["b_map"]),
+                    (p.view(f"V{spike_params.itemsize}"), *maps),
                     shared_mem=SHARED,
                 )  # fmt: skip
         cp.cuda.Device().synchronize()

@@ -42,7 +42,7 @@ class CudaArrays:
                 array = self._cp.from_dlpack(array)
             except Exception as error:  # of whatever library it came from
                 raise ValueError(f"{name} must be a DLPack array on a GPU ({error})") from error
-        if array.device.id != self._device_id:
+        if array.data.device_id != self._device_id:
             raise ValueError(
                 f"{name} must be on this rank's GPU {self._device_id} (got GPU {array.device.id})"
             )
@@ -50,7 +50,7 @@ class CudaArrays:
         return array
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-        return self._cp.empty(shape, dtype)
+        return self._cp.ndarray(shape, dtype)
 
     def stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         """Work within it goes to `stream` (anything with ``__cuda_stream__``), or, for None, to

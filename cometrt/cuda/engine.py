@@ -3,13 +3,20 @@ plan's order, group sizes known on the device alone."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from cometrt.activations import ACTIVATIONS, is_gated
 from cometrt.kernels.launch import Kernel, load_kernels
-from cometrt.kernels.params import Record, gemm_params, planned_tiles_dtype, turns_params
+from cometrt.kernels.params import (
+    Argument,
+    Record,
+    gemm_params,
+    planned_tiles_dtype,
+    turns_params,
+)
 from cometrt.kernels.tensor_map import encode
 from cometrt.plan import PlanShape
 from cometrt.plan.turns import (
@@ -167,20 +174,27 @@ def gemm_record(turns: Turns, inner: int, columns: int) -> Record:
 
 def gemm_arguments(
     params: Record, a: Any, b: Any, out: Any, z: Any, *, gated: bool
-) -> tuple[Record | np.ndarray, ...]:
+) -> tuple[Argument, ...]:
     """`params`, pointing to out and z, and the tensor maps of a, its halves, and b; matrices as
     for `GroupedGemm`."""
-    (rows, inner), (experts, b_rows, _) = a.shape, b.shape
+    words = params.words
+    words[_OUT] = out.data.ptr
+    words[_Z] = 0 if z is None else z.data.ptr
+    return params, *_operand_maps(a.data.ptr, a.shape, b.data.ptr, b.shape, gated)
+
+
+@functools.lru_cache(maxsize=4096)
+def _operand_maps(
+    a: int, a_shape: tuple[int, int], b: int, b_shape: tuple[int, int, int], gated: bool
+) -> tuple[Argument, Argument, Argument]:
+    """Of a, its halves, and b; kept, since memory of a call comes back in later ones."""
+    (rows, inner), (experts, b_rows, _) = a_shape, b_shape
     parts = 2 if gated else 1
-    a_pointer, a_shape = a.data.ptr, (1, 1, rows, inner)
-    b_shape = (experts, parts, b_rows // parts, inner)
-    params.words[_OUT] = out.data.ptr
-    params.words[_Z] = 0 if z is None else z.data.ptr
+    of_b = (experts, parts, b_rows // parts, inner)
     return (
-        params,
-        encode(a_pointer, a_shape, (1, 1, BLOCK_M, _BLOCK_K)),
-        encode(a_pointer, a_shape, (1, 1, _HALF_M, _BLOCK_K)),
-        encode(b.data.ptr, b_shape, (1, 1, _HALF_N, _BLOCK_K)),
+        encode(a, (1, 1, rows, inner), (1, 1, BLOCK_M, _BLOCK_K)),
+        encode(a, (1, 1, rows, inner), (1, 1, _HALF_M, _BLOCK_K)),
+        encode(b, of_b, (1, 1, _HALF_N, _BLOCK_K)),
     )
 
 

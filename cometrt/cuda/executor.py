@@ -107,16 +107,16 @@ class CudaExecutor:
         tracer: Tracer,
     ) -> tuple[Any, ...] | None:
         cp, spec, dtype = self._cp, self._shape.geometry.spec, self._dtype
-        kept_x = None
+        new, kept_x = cp.ndarray, None
         if training and spec.save == "z":
-            kept_x = cp.empty((spec.max_tokens, spec.hidden), dtype)
-        epoch = cp.empty(1, cp.int64) if training else None
+            kept_x = new((spec.max_tokens, spec.hidden), dtype)
+        epoch = new(1, np.int64) if training else None
         tables = self._planner.new_tables()
-        x_rows = cp.empty(self._row_shape, dtype)
+        x_rows = new(self._row_shape, dtype)
         z = None
         if training or (self._fused is None and self._engine is None):
-            z = cp.empty(self._up_shape, dtype)
-        a, o = cp.empty(self._inner_shape, dtype), cp.empty(self._row_shape, dtype)
+            z = new(self._up_shape, dtype)
+        a, o = new(self._inner_shape, dtype), new(self._row_shape, dtype)
         call = self._calls.begin("forward", len(x), self._state.data.ptr, self._report.address)
         call.fields["weighted"] = 1
         call.fields["ids_are_64"] = ids.dtype.itemsize == 8

@@ -18,7 +18,7 @@ from cometrt.cuda.engine import (
     turns_record,
 )
 from cometrt.kernels.launch import Kernel, load_kernels
-from cometrt.kernels.params import Record
+from cometrt.kernels.params import Argument, Record
 from cometrt.plan import PlanShape
 from cometrt.plan.turns import BLOCK_N, column_tiles
 
@@ -72,8 +72,8 @@ class FusedForward:
         self.taken = self.tile_done[sizes[1] :]
         self._pull_pace, self._push_pace = pull_pace, push_pace
         self.grid = gemm_grid()
-        self._num_comm0 = num_movers(config.num_comm0, self.grid[0])
-        self._num_comm1 = num_movers(config.num_comm1, self.grid[0])
+        self._num_comm0 = Argument(num_movers(config.num_comm0, self.grid[0]))
+        self._num_comm1 = Argument(num_movers(config.num_comm1, self.grid[0]))
 
     def load_kernels(self, *, trace: bool = False) -> FusedKernels:
         """Before any of them waits for a peer."""

@@ -62,7 +62,7 @@ class DevicePlanner:
     def __init__(self, shape: PlanShape) -> None:
         import cupy as cp
 
-        self._shape = shape
+        self._cp, self._shape = cp, shape
         geometry = shape.geometry
         size, experts, spec = geometry.size, geometry.local_experts, geometry.spec
         self._chunks = math.ceil(spec.max_tokens / _CHUNK)
@@ -121,9 +121,7 @@ class DevicePlanner:
 
     def new_tables(self) -> Any:
         """Memory for a plan, not filled: [words] int32."""
-        import cupy as cp
-
-        return cp.empty(self._all_words, cp.int32)
+        return self._cp.ndarray(self._all_words, np.int32)
 
     def plan_of(self, tables: Any) -> Plan:
         """That memory as a Plan's CuPy arrays."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from cometrt.kernels.launch import load_kernels
-from cometrt.kernels.params import Record, part_record
+from cometrt.kernels.params import Argument, Record, part_record
 from cometrt.plan import PlanShape
 from cometrt.world.partitions import num_sms
 
@@ -40,7 +40,7 @@ class RowMovers:
         self._parts = [part_record(block_position, index, parts) for index in range(parts)]
         row_bytes = 2 * shape.geometry.spec.hidden
         lanes = max(1, min(32, _SLOT_BYTES // row_bytes // _PULL_WARPS))
-        self._lanes, self._slot_bytes = np.int32(lanes), _PULL_WARPS * lanes * row_bytes
+        self._lanes, self._slot_bytes = Argument(np.int32(lanes)), _PULL_WARPS * lanes * row_bytes
         self._dispatch.allow_shared(self._slot_bytes)
 
     def pull(self, call: Record, part: int | None = None, sms: int | None = None) -> None:

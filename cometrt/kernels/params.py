@@ -156,20 +156,34 @@ MIRRORS = {
 }
 
 
-class Record:
-    """A struct that kernels take by value. Launches copy it: it may be changed and passed again.
+class Argument:
+    """What kernels take by value. Launches copy it: it may be changed and passed again.
+
+    Args:
+        value: an array, or a NumPy scalar, whose bytes they are.
+
+    Attributes:
+        address: of those bytes.
+    """
+
+    def __init__(self, value: np.ndarray | np.generic) -> None:
+        self.value = np.atleast_1d(value)
+        self.address = int(self.value.ctypes.data)
+
+
+class Record(Argument):
+    """A struct.
 
     Attributes:
         fields: size-1 array of its mirror.
         words: the same as 8-byte integers.
-        raw: the same as a launch takes it.
     """
 
     def __init__(self, dtype: np.dtype) -> None:
         assert dtype.itemsize % 8 == 0
         self.fields = np.zeros(1, dtype)
         self.words = self.fields.view(np.uint64)
-        self.raw = self.fields.view(f"V{dtype.itemsize}")
+        super().__init__(self.fields)
 
     def place(self, name: str) -> int:
         """The word in which an 8-byte field lies."""

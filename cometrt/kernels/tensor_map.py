@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cometrt.errors import CometError
+from cometrt.kernels.params import Argument
 
 _BFLOAT16 = 9  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
 _SWIZZLE_128B = 3
@@ -17,8 +18,7 @@ _L2_PROMOTION_256B = 3
 _MAP_BYTES = 128
 
 
-@functools.lru_cache(maxsize=4096)
-def encode(pointer: int, shape: tuple[int, ...], box: tuple[int, ...]) -> np.ndarray:
+def encode(pointer: int, shape: tuple[int, ...], box: tuple[int, ...]) -> Argument:
     """The map of a C-contiguous bf16 array on the device, read in boxes; a kernel argument.
 
     Args:
@@ -26,7 +26,7 @@ def encode(pointer: int, shape: tuple[int, ...], box: tuple[int, ...]) -> np.nda
         shape, box: outermost first; the innermost box is at most 128 bytes, swizzled.
 
     Returns:
-        size-1 array of dtype V128, at a 128-byte aligned address; not to be written to.
+        128 bytes at a 128-byte aligned address; not to be written to.
 
     Raises:
         CometError: where the driver refuses it.
@@ -38,7 +38,7 @@ def encode(pointer: int, shape: tuple[int, ...], box: tuple[int, ...]) -> np.nda
     error = _encode_tiled()(address + start, _BFLOAT16, len(shape), pointer, *form)
     if error:
         raise CometError(f"no tensor map for shape {shape}, box {box}: CUDA error {error}")
-    return room[start : start + _MAP_BYTES].view(f"V{_MAP_BYTES}")
+    return Argument(room[start : start + _MAP_BYTES].view(f"V{_MAP_BYTES}"))
 
 
 @functools.lru_cache(maxsize=1024)

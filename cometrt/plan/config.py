@@ -45,7 +45,7 @@ class TileConfig:
     block_n: int = 128
     block_tokens: int = 64
     layer1_order: str = "waves"
-    waves: int = 1
+    waves: int = 2
     group: int | None = None
     chunk: int = 256
     gemm: str = "engine"

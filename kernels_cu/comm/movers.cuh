@@ -112,7 +112,7 @@ class Puller {
     if (loads) {
       const char* from = c_.data<char>(source, c_.pull_at) + 2ll * index * c_.g.hidden + offset;
       mbarrier_arrive_expect(&full_[slot_], bytes);
-      bulk_load(slots_[slot_], from, bytes, &full_[slot_]);
+      bulk_load<Keep::kBriefly>(slots_[slot_], from, bytes, &full_[slot_]);
     }
     const u32 link_bytes = __reduce_add_sync(~0u, crosses ? bytes : 0);
     if (speaks(0)) crossing_.begin(pace_, link_bytes);
