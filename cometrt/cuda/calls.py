@@ -39,14 +39,7 @@ class Calls:
 
     def begin(self, operation: str, num_tokens: int, state: int, report: int) -> Record:
         """The record of a new call: no pointer but these is set. Valid until the next `begin`."""
-        record = self.record
-        world = self._world
-        state_of_world = (
-            world.generation,
-            world.timeout_sec,
-            # Another layer may have made them grow.
-            *(world.segment(name, world.rank) for name in SEGMENTS),
-        )
+        record, state_of_world = self.record, self.state_of_world()
         if self._filled_for != state_of_world:
             self._fill()
             self._filled_for = state_of_world
@@ -57,6 +50,12 @@ class Calls:
         fields["num_tile_counters"] = 0
         set_words(record, state=state, report=report)
         return record
+
+    def state_of_world(self) -> tuple[Any, ...]:
+        """What a record depends on besides its call: another layer may make segments grow."""
+        world = self._world
+        segments = [world.segment(name, world.rank) for name in SEGMENTS]
+        return (world.generation, world.timeout_sec, *segments)
 
     def _fill(self) -> None:
         """What the world and the layer are."""

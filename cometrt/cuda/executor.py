@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from cometrt.cuda.calls import Calls, set_tables, set_words
 from cometrt.cuda.chunked import ChunkedForward
 from cometrt.cuda.experts import CublasExperts, EngineExperts
 from cometrt.cuda.fused import FusedForward
+from cometrt.cuda.graphs import CallGraphs
 from cometrt.cuda.planner import DevicePlanner
 from cometrt.cuda.report import Report
 from cometrt.cuda.rows import RowMovers
@@ -40,6 +42,7 @@ from cometrt.world import World
 from cometrt.world.partitions import num_sms
 
 _THREADS = 256
+_ALIGNMENT = 512  # bytes
 
 
 class CudaExecutor:
@@ -83,7 +86,9 @@ class CudaExecutor:
         self._num_sms, self._row_shape = num_sms(), (shape.capacity, spec.hidden)
         self._up_shape = (shape.capacity, geometry.up_columns)
         self._inner_shape = (shape.capacity, geometry.local_intermediate)
+        self._o_at = -(-2 * math.prod(self._inner_shape) // _ALIGNMENT) * _ALIGNMENT
         self._dtype = spec.numpy_dtype
+        self.graphs = CallGraphs()
         self.captured: list[Any] = []  # memory of calls in graphs, which outlives them
         cp.cuda.get_current_stream().synchronize()
         world.barrier()
@@ -116,7 +121,44 @@ class CudaExecutor:
         z = None
         if training or (self._fused is None and self._engine is None):
             z = new(self._up_shape, dtype)
-        a, o = new(self._inner_shape, dtype), new(self._row_shape, dtype)
+        scratch = cp.cuda.alloc(self._o_at + 2 * math.prod(self._row_shape))  # a, then o
+        given, made = (x, ids, weights, w_up, w_down, out), (epoch, kept_x, tables, x_rows, z)
+
+        def launch() -> None:
+            self._launch_forward(given, made, scratch)
+
+        graph = None
+        if self._fused is not None and not cp.cuda.get_current_stream().is_capturing():
+            arrays = [0 if array is None else array.data.ptr for array in (*given, *made)]
+            state = self._calls.state_of_world()
+            key = (len(x), ids.dtype.itemsize, scratch.ptr, *arrays, *state)
+            graph = self.graphs.find(key, launch)
+        with self._launching((*made, scratch)):
+            if graph is None:
+                launch()
+            else:
+                graph.launch(cp.cuda.get_current_stream())
+        if not training:
+            return None
+        return Saved.pack(
+            shape=self._shape,
+            layer=self._layer,
+            num_tokens=len(x),
+            epoch=epoch,
+            world=self._world.identity,
+            x=x_rows if kept_x is None else kept_x,
+            z=z,
+            tables=(tables,),
+            w_up=w_up,
+            w_down=w_down,
+        )
+
+    def _launch_forward(self, given: tuple[Any, ...], made: tuple[Any, ...], scratch: Any) -> None:
+        """All kernels of a forward, from its arguments and the memory made for it."""
+        x, ids, weights, w_up, w_down, out = given
+        epoch, kept_x, tables, x_rows, z = made
+        a = self._cp.ndarray(self._inner_shape, self._dtype, scratch)
+        o = self._cp.ndarray(self._row_shape, self._dtype, scratch + self._o_at)
         call = self._calls.begin("forward", len(x), self._state.data.ptr, self._report.address)
         call.fields["weighted"] = 1
         call.fields["ids_are_64"] = ids.dtype.itemsize == 8
@@ -136,31 +178,16 @@ class CudaExecutor:
             partial_rows=o.data.ptr,
         )
         set_tables(call, self._planner.call_tables(tables))
-        buffers = (epoch, kept_x, tables, x_rows, z, a, o)
-        with self._launching(call, buffers):
-            if self._fused is not None:
-                self._fused_forward(call, self._fused, w_up, w_down, buffers)
-            else:
-                self._sequential_forward(call, w_up, w_down, buffers)
-        if not training:
-            return None
-        return Saved.pack(
-            shape=self._shape,
-            layer=self._layer,
-            num_tokens=len(x),
-            epoch=epoch,
-            world=self._world.identity,
-            x=x_rows if kept_x is None else kept_x,
-            z=z,
-            tables=(tables,),
-            w_up=w_up,
-            w_down=w_down,
-        )
+        if self._fused is not None:
+            self._fused_forward(call, self._fused, w_up, w_down, (tables, x_rows, z, a, o))
+        else:
+            self._sequential_forward(call, w_up, w_down, (tables, x_rows, z, a, o))
+        self._end(call)
 
     def _fused_forward(
         self, call: Record, fused: FusedForward, w_up: Any, w_down: Any, buffers: tuple[Any, ...]
     ) -> None:
-        _, _, tables, x_rows, z, a, o = buffers
+        tables, x_rows, z, a, o = buffers
         counters = fused.tile_counters
         call.fields["num_tile_counters"] = counters.size
         set_words(
@@ -177,7 +204,7 @@ class CudaExecutor:
     def _sequential_forward(
         self, call: Record, w_up: Any, w_down: Any, buffers: tuple[Any, ...]
     ) -> None:
-        _, _, tables, x_rows, z, a, o = buffers
+        tables, x_rows, z, a, o = buffers
         engine = self._engine
         up, down = (engine.up_turns, engine.down_turns) if engine else (_NO_TURNS, _NO_TURNS)
         self._publish((self._num_sms,), _THREADS, call)
@@ -226,11 +253,12 @@ class CudaExecutor:
             dweight_rows=dweight_rows.data.ptr,
         )
         set_tables(call, planner.call_tables(tables))
-        with self._launching(call, ()):
+        with self._launching(()):
             self._publish((self._num_sms,), _THREADS, call)
             self._agree((1,), _THREADS, call)
             rows = self._group_rows(plan)
             if not rows:
+                self._end(call)
                 return
             self._pull(call)
             if pulls_again:  # before the first partial of dx leaves
@@ -245,12 +273,22 @@ class CudaExecutor:
                 self._meet()
 
             self._combine(call, weights)
+            self._end(call)
 
     def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
         """Within it the fused forward's kernels record themselves."""
         if self._fused is None:
             return contextlib.nullcontext()
-        return recorded_by(recording, self._fused, self._state, self._report.ended)
+        return self._recorded_by(recording, self._fused)
+
+    @contextlib.contextmanager
+    def _recorded_by(self, recording: Recording, fused: FusedForward) -> Iterator[None]:
+        self.graphs.enabled, before = False, self.graphs.enabled  # they have other kernels
+        try:
+            with recorded_by(recording, fused, self._state, self._report.ended):
+                yield
+        finally:
+            self.graphs.enabled = before
 
     def synchronize(self) -> None:
         """Wait for this layer's calls; raise what they have not raised yet."""
@@ -269,9 +307,9 @@ class CudaExecutor:
     # ---- the stages of a call ---------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _launching(self, call: Record, buffers: tuple[Any, ...]) -> Iterator[None]:
-        """Around a call's launches: calls of a world follow each other, whatever their streams,
-        and end with `finish`. Stops the world if this rank raises what its peers do not know of.
+    def _launching(self, buffers: tuple[Any, ...]) -> Iterator[None]:
+        """Around a call's launches: calls of a world follow each other, whatever their streams.
+        Stops the world if this rank raises what its peers do not know of.
 
         Not so in a graph: its owner orders replays, and `buffers` are kept for them."""
         gpu, stream = self._world.gpu, self._cp.cuda.get_current_stream()
@@ -284,7 +322,6 @@ class CudaExecutor:
                 self._meet()
             try:
                 yield
-                self._finish((self._num_sms,), _THREADS, call)
             finally:  # what was launched before an error runs on
                 if not capturing:
                     self._report.ended.record(stream)
@@ -307,6 +344,9 @@ class CudaExecutor:
         peers reach is given back only when they rest."""
         if self._world.shares_process:
             self._world.allgather(None, purpose="a call")
+
+    def _end(self, call: Record) -> None:
+        self._finish((self._num_sms,), _THREADS, call)
 
     def _group_rows(self, plan: Any) -> list[tuple[int, int]]:
         """Waits for the verdict: rows [begin, end) of each expert; empty if the call is over."""

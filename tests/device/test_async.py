@@ -5,7 +5,7 @@ import pytest
 
 import cometrt
 from cometrt.kernels import launch
-from tests.cases import Case, make_inputs, on_host
+from tests.cases import Case, make_inputs, on_device, on_host
 from tests.device.test_failures import Rank
 
 pytestmark = pytest.mark.gpu
@@ -92,6 +92,44 @@ def test_a_forward_is_few_launches(monkeypatch):
 
     cometrt.spawn(fn, 1, "cuda")
     assert 0 < len(launches) <= 6
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("ranks", [(1, 1), (4, 1)], ids=str)
+def test_calls_that_come_again_are_replayed(ranks, training):
+    """With the same memory, that is: what lies in it may differ, and so may the tokens' number."""
+    case = Case(ranks, mode="fused", gemm="engine")
+    batches = [make_inputs(Case(ranks, routing)) for routing in ("uniform", "skewed")]
+
+    def fn(world):
+        rank = Rank(world, batches[0], case.spec, case.config, "fused")
+        graphs = rank.layer._executor.graphs
+        most = min(len(batch.x[world.rank]) for batch in batches)
+        arrays = [
+            [on_device(world)(part[world.rank][:most]) for part in (b.x, b.ids, b.weights)]
+            for b in batches
+        ]
+        inputs = [array.copy() for array in arrays[0]]
+        y = inputs[0].copy()
+
+        def step(index, count):
+            for array, new in zip(inputs, arrays[index], strict=True):
+                array[...] = new
+            y.fill(np.nan)
+            args = [array[:count] for array in inputs]
+            rank.layer.forward(*args, *rank.weights, training=training, out=y[:count])
+            rank.layer.synchronize()
+            return on_host(y[:count]).tobytes()
+
+        cases = [(index, count) for index in (0, 1) for count in (most, most // 2)]
+        graphs.enabled = False
+        expected = [step(*case) for case in cases]
+        graphs.enabled = True
+        for _ in range(4):
+            assert [step(*case) for case in cases] == expected
+        assert any(graph is not None for graph in graphs._graphs.values())
+
+    cometrt.spawn(fn, case.size, "cuda", timeout_sec=10)
 
 
 @pytest.mark.parametrize("mode", ["fused", "sequential", "chunked"])
