@@ -13,6 +13,7 @@ and all ranks share one L2 cache and one DRAM.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -44,7 +45,7 @@ def measure(cell: Cell, rounds: int, comm_sms: list[int | None], replay: bool) -
     ids, gate = routing(cell), Gate()
 
     def fn(world: cometrt.World) -> tuple[dict[str, list[float]], float, int]:
-        rank = Rank(world, cell, ids, comm_sms, replay)
+        rank = Rank(world, cell, ids, comm_sms, replay, cell.config)
         distance = rank.check()
         times = take_turns(world, gate, rank.contenders, rounds)
         rank.close()
@@ -131,6 +132,7 @@ def main() -> None:
             except (cp.cuda.memory.OutOfMemoryError, cometrt.CapacityError) as error:
                 results.add(cell, None, type(error).__name__)
             finally:
+                gc.collect()  # what ranks held, in cycles
                 cp.get_default_memory_pool().free_all_blocks()
             longest = max(longest, time.monotonic() - started)
         if str(cell) in results.cells:

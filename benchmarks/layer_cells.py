@@ -10,13 +10,20 @@ from typing import Any
 import numpy as np
 
 import cometrt
-from cometrt.models import MODELS
+from cometrt.models import MODELS, Model
 
 EXPERTS = {"deepseek-v3": 64}  # what fits; others: all
 CAPACITY_FACTOR = 1.25
 REPLAYED_TOKENS = 4096  # up to here a call is a graph's replay
+SHAPES = MODELS | {"wide-128": Model(4096, 1024, 128, 8)}  # one that no model has, SonicMoE's
 # Tokens of a layer on one whole GPU, without an exchange.
-ALONE = {"mixtral-8x7b": 8192, "qwen2-moe": 16384, "phi-3.5-moe": 8192, "qwen3-30b-a3b": 16384}
+ALONE = {
+    "mixtral-8x7b": 8192,
+    "qwen2-moe": 16384,
+    "phi-3.5-moe": 8192,
+    "qwen3-30b-a3b": 16384,
+    "wide-128": 32768,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +51,14 @@ class Cell:
         return self.tokens <= REPLAYED_TOKENS
 
     @property
+    def config(self) -> cometrt.TileConfig:
+        """Of the fused layer."""
+        chunk = 1024 if self.order == "columns" else 256
+        return cometrt.TileConfig(layer1_order=self.order, chunk=chunk)
+
+    @property
     def spec(self) -> cometrt.MoESpec:
-        model = MODELS[self.model]
+        model = SHAPES[self.model]
         return cometrt.MoESpec(
             hidden=model.hidden,
             intermediate=model.intermediate,
@@ -58,7 +71,7 @@ class Cell:
 
     @property
     def flops(self) -> float:
-        model = MODELS[self.model]
+        model = SHAPES[self.model]
         return 6.0 * self.ranks * self.tokens * model.topk * model.hidden * model.intermediate
 
 

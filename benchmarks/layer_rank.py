@@ -11,8 +11,7 @@ import cupy as cp
 import numpy as np
 
 import cometrt
-from benchmarks.layer_cells import Cell
-from cometrt.models import MODELS
+from benchmarks.layer_cells import SHAPES, Cell
 
 WARM_UP = 2  # rounds
 _GATE = r"""
@@ -96,6 +95,7 @@ class Rank:
     Args:
         comm_sms: of "chunked", each a contender; None: the default.
         replay: time graphs of the layers' calls.
+        config: of "fused"; None: what a layer has that is not given one.
 
     Attributes:
         contenders: what is timed: each queues one call, and may return the event that ends it.
@@ -109,10 +109,11 @@ class Rank:
         ids: np.ndarray,
         comm_sms: list[int | None],
         replay: bool,
+        config: cometrt.TileConfig | None,
     ) -> None:
-        model = MODELS[cell.model]
+        model = SHAPES[cell.model]
         self.world = world
-        self.layers = self._make_layers(cell, comm_sms)
+        self.layers = self._make_layers(cell, comm_sms, config)
         cp.random.seed(world.rank)
         fused = self.layers["fused"]
         rng = np.random.default_rng(world.rank)
@@ -136,10 +137,11 @@ class Rank:
             "planning": self._plan,
         }
 
-    def _make_layers(self, cell: Cell, comm_sms: list[int | None]) -> dict[str, cometrt.MoELayer]:
-        chunk = 512 if cell.order == "columns" else 256
-        make = functools.partial(cometrt.TileConfig, layer1_order=cell.order, chunk=chunk)
-        kinds = {"fused": ("fused", make()), "sequential": ("sequential", make())}
+    def _make_layers(
+        self, cell: Cell, comm_sms: list[int | None], config: cometrt.TileConfig | None
+    ) -> dict[str, cometrt.MoELayer]:
+        make = cometrt.TileConfig
+        kinds = {"fused": ("fused", config), "sequential": ("sequential", make())}
         for parts in (2, 4):
             for sms in comm_sms:
                 name = f"chunked {parts}" + (f" by {sms}" if sms else "")

@@ -119,7 +119,7 @@ class Run:
         self._peers("fewer", self.ranks // 2)
 
     def twin(self) -> None:
-        self._peers("twin", self.ranks, "--link")
+        self._peers("twin", self.ranks, "--link", "--like", str(self.file("layers")))
 
     def _peers(self, name: str, ranks: int, *options: str) -> None:
         command = ["benchmarks/peers.py", "--ranks", str(ranks), "--gbps", f"{self.gbps():.0f}"]

@@ -3,14 +3,18 @@ virtual ranks of one GPU, to see whether the digital twin tells the truth.
 
 python benchmarks/peers.py [--ranks W] [--gbps 380 [--link]] [--out results.json]
                            [--models mixtral-8x7b,...] [--tokens 8192] [--rounds 9]
+                           [--like peers.json]
 
 TFLOP/s per GPU, of the slowest rank; of virtual ranks, all in sum. --gbps: of the link, each way:
 what the computed times of dispatch and combine rest on, and with --link the modelled link's.
+The fused layer has the config that a layer gets by itself; with --like, that of the file's cell.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import gc
 import os
 import sys
 from pathlib import Path
@@ -35,11 +39,14 @@ LINK = "given"  # name of the link that --gbps describes
 assert set(SMALL_FIRST) == set(MODELS)
 
 
-def measure(cell: Cell, rounds: int, gbps: float) -> dict[str, Any]:
+def measure(
+    cell: Cell, rounds: int, gbps: float, config: cometrt.TileConfig | None
+) -> dict[str, Any]:
+    """config: of the fused layer; None: the one it has by itself."""
     ids, gate = routing(cell), Gate()
 
     def fn(world: cometrt.World) -> dict[str, Any]:
-        rank = Rank(world, cell, ids, [None], replay=False)
+        rank = Rank(world, cell, ids, [None], False, config)
         distances = {"ours": rank.check()}
         runs = dict(rank.contenders)
         nccl = Nccl.connect(world)
@@ -55,6 +62,7 @@ def measure(cell: Cell, rounds: int, gbps: float) -> dict[str, Any]:
         times = take_turns(world, gate, runs, rounds)
         rank.close()
         return {
+            "config": dataclasses.asdict(rank.layers["fused"].config),
             "times": times,
             "distances": distances,
             "sms": num_sms(),
@@ -74,6 +82,7 @@ def measure(cell: Cell, rounds: int, gbps: float) -> dict[str, Any]:
     if not shares_gpu:
         found["tflops"] = {name: value / cell.ranks for name, value in found["tflops"].items()}
     return found | {
+        "config": results[0]["config"],
         "sms": sms,
         "devices": [r["device"] for r in results],
         "crossing_bytes": crossing,
@@ -82,6 +91,7 @@ def measure(cell: Cell, rounds: int, gbps: float) -> dict[str, Any]:
 
 
 def free_memory() -> None:
+    gc.collect()  # what ranks held, in cycles
     for device in range(cp.cuda.runtime.getDeviceCount()):
         with cp.cuda.Device(device):
             cp.get_default_memory_pool().free_all_blocks()
@@ -118,18 +128,22 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(SMALL_FIRST))
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--like", type=Path)
     args = parser.parse_args()
     LINKS[LINK] = args.gbps
     found = read(args.out) if args.out else {}
     found.setdefault("cells", {})
+    others = read(args.like).get("cells", {}) if args.like else {}
     found |= {"machine": machine(), "gbps": args.gbps}
     print(TITLE, flush=True)
     for model in args.models.split(","):
         link = LINK if args.link else None
         cell = Cell(model, ranks=args.ranks, tokens=args.tokens, link=link)
         name = f"{model} W={args.ranks} T={args.tokens}"
+        fields = others.get(name, {}).get("config")
+        config = cometrt.TileConfig(**fields) if fields else None
         try:
-            found["cells"][name] = measure(cell, args.rounds, args.gbps)
+            found["cells"][name] = measure(cell, args.rounds, args.gbps, config)
         except (cp.cuda.memory.OutOfMemoryError, cometrt.CometError, ValueError) as error:
             found["cells"][name] = {"skipped": f"{type(error).__name__}: {error}"}
         free_memory()
