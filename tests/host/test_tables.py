@@ -71,7 +71,7 @@ def test_figures_and_the_table_of_them(benchmarks, tmp_path, monkeypatch):
     data = {"machine": machine, "cells": {str(cell): found, "other": other}, "skipped": {}}
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "layer.json").write_text(json.dumps(data))
-    lines = tables.layer_table()
+    lines = tables.all_layers_table()
     assert lines[0].startswith("A GPU cut into virtual ranks, 2026-01-01, at abc, def;")
     assert "| 1.50 | 1.20 | 0.80 | 0.67 | 2.0% | 1.00 |" in lines[4]
     assert "Geometric mean over chunked: 1.20." in lines
