@@ -7,6 +7,9 @@ A call is a handful of launches, queued without waiting for the device:
     forward, chunked     likewise in parts, on two streams (cometrt/cuda/chunked.py)
     backward             publish, agree, dispatch, GEMMs, push, GEMMs, home_reduce, finish
 
+A fused forward that comes again with the same arguments and memory is one launch of a graph of
+these five (cometrt/cuda/graphs.py).
+
 cuBLAS, which backward always uses, has to know the experts' rows on the host: such a call waits
 once for its plan.
 """

@@ -18,7 +18,8 @@ class TileConfig:
 
     Args:
         block_m: rows of an M-tile; every expert's first row is aligned to it.
-        block_n: output columns of one GEMM tile; the last tile of a row of tiles may be narrower.
+        block_n: output columns of one GEMM tile on the host; the last tile of a row of tiles may be
+            narrower. The engine of "cuda" always has 256.
         block_tokens: tokens of one reduce-and-push item.
         layer1_order: "waves" (whole rows, layer0's order backwards) or "columns" (COMET's: the
             same walk, but chunk after chunk of H).
@@ -28,7 +29,7 @@ class TileConfig:
         group: N-tiles that all M-tiles of an expert take before its next N-tiles, in the engine, an
             even number; None: as many as the cache can keep (`plan.turns.best_group`).
         chunk: columns of H that are reduced and pushed together in "columns"; a multiple of
-            block_n.
+            block_n, and on "cuda" in mode "fused" of 256.
         parts: of layer0's order in mode "chunked", the baseline of two streams: what is pulled,
             multiplied and pushed one behind the other.
         comm_sms: SMs that move rows beside a GEMM in mode "chunked", an even number; None: about

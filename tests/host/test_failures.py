@@ -459,20 +459,26 @@ def test_reset_brings_meetings_back_into_step():
 def test_ctrl_c_ends_the_whole_call():
     import _thread
 
-    inputs, world_of = make_inputs(Case((1, 1))), {}
+    inputs = make_inputs(Case((1, 1)))
+    reached, interrupted = threading.Event(), threading.Event()
 
-    def interrupt_later():
-        time.sleep(0.3)
+    def interrupt():
+        assert reached.wait(20)
         _thread.interrupt_main()
+        interrupted.set()
+
+    def linger():
+        reached.set()
+        assert interrupted.wait(20)
+        time.sleep(1.0)
 
     def fn(world):
-        world_of[0] = world
         rank = Rank(world, Case((1, 1)), [inputs])
-        rank.layer.tracer = at("reduce at home", lambda: time.sleep(1.0))
+        rank.layer.tracer = at("reduce at home", linger)
         rank.forward(0)
 
     # spawn joins the rank's thread here, in the main thread, which gets the interrupt.
-    threading.Thread(target=interrupt_later).start()
+    threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         cometrt.spawn(fn, 1)
     deadline = time.monotonic() + 10
