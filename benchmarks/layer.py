@@ -4,10 +4,10 @@ python benchmarks/layer.py [--cells short|models|alone|all] [--match "qwen3,mixt
     [--out results.json] [--seconds 600] [--rounds 7] [--comm-sms 2,4] [--eager]
 
 Fused, sequential, chunked (2 and 4 parts on two streams) and the GEMMs alone take turns behind a
-gate on the device; a time is that of the slowest rank. Up to 4,096 tokens all calls are replays of a
-graph; beyond, only fused may be, of the layer's own. With --out, cells that the file has at this
-commit are not measured again, and what it has of other commits stays until it is. Known biases: launches and hops weigh too little,
-and all ranks share one L2 cache and one DRAM.
+gate on the device; a time is that of the slowest rank. Up to 4,096 tokens all calls are replays
+of a graph; beyond, only fused may be, of the layer's own. With --out, cells that the file has at
+this commit are not measured again, and what it has of other commits stays until it is. Known
+biases: launches and hops weigh too little, and all ranks share one L2 cache and one DRAM.
 """
 
 from __future__ import annotations

@@ -140,7 +140,8 @@ class Rank:
     def _make_layers(
         self, cell: Cell, comm_sms: list[int | None], config: cometrt.TileConfig | None
     ) -> dict[str, cometrt.MoELayer]:
-        make = cometrt.TileConfig
+        # Others gain nothing by beginning with own tokens, and read weights twice for it.
+        make = functools.partial(cometrt.TileConfig, waves=1)
         kinds = {"fused": ("fused", config), "sequential": ("sequential", make())}
         for parts in (2, 4):
             for sms in comm_sms:

@@ -4,9 +4,9 @@ fused kernels are compared with, made of the launches of mode "sequential".
     this stream   pull 0 | up 0 | up 1 .. up n-1 | down n-1 | down n-2 .. down 0 | push 0 | add up
     side stream          | pull 1 .. pull n-1    |          | push n-1 .. push 1 |
 
-A part is a stretch of layer0's order of tiles, all experts' in turn, so that weights are read once
-or twice whatever the number of parts; cutting tokens in parts, as the originals do, reads all of
-them for each. GEMMs leave SMs to what moves rows beside them, and have all when nothing does.
+A part is a stretch of layer0's order of tiles, all experts' in turn, so that weights are read few
+times, whatever the number of parts; cutting tokens in parts, as the originals do, reads all of them
+for each. GEMMs leave SMs to what moves rows beside them, and have all when nothing does.
 """
 
 from __future__ import annotations

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import collections
+import logging
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
 from cometrt.world.partitions import side_stream
 
+_log = logging.getLogger("cometrt")
+
 _MOST = 64  # calls that are remembered
-_UNCAPTURABLE = (0, 1)  # the default stream by its two handles
+_STREAM = 1  # of side_stream: work is never queued there, not by anyone
+_capturing = threading.Lock()  # threads may share that stream
 
 
 class CallGraphs:
@@ -25,9 +30,10 @@ class CallGraphs:
         self.enabled = True
 
     def find(self, key: Hashable, launch: Callable[[], None]) -> Any:
-        """The graph of a call that has been here before, or None.
+        """The graph of a call that has been here before, or None: then it is to be launched.
 
-        To be called before ranks meet: making a graph may wait for the device.
+        To be called before ranks meet: making a graph may wait for the device. A call that cannot
+        be captured is launched, and so are all later ones.
 
         Args:
             key: all that `launch` depends on.
@@ -42,26 +48,25 @@ class CallGraphs:
                 graphs.popitem(last=False)
             return None
         graphs.move_to_end(key)
-        graph = graphs[key]
-        if graph is None:
-            graph = graphs[key] = _capture(launch)
-        return graph
-
-    def clear(self) -> None:
-        self._graphs.clear()
+        if graphs[key] is None:
+            try:
+                graphs[key] = _capture(launch)
+            except Exception as error:  # of the launches: they will raise it again
+                _log.warning("calls are launched from now on, not replayed: %s", error)
+                self.enabled = False
+        return graphs[key]
 
 
 def _capture(launch: Callable[[], None]) -> Any:
+    """On a stream of its own: what others queue on the caller's meanwhile is not the call's."""
     import cupy as cp
 
-    stream = cp.cuda.get_current_stream()
-    if stream.ptr in _UNCAPTURABLE:
-        stream = side_stream()
-    with stream:
+    stream = side_stream(_STREAM)
+    with _capturing, stream:
         stream.begin_capture()
         try:
             launch()
         finally:
             graph = stream.end_capture()
-        graph.upload(stream)
+    graph.upload(cp.cuda.get_current_stream())
     return graph

@@ -84,21 +84,22 @@ def _new_stream(context: Any) -> Any:
     return cupy.cuda.Stream.from_external(_StreamHandle(int(handle), context))
 
 
-def side_stream() -> Any:
-    """Another stream on the SMs that this thread's kernels run on. Made when first asked for (each
-    takes one of the few hardware queues) and kept as long as the process."""
+def side_stream(number: int = 0) -> Any:
+    """Another stream on the SMs that this thread's kernels run on, of several by number. Made when
+    first asked for (each takes one of the few hardware queues) and kept as long as the process.
+    Threads without a partition share theirs."""
     import cupy
 
     partition = getattr(_seats, "partition", None)
     if partition is None:
         partition = _whole_gpu(cupy.cuda.Device().id)
-    key = (partition.device_id, partition.stream.ptr)
+    key = (partition.device_id, partition.stream.ptr, number)
     if key not in _side_streams:
         _side_streams[key] = _new_stream(partition.context)
     return _side_streams[key]
 
 
-_side_streams: dict[tuple[int, int], Any] = {}  # by device and the partition's stream
+_side_streams: dict[tuple[int, int, int], Any] = {}  # by device, the partition's stream, number
 
 
 @contextlib.contextmanager
