@@ -45,21 +45,16 @@ def engine_table() -> list[str]:
 
 def layer_table() -> list[str]:
     """The models on eight ranks, and alone on one GPU."""
-    return _layers(lambda name: not _varied(name), means=False)
+    return _layers(re.compile(r" W=8 TP=1 T=8192 link=h100$| W=1 "), means=False)
 
 
 def all_layers_table() -> list[str]:
-    return _layers(lambda name: True, means=True)
+    return _layers(re.compile(""), means=True)
 
 
-def _varied(name: str) -> bool:
-    """Not a model's own cell, but one around it."""
-    return not re.search(r" W=8 TP=1 T=8192 link=h100$| W=1 ", name)
-
-
-def _layers(wanted: Callable[[str], bool], *, means: bool) -> list[str]:
+def _layers(wanted: re.Pattern[str], *, means: bool) -> list[str]:
     data = json.loads((RESULTS / "layer.json").read_text())
-    cells = {name: cell for name, cell in data["cells"].items() if wanted(name)}
+    cells = {name: cell for name, cell in data["cells"].items() if wanted.search(name)}
     machines = [cell.get("machine", data["machine"]) for cell in cells.values()]
     lines = [
         f"{' and '.join(each(machines, 'gpu'))} cut into virtual ranks, "
@@ -97,35 +92,45 @@ def _hidden(cell: dict[str, Any]) -> str:
 
 
 def peers_table() -> list[str]:
-    """GPUs that are peers, the most first, beside the twin's figures for the same cells."""
-    lines: list[str] = []
+    """GPUs that are peers, the most first, beside the twin's figures for the same cells. What was
+    not measured, on GPUs or by the twin, is left out."""
+    machines, links, rows = [], [], []
     for path in sorted(RESULTS.glob("peers_*.json"), reverse=True):
         data = json.loads(path.read_text())
-        twin = json.loads((RESULTS / path.name.replace("peers", "twin")).read_text())["cells"]
-        machine = data["machine"]
-        if not lines:
-            lines = [
-                f"{machine['gpu']}, {machine['date']}, at {machine['commit']}; TFLOP/s per GPU, by "
-                f"the slowest of them; link of {data['gbps']:.0f} GB/s each way.",
-                "",
-                "| layer | fused | sequential | chunked | NCCL and the engine | its GEMMs alone |"
-                " over sequential | over NCCL | efficiency | communication hidden | order |"
-                " the twin's fused, GEMMs, over sequential |",
-                "|---|---|---|---|---|---|---|---|---|---|---|---|",
-            ]
-        for name, cell in data["cells"].items():
-            rate, ms, other = cell["tflops"], cell["ms"], twin[name]
-            best = cell["best_chunked"]
-            lines.append(
-                f"| {name} | {rate['fused']:.0f} | {rate['sequential']:.0f} | "
-                f"{rate[best]:.0f} ({best.removeprefix('chunked ')}) | {rate['nccl']:.0f} | "
-                f"{rate['gemms']:.0f} | {cell['speedup_over_sequential']:.2f} | "
-                f"{ms['nccl']['median'] / ms['fused']['median']:.2f} | {cell['efficiency']:.2f} | "
-                f"{_hidden(cell)} | {cell['config']['layer1_order']} | "
-                f"{other['tflops']['fused']:.0f}, {other['tflops']['gemms']:.0f}, "
-                f"{other['speedup_over_sequential']:.2f} |"
-            )
-    return lines
+        twin = RESULTS / path.name.replace("peers", "twin")
+        modelled = json.loads(twin.read_text())["cells"] if twin.exists() else {}
+        machines.append(data["machine"])
+        links.append(f"{data['gbps']:.0f}")
+        cells = data["cells"].items()
+        rows += [_peers_row(n, cell, modelled.get(n, {})) for n, cell in cells if "tflops" in cell]
+    return [
+        f"{' and '.join(each(machines, 'gpu'))}, {' to '.join(ends(each(machines, 'date')))}, at "
+        f"{', '.join(each(machines, 'commit'))}; TFLOP/s per GPU, by the slowest of them; link of "
+        f"{' and '.join(sorted(set(links)))} GB/s each way.",
+        "",
+        "| layer | fused | sequential | chunked | NCCL and the engine | its GEMMs alone |"
+        " over sequential | over NCCL | efficiency | communication hidden | order |"
+        " the twin's fused, GEMMs, over sequential |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+
+
+def _peers_row(name: str, cell: dict[str, Any], modelled: dict[str, Any]) -> str:
+    rate, best, nccl, over_nccl, twin = cell["tflops"], cell["best_chunked"], "-", "-", "-"
+    if "nccl" in rate:
+        nccl, over_nccl = f"{rate['nccl']:.0f}", f"{rate['fused'] / rate['nccl']:.2f}"
+    if "tflops" in modelled:
+        other = modelled["tflops"]
+        twin = f"{other['fused']:.0f}, {other['gemms']:.0f}, " + number(
+            modelled, "speedup_over_sequential"
+        )
+    return (
+        f"| {name} | {rate['fused']:.0f} | {rate['sequential']:.0f} | "
+        f"{rate[best]:.0f} ({best.removeprefix('chunked ')}) | {nccl} | {rate['gemms']:.0f} | "
+        f"{cell['speedup_over_sequential']:.2f} | {over_nccl} | {cell['efficiency']:.2f} | "
+        f"{_hidden(cell)} | {cell['config']['layer1_order']} | {twin} |"
+    )
 
 
 def link_table() -> list[str]:
@@ -134,15 +139,15 @@ def link_table() -> list[str]:
     counts = sorted({int(n) for rate in rates.values() if isinstance(rate, dict) for n in rate})
     lines = [
         f"{data['ranks']} {machine['gpu']}, {machine['date']}, at {machine['commit']}; GB/s per "
-        "GPU by CTAs that move rows; the copy engine and NCCL choose their own.",
+        "GPU, by CTAs that move rows.",
         "",
-        "| | " + " | ".join(map(str, counts)) + " |",
-        "|---|" + "---|" * len(counts),
+        "| | its own choice | " + " | ".join(map(str, counts)) + " |",
+        "|---|" + "---|" * (1 + len(counts)),
     ]
     for name, rate in rates.items():
-        found = rate if isinstance(rate, dict) else {str(counts[0]): rate}
-        row = [f"{found[str(n)]:.0f}" if found.get(str(n)) else "" for n in counts]
-        lines.append(f"| {name} | " + " | ".join(row) + " |")
+        by_ctas = rate if isinstance(rate, dict) else {"": rate}
+        found = [by_ctas.get(count) for count in ("", *map(str, counts))]
+        lines.append(f"| {name} | " + " | ".join(f"{r:.0f}" if r else "" for r in found) + " |")
     hops = [f"{name} {value:.2f}" for name, value in data["us"].items()]
     return [*lines, "", f"Microseconds: {', '.join(hops)}."]
 
@@ -185,9 +190,10 @@ def main() -> None:
         path = ROOT / name
         text = path.read_text()
         wanted = with_tables(text, tables)
-        if args.check and text != wanted:
+        if not args.check:
+            path.write_text(wanted)
+        elif text != wanted:
             sys.exit(f"{name}: the tables are not those of benchmarks/results")
-        path.write_text(wanted)
 
 
 if __name__ == "__main__":

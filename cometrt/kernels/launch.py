@@ -10,6 +10,7 @@ import numpy as np
 
 from cometrt.errors import CometError
 from cometrt.kernels.compiler import compile_cubin, kernels_folder
+from cometrt.kernels.driver import driver_function
 from cometrt.kernels.params import Argument
 
 
@@ -24,7 +25,10 @@ class Kernel:
         import cupy
 
         self._function, self._handle = function, function.kernel.ptr
-        self._launch, self._current_stream = _cu_launch_kernel(), cupy.cuda.get_current_stream
+        # function, grid, block, bytes of shared memory, stream, addresses of arguments, none
+        pointer, number = ctypes.c_void_p, ctypes.c_uint
+        self._launch = driver_function("cuLaunchKernel", pointer, *[number] * 7, *[pointer] * 3)
+        self._current_stream = cupy.cuda.get_current_stream
         self._shared_bytes = 0
 
     def __call__(
@@ -55,17 +59,6 @@ class Kernel:
         self._shared_bytes = max(shared_bytes, self._shared_bytes)
         if shared_bytes > self._function.max_dynamic_shared_size_bytes:
             self._function.max_dynamic_shared_size_bytes = shared_bytes
-
-
-@functools.cache
-def _cu_launch_kernel() -> Any:
-    try:
-        function = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
-    except OSError as error:
-        raise CometError(f"kernels need an NVIDIA driver ({error})") from error
-    pointer, number = ctypes.c_void_p, ctypes.c_uint
-    function.argtypes = [pointer, *[number] * 7, *[pointer] * 3]
-    return function
 
 
 def load_kernels(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cometrt.errors import CometError
+from cometrt.kernels.driver import driver_function
 from cometrt.kernels.params import Argument
 
 _BFLOAT16 = 9  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
@@ -59,13 +60,8 @@ def _form(shape: tuple[int, ...], box: tuple[int, ...]) -> tuple[Any, ...]:
     )
 
 
-@functools.cache
 def _encode_tiled() -> Any:
     """The driver's function: (map, type of elements, dimensions, address, *_form) -> CUresult."""
-    try:
-        function = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
-    except OSError as error:
-        raise CometError(f"tensor maps need an NVIDIA driver ({error})") from error
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    function.argtypes = [pointer, number, ctypes.c_uint32, *[pointer] * 5, *[number] * 4]
-    return function
+    argtypes = (pointer, number, ctypes.c_uint32, *[pointer] * 5, *[number] * 4)
+    return driver_function("cuTensorMapEncodeTiled", *argtypes)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from cometrt.plan import PlanShape, TileConfig
+from cometrt.plan import PlanShape
 from cometrt.specs import Geometry
 from tests.launch import ROOT
 
@@ -30,7 +30,7 @@ def test_every_cell_can_be(benchmarks):
     cells = benchmarks("layer_cells").cells("all")
     assert len({str(cell) for cell in cells}) == len(cells)
     for cell in cells:
-        shape = PlanShape(Geometry(cell.spec, 0, cell.ranks), TileConfig(layer1_order=cell.order))
+        shape = PlanShape(Geometry(cell.spec, 0, cell.ranks), cell.config)
         assert shape.capacity >= shape.balanced_rows
 
 
@@ -54,6 +54,10 @@ def test_routing_has_the_skew_that_a_cell_says(benchmarks):
     assert module.busiest_rank(sharded, module.routing(sharded)) == 1
 
 
+OWN = [" W=8 TP=1 T=8192 link=h100", " W=1 TP=1 T=16384 link=None"]
+AROUND = [f"{OWN[0]} skew=0.4", f"{OWN[0]} columns", " W=4 TP=1 T=8192 link=h100"]
+
+
 def test_figures_and_the_table_of_them(benchmarks, tmp_path, monkeypatch):
     cells, tables = benchmarks("layer_cells"), benchmarks("tables")
     cell = cells.Cell("mixtral-8x7b")
@@ -75,4 +79,75 @@ def test_figures_and_the_table_of_them(benchmarks, tmp_path, monkeypatch):
     assert lines[0].startswith("A GPU cut into virtual ranks, 2026-01-01, at abc, def;")
     assert "| 1.50 | 1.20 | 0.80 | 0.67 | 2.0% | 1.00 |" in lines[4]
     assert "Geometric mean over chunked: 1.20." in lines
+    data["cells"] = {f"a{end}": found for end in OWN + AROUND}
+    (tmp_path / "layer.json").write_text(json.dumps(data))
+    assert [line.split(" |")[0] for line in tables.layer_table()[4:]] == [
+        f"| a{end}" for end in OWN
+    ]
     assert "(4 " in cells.line(cell, found)
+
+
+def test_the_table_of_peers(benchmarks, tmp_path, monkeypatch):
+    tables = benchmarks("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    rates = {"fused": 500.0, "sequential": 250.0, "chunked 2": 400.0, "gemms": 625.0}
+    cell = {
+        "tflops": rates | {"nccl": 200.0},
+        "best_chunked": "chunked 2",
+        "speedup_over_sequential": 2.0,
+        "efficiency": 0.8,
+        "config": {"layer1_order": "columns"},
+    }
+    alone = cell | {"tflops": rates, "hidden_share": 0.4}
+    twin = {"tflops": {"fused": 450.0, "gemms": 600.0}, "speedup_over_sequential": 1.5}
+    machine = {"gpu": "A GPU", "date": "2026-01-01", "commit": "abc"}
+
+    def write(name, cells, commit="abc"):
+        data = {"machine": machine | {"commit": commit}, "gbps": 380.0, "cells": cells}
+        (tmp_path / name).write_text(json.dumps(data))
+
+    write("peers_4.json", {"a": cell, "b": alone, "c": {"skipped": "no room"}})
+    write("twin_4.json", {"a": twin, "b": {"skipped": "no room"}})
+    write("peers_2.json", {"d": cell}, "def")
+    lines = tables.peers_table()
+    assert lines[0].startswith("A GPU, 2026-01-01, at abc, def;")
+    head = "| 500 | 250 | 400 (2) |"
+    tail = "| 0.80 | little to hide | columns |"
+    assert lines[4:] == [
+        f"| a {head} 200 | 625 | 2.00 | 2.50 {tail} 450, 600, 1.50 |",
+        f"| b {head} - | 625 | 2.00 | - | 0.80 | 0.40 | columns | - |",
+        f"| d {head} 200 | 625 | 2.00 | 2.50 {tail} - |",
+    ]
+
+
+def test_the_table_of_the_link(benchmarks, tmp_path, monkeypatch):
+    tables = benchmarks("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    machine = {"gpu": "A GPU", "date": "2026-01-01", "commit": "abc"}
+    rates = {"copy engine": 387.1, "NCCL": None, "pull": {"1": 50.0, "16": 371.0}}
+    data = {"machine": machine, "ranks": 4, "gbps": rates, "us": {"hop": 2.011}}
+    (tmp_path / "link.json").write_text(json.dumps(data))
+    assert tables.link_table()[2:] == [
+        "| | its own choice | 1 | 16 |",
+        "|---|---|---|---|",
+        "| copy engine | 387 |  |  |",
+        "| NCCL |  |  |  |",
+        "| pull |  | 50 | 371 |",
+        "",
+        "Microseconds: hop 2.01.",
+    ]
+
+
+def test_a_check_writes_nothing(benchmarks, tmp_path, monkeypatch):
+    tables = benchmarks("tables")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: one -->\nold\n<!-- end -->\n")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "TABLES", {"page.md": {"one": lambda: ["new"]}})
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
+    with pytest.raises(SystemExit, match="page"):
+        tables.main()
+    assert "old" in page.read_text()
+    monkeypatch.setattr(sys, "argv", ["tables.py"])
+    tables.main()
+    assert "new" in page.read_text()
