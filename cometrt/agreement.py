@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from cometrt.plan import TileConfig
+from cometrt.plan import PlanShape, TileConfig
 from cometrt.specs import Geometry, MoESpec, check_choice
 from cometrt.tuner.cache import look_up
 from cometrt.world import World
 
 MOST_HIDDEN = 28672  # a row a warp of `dispatch` in the shared memory of an SM
+MOST_TOPK = 1024  # kMostReportedIds of kernels_cu/exchange/call.cuh
 MODES = ("fused", "sequential", "chunked")
 
 
@@ -27,7 +28,7 @@ def agree(world: World, spec: Any, mode: Any, given: Any) -> tuple[int, TileConf
             raise ValueError(f"config must be a TileConfig (got {type(given)!r})")
         if mode is not None:
             check_choice("mode", mode, MODES)
-        Geometry(spec, world.rank, world.size)
+        geometry = Geometry(spec, world.rank, world.size)
         if given is not None:
             config = given
         elif world.rank == 0:
@@ -36,10 +37,12 @@ def agree(world: World, spec: Any, mode: Any, given: Any) -> tuple[int, TileConf
         config.check_on(world.device, mode or config.best_mode(world.device, terms), terms)
         if world.device == "cuda" and spec.dtype != "bfloat16":
             raise ValueError(f"dtype must be 'bfloat16' on device='cuda' (got {spec.dtype!r})")
-        if world.device == "cuda" and spec.hidden > MOST_HIDDEN:
-            raise ValueError(
-                f"hidden must be at most {MOST_HIDDEN} on device='cuda' (got {spec.hidden})"
-            )
+        for name, most in (("hidden", MOST_HIDDEN), ("topk", MOST_TOPK)):
+            if world.device == "cuda" and getattr(spec, name) > most:
+                raise ValueError(
+                    f"{name} must be at most {most} on device='cuda' (got {getattr(spec, name)})"
+                )
+        PlanShape(geometry, config)
     except ValueError as error:
         problem = str(error)
     mine = (problem, repr(spec), repr(mode), repr(given), config, world.num_layers)

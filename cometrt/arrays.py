@@ -34,6 +34,9 @@ class HostArrays:
             raise ValueError(f"{name} must be writable (got a read-only array)")
         return array
 
+    def address(self, array: Any) -> int:
+        return int(array.ctypes.data)
+
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         return np.empty(shape, dtype)
 

@@ -13,6 +13,13 @@ class CometError(RuntimeError):
     relayed: bool = False
 
 
+class CallNotBegun(Exception):
+    """Internal: `reason` is to be raised, and the call has not happened on any rank."""
+
+    def __init__(self, reason: CometError) -> None:
+        self.reason = reason
+
+
 def first_original(errors: list[tuple[float, BaseException]]) -> BaseException:
     """Of (time, error): the first that does not only tell of another one."""
     return min(errors, key=lambda item: (getattr(item[1], "relayed", False), item[0]))[1]

@@ -76,6 +76,11 @@ class SymmetricHeap:
             entries = [entry for entry in self.table.values() if entry.segment == segment]
             world.grow_segment(segment, max(entry.offset + entry.nbytes for entry in entries))
 
+    def rows_place(self, x_address: int) -> tuple[int, int]:
+        """Addresses [begin, end) of what holds rows on this rank, x first, of the world's largest
+        layer."""
+        return x_address, x_address + self._world.segment_bytes("data")
+
     def array(self, name: str, rank: int | None = None) -> np.ndarray:
         """A view of rank's array (default: this rank's)."""
         entry = self.table[name]

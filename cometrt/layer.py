@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from cometrt.agreement import agree
 from cometrt.arrays import HostArrays
+from cometrt.errors import CallNotBegun
 from cometrt.host import HostExecutor
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.saved import Saved
@@ -83,6 +85,7 @@ class MoELayer:
         else:
             self._arrays = HostArrays()
             self._executor = HostExecutor(world, self._shape, self._layer, self.mode)
+        self._finalizer = self._executor.keep_for(self)
 
     def forward(
         self,
@@ -122,18 +125,15 @@ class MoELayer:
             PeerTimeout, MismatchError: until ``world.reset()``.
             With any of these `out` is NaN: where it is x itself, the tokens are lost.
         """
-        on_stream = self._check_usable(stream)
-        inputs = self._check_inputs(x, topk_ids, topk_weights, w_up, w_down)
-        _check_bool("training", training)
-        with on_stream:
+        with self._check_usable(stream):
+            inputs = self._check_inputs(x, topk_ids, topk_weights, w_up, w_down)
+            _check_bool("training", training)
             y = self._result("out", out, inputs[0].shape, (self.spec.numpy_dtype,))
-            try:
+            self._check_places({"out": y})
+            with self._failing(y):
                 saved = self._executor.forward(
                     *inputs, training=bool(training), out=y, tracer=self.tracer
                 )
-            except BaseException:
-                y.fill(np.nan)
-                raise
         return y, saved
 
     def backward(
@@ -166,15 +166,27 @@ class MoELayer:
                 NaN. On the host its weight gradients are untouched then, and `saved` may be
                 used again.
         """
-        on_stream = self._check_usable(stream)
+        with self._check_usable(stream):
+            kept = Saved.unpack(
+                saved,
+                shape=self._shape,
+                layer=self._layer,
+                world=self.world.identity,
+                num_tables=self._executor.num_tables,
+            )
+            dy, grads = self._check_backward(dy, kept, out, accumulate)
+            with self._failing(grads.x, grads.topk_weights):
+                self._executor.backward(
+                    dy, kept, out=grads, accumulate=bool(accumulate), tracer=self.tracer
+                )
+        kept.mark_used()
+        return grads
+
+    def _check_backward(
+        self, dy: Any, kept: Saved, out: Any, accumulate: Any
+    ) -> tuple[Any, Gradients]:
+        """Backward's dy, as `self._arrays` has it, and where its results go."""
         spec, geometry = self.spec, self.geometry
-        kept = Saved.unpack(
-            saved,
-            shape=self._shape,
-            layer=self._layer,
-            world=self.world.identity,
-            num_tables=self._executor.num_tables,
-        )
         dtypes = (spec.numpy_dtype,)
         dy = self._arrays.check("dy", dy, (kept.num_tokens, spec.hidden), dtypes)
         _check_bool("accumulate", accumulate)
@@ -185,23 +197,14 @@ class MoELayer:
         if accumulate and (given.w_up is None or given.w_down is None):
             raise ValueError("out must have w_up and w_down when accumulate=True (got None)")
         weights, wide = (len(dy), spec.topk), (*dtypes, _FLOAT32)
-        with on_stream:
-            grads = Gradients(
-                self._result("out.x", given.x, dy.shape, dtypes),
-                self._result("out.topk_weights", given.topk_weights, weights, (_FLOAT32,)),
-                self._result("out.w_up", given.w_up, geometry.w_up_shape, wide),
-                self._result("out.w_down", given.w_down, geometry.w_down_shape, wide),
-            )
-            try:
-                self._executor.backward(
-                    dy, kept, out=grads, accumulate=bool(accumulate), tracer=self.tracer
-                )
-            except BaseException:
-                grads.x.fill(np.nan)
-                grads.topk_weights.fill(np.nan)
-                raise
-        kept.mark_used()
-        return grads
+        grads = Gradients(
+            self._result("out.x", given.x, dy.shape, dtypes),
+            self._result("out.topk_weights", given.topk_weights, weights, (_FLOAT32,)),
+            self._result("out.w_up", given.w_up, geometry.w_up_shape, wide),
+            self._result("out.w_down", given.w_down, geometry.w_down_shape, wide),
+        )
+        self._check_places({f"out.{name}": array for name, array in grads._asdict().items()})
+        return dy, grads
 
     def buffer(self) -> Any:
         """Heap memory [max_tokens, H]: tokens written here and passed as ``x = buffer()[:T]``
@@ -260,7 +263,9 @@ class MoELayer:
             world, self.geometry, self._layer, self.config, inputs, bool(training), problem
         )
         if executor is not None:
+            self._finalizer.detach()
             self.config, self._executor = config, executor
+            self._finalizer = executor.keep_for(self)
             self._shape = PlanShape(self.geometry, config)
         return config
 
@@ -299,9 +304,22 @@ class MoELayer:
 
     def _check_usable(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         self._check_open()
-        self.world.check_running(_STOPPED)
         self._executor.raise_pending()
+        self.world.check_running(_STOPPED)
         return self._arrays.stream(stream)
+
+    @contextlib.contextmanager
+    def _failing(self, *results: Any) -> Iterator[None]:
+        """Around a call: if it raises, its results are NaN; not so if it has not begun."""
+        try:
+            yield
+        except CallNotBegun as error:
+            raise error.reason from None
+        except BaseException:
+            for result in results:
+                with contextlib.suppress(Exception):  # a broken device; what broke it is raised
+                    result.fill(np.nan)
+            raise
 
     def _check_inputs(
         self, x: Any, topk_ids: Any, topk_weights: Any, w_up: Any, w_down: Any
@@ -334,6 +352,22 @@ class MoELayer:
         if given is None:
             return self._arrays.empty(shape, dtypes[0])
         return self._arrays.check(name, given, shape, dtypes, writable=True)
+
+    def _check_places(self, results: dict[str, Any]) -> None:
+        """Results are written while peers read the heap: there they may only take the place of the
+        tokens that they are of."""
+        begin, end = self._executor.buffer_place()
+        for name, array in results.items():
+            first, nbytes = self._arrays.address(array), array.nbytes
+            if not nbytes or first >= end or first + nbytes <= begin:
+                continue
+            if name not in ("out", "out.x"):
+                raise ValueError(f"{name} must not lie in layer.buffer() (got a view of it)")
+            if first != begin:
+                raise ValueError(
+                    f"{name} must begin where layer.buffer() begins, if it lies there "
+                    f"(got a view that begins {first - begin:+} bytes from there)"
+                )
 
 
 def _check_bool(name: str, value: Any) -> None:

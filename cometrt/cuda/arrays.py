@@ -3,11 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import math
 from typing import Any
 
 import numpy as np
 
 from cometrt.arrays import check_form
+
+
+class _VersionedTensor(ctypes.Structure):
+    """The beginning of DLPack's DLManagedTensorVersioned."""
+
+    _fields_ = (
+        ("version", ctypes.c_uint32 * 2),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+    )
+
+
+_VERSIONED, _READ_ONLY = b"dltensor_versioned", 1
+_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+def is_writable(array: Any) -> bool:
+    """Whether another library's array says that it may be written to, by DLPack 1 or the CUDA array
+    interface. Older DLPack says nothing, which means no, as NumPy has it."""
+    with contextlib.suppress(Exception):  # of libraries that have it, but not for every dtype
+        return not array.__cuda_array_interface__["data"][1]
+    try:
+        capsule = array.__dlpack__(max_version=(1, 0))
+    except Exception:  # of an older DLPack
+        return False
+    try:
+        tensor = _VersionedTensor.from_address(_capsule_pointer(capsule, _VERSIONED))
+    except ValueError:  # no capsule of that name
+        return False
+    return not tensor.flags & _READ_ONLY
 
 
 class CudaArrays:
@@ -28,12 +63,14 @@ class CudaArrays:
         *,
         writable: bool = False,
     ) -> Any:
-        """The array as CuPy's, sharing its memory.
+        """The array as CuPy's, sharing its memory. What its producer has queued happens before what
+        is queued on CuPy's current stream from now on.
 
         Raises:
             ValueError: naming the argument, its value and the rule.
         """
         if not isinstance(array, self._cp.ndarray):
+            given = array
             if not hasattr(array, "__dlpack__") or isinstance(array, np.ndarray):
                 raise ValueError(
                     f"{name} must be a CuPy or DLPack array on device='cuda' (got {type(array)!r})"
@@ -42,12 +79,28 @@ class CudaArrays:
                 array = self._cp.from_dlpack(array)
             except Exception as error:  # of whatever library it came from
                 raise ValueError(f"{name} must be a DLPack array on a GPU ({error})") from error
+            if writable and not is_writable(given):
+                raise ValueError(
+                    f"{name} must be writable: a CuPy array, or one whose library says that it may "
+                    f"be written to (got {type(given)!r}, which does not)"
+                )
         if array.data.device_id != self._device_id:
             raise ValueError(
                 f"{name} must be on this rank's GPU {self._device_id} (got GPU {array.device.id})"
             )
         check_form(name, array, shape, dtypes)
+        # Rows, weights and their gradients are moved by 16 bytes; tables element by element.
+        itemsize = array.dtype.itemsize
+        wanted = 16 if itemsize == 2 or len(shape) == 3 else itemsize
+        if math.prod(array.shape) and array.data.ptr % wanted:
+            raise ValueError(
+                f"{name} must begin at a multiple of {wanted} bytes (got address "
+                f"{array.data.ptr:#x}; a view of another array may begin anywhere)"
+            )
         return array
+
+    def address(self, array: Any) -> int:
+        return int(array.data.ptr)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         return self._cp.ndarray(shape, dtype)

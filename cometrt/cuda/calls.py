@@ -47,7 +47,7 @@ class Calls:
         fields = record.fields
         fields["num_tokens"] = num_tokens
         fields["operation"] = OPERATIONS.index(operation)
-        fields["num_tile_counters"] = 0
+        fields["num_counters"] = 0
         set_words(record, state=state, report=report)
         return record
 

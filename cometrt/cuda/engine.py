@@ -132,9 +132,13 @@ class GroupedGemm:
     Args:
         activation: of cometrt.activations, or None for none.
         write_z: also write what the activation is applied to (rounded; out has its bits).
+        ok: as for `gemm_record`.
     """
 
-    def __init__(self, activation: str | None = None, *, write_z: bool = False) -> None:
+    def __init__(
+        self, activation: str | None = None, *, write_z: bool = False, ok: int = 0
+    ) -> None:
+        self._ok = ok
         self.gated = activation is not None and is_gated(activation)
         self._kernel = _kernel(activation, write_z)
 
@@ -154,7 +158,7 @@ class GroupedGemm:
             z: [rows, N or 2 * N], where write_z.
             sms: how many take part; None: all.
         """
-        params = gemm_record(turns, a.shape[1], out.shape[1])
+        params = gemm_record(turns, a.shape[1], out.shape[1], self._ok)
         arguments = gemm_arguments(params, a, b, out, z, gated=self.gated)
         self._kernel(gemm_grid(sms), THREADS, *arguments, shared_bytes=SHARED_BYTES)
 
@@ -164,9 +168,11 @@ def gemm_grid(sms: int | None = None) -> tuple[int]:
     return ((num_sms() if sms is None else sms) // 2 * 2,)
 
 
-def gemm_record(turns: Turns, inner: int, columns: int) -> Record:
-    """GemmParams but for pointers of matrices; inner: K."""
+def gemm_record(turns: Turns, inner: int, columns: int, ok: int = 0) -> Record:
+    """GemmParams but for pointers of matrices; inner: K; ok: address of a word that is 0 where the
+    turns are not valid, or 0: they always are."""
     record = Record(gemm_params)
+    record.fields["ok"] = ok
     _set_turns(record.fields, turns)
     record.fields["num_k_blocks"], record.fields["num_columns"] = -(-inner // _BLOCK_K), columns
     return record

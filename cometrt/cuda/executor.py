@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,16 +28,22 @@ import numpy as np
 from cometrt.cuda.calls import Calls, set_tables, set_words
 from cometrt.cuda.chunked import ChunkedForward
 from cometrt.cuda.experts import CublasExperts, EngineExperts
-from cometrt.cuda.fused import FusedForward
+from cometrt.cuda.fused import FusedForward, fused_counters
 from cometrt.cuda.graphs import CallGraphs
-from cometrt.cuda.planner import DevicePlanner
-from cometrt.cuda.report import Report
+from cometrt.cuda.planner import DevicePlanner, planner_counters
+from cometrt.cuda.report import pinned, report_of, tell_unspecified
 from cometrt.cuda.rows import RowMovers
 from cometrt.cuda.trace import recorded_by
-from cometrt.errors import CometError
+from cometrt.errors import CallNotBegun
 from cometrt.heap import SymmetricHeap
 from cometrt.kernels.launch import load_kernels
-from cometrt.kernels.params import Record, pace_record, traced_call_state_dtype, turns_params
+from cometrt.kernels.params import (
+    Record,
+    call_state_dtype,
+    pace_record,
+    traced_call_state_dtype,
+    turns_params,
+)
 from cometrt.plan import PlanShape
 from cometrt.saved import Saved
 from cometrt.specs import Gradients
@@ -44,7 +51,7 @@ from cometrt.trace import Recording, Tracer
 from cometrt.world import World
 from cometrt.world.partitions import num_sms
 
-_THREADS = 256
+_THREADS, _PUBLISH_THREADS = 256, 512
 _ALIGNMENT = 512  # bytes
 
 
@@ -60,7 +67,10 @@ class CudaExecutor:
         if spec.dtype != "bfloat16":
             raise ValueError(f"dtype must be 'bfloat16' on device='cuda' (got {spec.dtype!r})")
         self._heap = SymmetricHeap(world, shape)
-        self._planner = DevicePlanner(shape)
+        # What kernels of a forward count up; publish sets it to zero.
+        sizes = planner_counters(shape), fused_counters(shape) if mode == "fused" else 0
+        self._counters = cp.zeros(sum(sizes), cp.uint32)
+        self._planner = DevicePlanner(shape, self._counters[: sizes[0]])
         self._state = cp.zeros(traced_call_state_dtype.itemsize, cp.uint8)
         self._publish, self._agree, self._finish = load_kernels(
             "exchange/publish.cu", "publish", "agree", "finish"
@@ -78,13 +88,18 @@ class CudaExecutor:
         self._cublas = CublasExperts(shape)
         self._engine = self._fused = self._chunked = None
         if mode == "fused":
-            self._fused = FusedForward(shape, self._pull_pace, self._push_pace)
+            counters, ok = self._counters[sizes[0] :], self._ok_address()
+            self._fused = FusedForward(shape, self._pull_pace, self._push_pace, counters, ok)
         elif shape.config.gemm == "engine":
-            self._engine = EngineExperts(shape, parts)
+            self._engine = EngineExperts(shape, parts, self._ok_address())
         if mode == "chunked":
             assert self._engine is not None
             self._chunked = ChunkedForward(shape, self._engine, rows)
-        self._report = Report(world, shape)
+        self._report = report_of(world)
+        self._report.add_layer(layer, shape)
+        self._verdict = pinned(call_state_dtype)
+        self._offsets = pinned(np.dtype(np.int32), geometry.local_experts + 1)
+        self.ended = cp.cuda.Event(disable_timing=True)  # at the end of the layer's last call
         self._calls = Calls(world, shape, self._heap, layer)
         self._num_sms, self._row_shape = num_sms(), (shape.capacity, spec.hidden)
         self._up_shape = (shape.capacity, geometry.up_columns)
@@ -102,6 +117,10 @@ class CudaExecutor:
         spec = self._shape.geometry.spec
         return self._own("x", (spec.max_tokens, spec.hidden), spec.numpy_dtype)
 
+    def buffer_place(self) -> tuple[int, int]:
+        """Addresses [begin, end) of this rank's heap of rows, which begins with `buffer`."""
+        return self._heap.rows_place(self._world.segment("data", self._world.rank))
+
     def forward(
         self,
         x: Any,
@@ -114,7 +133,19 @@ class CudaExecutor:
         out: Any,
         tracer: Tracer,
     ) -> tuple[Any, ...] | None:
+        capturing = bool(self._cp.cuda.get_current_stream().is_capturing())
+        with self._guard("forward", capturing):
+            return self._forward((x, ids, weights, w_up, w_down, out), training, capturing)
+
+    def _forward(
+        self, given: tuple[Any, ...], training: bool, capturing: bool
+    ) -> tuple[Any, ...] | None:
+        x, ids, weights, w_up, w_down, out = given
         cp, spec, dtype = self._cp, self._shape.geometry.spec, self._dtype
+        x, ids, weights = (
+            self._out_of_heap(array, name)
+            for array, name in ((x, "x"), (ids, "ids0"), (weights, "weights0"))
+        )
         new, kept_x = cp.ndarray, None
         if training and spec.save == "z":
             kept_x = new((spec.max_tokens, spec.hidden), dtype)
@@ -131,12 +162,12 @@ class CudaExecutor:
             self._launch_forward(given, made, scratch)
 
         graph = None
-        if self._fused is not None and not cp.cuda.get_current_stream().is_capturing():
+        if self._fused is not None and not capturing:
             arrays = [0 if array is None else array.data.ptr for array in (*given, *made)]
             state = self._calls.state_of_world()
             key = (len(x), ids.dtype.itemsize, scratch.ptr, *arrays, *state)
             graph = self.graphs.find(key, launch)
-        with self._launching((*made, scratch)):
+        with self._launching(capturing, (x, ids, weights, *made, scratch)):
             if graph is None:
                 launch()
             else:
@@ -173,13 +204,15 @@ class CudaExecutor:
             out=out.data.ptr,
             all_ids=self._planner.ids.data.ptr,
             all_weights=self._planner.weights.data.ptr,
-            errors=self._planner.errors.data.ptr,
+            progress=self._planner.progress.data.ptr,
+            counters=self._counters.data.ptr,
             kept_epoch=0 if epoch is None else epoch.data.ptr,
             kept_x=0 if kept_x is None else kept_x.data.ptr,
             pull_at=self._heap.table["x"].offset,
             rows=x_rows.data.ptr,
             partial_rows=o.data.ptr,
         )
+        call.fields["num_counters"] = self._counters.size
         set_tables(call, self._planner.call_tables(tables))
         if self._fused is not None:
             self._fused_forward(call, self._fused, w_up, w_down, (tables, x_rows, z, a, o))
@@ -191,15 +224,8 @@ class CudaExecutor:
         self, call: Record, fused: FusedForward, w_up: Any, w_down: Any, buffers: tuple[Any, ...]
     ) -> None:
         tables, x_rows, z, a, o = buffers
-        counters = fused.tile_counters
-        call.fields["num_tile_counters"] = counters.size
-        set_words(
-            call,
-            tile_filled=counters.data.ptr,
-            tile_done=fused.tile_done.data.ptr,
-            taken=fused.taken.data.ptr,
-        )
-        self._publish((self._num_sms,), _THREADS, call)
+        set_words(call, **{name: part.data.ptr for name, part in fused.counters.items()})
+        self._publish((self._num_sms,), _PUBLISH_THREADS, call)
         self._planner.prepare(call, tables, fused.up_turns, fused.down_turns, self._pull_pace)
         fused.layer0(call, x_rows, w_up, z, a)
         fused.layer1(call, a, w_down, o)
@@ -210,7 +236,7 @@ class CudaExecutor:
         tables, x_rows, z, a, o = buffers
         engine = self._engine
         up, down = (engine.up_turns, engine.down_turns) if engine else (_NO_TURNS, _NO_TURNS)
-        self._publish((self._num_sms,), _THREADS, call)
+        self._publish((self._num_sms,), _PUBLISH_THREADS, call)
         self._planner.prepare(call, tables, up, down, self._pull_pace)
         if self._chunked is not None:
             self._chunked(call, x_rows, w_up, w_down, z, a, o)
@@ -230,7 +256,16 @@ class CudaExecutor:
     def backward(
         self, dy: Any, saved: Saved, *, out: Gradients, accumulate: bool, tracer: Tracer
     ) -> None:
+        if self._cp.cuda.get_current_stream().is_capturing():
+            raise ValueError(
+                "backward must not be captured in a CUDA graph (the stream is capturing)"
+            )
+        with self._guard("backward", capturing=False):
+            self._backward(dy, saved, out, accumulate)
+
+    def _backward(self, dy: Any, saved: Saved, out: Gradients, accumulate: bool) -> None:
         cp, planner = self._cp, self._planner
+        dy = self._out_of_heap(dy, "dy")
         (tables,) = saved.tables
         plan = planner.plan_of(tables)
         pulls_again = self._shape.geometry.spec.save == "z"
@@ -256,8 +291,8 @@ class CudaExecutor:
             dweight_rows=dweight_rows.data.ptr,
         )
         set_tables(call, planner.call_tables(tables))
-        with self._launching(()):
-            self._publish((self._num_sms,), _THREADS, call)
+        with self._launching(capturing=False):
+            self._publish((self._num_sms,), _PUBLISH_THREADS, call)
             self._agree((1,), _THREADS, call)
             rows = self._group_rows(plan)
             if not rows:
@@ -278,6 +313,18 @@ class CudaExecutor:
             self._combine(call, weights)
             self._end(call)
 
+    def keep_for(self, layer: Any) -> weakref.finalize:
+        """When the layer is dropped, keep what its queued calls use until they have ended, and what
+        its graphs use as long as the world."""
+        finalizer = weakref.finalize(layer, self._retire)
+        finalizer.atexit = False
+        return finalizer
+
+    def _retire(self) -> None:
+        gpu = self._world.gpu
+        assert gpu is not None
+        gpu.retire(self, None if self.captured else self.ended)
+
     def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
         """Within it the fused forward's kernels record themselves."""
         if self._fused is None:
@@ -288,21 +335,26 @@ class CudaExecutor:
     def _recorded_by(self, recording: Recording, fused: FusedForward) -> Iterator[None]:
         self.graphs.enabled, before = False, self.graphs.enabled  # they have other kernels
         try:
-            with recorded_by(recording, fused, self._state, self._report.ended):
+            with recorded_by(recording, fused, self._state, self.ended):
                 yield
         finally:
             self.graphs.enabled = before
 
     def synchronize(self) -> None:
         """Wait for this layer's calls; raise what they have not raised yet."""
-        self._report.ended.synchronize()
-        self.raise_pending()
+        self.ended.synchronize()
+        self._raise_found()
 
     def close(self) -> None:
         self.synchronize()
 
     def raise_pending(self) -> None:
-        """Raise what the device has found wrong so far, without waiting for it."""
+        """Raise what the device has found wrong so far, without waiting for it. Ranks that are
+        threads of one process do so together, where they meet before a call."""
+        if not self._world.shares_process:
+            self._raise_found()
+
+    def _raise_found(self) -> None:
         error = self._report.error()
         if error is not None:
             raise error
@@ -310,34 +362,59 @@ class CudaExecutor:
     # ---- the stages of a call ---------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _launching(self, buffers: tuple[Any, ...]) -> Iterator[None]:
+    def _guard(self, operation: str, capturing: bool) -> Iterator[None]:
+        """Around all of a call: stops the world if this rank raises what its peers do not know of,
+        also before anything is launched, since they wait for it. While a graph is captured they do
+        not."""
+        try:
+            yield
+        except CallNotBegun:
+            raise
+        except BaseException as error:
+            if operation == "backward":
+                tell_unspecified(error)
+            if not self._world.stopped and not capturing:
+                self._world.stop_for(error, f" in a {operation} of layer {self._layer}")
+            raise
+
+    @contextlib.contextmanager
+    def _launching(self, capturing: bool, buffers: tuple[Any, ...] = ()) -> Iterator[None]:
         """Around a call's launches: calls of a world follow each other, whatever their streams.
-        Stops the world if this rank raises what its peers do not know of.
 
         Not so in a graph: its owner orders replays, and `buffers` are kept for them."""
         gpu, stream = self._world.gpu, self._cp.cuda.get_current_stream()
         assert gpu is not None
-        capturing = stream.is_capturing()
+        if capturing:
+            yield
+            self.captured.append(buffers)
+            return
+        self._begin()
+        if gpu.last_call is not None:
+            stream.wait_event(gpu.last_call)
         try:
-            if not capturing:
-                if gpu.last_call is not None:
-                    stream.wait_event(gpu.last_call)
-                self._meet()
-            try:
-                yield
-            finally:  # what was launched before an error runs on
-                if not capturing:
-                    self._report.ended.record(stream)
-                    gpu.last_call = self._report.ended
-            if capturing:
-                self.captured.append(buffers)
-            else:
-                self._meet()
-        except CometError:
-            raise
-        except BaseException as error:
-            self._world.stop_for(error, f" in a call of layer {self._layer}")
-            raise
+            yield
+        finally:  # what was launched before an error runs on
+            self.ended.record(stream)
+            gpu.last_call = self.ended
+        self._meet()
+
+    def _begin(self) -> None:
+        """Ranks that are threads of one process meet, and raise together what one of them has found
+        on its device: all find the same."""
+        world, report = self._world, self._report
+        if not world.shares_process:
+            return
+        if report.kind not in ("", "routing"):
+            self._raise_not_begun()
+        kinds = world.allgather(report.kind, purpose="a call")
+        if "routing" in kinds and world.gpu is not None and world.gpu.last_call is not None:
+            world.gpu.last_call.synchronize()
+            self._raise_not_begun()
+
+    def _raise_not_begun(self) -> None:
+        error = self._report.error()
+        if error is not None:
+            raise CallNotBegun(error)
 
     def _meet(self) -> None:
         """Where ranks are threads of one process, they meet before a call, after it, and before
@@ -353,10 +430,16 @@ class CudaExecutor:
 
     def _group_rows(self, plan: Any) -> list[tuple[int, int]]:
         """Waits for the verdict: rows [begin, end) of each expert; empty if the call is over."""
-        if not self._report.read_offsets(self._state, plan.expert_offsets):
+        runtime, stream = self._cp.cuda.runtime, self._cp.cuda.get_current_stream()
+        kind = runtime.memcpyDeviceToHost
+        for target, source in ((self._verdict, self._state), (self._offsets, plan.expert_offsets)):
+            runtime.memcpyAsync(
+                target.ctypes.data, source.data.ptr, target.nbytes, kind, stream.ptr
+            )
+        stream.synchronize()
+        if not self._verdict["ok"][0]:
             return []
-        offsets = self._report.expert_offsets
-        return [(int(a), int(b)) for a, b in itertools.pairwise(offsets)]
+        return [(int(a), int(b)) for a, b in itertools.pairwise(self._offsets)]
 
     def _combine(self, call: Record, between: Callable[[], None]) -> None:
         """Push, then `between`, which covers the exchange, then add up at home."""
@@ -365,6 +448,21 @@ class CudaExecutor:
         self._add_up(call)
 
     # ---- memory -----------------------------------------------------------------------------
+
+    def _ok_address(self) -> int:
+        """Of CallState.ok, by which a GEMM knows that there is something to do."""
+        return int(self._state.data.ptr) + call_state_dtype.fields["ok"][1]  # type: ignore[index]
+
+    def _out_of_heap(self, array: Any, name: str) -> Any:
+        """The array, or a copy of one that lies in the heap and not where it is to be put: publish
+        copies in parallel, and would read what it has overwritten."""
+        begin, end = self.buffer_place()
+        address = array.data.ptr
+        if address + array.nbytes <= begin or address >= end:
+            return array
+        entry = self._heap.table[name]
+        own = self._world.segment(entry.segment, self._world.rank) + entry.offset
+        return array if address == own else array.copy()
 
     def _own(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         """This rank's array of the heap, as CuPy's."""

@@ -24,15 +24,16 @@ class EngineExperts:
 
     Args:
         parts: of layer0's order; each may be a launch of its own.
+        ok: as for `gemm_record`.
 
     Attributes:
         up_turns, down_turns: how the planner orders tiles for it: a TurnsParams each.
     """
 
-    def __init__(self, shape: PlanShape, parts: int = 1) -> None:
+    def __init__(self, shape: PlanShape, parts: int = 1, ok: int = 0) -> None:
         geometry, activation = shape.geometry, shape.geometry.spec.activation
-        self._up = {z: GroupedGemm(activation, write_z=z) for z in (False, True)}
-        self._down = GroupedGemm()
+        self._up = {z: GroupedGemm(activation, write_z=z, ok=ok) for z in (False, True)}
+        self._down = GroupedGemm(ok=ok)
         up = self._up[True].column_tiles(geometry.up_columns)
         down = self._down.column_tiles(geometry.spec.hidden)
         up_group, down_group = layer_groups(shape)

@@ -27,6 +27,24 @@ _LAYER0_BYTES = SHARED_BYTES + 6 * 4096 + 128
 _LAYER1_BYTES = SHARED_BYTES + 2 * 13696
 
 
+_NUM_ARRIVALS = 3  # kNumArrivals of exchange/call.cuh
+
+
+def _counter_words(shape: PlanShape) -> dict[str, int]:
+    num_chunks = len(shape.config.chunks(shape.geometry.spec.hidden))
+    return {
+        "tile_filled": shape.max_tiles,
+        "tile_done": shape.max_tiles * num_chunks,
+        "taken": 1 + 2 * num_chunks,
+        "arrived": _NUM_ARRIVALS,
+    }
+
+
+def fused_counters(shape: PlanShape) -> int:
+    """32-bit words of FusedForward's `counters`."""
+    return sum(_counter_words(shape).values())
+
+
 class FusedKernels(NamedTuple):
     layer0: tuple[Kernel, ...]  # without z, with z
     layer1: Kernel
@@ -37,20 +55,21 @@ class FusedForward:
 
     Args:
         pull_pace, push_pace: of `pace_record`, for what comes and what leaves.
+        counters: [fused_counters(shape)] uint32, zero whenever a call begins.
+        ok: address of the call's CallState.ok.
 
     Attributes:
         up_turns, down_turns: how the planner orders tiles for it: a TurnsParams each.
         grid: of both launches.
         kernels: what is launched; of `load_kernels`.
-        tile_counters: of layer0 and layer1, and what movers have taken; `publish` zeroes them.
+        counters: by field of Call.
     """
 
-    def __init__(self, shape: PlanShape, pull_pace: Record, push_pace: Record) -> None:
-        import cupy as cp
-
+    def __init__(
+        self, shape: PlanShape, pull_pace: Record, push_pace: Record, counters: Any, ok: int
+    ) -> None:
         geometry, config, spec = shape.geometry, shape.config, shape.geometry.spec
         self._gated, width = spec.gated, geometry.local_intermediate
-        num_chunks = len(config.chunks(spec.hidden))
         chunk = -(-config.chunks(spec.hidden)[0][1] // BLOCK_N)
         up = column_tiles(width, gated=spec.gated)
         down = column_tiles(spec.hidden, gated=False)
@@ -62,14 +81,14 @@ class FusedForward:
         self._turns = turns
         self.up_turns = turns_record(turns[0], up, group=groups[0])
         self.down_turns = turns_record(turns[1], down, backwards=True, chunk=chunk, group=groups[1])
-        self._up_params = gemm_record(turns[0], spec.hidden, width)
-        self._down_params = gemm_record(turns[1], width, spec.hidden)
+        self._up_params = gemm_record(turns[0], spec.hidden, width, ok)
+        self._down_params = gemm_record(turns[1], width, spec.hidden, ok)
         self._activation = list(ACTIVATIONS).index(spec.activation)
         self.kernels = self.load_kernels()
-        sizes = (shape.max_tiles, shape.max_tiles * num_chunks, 1 + 2 * num_chunks)
-        self.tile_counters = cp.zeros(sum(sizes), cp.uint32)
-        self.tile_done = self.tile_counters[sizes[0] :]
-        self.taken = self.tile_done[sizes[1] :]
+        self.counters, begin = {}, 0
+        for name, words in _counter_words(shape).items():
+            self.counters[name] = counters[begin : begin + words]
+            begin += words
         self._pull_pace, self._push_pace = pull_pace, push_pace
         self.grid = gemm_grid()
         self._num_comm0 = Argument(num_movers(config.num_comm0, self.grid[0]))

@@ -10,23 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from cometrt.cuda.report import NO_WRONG_PAIR
 from cometrt.kernels.launch import load_kernels
 from cometrt.kernels.params import (
     CALL_TABLES,
     PLAN_OUTPUTS,
-    PLAN_SCRATCH,
     Record,
     geometry_record,
     plan_params,
+    plan_progress,
 )
 from cometrt.plan import Plan, PlanShape
 from cometrt.plan.tables import plan_table_shapes
 from cometrt.world.partitions import num_sms
 
 _CHUNK = 128  # kChunk of plan/items.cuh
-_BLOCKS_PER_SM = 7  # kBlocksPerSm of plan/plan.cu
-_SM_BYTES, _BLOCK_BYTES = 228 * 1024, 2 * 1024  # shared memory; what a block takes besides its own
+_BLOCKS_PER_SM = 6  # kBlocksPerSm of plan/plan.cu
+_SM_BYTES, _BLOCK_BYTES = 228 * 1024, 4 * 1024  # shared memory; what a block takes besides its own
 _ALIGNMENT = 64  # words of a table: a bulk copy's, and a cache line's
 
 
@@ -41,8 +40,24 @@ def _layout(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, int], int]:
 
 
 def _blocks_per_sm(shared_bytes: int) -> int:
-    """Blocks that an SM holds at once: they meet, so that a larger grid would wait for ever."""
+    """Blocks that an SM holds at once; more would find nothing to do."""
     return max(1, min(_BLOCKS_PER_SM, _SM_BYTES // (shared_bytes + _BLOCK_BYTES)))
+
+
+def _counter_words(shape: PlanShape) -> dict[str, int]:
+    """32-bit words of each array that must be zero when the kernel begins."""
+    geometry = shape.geometry
+    words = {
+        "progress": plan_progress.itemsize // 4,
+        "counts": geometry.size * geometry.spec.num_experts,
+        "token_counts": geometry.size * geometry.ep,
+    }
+    return {name: -(-count // 4) * 4 for name, count in words.items()}
+
+
+def planner_counters(shape: PlanShape) -> int:
+    """32-bit words of DevicePlanner's `counters`."""
+    return sum(_counter_words(shape).values())
 
 
 def _shared_words(shape: PlanShape) -> int:
@@ -57,9 +72,17 @@ def _shared_words(shape: PlanShape) -> int:
 
 
 class DevicePlanner:
-    """Plans one layer's exchanges on the current device; scratch memory is its own."""
+    """Plans one layer's exchanges on the current device; scratch memory is its own.
 
-    def __init__(self, shape: PlanShape) -> None:
+    Args:
+        counters: [planner_counters(shape)] uint32, which are zero whenever `prepare` begins.
+
+    Attributes:
+        ids, weights: all ranks' routing, of the last forward: [W, max_tokens, K].
+        progress: PlanProgress of the last plan, as bytes.
+    """
+
+    def __init__(self, shape: PlanShape, counters: Any) -> None:
         import cupy as cp
 
         self._cp, self._shape = cp, shape
@@ -68,8 +91,6 @@ class DevicePlanner:
         self._chunks = math.ceil(spec.max_tokens / _CHUNK)
         lengths = {
             "chunk_counts": size * self._chunks * spec.num_experts,
-            "counts": size * spec.num_experts,
-            "token_counts": size * geometry.ep,
             "list_start": spec.num_experts,
             "pair_list": spec.max_tokens * spec.topk,
             "rank_rows": size * (size + 1) * experts,
@@ -82,14 +103,16 @@ class DevicePlanner:
             "block_position": size * shape.blocks_per_home,
             "first_position": 2 * shape.global_tokens,
         }
-        self._scratch = {name: cp.empty(lengths[name], cp.int32) for name in PLAN_SCRATCH}
+        self._scratch = {name: cp.empty(length, cp.int32) for name, length in lengths.items()}
         self.block_position = int(self._scratch["block_position"].data.ptr)
-        self._arrivals = cp.zeros(1, cp.uint32)
-        # All ranks' routing, of the last forward.
+        self._counters, begin = counters, 0
+        for name, words in _counter_words(shape).items():
+            self._scratch[name] = counters[begin : begin + words]
+            begin += words
+        self.progress = self._scratch.pop("progress").view(cp.uint8)
         self.ids = cp.empty((size, spec.max_tokens, spec.topk), cp.int32)
         self.weights = cp.empty(self.ids.shape, cp.float32)
         self._num_tokens = cp.zeros(size, cp.int32)
-        self.errors = cp.empty(2, cp.uint64)  # first wrong pair, largest need over capacity
         self._shapes = plan_table_shapes(shape)
         self._offsets, self._num_words = _layout(self._shapes)
         self._all_words = self._num_words + shape.capacity
@@ -97,7 +120,7 @@ class DevicePlanner:
         self._shared_bytes = 4 * _shared_words(shape)
         for kernel in (self._plan, self._prepare):
             kernel.allow_shared(self._shared_bytes)
-        self._grid = (_blocks_per_sm(self._shared_bytes) * num_sms() // 2 * 2,)
+        self._grid = (_blocks_per_sm(self._shared_bytes) * num_sms(),)
         self._params = self._new_params()
         fields, offsets = self._params, self._offsets
         self._outputs = slice(*(fields.place(PLAN_OUTPUTS[i][1]) + (i != 0) for i in (0, -1)))
@@ -113,9 +136,7 @@ class DevicePlanner:
         routing = {"ids": self.ids, "weights": self.weights, "num_tokens": self._num_tokens}
         for name, array in (routing | self._scratch).items():
             params[name] = array.data.ptr
-        params["arrivals"] = self._arrivals.data.ptr
-        params["first_wrong_pair"] = self.errors.data.ptr
-        params["largest_need"] = self.errors.data.ptr + 8
+        params["progress"] = self.progress.data.ptr
         params["num_words"] = self._num_words
         return record
 
@@ -158,6 +179,7 @@ class DevicePlanner:
         tables = self.new_tables()
         self.ids[...], self.weights[...], self._num_tokens[...] = ids, weights, num_tokens
         self._point_to(tables)
+        self._counters.fill(0)
         self._plan(self._grid, _CHUNK, self._params, shared_bytes=self._shared_bytes)
         return self.plan_of(tables)
 
@@ -168,11 +190,14 @@ class DevicePlanner:
 
     def wrong_pair(self) -> int | None:
         """The first wrong pair of the last plan, or None. Synchronises."""
-        pair = int(self.errors[0])
-        return None if pair == NO_WRONG_PAIR else pair
+        pair = int(self._read("wrong_pair"))
+        return 2**64 - 1 - pair if pair else None
 
     def largest_need(self) -> tuple[int, int] | None:
         """(rank, rows) of the largest need over capacity in the last plan, or None.
         Synchronises."""
-        packed = int(self.errors[1])
+        packed = int(self._read("largest_need"))
         return (0xFFFF - (packed & 0xFFFF), packed >> 16) if packed else None
+
+    def _read(self, name: str) -> np.uint64:
+        return self.progress.get()[: plan_progress.itemsize].view(plan_progress)[name][0]

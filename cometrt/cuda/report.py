@@ -1,13 +1,14 @@
-"""What kernels leave behind for the host: how a call ended, and what stopped the world."""
+"""What kernels leave behind for the host: how calls ended, and what stopped the world."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
 
-from cometrt.errors import CometError
-from cometrt.kernels.params import call_report_dtype, call_state_dtype
+from cometrt.errors import CometError, PeerTimeout
+from cometrt.kernels.params import MOST_REPORTED_IDS, call_report_dtype
 from cometrt.plan import PlanShape
 from cometrt.plan.reference import too_many_rows
 from cometrt.plan.routing import wrong_pair
@@ -16,88 +17,102 @@ from cometrt.world.failure import FLAGS, KINDS, Failure, Wanted
 from cometrt.world.layout import control_dtype
 
 OPERATIONS = ("", "forward", "backward")  # numbers on the wire
-NO_WRONG_PAIR = 2**64 - 1  # kNoWrongPair of agree.cuh
+REPORTS = ("", "routing", "stopped", "no forward")  # ReportKind of exchange/call.cuh
+_PLAN_PATIENCE = 2  # of PlanOfCall::wait in plan/plan.cu
+_UNSPECIFIED = "; the weight gradients of this backward are unspecified"
+
+
+def report_of(world: World) -> Report:
+    """The world's, on this rank; made by its first layer."""
+    assert world.gpu is not None
+    if world.gpu.report is None:
+        world.gpu.report = Report(world)
+    return world.gpu.report
 
 
 class Report:
-    """What the host reads of a layer's calls.
+    """The first call of a world that went wrong since the host last looked.
+
+    From then on calls that this rank has queued do nothing, until the host has raised the error: so
+    all ranks, which come to it at different times, have made the same calls then.
 
     Attributes:
-        expert_offsets: the plan's, [E_l + 1], where it was copied.
         address: of the CallReport, in memory of the host that kernels write to.
-        ended: event at the end of the layer's last call.
     """
 
-    def __init__(self, world: World, shape: PlanShape) -> None:
+    def __init__(self, world: World) -> None:
         import cupy as cp
 
-        geometry = shape.geometry
-        self._world, self._shape, self._cp = world, shape, cp
-        self._pinned: list[Any] = []
-        # One more id than there are: kernels write them behind the record.
-        room = call_report_dtype.itemsize + 4 * geometry.spec.topk
-        memory = self._new(np.dtype(np.uint8), room)
-        self._call = memory[: call_report_dtype.itemsize].view(call_report_dtype)
-        first = call_report_dtype.fields["wrong_ids"][1]  # type: ignore[index]
-        self._ids = memory[first : first + 4 * geometry.spec.topk].view(np.int32)
-        self.address = int(memory.ctypes.data)
-        self._epoch = self._call["epoch"]
-        self._control = self._new(control_dtype, 1)
-        self._state = self._new(call_state_dtype, 1)
-        self.expert_offsets = self._new(np.dtype(np.int32), geometry.local_experts + 1)
-        self.ended = cp.cuda.Event(disable_timing=True)
+        self._world_of, self._cp = weakref.ref(world), cp
+        self._shapes: dict[int, PlanShape] = {}  # by layer
+        self._call = pinned(call_report_dtype)
+        self._kind = self._call["kind"]
+        self.address = int(self._call.ctypes.data)
+        self._control = pinned(control_dtype)
 
-    def _new(self, dtype: np.dtype, count: int) -> np.ndarray:
-        nbytes = dtype.itemsize * count
-        memory = self._cp.cuda.alloc_pinned_memory(nbytes)
-        self._pinned.append(memory)
-        array = np.frombuffer(memory, np.uint8, nbytes)
-        array[:] = 0
-        return array.view(dtype)
+    def add_layer(self, layer: int, shape: PlanShape) -> None:
+        """Of whose calls kernels may report from now on."""
+        self._shapes[layer] = shape
+
+    def clear(self) -> None:
+        """Forget it: the world has been reset."""
+        self._kind[0] = 0
+
+    @property
+    def kind(self) -> str:
+        """Of REPORTS: what the device has found wrong so far."""
+        return REPORTS[int(self._kind[0])]
 
     def error(self) -> CometError | None:
-        """What went wrong first since this was last asked, as far as the device has come."""
-        if not self._epoch[0]:
+        """What went wrong first since this was last asked, as far as the device has come. Later
+        calls do something again."""
+        if not self._kind[0]:
             return None
         found = self._call[0].copy()
-        ids = self._ids.copy()
-        self._epoch[0] = 0
-        if found["stopped"]:
-            return self._stop_found(int(found["epoch"]))
-        spec, pair = self._shape.geometry.spec, int(found["wrong_pair"])
-        if pair != NO_WRONG_PAIR:
-            token, k = divmod(pair, spec.topk)
+        kind, self._kind[0] = self.kind, 0
+        call = f"{OPERATIONS[int(found['operation'])]} of layer {int(found['layer'])}"
+        if kind == "stopped":
+            error = self._stop_found(call)
+            if OPERATIONS[int(found["operation"])] == "backward":
+                tell_unspecified(error)
+            return error
+        if kind == "no forward":
+            return CometError(
+                f"the {call} did nothing: its forward failed, or was queued behind a call that did"
+            )
+        world = self._world_of()
+        assert world is not None
+        assert world.gpu is not None
+        world.gpu.release_held_calls()
+        return self._routing_error(found)
+
+    def _routing_error(self, found: Any) -> CometError:
+        shape = self._shapes[int(found["layer"])]
+        spec = shape.geometry.spec
+        if found["wrong_pair"]:
+            token, k = divmod(int(~found["wrong_pair"]), spec.topk)
             rank, token = divmod(token, spec.max_tokens)
+            ids = found["wrong_ids"][: min(spec.topk, MOST_REPORTED_IDS)]
             return wrong_pair(rank, token, k, ids, float(found["wrong_weight"]), spec)
         packed = int(found["largest_need"])
-        return too_many_rows(0xFFFF - (packed & 0xFFFF), packed >> 16, self._shape)
+        return too_many_rows(0xFFFF - (packed & 0xFFFF), packed >> 16, shape)
 
-    def read_offsets(self, state: Any, expert_offsets: Any) -> bool:
-        """Wait for what is queued; `expert_offsets` is the device's then, if this is True: the
-        call goes on."""
-        self._read(self._state, int(state.data.ptr))
-        self._read(self.expert_offsets, int(expert_offsets.data.ptr))
-        self._cp.cuda.get_current_stream().synchronize()
-        return bool(self._state["ok"][0])
-
-    def _read(self, target: np.ndarray, pointer: int) -> None:
-        runtime, stream = self._cp.cuda.runtime, self._cp.cuda.get_current_stream()
-        kind = runtime.memcpyDeviceToHost
-        runtime.memcpyAsync(target.ctypes.data, pointer, target.nbytes, kind, stream.ptr)
-
-    def _stop_found(self, epoch: int) -> CometError | None:
-        """What stopped the world on the device in that epoch, told to the hosts too."""
-        world = self._world
+    def _stop_found(self, call: str) -> CometError | None:
+        """What stopped the world on the device, told to the hosts too."""
+        world, cp = self._world_of(), self._cp
+        assert world is not None
         assert world.gpu is not None
-        self._read(self._control, world.gpu.control[world.rank])
-        self._cp.cuda.get_current_stream().synchronize()
+        stream = cp.cuda.get_current_stream()
+        address, kind = world.gpu.control[world.rank], cp.cuda.runtime.memcpyDeviceToHost
+        cp.cuda.runtime.memcpyAsync(
+            self._control.ctypes.data, address, self._control.nbytes, kind, stream.ptr
+        )
+        stream.synchronize()
         control = self._control[0]
-        if int(control["abort"]) < world.generation:  # it has been reset since
-            if epoch <= world.epoch:
-                return None
+        if control["abort"][: world.size].max() < world.generation:
             return CometError(
-                f"a graph captured before world.reset() was replayed (epoch {epoch}): its calls "
-                f"belong to a world that has stopped; capture it again"
+                f"a graph captured before world.reset() was replayed ({call}): its calls belong to "
+                f"a world that has stopped; capture it again"
             )
         records = [r for r in control["failure"] if int(r["generation"]) >= world.generation]
         if not records:  # a host stopped it
@@ -123,9 +138,27 @@ class Report:
                 int(record["tile"]),
                 int(record["chunk"]),
             )
-            failure = wanted.failure(int(record["waiter"]), int(record["found"]), world.timeout_sec)
+            patience = _PLAN_PATIENCE if wanted.flag == "plan_step" else 1
+            timeout_sec = patience * world.timeout_sec
+            failure = wanted.failure(int(record["waiter"]), int(record["found"]), timeout_sec)
         world.stop(failure)
         return failure.error()
+
+
+def pinned(dtype: np.dtype, count: int = 1) -> np.ndarray:
+    """Zeroed memory of the host that kernels reach by the same address, until it is dropped."""
+    import cupy as cp
+
+    memory = cp.cuda.alloc_pinned_memory(dtype.itemsize * count)
+    array = np.frombuffer(memory, np.uint8, dtype.itemsize * count)
+    array[:] = 0
+    return array.view(dtype)
+
+
+def tell_unspecified(error: BaseException | None) -> None:
+    """To be raised for a backward: it may have written some of the weights' gradients."""
+    if isinstance(error, PeerTimeout) and not str(error).endswith(_UNSPECIFIED):
+        error.args = (str(error) + _UNSPECIFIED,)
 
 
 def _called(header: Any) -> str:

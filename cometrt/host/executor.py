@@ -33,6 +33,10 @@ class HostExecutor:
     def buffer(self) -> np.ndarray:
         return self._heap.array("x")
 
+    def buffer_place(self) -> tuple[int, int]:
+        """Addresses [begin, end) of this rank's heap of rows, which begins with `buffer`."""
+        return self._heap.rows_place(self.buffer().ctypes.data)
+
     def forward(
         self,
         x: np.ndarray,
@@ -110,6 +114,9 @@ class HostExecutor:
     def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
         """Nothing: spans are told as they end."""
         return contextlib.nullcontext()
+
+    def keep_for(self, layer: Any) -> None:
+        """A call that has returned uses nothing."""
 
     def raise_pending(self) -> None:
         """Nothing: a call has raised what it has to when it returns."""

@@ -45,13 +45,18 @@ plan_params = np.dtype(
             "weights",
             "num_tokens",
             *PLAN_SCRATCH,
-            *"arrivals first_wrong_pair largest_need tables num_words".split(),
+            *"progress tables num_words".split(),
             *(name for _, name in PLAN_OUTPUTS),
         )
     ]
 )
 
-call_state_dtype = np.dtype([(name, np.uint32) for name in "ticket ok told".split()])
+# Numbers of lists and steps: kNumLists and kNumSteps of plan/plan.cuh.
+plan_progress = np.dtype(
+    [(name, np.uint64) for name in "wrong_pair largest_need".split()]
+    + [("taken", np.uint32, 7), ("done", np.uint32, 5)]
+)
+call_state_dtype = np.dtype([(name, np.uint32) for name in "ticket status ok told".split()])
 traced_call_state_dtype = np.dtype([*call_state_dtype.descr, ("trace", np.uint64)], align=True)
 TRACE_LANES, _EVENTS_OF_LANE = 15, 511  # kTraceLanes, kEventsOfLane of common/trace.cuh
 trace_event_dtype = np.dtype(
@@ -68,9 +73,11 @@ trace_lane_dtype = np.dtype(
         ("events", trace_event_dtype, (_EVENTS_OF_LANE,)),
     ]
 )
+MOST_REPORTED_IDS = 1024  # kMostReportedIds of exchange/call.cuh
 call_report_dtype = np.dtype(
-    [(name, np.uint64) for name in "epoch stopped wrong_pair largest_need".split()]
-    + [("wrong_weight", np.float32), ("wrong_ids", np.int32, (1,))]
+    [("kind", np.uint64), ("epoch", np.uint64), ("layer", np.int64), ("operation", np.int64)]
+    + [(name, np.uint64) for name in "wrong_pair largest_need".split()]
+    + [("wrong_weight", np.float32), ("wrong_ids", np.int32, (MOST_REPORTED_IDS + 1,))]
 )
 HEAP_OFFSETS = {  # field of Call -> array of the heap
     "x_at": "x",
@@ -82,16 +89,14 @@ HEAP_OFFSETS = {  # field of Call -> array of the heap
     "partials_at": "partials_ready",
 }
 CALL_TABLES = (
-    "expert_offsets row_pair row_weight pair_row pull_tokens pull_offsets send_tokens "
+    "expert_offsets expert_rows row_weight pair_row pull_tokens pull_offsets send_tokens "
     "send_offsets send_base push_blocks num_blocks home_slot home_base"
 ).split()
 call_dtype = np.dtype(
     [("world", world_dtype), ("g", geometry_dtype)]
     + [
         (name, np.int32)
-        for name in (
-            "num_chunks num_tokens ids_are_64 weighted chunk_columns num_tile_counters"
-        ).split()
+        for name in ("num_chunks num_tokens ids_are_64 weighted chunk_columns num_counters").split()
     ]
     + [(name, np.uint64) for name in HEAP_OFFSETS]
     + [(name, np.int64) for name in "operation layer spec_hash".split()]
@@ -99,10 +104,10 @@ call_dtype = np.dtype(
         (name, np.uint64)
         for name in (
             *"forward_epoch state report x dy ids weights kept_epoch kept_x".split(),
-            *"all_ids all_weights errors".split(),
+            *"all_ids all_weights progress".split(),
             *CALL_TABLES,
             *"pull_at rows partial_rows out dweight_rows out_dweight".split(),
-            *"tile_filled tile_done taken".split(),
+            *"counters tile_filled tile_done taken arrived".split(),
         )
     ]
 )
@@ -111,7 +116,7 @@ activation_params = np.dtype(
     + [(name, np.uint64) for name in "expert_offsets row_weight z a da dz dweight_rows".split()]
 )
 gemm_params = np.dtype(
-    [(name, np.uint64) for name in "items num_turns progress out z".split()]
+    [(name, np.uint64) for name in "items num_turns progress out z ok".split()]
     + [(name, np.int32) for name in "num_k_blocks num_columns".split()]
 )
 pace_dtype = np.dtype(
@@ -120,7 +125,7 @@ pace_dtype = np.dtype(
 planned_tiles_dtype = np.dtype(
     [
         (name, np.uint64)
-        for name in "tile_order num_tiles tile_expert expert_offsets expert_rows ok".split()
+        for name in "tile_order num_tiles tile_expert expert_offsets expert_rows".split()
     ]
 )
 turns_params = np.dtype(
@@ -136,6 +141,7 @@ part_dtype = np.dtype([("block_position", np.uint64), ("index", np.int32), ("cou
 MIRRORS = {
     "Geometry": ("common/geometry.cuh", geometry_dtype),
     "PlanParams": ("plan/plan.cuh", plan_params),
+    "PlanProgress": ("plan/plan.cuh", plan_progress),
     "Header": ("comm/world.cuh", header_dtype),
     "FailureRecord": ("comm/world.cuh", record_dtype),
     "Control": ("comm/world.cuh", control_dtype),

@@ -17,6 +17,9 @@ from cometrt.plan.config import TileConfig
 from cometrt.specs import Geometry, digest
 
 
+_LARGEST = 2**31 - 1  # tables hold numbers of pairs and rows in 32 bits
+
+
 @dataclasses.dataclass(frozen=True)
 class PlanShape:
     """Sizes of a plan's tables, from the spec alone, equal on all ranks."""
@@ -24,10 +27,23 @@ class PlanShape:
     geometry: Geometry
     config: TileConfig
 
+    def __post_init__(self) -> None:
+        spec, size = self.geometry.spec, self.geometry.size
+        pairs = size * spec.max_tokens * spec.topk
+        if max(pairs, self.capacity) > _LARGEST:
+            raise ValueError(
+                f"max_tokens must keep the pairs of all ranks, and the rows of one, below 2**31 "
+                f"(got {size} * {spec.max_tokens} * topk {spec.topk} = {pairs} pairs, "
+                f"{self.capacity} rows)"
+            )
+
     @functools.cached_property
     def digest(self) -> int:
-        """63-bit hash: equal where tables and saved arrays have the same shapes and meaning."""
-        return digest(self.geometry.spec, self.config, self.geometry.size)
+        """63-bit hash: equal where tables and saved arrays have the same shapes and meaning. Most
+        of the config only says who does what when."""
+        config, size = self.config, self.geometry.size
+        tables = config.block_m, config.block_tokens, config.last_distances(size)
+        return digest(self.geometry.spec, size, *tables)
 
     @property
     def balanced_rows(self) -> float:

@@ -145,9 +145,16 @@ class World(abc.ABC):
         at each call, it may have grown."""
         return self._segments[name][rank]
 
+    def segment_bytes(self, name: str) -> int:
+        return self._segment_bytes[name]
+
     @abc.abstractmethod
     def share_device_memory(self, pointer: int) -> list[int]:
         """Collective, on "cuda": every rank's allocation as this rank's device reaches it."""
+
+    @abc.abstractmethod
+    def close_device_memory(self, pointer: int) -> None:
+        """Let go of a peer's allocation, of `share_device_memory`."""
 
     # ---- waiting and stopping ---------------------------------------------------------------
 
@@ -206,13 +213,15 @@ class World(abc.ABC):
         """Raise what stopped the world, if anything did."""
         if self._closed:
             raise ValueError("world must be open (it was closed)")
-        if self._stopped():
+        if self.stopped:
             self.fence()
             error = self._failure().error(prefix)
             error.relayed = True
             raise error
 
-    def _stopped(self) -> bool:
+    @property
+    def stopped(self) -> bool:
+        """Whether a rank has stopped the world since its last reset, as far as this host knows."""
         return int(self.board["abort"][0]) >= self._generation
 
     def _failure(self) -> Failure:
@@ -262,7 +271,7 @@ class World(abc.ABC):
         finally:
             self._generation = int(board["generation"][0])
         if self.gpu:
-            self.gpu.write_epoch(self.epoch)
+            self.gpu.begin_generation(self._generation, self.epoch)
 
     # ---- meeting ----------------------------------------------------------------------------
 
@@ -304,6 +313,8 @@ class World(abc.ABC):
             return
         self._closed = True
         unpin_blas_threads()
+        if self.gpu:
+            self.gpu.drain()
         self._free()
         self._segments.clear()
         self.boards = []
@@ -328,7 +339,7 @@ class World(abc.ABC):
         Shared memory stays until the process ends, since a peer may still be using it.
         """
         if not self._closed:
-            if not self._stopped():  # else the others know already, and from the source
+            if not self.stopped:  # else the others know already, and from the source
                 self.stop_for(error)
             self.board["closing"][0] = -1
             self._closed = True

@@ -20,6 +20,7 @@ FLAGS = (
     "rendezvous",
     "reset",
     "close",
+    "plan_step",
 )
 _TEXT_BYTES = 480
 
@@ -86,10 +87,10 @@ class Wanted:
     chunk: int = -1
 
     def failure(self, waiter: int, found: int, timeout_sec: float) -> Failure:
-        unit = "block of tokens" if self.flag == "partials_ready" else "tile"
+        unit = {"partials_ready": "block of tokens", "plan_step": "step"}.get(self.flag, "tile")
         where = "" if self.tile < 0 else f"[{unit} {self.tile}"
         where += "" if self.tile < 0 else f", chunk {self.chunk}]" if self.chunk >= 0 else "]"
-        who = "its own other thread" if self.peer == waiter else f"rank {self.peer}"
+        who = "itself" if self.peer == waiter else f"rank {self.peer}"
         when = "" if self.epoch < 0 else f" in epoch {self.epoch}"
         text = (
             f"rank {waiter} waited {timeout_sec:g} s for {self.flag}{where} from {who}{when}: "

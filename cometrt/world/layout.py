@@ -25,9 +25,8 @@ control_dtype = np.dtype(
         ("source_ready", np.uint64, MAX_RANKS),
         ("header", header_dtype, (2, MAX_RANKS)),
         ("failure", record_dtype, MAX_RANKS),
-        ("abort", np.uint64),
-        ("reported", np.uint64),
-        ("epoch", np.uint64),
+        ("abort", np.uint64, MAX_RANKS),
+        *((name, np.uint64) for name in ("generation", "reported", "epoch", "held")),
     ]
 )
 world_dtype = np.dtype(

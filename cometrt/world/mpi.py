@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from cometrt.errors import CometError, PeerTimeout
-from cometrt.specs import check_timeout
+from cometrt.specs import check_int, check_timeout
+from cometrt.world import ipc
 from cometrt.world.base import World
 from cometrt.world.failure import Wanted
+from cometrt.world.partitions import check_gpu
 from cometrt.world.threads import check_device
 
 _log = logging.getLogger("cometrt")
@@ -48,19 +50,20 @@ class MPIWorld(World):
         self._windows[0].Sync()
 
     def share_device_memory(self, pointer: int) -> list[int]:
-        from cupy.cuda import runtime
-
-        handles = self.allgather(runtime.ipcGetMemHandle(pointer), purpose="device memory")
+        handles = self.allgather(ipc.handle_of(pointer), purpose="device memory")
         pointers = [pointer] * self.size
         for rank in set(range(self.size)) - {self.rank}:
             try:
-                pointers[rank] = runtime.ipcOpenMemHandle(handles[rank])
-            except runtime.CUDARuntimeError as error:
+                pointers[rank] = ipc.open_handle(handles[rank])
+            except CometError as error:
                 raise CometError(
                     f"rank {self.rank} cannot reach the memory of rank {rank}: every rank must see "
                     f"all GPUs (CUDA_VISIBLE_DEVICES), and they must be peers ({error})"
                 ) from error
         return pointers
+
+    def close_device_memory(self, pointer: int) -> None:
+        ipc.close_handle(pointer)
 
     def _free(self) -> None:
         self.board["closing"][0] = 1
@@ -79,21 +82,27 @@ class MPIWorld(World):
         for window in self._windows:
             window.Unlock_all()
             window.Free()
-        self._windows.clear()
+        self._windows.clear()  # a collective each: all ranks have let go of each other's memory
+        if self.gpu:
+            self.gpu.close()
         self._comm.Free()
 
 
-def connect(comm: Any, device: str, *, timeout_sec: float = 30.0) -> World:
+def connect(comm: Any, device: str, *, timeout_sec: float = 30.0, gpu: int | None = None) -> World:
     """Collective: the world of an mpi4py communicator whose ranks are all on this host.
 
     Args:
         comm: an intracommunicator; it is duplicated.
-        device: "host"; or "cuda": ranks take the host's GPUs in turn.
+        device: "host" or "cuda".
         timeout_sec: longest that any single wait may last.
+        gpu: on "cuda" this rank's GPU, counted from 0 among those that the process sees; None: the
+            number of the process among those that the launcher started on this host, whatever
+            communicator `comm` is, modulo the GPUs that it sees. It becomes the current GPU.
 
     Raises:
         ValueError: for a wrong argument, ranks on several hosts, a launcher that belongs to
-            another MPI than mpi4py uses, or an MPI without full thread support.
+            another MPI than mpi4py uses, or an MPI without full thread support. On all ranks, for a
+            wrong `gpu` on any of them, one that is no Hopper, or a driver that is too old.
         PeerTimeout: if a rank does not call it within timeout_sec. The communicator may not be
             used for `connect` again then.
     """
@@ -118,11 +127,12 @@ def connect(comm: Any, device: str, *, timeout_sec: float = 30.0) -> World:
             "comm must come from an MPI initialised with MPI_THREAD_MULTIPLE "
             f"(got thread level {MPI.Query_thread()})"
         )
-    if device == "cuda":
-        import cupy
-
-        cupy.cuda.Device(comm.Get_rank() % cupy.cuda.runtime.getDeviceCount()).use()
+    problem = _use_gpu(device, gpu, MPI.COMM_WORLD)
     own = _duplicate(comm, timeout_sec)
+    for rank, text in enumerate(own.allgather(problem)):
+        if text:
+            own.Free()
+            raise ValueError(f"{text} [rank {rank}]")
     node = own.Split_type(MPI.COMM_TYPE_SHARED)
     here = node.Get_size()
     node.Free()
@@ -130,6 +140,47 @@ def connect(comm: Any, device: str, *, timeout_sec: float = 30.0) -> World:
         own.Free()
         raise ValueError(f"comm must have all ranks on one host (got {here} of {comm.Get_size()})")
     return MPIWorld(own, device, timeout_sec)
+
+
+def _use_gpu(device: str, gpu: Any, everybody: Any) -> str:
+    """Make it this process's current one. Returns what is wrong with it, or nothing."""
+    try:
+        if device == "host":
+            if gpu is not None:
+                raise ValueError(f"gpu must be None on device='host' (got {gpu!r})")
+            return ""
+        import cupy
+
+        found = cupy.cuda.runtime.getDeviceCount()
+        if gpu is None:
+            gpu = rank_on_host(everybody.Get_rank(), everybody.Get_size()) % found
+        gpu = check_int("gpu", gpu, minimum=0, maximum=found - 1)
+        cupy.cuda.Device(gpu).use()
+        check_gpu(gpu)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+# What launchers tell a process: its rank, the number of ranks, its rank on this host.
+_LAUNCHED = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+    ("PALS_RANKID", "PALS_SIZE", "PALS_LOCAL_RANKID"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+)
+
+
+def rank_on_host(rank: int, size: int) -> int:
+    """Of the process with that rank in MPI.COMM_WORLD, as its launcher says: MPI itself could only
+    tell if all of MPI.COMM_WORLD asked. Variables of a launcher that started something else, around
+    this one, are passed over; without any, `rank`, which is right on one host."""
+    for names in _LAUNCHED:
+        values = [os.environ.get(name, "") for name in names]
+        if values[:2] == [str(rank), str(size)] and values[2].isdigit():
+            return int(values[2])
+    return rank
 
 
 def _duplicate(comm: Any, timeout_sec: float) -> Any:

@@ -170,6 +170,31 @@ def _reach_peers(device_id: int, ranks: int) -> None:
                     raise
 
 
+_OLDEST_DRIVER = 13000  # CUDA 13.0
+_HOPPER = (9, 0)
+
+
+def check_gpu(device_id: int) -> None:
+    """Raise ValueError where the kernels do not run: on anything but Hopper, or with a driver that
+    does not load what the compiler makes."""
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    driver = int(runtime.driverGetVersion())
+    if driver < _OLDEST_DRIVER:
+        raise ValueError(
+            f"device='cuda' needs an NVIDIA driver for CUDA 13.0 or newer "
+            f"(got one for CUDA {driver // 1000}.{driver % 1000 // 10})"
+        )
+    found = runtime.getDeviceProperties(device_id)
+    capability = found["major"], found["minor"]
+    if capability != _HOPPER:
+        raise ValueError(
+            f"device='cuda' needs a Hopper GPU, such as H100 or H200: compute capability 9.0 "
+            f"(got {found['name'].decode()}, {capability[0]}.{capability[1]})"
+        )
+
+
 def num_sms() -> int:
     """SMs that this thread's kernels run on."""
     partition = getattr(_seats, "partition", None)

@@ -17,7 +17,7 @@ from cometrt.specs import check_choice, check_int, check_timeout
 from cometrt.world.base import World
 from cometrt.world.failure import Wanted
 from cometrt.world.link import LINKS, link_share
-from cometrt.world.partitions import gpu_seats, gpu_sms, num_sms, ranks_share_gpu
+from cometrt.world.partitions import check_gpu, gpu_seats, gpu_sms, num_sms, ranks_share_gpu
 
 Result = TypeVar("Result")
 
@@ -64,9 +64,19 @@ class ThreadWorld(World):
     def share_device_memory(self, pointer: int) -> list[int]:
         return self.allgather(pointer, purpose="device memory")
 
+    def close_device_memory(self, pointer: int) -> None:
+        pass  # of this process: freed with it
+
     def _free(self) -> None:
         if self.gpu:
             self._process.device_memory.append(self.gpu)  # a peer may still be writing
+            self.gpu.close()
+
+    def abandon(self, error: BaseException) -> None:
+        already = self._closed
+        super().abandon(error)
+        if not already:
+            self._free()
 
 
 def spawn(
@@ -136,6 +146,8 @@ def _run_ranks(
 ) -> list[Result]:
     shares_gpu = device == "cuda" and ranks_share_gpu(ranks, link)
     on_host = device == "host"
+    for gpu in [] if on_host else [0] if shares_gpu else range(ranks):
+        check_gpu(gpu)
     seats = [contextlib.nullcontext()] * ranks if on_host else gpu_seats(ranks, share=shares_gpu)
     process = _Process(ranks, shares_gpu)
     results: list[Any] = [None] * ranks
@@ -170,6 +182,9 @@ def _run_ranks(
             if world is not None:
                 world.abandon(error)
         raise
+    for memory in process.device_memory:
+        with contextlib.suppress(Exception):  # what broke the device has been raised already
+            memory.drain()
     if errors:
         raise first_original(errors)
     return results
@@ -181,7 +196,8 @@ def check_device(device: str) -> None:
         try:
             import cupy
 
-            cupy.cuda.runtime.getDeviceCount()
+            if cupy.cuda.runtime.getDeviceCount() < 1:
+                raise RuntimeError("no GPU is visible")
         except Exception as error:  # CuPy raises types of its own
             raise ValueError(
                 f"device='cuda' needs an NVIDIA GPU and the cuda13 extra ({error})"

@@ -11,12 +11,11 @@ struct Wanted {
   int peer, tile, chunk;
 };
 
-// Cold: every rank gets the record, then the abort. The first failure of a rank stands.
+// Cold: every rank gets the record, then the abort. The first failure of a rank stands, and those
+// of an older generation come too late.
 __device__ __noinline__ void stop_world(const World& world, FailureKind kind, Wanted wanted,
                                         u64 epoch, u64 expected, u64 found) {
-  if (atomicExch(&world.control[world.rank]->reported, world.generation) == world.generation) {
-    return;
-  }
+  if (atomicMax(&world.control[world.rank]->reported, world.generation) >= world.generation) return;
   for (int peer = 0; peer < world.size; ++peer) {
     FailureRecord& record = world.control[peer]->failure[world.rank];
     record.kind = kind;
@@ -31,18 +30,19 @@ __device__ __noinline__ void stop_world(const World& world, FailureKind kind, Wa
     store_release_sys(&record.generation, world.generation);
   }
   for (int peer = 0; peer < world.size; ++peer) {
-    max_release_sys(&world.control[peer]->abort, world.generation);
+    store_release_sys(&world.control[peer]->abort[world.rank], world.generation);
   }
 }
 
 // True once load() >= expected, acquired if load acquires; false if the wait ended without it:
-// then the caller leaves the kernel. One thread waits, then a barrier for its peers.
+// then the caller leaves the kernel. One thread waits, then a barrier for its peers. `patience`:
+// times the world's timeout.
 template <typename Load>
 __device__ inline bool wait_until(const World& world, Wanted wanted, u64 epoch, u64 expected,
-                                  Load load) {
+                                  Load load, u32 patience = 1) {
   u64 found = load();
   if (found >= expected) return true;
-  const u64 deadline = global_timer_ns() + world.timeout_ns;
+  const u64 deadline = global_timer_ns() + patience * world.timeout_ns;
   for (u32 polls = 1;; ++polls) {
     found = load();
     if (found >= expected) return true;

@@ -13,7 +13,13 @@ struct Header {
 
 // Numbers of KINDS and FLAGS in cometrt/world/failure.py.
 enum FailureKind : int { kRaised = 1, kMismatch = 2, kTimeout = 3 };
-enum Flag : int { kSourceReady = 1, kTileFilled = 2, kTileDone = 3, kPartialsReady = 4 };
+enum Flag : int {
+  kSourceReady = 1,
+  kTileFilled = 2,
+  kTileDone = 3,
+  kPartialsReady = 4,
+  kPlanStep = 8
+};
 
 struct FailureRecord {
   u64 generation;  // written last: then the rest is valid
@@ -25,9 +31,14 @@ struct Control {
   u64 source_ready[kMaxRanks];       // [s]: rank s
   Header header[2][kMaxRanks];       // [epoch parity, s]: rank s
   FailureRecord failure[kMaxRanks];  // [r]: rank r
-  u64 abort;                         // any rank: the generation it stops
-  u64 reported;                      // the owner: last generation it has reported a failure of
-  u64 epoch;                         // the owner
+  // [r]: rank r, its kernels and its host alike: the generation that it stops. Each word has one
+  // writer, so that plain stores do, and only grows: see kernels_cu/README.md.
+  u64 abort[kMaxRanks];
+  // The owner's.
+  u64 generation;  // of the world: kernels that were launched in another one do nothing
+  u64 reported;    // last generation that its kernels have reported a failure of
+  u64 epoch;
+  u64 held;  // epoch of a failed call whose error the host has not raised yet, or 0
 };
 
 // This rank's view of all.
@@ -41,7 +52,13 @@ struct World {
 
   __device__ const Control& own() const { return *control[rank]; }
   __device__ u64 epoch() const { return own().epoch; }
-  __device__ bool stopped() const { return load_acquire_sys(&own().abort) >= generation; }
+  // By any rank, or reset since the kernel was launched. Acquires the failure record.
+  __device__ bool stopped() const {
+    bool any = load_relaxed_sys(&own().generation) != generation;
+    for (int r = 0; r < size; ++r) any |= load_relaxed_sys(&own().abort[r]) >= generation;
+    if (any) fence_acq_rel_sys();
+    return any;
+  }
 };
 
 }  // namespace cometrt

@@ -7,8 +7,6 @@
 
 namespace cometrt {
 
-constexpr u64 kNoWrongPair = ~0ull;
-
 // The tokens of source s, once it has published (0 if its layer is another); -1 if the wait ended
 // without it: the world has stopped. One thread. Acquires source_ready.
 __device__ inline int wait_source(const Call& c, int s) {

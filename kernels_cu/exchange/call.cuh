@@ -10,8 +10,21 @@
 
 namespace cometrt {
 
+struct PlanProgress;  // plan/plan.cuh
+
+// Whether a call takes part in an exchange. One that does not does nothing on this rank, as if it
+// had not been made, but that its results are NaN.
+enum CallStatus : u32 {
+  kInert,          // the world is stopped, or an earlier call's error has not been raised yet
+  kForwardFailed,  // a backward, of a forward that failed or was inert
+  kActive,
+};
+
 struct CallState {
-  u32 ticket, ok, told;  // told: a block of `finish` has found that the call failed
+  u32 ticket;  // blocks of `publish` that are done
+  u32 status;  // CallStatus, by `publish`
+  u32 ok;      // the plan is complete, or agreed on: the only sign for later kernels to do anything
+  u32 told;    // a block of `finish` has found that the call failed
 };
 
 // What Call::state points to in fact; apart, since TRACE alone looks at the rest.
@@ -19,40 +32,49 @@ struct TracedCallState : CallState {
   TraceLane* trace;  // [CTAs, kTraceLanes]; null: nothing is recorded
 };
 
-// In the host's memory: the first call that went wrong since the host last looked, which then sets
-// `epoch` to 0 again. Mirrored by call_report_dtype.
+// Numbers of REPORTS in cometrt/cuda/report.py.
+enum ReportKind : u64 { kNothing, kWrongRouting, kStopped, kNoForward };
+
+constexpr int kMostReportedIds = 1024;
+
+// In the host's memory, one for all layers of a world: the first call that went wrong since the
+// host last looked, which then sets `kind` to 0 again. Mirrored by call_report_dtype.
 struct CallReport {
-  u64 epoch;  // written last: then the rest is valid; 0: nothing went wrong
-  u64 stopped;
-  u64 wrong_pair, largest_need;  // as PlanParams has them
+  u64 kind;  // ReportKind; written last: then the rest is valid
+  u64 epoch;
+  long long layer, operation;
+  u64 wrong_pair, largest_need;  // as PlanProgress has them
   float wrong_weight;
-  int wrong_ids[1];  // of the pair's token, [topk]
+  int wrong_ids[kMostReportedIds + 1];  // of the pair's token, [topk]
 };
+
+// Roles of warps that a launch argument limits: the first that come take them.
+enum Arrivals : int { kPullers, kCombiners, kHelpers, kNumArrivals };
 
 struct Call {
   World world;
   Geometry g;
   int num_chunks, num_tokens, ids_are_64, weighted;
-  int chunk_columns, num_tile_counters;
+  int chunk_columns, num_counters;
   // Byte offsets in the heap's segments.
   u64 x_at, dy_at, ids_at, weights_at, staging_at, dweight_at, partials_at;
   // The header.
   long long operation, layer, spec_hash;
-  const long long* forward_epoch;
+  const long long* forward_epoch;  // 0 there: that forward failed
   CallState* state;
   CallReport* report;
-  // publish: what to put into the heap; what to keep for backward: the call's epoch, and x with
-  // zeros up to max_tokens.
+  // publish: what to put into the heap; what to keep for backward: the call's epoch, 0 if it fails,
+  // and x with zeros up to max_tokens.
   const void *x, *dy, *ids;
   const float* weights;
   long long* kept_epoch;
   void* kept_x;
-  // The planner's tables of all ranks and its errors; null in backward.
+  // The planner's tables of all ranks and its progress; null in backward.
   const int* all_ids;
   const float* all_weights;
-  const u64* errors;
+  const PlanProgress* progress;
   // The plan.
-  const int *expert_offsets, *row_pair;
+  const int *expert_offsets, *expert_rows;
   const float* row_weight;
   const int *pair_row, *pull_tokens, *pull_offsets, *send_tokens, *send_offsets, *send_base;
   const int *push_blocks, *num_blocks, *home_slot, *home_base;
@@ -63,10 +85,12 @@ struct Call {
   __nv_bfloat16* out;
   const float* dweight_rows;
   float* out_dweight;
+  // What kernels of a forward count up: the planner's, and those below; publish sets them to zero.
+  u32* counters;
   // Fused: pieces of rows that have come, by M-tile; warps whose results are stored, by M-tile and
   // chunk; what movers have taken, of pieces of pulls, and of blocks to push and blocks at home by
-  // chunk. One behind the other, num_tile_counters in all; publish sets them to zero.
-  u32 *tile_filled, *tile_done, *taken;
+  // chunk; warps of each role that have come, by Arrivals.
+  u32 *tile_filled, *tile_done, *taken, *arrived;
 
   __device__ TraceLane* const* trace() const {
     return &static_cast<const TracedCallState*>(state)->trace;

@@ -5,13 +5,15 @@
 
 namespace cometrt {
 
-// By warp `index` of `count`.
+// By warp `index` of `count`. Each expert has at most block_m - 1 of them, behind its rows.
 __device__ inline void zero_pad_rows(const Call& c, int index, int count) {
-  const int num_rows = c.expert_offsets[c.g.local_experts];
-  for (int row = index; row < num_rows; row += count) {
-    if (c.row_pair[row] >= 0) continue;
+  const int experts = c.g.local_experts;
+  for (int i = index; i < experts * c.g.block_m; i += count) {
+    const int expert = i % experts;
+    const int row = c.expert_offsets[expert] + c.expert_rows[expert] + i / experts;
+    if (row >= c.expert_offsets[expert + 1]) continue;
     uint4* to = reinterpret_cast<uint4*>(c.rows + static_cast<long long>(row) * c.g.hidden);
-    for (int i = threadIdx.x % 32; i < c.g.hidden / 8; i += 32) to[i] = make_uint4(0, 0, 0, 0);
+    for (int j = threadIdx.x % 32; j < c.g.hidden / 8; j += 32) to[j] = make_uint4(0, 0, 0, 0);
   }
 }
 

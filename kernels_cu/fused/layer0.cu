@@ -3,6 +3,7 @@
 // only. Macros: as gemm/forward.cu.
 #include "comm/movers.cuh"
 #include "comm/wait.cuh"
+#include "fused/arrivals.cuh"
 #include "gemm/consumer.cuh"
 #include "gemm/epilogue.cuh"
 #include "gemm/hooks.cuh"
@@ -42,9 +43,9 @@ struct RowsArrive {
 
 }  // namespace
 
-// Grid: an even number of CTAs. The movers of the first `num_comm` of them work, any
-// number from 1 to all: movers share all pulls out among themselves and wait for no tile, so that
-// one of them is enough for every tile to get its rows.
+// Grid: an even number of CTAs, of which any number may be resident: tiles and pulls are taken as
+// CTAs come. So many movers work as `num_comm` CTAs have, the first that come: any number from 1 to
+// all. They wait for no tile, so that one of them is enough for every tile to get its rows.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     layer0(const __grid_constant__ Call c, const __grid_constant__ GemmParams p,
            const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap a_half_map,
@@ -71,7 +72,7 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
       produce<is_gated(ACTIVATION)>(shared, p, {a_map, a_half_map, b_map}, hooks);
     } else if (threadIdx.x == 32 && cta == 0) {
       deal_turns(shared, p);
-    } else if (warp >= 2 && static_cast<int>(blockIdx.x) < num_comm && c.state->ok) {
+    } else if (warp >= 2 && c.state->ok && takes_part(c, kPullers, num_comm)) {
       Puller puller(c, pace, all.movers.bytes[warp - 2], all.movers.full[warp - 2]);
       puller.recorder = Recorder(c.trace(), 1, kPull);
       puller.run();

@@ -1,6 +1,7 @@
 // The down GEMM and combine in one launch. Every CTA multiplies; two of its warps sum and push
 // partial rows as tiles end, and add up what comes home; when no tile is left, the two that loaded
 // and dealt help them.
+#include "fused/arrivals.cuh"
 #include "fused/combine.cuh"
 #include "gemm/consumer.cuh"
 #include "gemm/epilogue.cuh"
@@ -36,10 +37,10 @@ struct TilesEnd {
 
 }  // namespace
 
-// Grid: an even number of CTAs. Of the first `num_comm` of them movers work and other warps help,
-// any number from 1 to all, on each rank its own: tiles wait for no mover; pushes wait for tiles of
-// this rank, and home sums of a chunk for pushes of that chunk, which every mover of every rank
-// comes to before it adds up that chunk at home.
+// Grid: as in layer0. So many movers work, and other warps help, as `num_comm` CTAs have, the first
+// that come; on each rank its own number: tiles wait for no mover; pushes wait for tiles of this
+// rank, and home sums of a chunk for pushes of that chunk, which every mover of every rank comes to
+// before it adds up that chunk at home.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     layer1(const __grid_constant__ Call c, const __grid_constant__ GemmParams p,
            const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap a_half_map,
@@ -77,7 +78,7 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
       }
       __syncwarp();
     }
-    if (static_cast<int>(blockIdx.x) < num_comm && c.state->ok) {
+    if (c.state->ok && takes_part(c, warp < 2 ? kHelpers : kCombiners, num_comm)) {
       Combine combine(c, pace, *sums);
       combine.recorder = Recorder(c.trace(), 1, kReduceAndPush);
       combine.run();

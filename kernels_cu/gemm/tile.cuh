@@ -44,6 +44,7 @@ struct GemmParams {
   int* progress;       // [2]: turns dealt, clusters that have finished; both 0 between launches
   __nv_bfloat16* out;  // [rows, num_columns]
   __nv_bfloat16* z;    // [rows, gate and up, num_columns], where it is written
+  const u32* ok;       // 0 there: the list is not complete, there is nothing to do; null: it is
   int num_k_blocks, num_columns;
 };
 

@@ -26,7 +26,8 @@ __device__ inline void init_barriers(Shared& shared) {
 // The first CTA's dealer: whoever is free takes the next turn, so that uneven tiles and late
 // arrivals even out. `turn_full` is released here, by the data's own arrival.
 __device__ inline void deal_turns(Shared& shared, const GemmParams& p) {
-  const int num_turns = *p.num_turns, num_clusters = gridDim.x / kClusterSize;
+  const int listed = *p.num_turns, num_clusters = gridDim.x / kClusterSize;
+  const int num_turns = p.ok == nullptr || *p.ok ? listed : 0;
   Ring<kTurnsAhead> at;
   for (bool over = false; !over; at.advance()) {
     mbarrier_wait(&shared.turn_empty[at.slot], at.phase ^ 1);

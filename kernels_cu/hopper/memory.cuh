@@ -34,6 +34,13 @@ __device__ inline u64 load_acquire_sys(const u64* flag) {
   return value;
 }
 
+// A fence then acquires it.
+__device__ inline u64 load_relaxed_sys(const u64* flag) {
+  u64 value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
+  return value;
+}
+
 __device__ inline void add_release_gpu(u32* flag, u32 value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
@@ -67,10 +74,6 @@ __device__ inline void max_relaxed_gpu(u64* counter, u64 value) {
 
 __device__ inline void store_release_sys(u64* flag, u64 value) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
-}
-
-__device__ inline void max_release_sys(u64* flag, u64 value) {
-  asm volatile("red.release.sys.global.max.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 }
 
 __device__ inline void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }

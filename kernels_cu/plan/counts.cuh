@@ -1,4 +1,4 @@
-// Phases 0 and 1 of the planner, and what they take from other ranks.
+// The planner's first step, and what it takes from other ranks.
 #pragma once
 
 #include "comm/pacing.cuh"
@@ -7,18 +7,10 @@
 
 namespace cometrt {
 
-// 0. What is counted up from the first chunk on is 0.
-__device__ inline void clear_counts(const PlanParams& p) {
-  const int first = blockIdx.x * kChunk + threadIdx.x, step = gridDim.x * kChunk;
-  for (int i = first; i < p.g.size * p.g.num_experts; i += step) p.counts[i] = 0;
-  for (int i = first; i < p.g.size * p.g.ep; i += step) p.token_counts[i] = 0;
-  if (first == 0) *p.first_wrong_pair = ~0ull, *p.largest_need = 0;
-}
-
-// 1. Every table is -1, weights 0, and what later phases count up is 0.
-__device__ inline void clear_tables(const PlanParams& p) {
-  const long long first = static_cast<long long>(blockIdx.x) * kChunk + threadIdx.x;
-  const long long step = static_cast<long long>(gridDim.x) * kChunk;
+// 1. Every table is -1, weights 0, and what later steps count up is 0: a slice of `count`.
+__device__ inline void clear_tables(const PlanParams& p, int slice, int count) {
+  const long long first = static_cast<long long>(slice) * kChunk + threadIdx.x;
+  const long long step = static_cast<long long>(count) * kChunk;
   int4* tables = reinterpret_cast<int4*>(p.tables);
   for (long long i = first; i < p.num_words / 4; i += step) tables[i] = make_int4(-1, -1, -1, -1);
   for (long long i = first; i < p.g.capacity; i += step) p.row_weight[i] = 0;
@@ -47,6 +39,10 @@ __device__ inline Routing find_routing(const Call& c, const Pace& pace, const Pl
   }
   __syncthreads();
   return {shared_tokens, c.routing<int>(source, c.world.epoch(), c.ids_at), crossed_ns};
+}
+
+__device__ inline void tell_wrong(const PlanParams& p, long long pair) {
+  atomicMax(&p.progress->wrong_pair, ~static_cast<u64>(pair));  // the first one stands
 }
 
 // 1. Takes a chunk's ids into this rank's table and checks them; counts pairs by (source, chunk,
@@ -80,7 +76,7 @@ __device__ inline void count_pairs(const PlanParams& p, int chunk_idx, int sourc
         wrong = choose(members, ids[i]) >> lane & 1;  // chosen before
         groups |= 1ull << (ids[i] / p.g.local_experts);
       }
-      if (wrong) atomicMin(p.first_wrong_pair, static_cast<u64>(first_pair + k + i));
+      if (wrong) tell_wrong(p, first_pair + k + i);
     }
   }
   for (int first = 0; first < p.g.ep; first += 32) {  // a lane sums a group
@@ -91,7 +87,7 @@ __device__ inline void count_pairs(const PlanParams& p, int chunk_idx, int sourc
     }
     if (count) atomicAdd(&p.token_counts[source * p.g.ep + first + lane], count);
   }
-  if (routing.tokens < 0 && thread == 0) *p.largest_need = ~0ull;
+  if (routing.tokens < 0 && thread == 0) p.progress->largest_need = ~0ull;
   __syncthreads();
   int* counts = p.chunk_counts +
                 (static_cast<long long>(source) * num_chunks(p) + chunk_idx) * p.g.num_experts;
@@ -125,7 +121,7 @@ __device__ inline u64 take_weights(const PlanParams& p, int chunk_idx, int sourc
       const int pair = first + i * kChunk;
       if (pair >= end) continue;
       p.weights[to + pair] = weights[i];
-      if (!isfinite(weights[i])) atomicMin(p.first_wrong_pair, static_cast<u64>(to + pair));
+      if (!isfinite(weights[i])) tell_wrong(p, to + pair);
     }
   }
   return crossed_ns;

@@ -5,6 +5,28 @@
 
 namespace cometrt {
 
+// Lists of items, each with a counter from which blocks take them.
+enum WorkList : int {
+  kCountList,
+  kClearList,
+  kTileList,
+  kPlaceList,
+  kSumList,
+  kOrderList,
+  kSlotList,
+  kNumLists
+};
+// A step ends when its items are done, whichever blocks did them.
+enum PlanStep : int { kCounted, kTiled, kPlaced, kSummed, kPlanned, kNumSteps };
+
+// All zero when the kernel begins. Mirrored by plan_progress in cometrt/kernels/params.py.
+struct PlanProgress {
+  // The first wrong pair, as ~pair; (rows << 16 | 0xffff - rank) of the largest need over capacity;
+  // 0: none.
+  u64 wrong_pair, largest_need;
+  u32 taken[kNumLists], done[kNumSteps];
+};
+
 struct PlanParams {
   Geometry g;
   // All ranks' tables: [size, max_tokens, topk] and [size]; `prepare` fills them.
@@ -21,10 +43,7 @@ struct PlanParams {
   int *rank_rows, *rank_num_tiles, *rank_order, *rank_tile_position;
   int *segment_counts, *segment_before, *column_tokens, *block_position;
   u32* first_position;
-  u32* arrivals;  // of blocks at the grid's meetings; 0 between launches
-  // Errors: the first wrong pair, ~0 if none; (rows << 16 | 0xffff - rank) of the largest need
-  // over capacity, 0 if none.
-  u64 *first_wrong_pair, *largest_need;
+  PlanProgress* progress;  // counts and token_counts are zero too when the kernel begins
   // All tables but row_weight lie in one piece of memory.
   int* tables;
   long long num_words;

@@ -83,7 +83,7 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
     p.rank_num_tiles[c] = num_tiles;
     const u64 need = static_cast<u64>(num_tiles) * p.g.block_m;
     if (need > static_cast<u64>(p.g.capacity)) {  // the largest need, of the lowest rank
-      atomicMax(p.largest_need, need << 16 | static_cast<u64>(0xffff - c));
+      atomicMax(&p.progress->largest_need, need << 16 | static_cast<u64>(0xffff - c));
     }
   }
   __syncthreads();

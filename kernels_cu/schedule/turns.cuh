@@ -1,5 +1,6 @@
 // The turns of a GEMM from the plan: cometrt/plan/turns.py, bit for bit, without a host
-// synchronisation. Each block finds where all runs begin and writes its share of the columns.
+// synchronisation. Each block finds where all stretches begin and writes its share of
+// the turns.
 #pragma once
 
 #include "common/scan.cuh"
@@ -11,7 +12,6 @@ namespace cometrt {
 // The plan's tables that an order follows from.
 struct PlannedTiles {
   const int *tile_order, *num_tiles, *tile_expert, *expert_offsets, *expert_rows;
-  const u32* ok;  // 0: the plan is wrong, there is nothing to do; null: it is right
 };
 
 // Mirrored by turns_params in cometrt/kernels/params.py.
@@ -46,6 +46,7 @@ struct Order {
 struct Stretch {
   int begin, size, small;  // small: the position of a tile of no more rows, or -1
 
+  Stretch() = default;
   __device__ Stretch(const Order& order, int position) {
     const int tile = order.tile(position), expert = order.expert(position);
     const int first = order.tiles.expert_offsets[expert] / BLOCK_M;
@@ -86,45 +87,45 @@ __device__ inline WorkItem item_of(const Order& order, int position, int column,
           static_cast<u16>(a | b << 2)};
 }
 
-// The turns of the pair that ends at this position, if one does, or of its single tile, for column
-// tiles [first, first + columns), of which the stretch's begin at `turns`.
-__device__ inline void write_position(const Order& order, const Stretch& stretch, int position,
-                                      int first, int columns, int group, WorkItem* turns) {
+// Where a position's stretch begins in the list of turns.
+struct Placed {
+  Stretch stretch;
+  int turns;
+};
+
+// The turn of a position and a column, one of [first, first + columns), if one is theirs: the
+// second of a pair of tiles has one with each column, a single tile with every other.
+__device__ inline void write_turn(const Order& order, const Placed& placed, int position, int first,
+                                  int columns, int group, int column, WorkItem* items) {
+  const Stretch& stretch = placed.stretch;
   const int pairs = stretch.pairs(), index = stretch.large_before(position);
+  const int done = column / group * group, here = min(group, columns - done), in = column - done;
   const bool is_small = position == stretch.small, paired = !is_small && index < 2 * pairs;
-  if (paired && index % 2 == 0) return;
+  if (paired ? index % 2 == 0 : in % 2 != 0) return;
+  const int single = (stretch.small >= 0 && stretch.small < position) + max(0, index - 2 * pairs);
+  int turn = placed.turns + stretch.turns(done);
+  turn += paired ? index / 2 * here + in : pairs * here + single * ((here + 1) / 2) + in / 2;
+  const bool both = paired || in + 1 < here;
   const int mate = position - 1 == stretch.small ? position - 2 : position - 1;
-  const int before = (stretch.small >= 0 && stretch.small < position) + max(0, index - 2 * pairs);
-  for (int done = 0; done < columns; done += group) {
-    const int here = min(group, columns - done), end = first + done + here;
-    int column = first + done;
-    WorkItem* turn = turns + 2 * stretch.turns(done);
-    if (paired) {
-      turn += 2 * (index / 2) * here;
-      for (; column < end; ++column, turn += 2) {
-        turn[0] = item_of(order, mate, column, kLoadsAll, kLoadsFirst);
-        turn[1] = item_of(order, position, column, kLoadsAll, kLoadsSecond);
-      }
-    } else {
-      turn += 2 * (pairs * here + before * ((here + 1) / 2));
-      for (; column < end; column += 2, turn += 2) {
-        const bool both = column + 1 < end;
-        const u32 second = is_small ? kLoadsNone : kLoadsSecond;
-        turn[0] = item_of(order, position, column, both ? kLoadsFirst : kLoadsAll, kLoadsAll);
-        turn[1] = both ? item_of(order, position, column + 1, second, kLoadsAll)
-                       : WorkItem{-1, 0, 0, 0, 0};
-      }
-    }
-  }
+  const u32 one = both ? kLoadsFirst : kLoadsAll, other = is_small ? kLoadsNone : kLoadsSecond;
+  WorkItem* out = items + 2ll * turn;
+  out[0] = item_of(order, paired ? mate : position, first + column, paired ? kLoadsAll : one,
+                   paired ? kLoadsFirst : kLoadsAll);
+  out[1] = both ? item_of(order, position, first + column + !paired, paired ? kLoadsAll : other,
+                          paired ? kLoadsSecond : kLoadsAll)
+                : WorkItem{-1, 0, 0, 0, 0};
 }
 
+// Blocks of kThreads threads.
+template <int kThreads>
 __device__ inline void write_part(const TurnsParams& p, const Order& order, int part, int block,
                                   int blocks, int* shared) {
+  __shared__ Placed placed[kThreads];  // of as many positions
   WorkItem* items = p.items + 2ll * part * p.part_turns;
   int before = 0;
   for (int column = 0; column < p.num_columns; column += p.chunk) {
     const int columns = min(p.chunk, p.num_columns - column);
-    for (int first = 0; first < order.num_tiles; first += blockDim.x) {
+    for (int first = 0; first < order.num_tiles; first += kThreads) {
       const int position = first + threadIdx.x;
       const bool used = position < order.num_tiles;
       const Stretch stretch(order, used ? position : first);
@@ -132,9 +133,14 @@ __device__ inline void write_part(const TurnsParams& p, const Order& order, int 
       const int mine = used && stretch.begin == position ? turns : 0;
       int total;
       const int base = before + block_scan(mine, shared, &total) + mine - turns;
-      if (used && position / 2 % blocks == block) {
-        write_position(order, stretch, position, column, columns, p.group, items + 2ll * base);
+      placed[threadIdx.x] = {stretch, base};
+      __syncthreads();
+      const int count = min(kThreads, order.num_tiles - first) * columns;
+      for (int i = block * kThreads + threadIdx.x; i < count; i += blocks * kThreads) {
+        write_turn(order, placed[i / columns], first + i / columns, column, columns, p.group,
+                   i % columns, items);
       }
+      __syncthreads();
       before += total;
     }
   }
@@ -144,15 +150,17 @@ __device__ inline void write_part(const TurnsParams& p, const Order& order, int 
   }
 }
 
-// By `blocks` blocks of threads, of which this is number `block`; `shared` as for block_scan.
+// By `blocks` blocks of kThreads threads, of which this is number `block`; `shared` as for
+// block_scan.
+template <int kThreads>
 __device__ inline void write_turns(const TurnsParams& p, const PlannedTiles& tiles, int block,
                                    int blocks, int* shared) {
-  const int num_tiles = tiles.ok == nullptr || *tiles.ok ? *tiles.num_tiles : 0;
+  const int num_tiles = *tiles.num_tiles;
   for (int part = 0; part < p.num_parts; ++part) {
     const int first = part_begin(num_tiles, part, p.num_parts);
     const int end = part_begin(num_tiles, part + 1, p.num_parts);
     const Order order{tiles, p.backwards != 0, first, end - first};
-    write_part(p, order, part, block, blocks, shared);
+    write_part<kThreads>(p, order, part, block, blocks, shared);
   }
 }
 

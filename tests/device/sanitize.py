@@ -3,9 +3,33 @@ run a layer; or "engine", GEMMs alone."""
 
 import sys
 
+import cometrt
 from cometrt.activations import ACTIVATIONS
-from tests.cases import RANKS, Case, spawn_case
+from tests.cases import RANKS, Case, make_inputs, spawn_case
+from tests.device.pauses import Pauses
 from tests.device.test_engine import EDGES, Problem
+from tests.device.test_failures import Rank
+from tests.host.test_failures import caught
+
+
+def queue_behind_a_failed_call(ranks):
+    """What touches memory by a plan that was not finished would be seen."""
+    case = Case((ranks, 1), mode="fused", gemm="engine")
+    inputs = make_inputs(case)
+    for ids in inputs.ids[:1]:
+        ids[0, 0] = case.spec.num_experts
+
+    def fn(world):
+        for mode in ("fused", "sequential", "chunked"):
+            rank = Rank(world, inputs, case.spec, case.config, mode)
+            rank.layer.synchronize()
+            Pauses().pause(20_000)
+            _, saved = rank.forward()
+            rank.layer.backward(rank.dy, saved)
+            assert isinstance(caught(rank.layer.synchronize), cometrt.RoutingError)
+
+    cometrt.spawn(fn, ranks, "cuda", timeout_sec=30)
+
 
 if sys.argv[1] == "engine":
     for columns, inner in ((48, 80), (272, 576), (640, 1040)):
@@ -14,8 +38,9 @@ if sys.argv[1] == "engine":
         Problem(EDGES, 208, 848, activation).check(True)
     Problem((300, 20, 700), 208, 848, "swiglu").check(False)
 else:
+    ranks_wanted = int(sys.argv[1])
     for ranks in RANKS:
-        if ranks[0] == int(sys.argv[1]):
+        if ranks[0] == ranks_wanted:
             for mode, save, order, gemm in (
                 ("fused", "rows", "waves", "engine"),
                 ("fused", "z", "columns", "engine"),
@@ -25,4 +50,6 @@ else:
             ):
                 case = Case(ranks, "skewed", save=save, order=order, mode=mode, gemm=gemm)
                 spawn_case(case, 1, "cuda")
+    if ranks_wanted > 1:
+        queue_behind_a_failed_call(ranks_wanted)
 print("cases passed")

@@ -1,4 +1,4 @@
-"""A soak of the fused forward: thousands of calls with random tokens, routing and delays.
+"""A soak: thousands of forwards and backwards with random tokens, routing and delays.
 
     python tests/device/soak.py --calls 10000 --ranks 8 --seconds 240
 
@@ -6,8 +6,10 @@ Layers of different shapes and orders follow each other at random, each rank bri
 own choice, and each launch of a call may be held up on the device. A token's result depends on
 its own row, ids and weights alone: so the bits of each batch are known from its first call,
 whatever the other ranks bring, and a kernel compares them after every call while the host goes
-on. Every `--every` calls the host waits: it reads what that kernel has found, repeats the last
-call in mode "sequential", and makes a call with a wrong id, which must raise on every rank.
+on. Some forwards have a backward, several calls later and in any order; dx and dweight depend on
+the batch alone too, but not to the bit. Every `--every` calls the host waits: it reads what those
+kernels have found, repeats the last call in mode "sequential", and makes a call with a wrong id,
+with its backward and a right call behind it: the error must be raised on every rank, and only once.
 
 Exits with 0 if there was no failure. All waits have deadlines; should the process hang even so,
 it tells where, and ends.
@@ -109,18 +111,21 @@ class Subject:
         self._wrong_ids = cupy.asarray(made[0][1])
         rows = (self._spec.max_tokens, self._spec.hidden)
         self._y = [cupy.empty(rows, self._spec.numpy_dtype) for _ in range(2)]  # of either mode
-        self.expected = []
+        self._dy = [cupy.asarray(rng.standard_normal(x.shape).astype(x.dtype)) for x, _, _ in made]
+        self.expected, self.gradients = [], []
 
     def learn(self):
         """The bits of each batch, from a call that the other mode confirms."""
         for batch in range(BATCHES):
-            y = self.forward(batch, in_heap=batch % 2 == 1)
+            y, saved = self.forward(batch, in_heap=batch % 2 == 1, training=True)
             self.expected.append(y.copy())
-            error, _ = self.compare(batch, y)
+            self.gradients.append(self.backward(batch, saved))
+            error, _ = self.compare(batch, self.expected[-1])
             assert error < tolerance("bfloat16"), f"{self.name}, batch {batch}: error {error:.1e}"
 
     def forward(self, batch, *, ids=None, in_heap=False, sequential=False, training=False):
-        """y, in poisoned memory; with `in_heap` in that of x, and x in the heap."""
+        """y, in poisoned memory, with `in_heap` in that of x, and x in the heap; and what backward
+        needs."""
         layer = self.sequential if sequential else self.fused
         x, good_ids, weights = self._batches[batch]
         out = self._y[sequential][: len(x)]
@@ -131,14 +136,17 @@ class Subject:
         elif len(x):
             out.data.memset_async(0xFF, out.nbytes)
         tables = (good_ids if ids is None else ids, weights)
-        layer.forward(x, *tables, *self._weights, out=out, training=training)
-        return out
+        return layer.forward(x, *tables, *self._weights, out=out, training=training)
+
+    def backward(self, batch, saved):
+        """dx and dweight; the weights' gradients depend on what other ranks bring."""
+        return self.fused.backward(self._dy[batch], saved)[:2]
 
     def compare(self, batch, y):
         """The relative error of y to what mode "sequential" gives, and whether they are the same
         bits. Waits for the device."""
         found = on_host(y)  # the next call may overwrite it
-        expected = self.forward(batch, sequential=True)
+        expected, _ = self.forward(batch, sequential=True)
         self.sequential.synchronize()
         expected = on_host(expected)
         error = relative_error(found, expected.astype(np.float64))
@@ -146,12 +154,21 @@ class Subject:
 
     def wrong_call(self, is_wrong):
         """What is amiss in a call in which one rank's ids are wrong: nothing, if it raises."""
-        y = self.forward(0, ids=self._wrong_ids if is_wrong else None)
-        try:
-            self.fused.synchronize()
-        except cometrt.RoutingError:
-            return "" if np.isnan(on_host(y).astype(np.float32)).all() else "y is not NaN"
-        return "a wrong id was not told"
+        y, saved = self.forward(0, ids=self._wrong_ids if is_wrong else None, training=True)
+        y, found = y.copy(), []
+        for call in (
+            lambda: self.backward(0, saved),
+            lambda: self.forward(1),
+            self.fused.synchronize,
+            self.sequential.synchronize,
+        ):
+            try:
+                call()
+            except cometrt.CometError as error:
+                found.append(type(error).__name__)
+        if found != ["RoutingError"]:
+            return f"a wrong id was told as {found}"
+        return "" if np.isnan(on_host(y).astype(np.float32)).all() else "y is not NaN"
 
 
 class Rank:
@@ -167,7 +184,8 @@ class Rank:
         self._common = np.random.default_rng(options.seed)  # equal on all ranks
         self._own = np.random.default_rng((options.seed, world.rank, 1))
         self._recent = []  # calls since the last check
-        self.num_compared = self.num_same = 0
+        self._saved = []  # of forwards whose backward is to come
+        self.num_compared = self.num_same = self.num_backwards = 0
         world.timeout_sec = options.timeout  # nothing is compiled any more
 
     def run(self):
@@ -191,18 +209,28 @@ class Rank:
         return call, time.monotonic() - begin
 
     def _call(self, call):
-        own = self._own
+        own, number = self._own, call % self._options.every
         subject = self._subjects[self._common.integers(len(self._subjects))]
         batch = int(own.integers(BATCHES))
-        how = {"in_heap": bool(own.random() < 0.2), "training": bool(own.random() < 0.3)}
+        how = {"in_heap": bool(own.random() < 0.2), "training": bool(self._common.random() < 0.3)}
         if own.random() < 0.1:
             time.sleep(own.uniform(0, 2e-3))
         replays = bool(own.random() < 0.5)  # then as its launches are, or were: without pauses
         subject.fused._executor.graphs.enabled = replays
         self._pauses.next = iter(() if replays else self._draw_pauses())
-        y = subject.forward(batch, **how)
-        self._differences.count(call % self._options.every, y, subject.expected[batch])
+        while len(self._saved) > self._common.integers(1, 4):
+            self._backward(number, *self._saved.pop(self._common.integers(len(self._saved))))
+        y, saved = subject.forward(batch, **how)
+        self._differences.count(number, y, subject.expected[batch])
         self._recent.append((call, subject, batch, y, how))
+        if saved is not None:
+            self._saved.append((subject, batch, saved))
+
+    def _backward(self, number, subject, batch, saved):
+        found = subject.backward(batch, saved)
+        for gradient, expected in zip(found, subject.gradients[batch], strict=True):
+            self._differences.measure(number, gradient, expected)
+        self.num_backwards += 1
 
     def _draw_pauses(self):
         """Of the five launches of a call, in us: mostly none, or a few, or one long one."""
@@ -217,11 +245,14 @@ class Rank:
 
     def _check(self):
         """Wait for all that is queued and see whether it was right; then a wrong call."""
-        counts = self._differences.read()
+        counts, errors = self._differences.read(), self._differences.read_errors()
         for call, subject, batch, _, how in self._recent:
             if words := int(counts[call % self._options.every]):
                 text = f"{words} words differ from the first call of batch {batch} ({how})"
                 self._fail(call, subject, text)
+            if not errors[call % self._options.every] < tolerance("bfloat16"):
+                text = f"gradients of backwards before it are {errors[call % self._options.every]}"
+                self._fail(call, subject, f"{text} from their batches' first")
         call, subject, batch, y, _ = self._recent[-1]
         self._recent.clear()
         self._pauses.next = iter(())
@@ -251,7 +282,7 @@ def soak(options):
         rank = Rank(world, models, options, failures)
         if world.rank == 0:
             print(f"{len(models)} models on {world.size} ranks are ready", flush=True)
-        return *rank.run(), rank.num_compared, rank.num_same
+        return *rank.run(), rank.num_compared, rank.num_same, rank.num_backwards
 
     try:
         results = cometrt.spawn(
@@ -262,8 +293,8 @@ def soak(options):
     calls, seconds = results[0][:2]
     compared, same = (sum(result[i] for result in results) for i in (2, 3))
     print(
-        f"{calls} calls on {options.ranks} ranks in {seconds:.1f} s, {calls / seconds:.0f} a "
-        f"second: {len(failures)} failures; {compared} results compared with sequential, "
+        f"{calls} forwards and {results[0][4]} backwards on {options.ranks} ranks in "
+        f"{seconds:.1f} s: {len(failures)} failures; {compared} results compared with sequential, "
         f"{same} of them the same bits"
     )
     return failures

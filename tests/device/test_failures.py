@@ -174,7 +174,7 @@ def test_a_rank_that_raises_in_the_middle_ends_the_others_at_once(mode):
             assert isinstance(error, LookupError)
         else:
             assert isinstance(error, cometrt.PeerTimeout)
-            assert "rank 2 raised LookupError in a call of layer 0: mine" in str(error)
+            assert "rank 2 raised LookupError in a forward of layer 0: mine" in str(error)
         world.reset()
         return Rank(world, inputs).step()
 

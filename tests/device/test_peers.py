@@ -258,6 +258,14 @@ def test_cases_under_mpirun():
     assert f"all cases passed on {min(GPUS, RANKS)} GPUs" in result.stdout
 
 
+@pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+@pytest.mark.usefixtures("launcher")
+def test_steps_beside_an_all_reduce_of_another_stream():
+    result = mpirun(GPUS, "tests/multi/nccl_beside.py", "100", timeout_sec=100)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    assert f"100 steps on {GPUS} GPUs" in result.stdout
+
+
 @pytest.mark.usefixtures("launcher")
 @pytest.mark.parametrize("tp", TP)
 def test_a_model_under_mpirun(tp):

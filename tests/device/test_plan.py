@@ -42,9 +42,9 @@ def random_case(seed):
 
 
 def device_plan(tables, shape):
-    from cometrt.cuda.planner import DevicePlanner
+    from cometrt.cuda.planner import DevicePlanner, planner_counters
 
-    planner = DevicePlanner(shape)
+    planner = DevicePlanner(shape, cp.zeros(planner_counters(shape), cp.uint32))
     arrays = map(cp.asarray, (tables.ids, tables.weights, tables.num_tokens))
     return planner, planner.plan(*arrays)
 

@@ -69,6 +69,33 @@ def mismatched(world):
     assert on_host(again).tobytes() == on_host(y).tobytes()
 
 
+def held(world):
+    """Wrong ids on one rank; some hosts come to know before their next call, some queue more."""
+    case = Case((world.size, 1), mode="fused", gemm="engine")
+    inputs, move, r = make_inputs(case), on_device(world), world.rank
+    shard = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, world.size, case.spec)
+    weights = [move(w) for w in shard]
+    x, ids, topk_weights = move(inputs.x[r]), move(inputs.ids[r]), move(inputs.weights[r])
+    wrong = ids.copy()
+    if r == world.size - 1:
+        wrong[0, 0] = case.spec.num_experts
+    with cometrt.MoELayer(world, case.spec, config=case.config) as layer:
+        y, _ = layer.forward(x, ids, topk_weights, *weights)
+        for queued in range(3):
+            layer.synchronize()
+            layer.forward(x, wrong, topk_weights, *weights)
+            if r % 2:
+                cupy.cuda.get_current_stream().synchronize()
+            error = None
+            for _ in range(1 if r % 2 else queued):
+                error = error or caught(lambda: layer.forward(x, ids, topk_weights, *weights))
+            error = error or caught(layer.synchronize)
+            assert isinstance(error, cometrt.RoutingError), error
+            again, _ = layer.forward(x, ids, topk_weights, *weights)
+            layer.synchronize()
+            assert on_host(again).tobytes() == on_host(y).tobytes()
+
+
 def main() -> None:
     try:
         with cometrt.connect(MPI.COMM_WORLD, device="cuda", timeout_sec=30) as world:
@@ -80,6 +107,7 @@ def main() -> None:
                 inputs = make_inputs(case)
                 checked(world, case, inputs, run_case(world, case, inputs))
             slow_rank(world)
+            held(world)
             mismatched(world)
             gpus = len(set(world.allgather(cupy.cuda.Device().id)))
             if world.rank == 0:
