@@ -16,7 +16,6 @@ import numpy as np
 from cometrt.plan.config import TileConfig
 from cometrt.specs import Geometry, digest
 
-
 _LARGEST = 2**31 - 1  # tables hold numbers of pairs and rows in 32 bits
 
 

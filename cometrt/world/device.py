@@ -84,8 +84,8 @@ class DeviceMemory:
         cupy.cuda.runtime.deviceSynchronize()
 
     def abort(self, generation: int) -> None:
-        """Stop what waits on the device, on all ranks, while it is waiting. It sets this rank's word
-        in each control block; its kernels may write the same value in the same generation."""
+        """Stop what waits on the device, on all ranks, while it is waiting: by this rank's word in
+        each control block, to which its kernels write the same in the same generation."""
         import cupy
 
         runtime = cupy.cuda.runtime
@@ -127,8 +127,8 @@ class DeviceMemory:
             self.report.clear()
 
     def release_held_calls(self) -> None:
-        """Calls that are queued from now on do something again. Those queued before do not, whenever
-        the device comes to them: the release is queued behind them."""
+        """Calls that are queued from now on do something again. Those queued before do not,
+        whenever the device comes to them: the release is queued behind them."""
         import cupy
 
         stream = cupy.cuda.get_current_stream()
