@@ -17,11 +17,12 @@ _FAR = 1000  # beyond it sigmoid and tanh are at their limits, also in float64
 
 
 def _above(z: np.ndarray) -> np.ndarray:
-    """z from -_FAR on: times a sigmoid that is 0 it is 0, where -inf would give NaN."""
+    """z, at least -_FAR: the product with a sigmoid of 0 is 0 then, also for z = -inf."""
     return np.maximum(z, -_FAR)
 
 
 def _near(z: np.ndarray) -> np.ndarray:
+    """z within [-_FAR, _FAR]: its powers do not overflow."""
     return np.minimum(_above(z), _FAR)
 
 

@@ -3,7 +3,8 @@
 A cubin is cached under the hash of all kernel sources, the options and NVRTC's version. Files are
 written under temporary names and renamed, so that many ranks may compile at once. Beside the
 cubin lies its report: a checksum of both, then the compiler's log. Where the two do not agree
-the kernel is compiled again; where the folder cannot be written a temporary one serves.
+the kernel is compiled again; where the folder cannot be written, a temporary one of the process
+serves instead.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _OPTIONS = (
     "--ptxas-options=-v",
 )
 
-_temporary: Path | None = None  # of this process, where a cache cannot be written
+_temporary: Path | None = None  # what _temporary_folder made
 _temporary_lock = threading.Lock()
 
 
@@ -107,8 +108,14 @@ def compile_cubin(source: Path, defines: tuple[tuple[str, int], ...] = ()) -> Cu
 
 
 def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
-    """All are written in a folder of their own, then renamed one by one: readers find an old file
-    or a whole new one, and an OSError of a write leaves the folder as it was."""
+    """Write files into the folder, by name.
+
+    All are written under temporary names before the first is renamed. So readers find an old file
+    or a whole new one, and a disk that is full leaves the folder as it was.
+
+    Raises:
+        OSError: where they cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=folder, prefix=".new-", ignore_cleanup_errors=True
@@ -132,7 +139,7 @@ def _read(path: Path) -> Cubin | None:
 
 
 def _keep(name: str, code: bytes, log: str) -> Path:
-    """Where the cubin is, with its report beside it: in the cache, else in a temporary folder."""
+    """Write the cubin and its report to the cache, else to a temporary folder; the cubin's path."""
     report = _checksum(code, log.encode()) + b"\n" + log.encode()
     contents = {Path(name).with_suffix(".txt").name: report, name: code}
     folder = cache_folder()
@@ -149,7 +156,7 @@ def _checksum(code: bytes, log: bytes) -> bytes:
 
 
 def _temporary_folder(reason: str) -> Path:
-    """This process's, removed when it ends. The first call makes it and warns why."""
+    """This process's temporary folder, removed at exit. The first call makes it and warns."""
     global _temporary
     with _temporary_lock:
         if _temporary is None:

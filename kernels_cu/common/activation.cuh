@@ -17,8 +17,8 @@ __device__ inline constexpr bool is_gated(int kind) { return kind == kSwiglu || 
 __device__ inline float sigmoid(float z) { return __fdividef(1.0f, 1.0f + __expf(-z)); }
 
 __device__ inline ValueAndSlope activation_of(int kind, float z) {
-  // Beyond kFar sigmoids are 0 or 1: z is limited there, since 0 times infinity is NaN. Limits drop
-  // a NaN; the sigmoid, of z itself, keeps it.
+  // Beyond kFar every sigmoid is 0 or 1. There z is clamped, since 0 times infinity is NaN. The
+  // clamp drops a NaN; the sigmoid, which takes z itself, keeps it.
   constexpr float kFar = 1000.0f;
   const float above = fmaxf(z, -kFar), near = fminf(above, kFar);
   if (kind == kSwiglu || kind == kSilu) {

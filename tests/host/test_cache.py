@@ -169,7 +169,9 @@ def compile_at_once(source, ranks=6):
 
 
 @pytest.mark.parametrize("failing", ["k-", ".txt", ".cubin"])
-def test_a_rename_that_fails_leaves_nothing_behind(failing, tmp_path, source, monkeypatch, caplog):
+def test_a_rename_that_fails_leaves_no_temporary_file(
+    failing, tmp_path, source, monkeypatch, caplog
+):
     folder, rename = tmp_path / "cache", os.replace
 
     def full(old, new):
@@ -184,7 +186,7 @@ def test_a_rename_that_fails_leaves_nothing_behind(failing, tmp_path, source, mo
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path):
-    # The limit of a file's size is the one way to fill a disk that needs no disk.
+    # A limit on the size of files fails in the middle of a write, as a full disk does.
     folder, (soft, hard) = tmp_path / "cache", resource.getrlimit(resource.RLIMIT_FSIZE)
     replace_files(folder, {"old": b"whole"})
     try:
