@@ -13,7 +13,7 @@ from cometrt.errors import CapacityError, CometError, MismatchError, PeerTimeout
 from cometrt.layer import MoELayer
 from cometrt.plan import TileConfig
 from cometrt.specs import Gradients, MoESpec
-from cometrt.weights import shard_weights
+from cometrt.weights import shard_weights, unshard_weights
 from cometrt.world import World, connect, spawn
 
 __version__ = "0.1.0"
@@ -37,4 +37,5 @@ __all__ = [
     "shard_weights",
     "spawn",
     "trace",
+    "unshard_weights",
 ]

@@ -1,7 +1,8 @@
 """Activations and their derivatives, in whatever float type they are given.
 
 A gated activation maps (gate, up) to act(gate) * up; the others map z to act(z). z holds the
-gate columns first, then the up columns, as w_up holds its rows.
+gate columns first, then the up columns, as w_up holds its rows. At infinity, and where powers of z
+overflow, values and derivatives are their limits; NaN gives NaN.
 """
 
 from __future__ import annotations
@@ -12,6 +13,17 @@ import numpy as np
 
 _GELU_C = 0.7978845608028654  # sqrt(2 / pi)
 _GELU_CUBE = 0.044715
+_FAR = 1000  # beyond it sigmoid and tanh are at their limits, also in float64
+
+
+def _above(z: np.ndarray) -> np.ndarray:
+    """z, at least -_FAR: the product with a sigmoid of 0 is 0 then, also for z = -inf."""
+    return np.maximum(z, -_FAR)
+
+
+def _near(z: np.ndarray) -> np.ndarray:
+    """z within [-_FAR, _FAR]: its powers do not overflow."""
+    return np.minimum(_above(z), _FAR)
 
 
 def _sigmoid(z: np.ndarray) -> np.ndarray:
@@ -20,19 +32,22 @@ def _sigmoid(z: np.ndarray) -> np.ndarray:
 
 
 def _silu(z: np.ndarray) -> np.ndarray:
-    return z * _sigmoid(z)
+    return _above(z) * _sigmoid(z)
 
 
 def _dsilu(z: np.ndarray) -> np.ndarray:
+    z = _near(z)
     s = _sigmoid(z)
     return s * (1.0 + z * (1.0 - s))
 
 
 def _gelu(z: np.ndarray) -> np.ndarray:
-    return 0.5 * z * (1.0 + np.tanh(_GELU_C * (z + _GELU_CUBE * z * z * z)))
+    near = _near(z)
+    return 0.5 * _above(z) * (1.0 + np.tanh(_GELU_C * (near + _GELU_CUBE * near * near * near)))
 
 
 def _dgelu(z: np.ndarray) -> np.ndarray:
+    z = _near(z)
     t = np.tanh(_GELU_C * (z + _GELU_CUBE * z * z * z))
     return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * _GELU_C * (1.0 + 3.0 * _GELU_CUBE * z * z)
 
@@ -42,7 +57,7 @@ def _relu(z: np.ndarray) -> np.ndarray:
 
 
 def _drelu(z: np.ndarray) -> np.ndarray:
-    return (z > 0).astype(z.dtype)
+    return np.heaviside(z, 0)
 
 
 def _relu2(z: np.ndarray) -> np.ndarray:

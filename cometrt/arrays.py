@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from cometrt.specs import check_unmasked
+
 
 class HostArrays:
     """What the layer does with arrays, for NumPy's."""
@@ -29,6 +31,7 @@ class HostArrays:
             raise ValueError(
                 f"{name} must be a numpy.ndarray on device='host' (got {type(array)!r})"
             )
+        check_unmasked(name, array)
         check_form(name, array, shape, dtypes)
         if writable and not array.flags.writeable:
             raise ValueError(f"{name} must be writable (got a read-only array)")

@@ -2,7 +2,8 @@
 
 They fill ``topk_ids`` and ``topk_weights`` of ``MoELayer.forward`` and turn its
 ``grads.topk_weights`` into the gradient of the logits. Arithmetic is float64 inside; ties go
-to the lower expert id, so that routing is repeatable.
+to the lower expert id, so that routing is repeatable. A masked array is a ValueError: its mask
+would be lost.
 
 Sources: softmax top-k as in Switch (arXiv 2101.03961) and Mixtral (arXiv 2401.04088); sigmoid
 with a selection bias and group-limited choice as in DeepSeek-V3 (arXiv 2412.19437, 2.1.2).
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cometrt.specs import check_int
+from cometrt.specs import check_int, check_unmasked
 
 
 class Routing(NamedTuple):
@@ -95,6 +96,7 @@ def sigmoid_topk(
     """
     scores = _check_logits(logits, topk)
     num_experts = scores.shape[1]
+    check_unmasked("bias", bias)
     bias = np.asarray(bias, dtype=np.float64)
     if bias.shape != (num_experts,) or not np.isfinite(bias).all():
         raise ValueError(f"bias must be finite, of shape ({num_experts},) (got shape {bias.shape})")
@@ -110,7 +112,7 @@ def sigmoid_topk(
     affinity = _sigmoid(scores)
     choice = affinity + bias
     if num_groups > 1:
-        grouped = choice.reshape(len(choice), num_groups, -1)
+        grouped = choice.reshape(len(choice), num_groups, num_experts // num_groups)
         best_two = np.sort(grouped, axis=2)[:, :, -2:].sum(axis=2)  # [T, groups]
         allowed = np.zeros_like(best_two, dtype=bool)
         np.put_along_axis(allowed, _top(best_two, topk_groups), True, axis=1)
@@ -185,7 +187,12 @@ def load_statistics(topk_ids: np.ndarray, num_experts: int) -> LoadStatistics:
 def balance_loss(logits: np.ndarray, topk_ids: np.ndarray) -> float:
     """Switch's auxiliary loss E * sum_e f_e * p_e; 1 when both are uniform, 0 without tokens.
 
-    f_e is the share of kept pairs on expert e, p_e the mean softmax probability; logits [T, E].
+    f_e is the share of kept pairs on expert e, p_e the mean softmax probability over the tokens
+    with a kept pair. A token whose K ids are all -1 is padding and counts in neither.
+
+    Args:
+        logits: [T, E], finite, also in the rows of padding.
+        topk_ids: [T, K] integers in [-1, E); -1 is a dropped pair.
 
     Raises:
         ValueError: for shapes or ids that do not fit.
@@ -199,7 +206,8 @@ def balance_loss(logits: np.ndarray, topk_ids: np.ndarray) -> float:
     counts = load_statistics(topk_ids, scores.shape[1]).counts
     if not counts.sum():
         return 0.0
-    return float(scores.shape[1] * (counts / counts.sum()) @ _softmax(scores).mean(axis=0))
+    tokens = scores[(topk_ids >= 0).any(axis=1)]
+    return float(scores.shape[1] * (counts / counts.sum()) @ _softmax(tokens).mean(axis=0))
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:
@@ -227,6 +235,7 @@ def _scatter(values: np.ndarray, ids: np.ndarray, shape: tuple[int, ...]) -> np.
 
 
 def _check_logits(logits: np.ndarray, topk: int) -> np.ndarray:
+    check_unmasked("logits", logits)
     scores = np.asarray(logits).astype(np.float64)
     if scores.ndim != 2 or scores.shape[1] < 1:
         raise ValueError(f"logits must have shape (T, E), E >= 1 (got {scores.shape})")
@@ -237,6 +246,7 @@ def _check_logits(logits: np.ndarray, topk: int) -> np.ndarray:
 
 
 def _check_ids(name: str, ids: np.ndarray, lowest: int, num_experts: int) -> np.ndarray:
+    check_unmasked(name, ids)
     ids = np.asarray(ids)
     if ids.ndim != 2 or ids.dtype.kind != "i":
         raise ValueError(
@@ -254,6 +264,7 @@ def _check_backward(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     scores = _check_logits(logits, 1)
     ids = _check_ids("ids", ids, 0, scores.shape[1])
+    check_unmasked("dweights", dweights)
     dweights = np.asarray(dweights).astype(np.float64)
     if len(ids) != len(scores) or dweights.shape != ids.shape:
         raise ValueError(

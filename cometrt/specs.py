@@ -182,6 +182,14 @@ def check_int(name: str, value: Any, *, minimum: int, maximum: int | None = None
     return number
 
 
+def check_unmasked(name: str, array: Any) -> None:
+    """NumPy drops a mask without a word where an array is converted or copied into another."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueError(
+            f"{name} must not be a masked array: its mask would be lost (got {type(array)!r})"
+        )
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)} (got {value!r})")

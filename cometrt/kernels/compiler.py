@@ -1,18 +1,24 @@
 """Kernel sources to cubins for sm_90a, by NVRTC, without nvcc and without a GPU.
 
-A cubin is cached under the hash of all kernel sources, the options and NVRTC's version; it is
-written to a temporary name and renamed, so that many ranks may compile at once.
+A cubin is cached under the hash of all kernel sources, the options and NVRTC's version. Files are
+written under temporary names and renamed, so that many ranks may compile at once. Beside the
+cubin lies its report: a checksum of both, then the compiler's log. Where the two do not agree
+the kernel is compiled again; where the folder cannot be written, a temporary one of the process
+serves instead.
 """
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import hashlib
 import logging
 import os
 import re
+import shutil
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -29,6 +35,9 @@ _OPTIONS = (
     "--no-cache",  # NVRTC's own: what comes from it has no resource report
     "--ptxas-options=-v",
 )
+
+_temporary: Path | None = None  # what _temporary_folder made
+_temporary_lock = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,42 +67,108 @@ def kernels_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """$COMETRT_CACHE_DIR, or the user's cache folder."""
+    """$COMETRT_CACHE_DIR, else cometrt in $XDG_CACHE_HOME or ~/.cache, else a temporary folder.
+
+    Raises:
+        OSError: where there is no home, and no temporary folder can be made either.
+    """
     if path := os.environ.get("COMETRT_CACHE_DIR"):
         return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cometrt"
+    user_caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if user_caches.is_absolute():  # XDG's rule: others are not looked at
+        return user_caches / "cometrt"
+    try:
+        return Path.home() / ".cache" / "cometrt"
+    except RuntimeError as error:  # neither HOME nor an entry of this user
+        return _temporary_folder(str(error))
 
 
 def compile_cubin(source: Path, defines: tuple[tuple[str, int], ...] = ()) -> Cubin:
-    """The cubin of a .cu file with those macros, from the cache where it is there.
+    """The cubin of a .cu file with those macros, from the cache where it is there, and whole.
 
     Raises:
         CometError: where NVRTC or CUDA's headers are missing, or with the compiler's log.
+        OSError: where neither the cache nor a temporary folder can be written.
     """
     options = _OPTIONS + tuple(f"-D{name}={value}" for name, value in defines)
     text = source.read_text()
     key = hashlib.sha256(
         repr((source.name, text, options, _nvrtc_version(), _sources_digest())).encode()
     ).hexdigest()[:32]
-    path = cache_folder() / f"{source.stem}-{key}.cubin"
-    report = path.with_suffix(".txt")
-    if not (path.exists() and report.exists()):
-        begin = time.monotonic()
-        _log.info("compiling %s %s", source.name, dict(defines))
-        code, log = _nvrtc_compile(source.name, text, options)
-        replace_file(report, log.encode())
-        replace_file(path, code)
-        _log.info("compiled %s in %.1f s", source.name, time.monotonic() - begin)
-    return Cubin(path, _parse_report(report.read_text()))
+    name = f"{source.stem}-{key}.cubin"
+    for folder in (cache_folder(), _temporary):
+        if folder and (found := _read(folder / name)):
+            return found
+    begin = time.monotonic()
+    _log.info("compiling %s %s", source.name, dict(defines))
+    code, log = _nvrtc_compile(source.name, text, options)
+    path = _keep(name, code, log)
+    _log.info("compiled %s in %.1f s", source.name, time.monotonic() - begin)
+    return Cubin(path, _parse_report(log))
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Under a temporary name, then renamed: readers find the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.replace(name, path)
+def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
+    """Write files into the folder, by name.
+
+    All are written under temporary names before the first is renamed. So readers find an old file
+    or a whole new one, and a disk that is full leaves the folder as it was.
+
+    Raises:
+        OSError: where they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=folder, prefix=".new-", ignore_cleanup_errors=True
+    ) as written:
+        for name, data in contents.items():
+            Path(written, name).write_bytes(data)
+        for name in contents:
+            os.replace(Path(written, name), folder / name)
+
+
+def _read(path: Path) -> Cubin | None:
+    """The cached cubin; None where it or its report is missing, or not what was written."""
+    try:
+        code, report = path.read_bytes(), path.with_suffix(".txt").read_bytes()
+    except OSError:
+        return None
+    checksum, _, log = report.partition(b"\n")
+    if checksum != _checksum(code, log):
+        return None
+    return Cubin(path, _parse_report(log.decode()))
+
+
+def _keep(name: str, code: bytes, log: str) -> Path:
+    """Write the cubin and its report to the cache, else to a temporary folder; the cubin's path."""
+    report = _checksum(code, log.encode()) + b"\n" + log.encode()
+    contents = {Path(name).with_suffix(".txt").name: report, name: code}
+    folder = cache_folder()
+    try:
+        replace_files(folder, contents)
+    except OSError as error:
+        folder = _temporary_folder(f"{folder} cannot be written ({error})")
+        replace_files(folder, contents)
+    return folder / name
+
+
+def _checksum(code: bytes, log: bytes) -> bytes:
+    return hashlib.sha256(code + log).hexdigest().encode()
+
+
+def _temporary_folder(reason: str) -> Path:
+    """This process's temporary folder, removed at exit. The first call makes it and warns."""
+    global _temporary
+    with _temporary_lock:
+        if _temporary is None:
+            _temporary = Path(tempfile.mkdtemp(prefix="cometrt-"))
+            atexit.register(_remove, _temporary, os.getpid())
+            _log.warning("%s: %s is the cache of this process", reason, _temporary)
+        return _temporary
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not in a child that it forked
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sources_digest() -> str:

@@ -42,10 +42,19 @@ def wrong_pair(
     """What is wrong with that pair, of a token with those ids [K]; something is."""
     where, own = f"of rank {rank}, token {token}, k {k}", int(token_ids[k])
     if not -1 <= own < spec.num_experts:
-        return RoutingError(f"topk_ids {where} must be in [-1, {spec.num_experts}) (got {own})")
+        return RoutingError(
+            f"topk_ids {where} must be in [-1, {spec.num_experts}) (got {_shown(own)})"
+        )
     if own >= 0 and own in token_ids[:k]:
         return RoutingError(
             f"topk_ids {where} must be distinct within the token "
-            f"(got {own} again in {token_ids.tolist()})"
+            f"(got {own} again in [{', '.join(map(_shown, token_ids.tolist()))}])"
         )
     return RoutingError(f"topk_weights {where} must be finite (got {weight})")
+
+
+def _shown(expert_id: int) -> str:
+    """As ranks know it: an int64 id that int32 cannot hold was clipped when it was published."""
+    limits = np.iinfo(np.int32)
+    clipped = {limits.min: " or less", limits.max: " or more"}
+    return f"{expert_id}{clipped.get(expert_id, '')}"

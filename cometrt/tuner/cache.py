@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from cometrt.kernels.compiler import cache_folder, replace_file
+from cometrt.kernels.compiler import cache_folder, replace_files
 from cometrt.plan import TileConfig
 from cometrt.specs import Geometry, MoESpec
 from cometrt.world import World
@@ -112,7 +112,7 @@ def store(path: Path, key: Key, config: TileConfig, ms: float) -> None:
     entries[str(key)] = {"config": dataclasses.asdict(config), "ms": round(ms, 4)}
     text = json.dumps({"format": _FORMAT, "entries": entries}, indent=1) + "\n"
     try:
-        replace_file(path, text.encode())
+        replace_files(path.parent, {path.name: text.encode()})
     except OSError as error:
         _log.warning("%s: the tuned config is not kept: %s", path, error)
 

@@ -1,4 +1,5 @@
-// The activations of cometrt/activations.py in fp32, each with its derivative.
+// The activations of cometrt/activations.py in fp32, each with its derivative. At infinity, and
+// where powers of z overflow, they are their limits; NaN gives NaN.
 #pragma once
 
 namespace cometrt {
@@ -16,17 +17,21 @@ __device__ inline constexpr bool is_gated(int kind) { return kind == kSwiglu || 
 __device__ inline float sigmoid(float z) { return __fdividef(1.0f, 1.0f + __expf(-z)); }
 
 __device__ inline ValueAndSlope activation_of(int kind, float z) {
+  // Beyond kFar every sigmoid is 0 or 1. There z is clamped, since 0 times infinity is NaN. The
+  // clamp drops a NaN; the sigmoid, which takes z itself, keeps it.
+  constexpr float kFar = 1000.0f;
+  const float above = fmaxf(z, -kFar), near = fminf(above, kFar);
   if (kind == kSwiglu || kind == kSilu) {
     const float s = sigmoid(z);
-    return {z * s, s * (1.0f + z * (1.0f - s))};
+    return {above * s, s * (1.0f + near * (1.0f - s))};
   }
   if (kind == kGeglu || kind == kGelu) {  // (1 + tanh(u)) / 2 is sigmoid(2 u)
     const float c = 1.5957691216057308f, cube = 0.044715f;
     const float s = sigmoid(c * (z + cube * z * z * z));
-    return {z * s, s * (1.0f + z * (1.0f - s) * c * (1.0f + 3.0f * cube * z * z))};
+    return {above * s, s * (1.0f + near * (1.0f - s) * c * (1.0f + 3.0f * cube * near * near))};
   }
-  const float positive = fmaxf(z, 0.0f);
-  if (kind == kRelu) return {positive, z > 0 ? 1.0f : 0.0f};
+  const float positive = z < 0 ? 0.0f : z;  // fmaxf would take 0 for NaN
+  if (kind == kRelu) return {positive, z > 0 ? 1.0f : positive};
   return {positive * positive, 2.0f * positive};
 }
 

@@ -279,6 +279,11 @@ def bad_forward(name, change):
     ("name", "change", "message"),
     [
         ("x", lambda a: a.tolist(), "x must be a numpy.ndarray on device='host' (got <class"),
+        ("x", np.ma.masked_array, "x must not be a masked array: its mask would be"),
+        ("topk_ids", np.ma.masked_array, "topk_ids must not be a masked array"),
+        ("topk_weights", np.ma.masked_array, "topk_weights must not be a masked array"),
+        ("w_up", np.ma.masked_array, "w_up must not be a masked array"),
+        ("out", lambda a: np.ma.zeros((40, 48), BF16), "out must not be a masked array"),
         ("x", lambda a: a.astype(np.float32), "x must have dtype bfloat16 (got float32)"),
         ("x", lambda a: a[:, :32], "x must have shape (T, 48) (got ("),
         ("x", lambda a: a[0], "x must have shape (T, 48) (got (48,))"),
@@ -332,6 +337,7 @@ def readonly(shape, dtype):
     [
         (lambda g: {"dy": g["dy"].astype(np.float32)}, "dy must have dtype bfloat16 (got float32)"),
         (lambda g: {"dy": g["dy"][1:]}, "dy must have shape ("),
+        (lambda g: {"dy": np.ma.masked_array(g["dy"])}, "dy must not be a masked array"),
         (lambda g: {"saved": None}, "saved must be the tuple of 25 that forward(training=True)"),
         (lambda g: {"saved": g["saved"][:-1]}, "(got 24 items)"),
         (lambda g: {"saved": (1, *g["saved"][1:])}, "saved must begin with forward's meta array"),

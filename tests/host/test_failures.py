@@ -283,8 +283,10 @@ def put(table, token, k, value):
 def test_an_id_out_of_range(value):
     error = routing_failure(put("ids", 4, 2, value), cometrt.RoutingError)
     assert "topk_ids of rank 1, token 4, k 2 must be in [-1, 12)" in str(error)
-    if abs(value) < 2**31:
-        assert f"got {value}" in str(error)
+    # Ranks see each other's ids as int32.
+    shown = {2**31 - 1: "2147483647 or more", 2**40: "2147483647 or more"}
+    shown[-(2**40)] = "-2147483648 or less"
+    assert f"(got {shown.get(value, value)})" in str(error)
 
 
 def test_a_repeated_id():
@@ -293,6 +295,15 @@ def test_a_repeated_id():
 
     error = routing_failure(change, cometrt.RoutingError)
     assert "rank 1, token 6, k 2 must be distinct within the token" in str(error)
+
+
+def test_a_repeated_id_beside_one_beyond_32_bits():
+    def change(ids, weights):
+        ids[6] = [3, 3, 2**40]
+
+    error = routing_failure(change, cometrt.RoutingError)
+    assert "token 6, k 1 must be distinct" in str(error)
+    assert "(got 3 again in [3, 3, 2147483647 or more])" in str(error)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

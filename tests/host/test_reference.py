@@ -94,6 +94,61 @@ def test_silu_keeps_its_digits_far_below_zero():
     assert activate_backward("silu", z, z).dtype == np.float32
 
 
+def value_and_slope(name: str, z: float) -> tuple[float, float]:
+    """In float64; the limits from where on float64 does not tell them from the functions."""
+    kind = name.replace("swiglu", "silu").replace("geglu", "gelu")
+    if kind == "relu2":
+        positive = np.maximum(np.float64(z), 0.0)
+        return positive * positive, 2 * positive
+    if abs(z) >= {"relu": 0, "silu": 50, "gelu": 20}[kind]:
+        return max(z, 0.0), float(z > 0)
+    u, du = z, 1.0
+    if kind == "gelu":
+        c, cube = 2 * math.sqrt(2 / math.pi), 0.044715
+        u, du = c * (z + cube * z**3), c * (1 + 3 * cube * z**2)
+    s, rest = 1 / (1 + math.exp(-u)), 1 / (1 + math.exp(u))
+    return z * s, s + z * s * rest * du
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", NAMES)
+@np.errstate(over="ignore")  # relu2 of large numbers is infinite
+def test_activations_of_all_magnitudes_and_at_infinity(name, dtype):
+    largest = np.finfo(dtype).max
+    sizes = np.concatenate(
+        [[0.0, largest, np.inf], np.geomspace(1e-30, largest / 2, 400), np.linspace(1, 110, 219)]
+    )
+    z = np.concatenate([-sizes, sizes]).astype(dtype)
+    expected = np.array([value_and_slope(name, float(v)) for v in z]).astype(dtype)
+    gated = name in ("swiglu", "geglu")
+    columns = np.stack([z, np.ones_like(z)], axis=1) if gated else z[:, None]
+    value = activate(name, columns)
+    gradients = activate_backward(name, columns, np.ones_like(value))
+    assert value.dtype == gradients.dtype == dtype
+    if gated:
+        np.testing.assert_array_equal(gradients[:, 1:], value)  # of up
+    # gelu's 1 - tanh(u)^2 has lost some digits before it is multiplied by z * du/dz.
+    rounding = 40 * np.finfo(dtype).eps
+    small = np.minimum(np.abs(z), 1)
+    np.testing.assert_array_less(distance(value[:, 0], expected[:, 0]), rounding * small + 1e-44)
+    np.testing.assert_array_less(distance(gradients[:, 0], expected[:, 1]), rounding)
+
+
+def distance(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Absolute up to 1, relative beyond; 0 where both are the same infinity."""
+    same = found == expected
+    far = np.abs(np.where(same, 0, found) - np.where(same, 0, expected))
+    return far / np.maximum(np.abs(np.where(same, 0, expected)), 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_activations_of_nan_are_nan(name):
+    z = np.full((1, 2), np.nan, np.float32)
+    value = activate(name, z)
+    assert np.isnan(value).all()
+    assert np.isnan(activate_backward(name, z, np.ones_like(value))).all()
+
+
 def test_no_tokens():
     x, ids, weights, w_up, w_down = problem("swiglu")
     empty = (x[:0], ids[:0], weights[:0], w_up, w_down, "swiglu")

@@ -72,6 +72,22 @@ def test_sigmoid_topk_limited_to_groups():
         assert ids[t].tolist() == best
 
 
+@pytest.mark.parametrize("num_groups", [1, 2, 4])
+def test_no_tokens(num_groups):
+    none, bias = np.zeros((0, 8)), np.zeros(8)
+    options = {"num_groups": num_groups, "topk_groups": num_groups}
+    for ids, weights in (
+        router.softmax_topk(none, 2),
+        router.softmax_topk(none, 2, renormalize=False),
+        router.sigmoid_topk(none, bias, 2, **options),
+        router.sigmoid_topk(none, bias, 2, renormalize=False, **options),
+    ):
+        assert (ids.shape, ids.dtype, weights.shape) == ((0, 2), np.int32, (0, 2))
+        for backward in (router.softmax_topk_backward, router.sigmoid_topk_backward):
+            assert backward(weights, none, ids).shape == (0, 8)
+            assert backward(weights, none, ids, renormalize=False).shape == (0, 8)
+
+
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_backward_equals_finite_differences(kind, renormalize):
@@ -124,6 +140,21 @@ def test_balance_loss():
     hot = np.array([[9.0, 0, 0, 0]] * 4)
     assert router.balance_loss(hot, np.zeros((4, 1), int)) == pytest.approx(4.0, rel=1e-2)
     assert router.balance_loss(np.zeros((0, 4)), np.zeros((0, 1), int)) == 0.0
+    assert router.balance_loss(np.zeros((3, 4)), np.full((3, 2), -1)) == 0.0
+
+
+def test_padding_does_not_change_the_balance_loss():
+    logits = logits_of(experts=8)
+    ids = router.softmax_topk(logits, 2).ids
+    ids[3, 1] = -1  # a dropped pair: its token counts
+    counts, p = np.bincount(ids[ids >= 0], minlength=8), np.exp(logits)
+    p /= p.sum(axis=1, keepdims=True)
+    loss = router.balance_loss(logits, ids)
+    assert loss == pytest.approx(8 * (counts / 13 * p.mean(axis=0)).sum())
+    padding = np.array([[9.0] + [0.0] * 7] * 6)
+    padded = np.concatenate([padding[:2], logits, padding])
+    padded_ids = np.concatenate([np.full((2, 2), -1), ids, np.full((6, 2), -1)])
+    assert router.balance_loss(padded, padded_ids) == pytest.approx(loss)
 
 
 @pytest.mark.parametrize(
@@ -176,3 +207,32 @@ def test_balance_loss():
 def test_wrong_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+LOGITS, IDS = np.ones((2, 4)), np.array([[0, 1], [2, 3]])
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (router.softmax_topk, {"logits": LOGITS, "topk": 2}),
+        (router.sigmoid_topk, {"logits": LOGITS, "bias": np.ones(4), "topk": 2}),
+        (router.softmax_topk_backward, {"dweights": LOGITS[:, :2], "logits": LOGITS, "ids": IDS}),
+        (router.sigmoid_topk_backward, {"dweights": LOGITS[:, :2], "logits": LOGITS, "ids": IDS}),
+        (router.load_statistics, {"topk_ids": IDS, "num_experts": 4}),
+        (router.balance_loss, {"logits": LOGITS, "topk_ids": IDS}),
+    ],
+)
+def test_masked_arrays_are_refused_and_matrices_are_arrays(function, arguments):
+    expected = function(**arguments)
+    arrays = {name: value for name, value in arguments.items() if np.ndim(value)}
+    for name, value in arrays.items():
+        with pytest.raises(ValueError, match=f"{name} must not be a masked array"):
+            function(**(arguments | {name: np.ma.masked_array(value, mask=False)}))
+    matrices = {name: np.matrix(value) for name, value in arrays.items() if value.ndim == 2}
+    found = function(**(arguments | matrices))
+    results = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+    for ours, theirs in results:
+        assert type(ours) is type(theirs)
+        np.testing.assert_array_equal(ours, theirs)
