@@ -26,7 +26,7 @@ using namespace cometrt;
 
 namespace {
 
-constexpr int kBlocksPerSm = 6;  // as many as get by without spills
+constexpr int kBlocksPerSm = 6;               // as many as get by without spills
 constexpr u64 kPlanAloneNs = 10000000000ull;  // that a step of `plan` may take
 
 // What a block's threads share.
