@@ -5,6 +5,7 @@
 #   make test-all  also the full product of parameters (minutes more)
 #   make gpu-test  the tests that need an NVIDIA GPU
 #   make lint      formatter, linter, types
+#   make machine-code BASE=<commit>  whether kernels compile to the same as in that commit
 #   make format    let the formatters write
 #   make venv      .venv with all that the others need
 
@@ -19,7 +20,7 @@ EXTRAS := mpi,plot,test,lint,compile$(if $(HAVE_GPU),$(shell echo ,cuda13))
 STAMP := $(VENV)/.cometrt-$(subst $(shell echo ,),-,$(EXTRAS))
 CUDA_SOURCES = $(shell find kernels_cu -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv demo test test-all gpu-test lint format clean
+.PHONY: venv demo test test-all gpu-test machine-code lint format clean
 
 venv: $(STAMP)
 
@@ -46,6 +47,10 @@ test-all: venv
 # Where CuPy is installed already, it is used as it is: make gpu-test RUN=python3
 gpu-test: $(if $(filter $(VENV)/%,$(RUN)),venv)
 	$(RUN) -m pytest -q tests/device --gpu
+
+# Pure refactoring: every kernel has the machine code that it has in that commit.
+machine-code: venv
+	$(RUN) -m tests.machine_code $(BASE)
 
 lint: venv
 	$(VENV)/bin/ruff format --check .

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import struct as structs
 import threading
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from cometrt import CometError
-from cometrt.activations import ACTIVATIONS
 from cometrt.cuda import engine, fused
 from cometrt.cuda.trace import KINDS
 from cometrt.kernels import compiler
@@ -18,26 +16,17 @@ from cometrt.kernels.compiler import compile_cubin, kernels_folder
 from cometrt.kernels.params import MIRRORS, TRACE_LANES, trace_lane_dtype
 from cometrt.plan.config import MOST_TERMS
 from tests.launch import ROOT
+from tests.machine_code import ACTIVATED, builds, machine_code
 
 pytest.importorskip("cuda.bindings", reason="needs NVRTC")
 
-# Macros of what is shipped, where a file is compiled in more ways than one.
-ACTIVATED = [(("ACTIVATION", a), ("WRITE_Z", z)) for a in range(len(ACTIVATIONS)) for z in (0, 1)]
-TRACED = ("TRACE", 1)
-CONFIGURATIONS = {
-    "forward.cu": [(("ACTIVATION", -1), ("WRITE_Z", 0)), *ACTIVATED],
-    "layer0.cu": ACTIVATED + [(*defines, TRACED) for defines in ACTIVATED],
-    "layer1.cu": [(), (TRACED,)],
-}
-SOURCES = sorted(kernels_folder().rglob("*.cu")) + sorted((ROOT / "benchmarks").rglob("*.cu"))
+BENCHMARKS = [(path, ()) for path in sorted((ROOT / "benchmarks").rglob("*.cu"))]
+SHIPPED = [(kernels_folder() / file, defines) for file, defines in builds()] + BENCHMARKS
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch, request):
     monkeypatch.setenv("COMETRT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-
-
-SHIPPED = [(path, defines) for path in SOURCES for defines in CONFIGURATIONS.get(path.name, [()])]
 
 
 @pytest.mark.parametrize(
@@ -105,21 +94,6 @@ def test_nothing_is_read_as_if_it_never_changed():
         assert not re.search(r"__restrict__|__ldg|ld\.global\.nc", path.read_text()), path
 
 
-def machine_code(cubin: Path) -> dict[str, bytes]:
-    """The sections of an ELF file that hold kernels, by name."""
-    data = cubin.read_bytes()
-    (start,) = structs.unpack_from("<Q", data, 0x28)
-    count, names_at = structs.unpack_from("<HH", data, 0x3C)
-    headers = [structs.unpack_from("<IIQQQQ", data, start + 64 * i) for i in range(count)]
-    sections = {}
-    for name, _, _, _, offset, size in headers:
-        begin = headers[names_at][4] + name
-        text = data[begin : data.index(b"\0", begin)].decode()
-        if text.startswith(".text."):
-            sections[text] = data[offset : offset + size]
-    return sections
-
-
 def without_recorders(folder: Path) -> None:
     """Take out of a copy of kernels_cu what common/trace.cuh says may be left out."""
     for path in folder.rglob("*.cu*"):
@@ -141,8 +115,8 @@ def test_no_trace_is_the_code_of_sources_without_recorders(name, tmp_path, monke
     without_recorders(folder)
     monkeypatch.setattr(compiler, "kernels_folder", lambda: folder)
     stripped = machine_code(compile_cubin(folder / "fused" / here.name, defines).path)
-    assert set(off) == {f".text.{name}"}
-    assert len(off[f".text.{name}"]) > 10_000
+    assert set(off) == {name}
+    assert len(off[name]) > 10_000
     assert off == stripped
     assert off != on
 
