@@ -26,11 +26,25 @@ ROOT = Path(__file__).resolve().parent.parent
 ACTIVATED = [(("ACTIVATION", a), ("WRITE_Z", z)) for a in range(len(ACTIVATIONS)) for z in (0, 1)]
 TRACED = ("TRACE", 1)
 BUILDS = {
-    "gemm/forward.cu": [(("ACTIVATION", -1), ("WRITE_Z", 0)), *ACTIVATED],
-    "fused/layer0.cu": ACTIVATED + [(*defines, TRACED) for defines in ACTIVATED],
-    "fused/layer1.cu": [(), (TRACED,)],
+    "gemm/grouped_gemm.cu": [(("ACTIVATION", -1), ("WRITE_Z", 0)), *ACTIVATED],
+    "fused/dispatch_gemm.cu": ACTIVATED + [(*defines, TRACED) for defines in ACTIVATED],
+    "fused/gemm_combine.cu": [(), (TRACED,)],
 }
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "gemm/grouped_gemm.cu": "gemm/forward.cu",
+    "fused/dispatch_gemm.cu": "fused/layer0.cu",
+    "fused/gemm_combine.cu": "fused/layer1.cu",
+    "scheduler/tile_order.cu": "schedule/turns.cu",
+    "protocol/publish.cu": "exchange/publish.cu",
+    "protocol/start_barrier.cu": "exchange/gate.cu",
+    "sequential/rows.cu": "exchange/rows.cu",
+    "sequential/activation.cu": "exchange/activation.cu",
+    "grouped_gemm": "gemm",
+    "dispatch_gemm": "layer0",
+    "gemm_combine": "layer1",
+    "tile_order": "turns",
+    "start_barrier": "gate",
+}
 
 Build = tuple[str, tuple[tuple[str, int], ...]]  # a file of kernels_cu, its macros
 

@@ -72,8 +72,8 @@ class Calls:
         record["timeout_ns"] = round(world.timeout_sec * 1e9)
         record["rank"], record["size"] = world.rank, world.size
         call["world"], call["g"] = record, geometry_record(shape)
-        call["num_chunks"] = self._heap.table["partials_ready"].shape[-1]
-        call["chunk_columns"] = shape.config.chunks(shape.geometry.spec.hidden)[0][1]
+        call["num_n_chunks"] = self._heap.table["partials_ready"].shape[-1]
+        call["n_chunk_columns"] = shape.config.chunks(shape.geometry.spec.hidden)[0][1]
         for field, name in HEAP_OFFSETS.items():
             call[field] = self._heap.table[name].offset
         call["layer"], call["spec_hash"] = self._layer, shape.geometry.spec.digest()

@@ -49,10 +49,10 @@ class Turns(NamedTuple):
 
     items: Any  # [parts * most, 2] of work_item_dtype, as bytes
     counts: Any  # [parts * 3] int32: turns; dealt, and clusters that have finished: 0 between uses
-    num_parts: int = 1
+    num_pipeline_chunks: int = 1
 
     def part(self, index: int) -> Turns:
-        size = self.items.size // self.num_parts
+        size = self.items.size // self.num_pipeline_chunks
         items = self.items[index * size : (index + 1) * size]
         return Turns(items, self.counts[3 * index : 3 * index + 3])
 
@@ -79,12 +79,12 @@ def turns_record(
     """TurnsParams; arguments as for `order_turns`."""
     record = Record(turns_params)
     _set_turns(record.fields, turns)
-    record.fields["num_columns"], record.fields["backwards"] = num_columns, backwards
-    record.fields["chunk"] = chunk or num_columns
+    record.fields["num_n_tiles"], record.fields["backwards"] = num_columns, backwards
+    record.fields["n_chunk"] = chunk or num_columns
     turn_bytes = 2 * work_item_dtype.itemsize
-    record.fields["num_parts"] = turns.num_parts
-    record.fields["part_turns"] = turns.items.size // turns.num_parts // turn_bytes
-    record.fields["group"] = group or num_columns
+    record.fields["num_pipeline_chunks"] = turns.num_pipeline_chunks
+    record.fields["max_steps"] = turns.items.size // turns.num_pipeline_chunks // turn_bytes
+    record.fields["raster_group"] = group or num_columns
     return record
 
 
@@ -103,7 +103,7 @@ def order_turns(tiles: Tiles, num_columns: int, **how: Any) -> Turns:
     tables = Record(planned_tiles_dtype)
     for name in "tile_order num_tiles tile_expert expert_offsets expert_rows".split():
         tables.fields[name] = getattr(tiles, name).data.ptr
-    (kernel,) = load_kernels("schedule/turns.cu", "turns")
+    (kernel,) = load_kernels("scheduler/tile_order.cu", "tile_order")
     kernel((_TURNS_BLOCKS,), _TURNS_THREADS, record, tables)
     return turns
 
@@ -122,7 +122,7 @@ def layer_groups(shape: PlanShape) -> tuple[int, int]:
 
 def _set_turns(params: np.ndarray, turns: Turns) -> None:
     counts = turns.counts.data.ptr
-    params["items"], params["num_turns"] = turns.items.data.ptr, counts
+    params["work_tiles"], params["num_steps"] = turns.items.data.ptr, counts
     params["progress"] = counts + 4
 
 
@@ -210,6 +210,6 @@ _OUT, _Z = (Record(gemm_params).place(name) for name in ("out", "z"))
 def _kernel(activation: str | None, write_z: bool) -> Kernel:
     number = -1 if activation is None else list(ACTIVATIONS).index(activation)
     defines = (("ACTIVATION", number), ("WRITE_Z", int(write_z)))
-    (kernel,) = load_kernels("gemm/forward.cu", "gemm", defines=defines)
+    (kernel,) = load_kernels("gemm/grouped_gemm.cu", "grouped_gemm", defines=defines)
     kernel.allow_shared(SHARED_BYTES)
     return kernel

@@ -73,14 +73,14 @@ class CudaExecutor:
         self._planner = DevicePlanner(shape, self._counters[: sizes[0]])
         self._state = cp.zeros(traced_call_state_dtype.itemsize, cp.uint8)
         self._publish, self._agree, self._finish = load_kernels(
-            "exchange/publish.cu", "publish", "agree", "finish"
+            "protocol/publish.cu", "publish", "agree", "finish"
         )
         self._links = cp.zeros(2, cp.uint64)  # clocks of what comes and of what leaves
         clocks = self._links.data.ptr
         self._pull_pace, self._push_pace = (
             pace_record(clock, world.link) for clock in (clocks, clocks + 8)
         )
-        parts, positions = 1, self._planner.block_position
+        parts, positions = 1, self._planner.block_order_idx
         if mode == "chunked":
             parts = shape.config.parts
         rows = RowMovers(shape, self._pull_pace, self._push_pace, positions, parts)
@@ -146,9 +146,9 @@ class CudaExecutor:
             self._out_of_heap(array, name)
             for array, name in ((x, "x"), (ids, "ids0"), (weights, "weights0"))
         )
-        new, kept_x = cp.ndarray, None
+        new, saved_x = cp.ndarray, None
         if training and spec.save == "z":
-            kept_x = new((spec.max_tokens, spec.hidden), dtype)
+            saved_x = new((spec.max_tokens, spec.hidden), dtype)
         epoch = new(1, np.int64) if training else None
         tables = self._planner.new_tables()
         x_rows = new(self._row_shape, dtype)
@@ -156,7 +156,7 @@ class CudaExecutor:
         if training or (self._fused is None and self._engine is None):
             z = new(self._up_shape, dtype)
         scratch = cp.cuda.alloc(self._o_at + 2 * math.prod(self._row_shape))  # a, then o
-        given, made = (x, ids, weights, w_up, w_down, out), (epoch, kept_x, tables, x_rows, z)
+        given, made = (x, ids, weights, w_up, w_down, out), (epoch, saved_x, tables, x_rows, z)
 
         def launch() -> None:
             self._launch_forward(given, made, scratch)
@@ -180,7 +180,7 @@ class CudaExecutor:
             num_tokens=len(x),
             epoch=epoch,
             world=self._world.identity,
-            x=x_rows if kept_x is None else kept_x,
+            x=x_rows if saved_x is None else saved_x,
             z=z,
             tables=(tables,),
             w_up=w_up,
@@ -190,7 +190,7 @@ class CudaExecutor:
     def _launch_forward(self, given: tuple[Any, ...], made: tuple[Any, ...], scratch: Any) -> None:
         """All kernels of a forward, from its arguments and the memory made for it."""
         x, ids, weights, w_up, w_down, out = given
-        epoch, kept_x, tables, x_rows, z = made
+        epoch, saved_x, tables, x_rows, z = made
         a = self._cp.ndarray(self._inner_shape, self._dtype, scratch)
         o = self._cp.ndarray(self._row_shape, self._dtype, scratch + self._o_at)
         call = self._calls.begin("forward", len(x), self._state.data.ptr, self._report.address)
@@ -206,9 +206,9 @@ class CudaExecutor:
             all_weights=self._planner.weights.data.ptr,
             progress=self._planner.progress.data.ptr,
             counters=self._counters.data.ptr,
-            kept_epoch=0 if epoch is None else epoch.data.ptr,
-            kept_x=0 if kept_x is None else kept_x.data.ptr,
-            pull_at=self._heap.table["x"].offset,
+            saved_epoch=0 if epoch is None else epoch.data.ptr,
+            saved_x=0 if saved_x is None else saved_x.data.ptr,
+            pull_offset=self._heap.table["x"].offset,
             rows=x_rows.data.ptr,
             partial_rows=o.data.ptr,
         )
@@ -285,7 +285,7 @@ class CudaExecutor:
             forward_epoch=saved.epoch.data.ptr,
             out=out.x.data.ptr,
             out_dweight=out.topk_weights.data.ptr,
-            pull_at=self._heap.table["dy"].offset,
+            pull_offset=self._heap.table["dy"].offset,
             rows=dy_rows.data.ptr,
             partial_rows=dx_rows.data.ptr,
             dweight_rows=dweight_rows.data.ptr,
@@ -300,7 +300,7 @@ class CudaExecutor:
                 return
             self._pull(call)
             if pulls_again:  # before the first partial of dx leaves
-                set_words(call, pull_at=self._heap.table["x"].offset, rows=x_rows.data.ptr)
+                set_words(call, pull_offset=self._heap.table["x"].offset, rows=x_rows.data.ptr)
                 self._pull(call)
             self._cublas.grad_rows(
                 saved, rows, dy_rows, da, dz, weighted_a, dweight_rows, dx_rows, plan

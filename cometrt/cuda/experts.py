@@ -64,7 +64,7 @@ class CublasExperts:
     def __init__(self, shape: PlanShape) -> None:
         self._shape, self._gemm = shape, ExpertGemm()
         self._activate, self._activate_backward = load_kernels(
-            "exchange/activation.cu", "activate", "activate_backward"
+            "sequential/activation.cu", "activate", "activate_backward"
         )
         self._warm_up()
 

@@ -35,8 +35,8 @@ def _counter_words(shape: PlanShape) -> dict[str, int]:
     return {
         "tile_filled": shape.max_tiles,
         "tile_done": shape.max_tiles * num_chunks,
-        "taken": 1 + 2 * num_chunks,
-        "arrived": _NUM_ARRIVALS,
+        "queue_heads": 1 + 2 * num_chunks,
+        "arrivals": _NUM_ARRIVALS,
     }
 
 
@@ -100,9 +100,9 @@ class FusedForward:
         layer0: list[Kernel] = []
         for z in (0, 1):
             defines = (("ACTIVATION", self._activation), ("WRITE_Z", z), *traced)
-            layer0 += load_kernels("fused/layer0.cu", "layer0", defines=defines)
+            layer0 += load_kernels("fused/dispatch_gemm.cu", "dispatch_gemm", defines=defines)
             layer0[z].allow_shared(_LAYER0_BYTES)
-        (layer1,) = load_kernels("fused/layer1.cu", "layer1", defines=traced)
+        (layer1,) = load_kernels("fused/gemm_combine.cu", "gemm_combine", defines=traced)
         layer1.allow_shared(_LAYER1_BYTES)
         return FusedKernels(tuple(layer0), layer1)
 

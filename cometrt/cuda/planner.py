@@ -90,21 +90,21 @@ class DevicePlanner:
         size, experts, spec = geometry.size, geometry.local_experts, geometry.spec
         self._chunks = math.ceil(spec.max_tokens / _CHUNK)
         lengths = {
-            "chunk_counts": size * self._chunks * spec.num_experts,
+            "token_tile_counts": size * self._chunks * spec.num_experts,
             "list_start": spec.num_experts,
             "pair_list": spec.max_tokens * spec.topk,
             "rank_rows": size * (size + 1) * experts,
             "rank_num_tiles": size,
             "rank_order": size * shape.max_tiles,
-            "rank_tile_position": size * shape.max_tiles,
-            "segment_counts": 2 * size * shape.max_tiles,
-            "segment_before": 2 * size * shape.max_tiles,
+            "rank_tile_order_idx": size * shape.max_tiles,
+            "run_counts": 2 * size * shape.max_tiles,
+            "run_starts": 2 * size * shape.max_tiles,
             "column_tokens": 2 * size,
-            "block_position": size * shape.blocks_per_home,
-            "first_position": 2 * shape.global_tokens,
+            "block_order_idx": size * shape.blocks_per_home,
+            "first_order_idx": 2 * shape.global_tokens,
         }
         self._scratch = {name: cp.empty(length, cp.int32) for name, length in lengths.items()}
-        self.block_position = int(self._scratch["block_position"].data.ptr)
+        self.block_order_idx = int(self._scratch["block_order_idx"].data.ptr)
         self._counters, begin = counters, 0
         for name, words in _counter_words(shape).items():
             self._scratch[name] = counters[begin : begin + words]

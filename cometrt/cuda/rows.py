@@ -20,7 +20,7 @@ class RowMovers:
 
     Args:
         pull_pace, push_pace: of `pace_record`, for what comes and what leaves.
-        block_position: address of the planner's table.
+        block_order_idx: address of the planner's table.
         parts: how many there are.
     """
 
@@ -29,15 +29,15 @@ class RowMovers:
         shape: PlanShape,
         pull_pace: Record,
         push_pace: Record,
-        block_position: int = 0,
+        block_order_idx: int = 0,
         parts: int = 1,
     ) -> None:
         self._shape, self._pull_pace, self._push_pace = shape, pull_pace, push_pace
         self._dispatch, self._push, self._home_reduce = load_kernels(
-            "exchange/rows.cu", "dispatch", "push", "home_reduce"
+            "sequential/rows.cu", "dispatch", "push", "home_reduce"
         )
         self._whole = part_record(0, 0, 1)
-        self._parts = [part_record(block_position, index, parts) for index in range(parts)]
+        self._parts = [part_record(block_order_idx, index, parts) for index in range(parts)]
         row_bytes = 2 * shape.geometry.spec.hidden
         lanes = max(1, min(32, _SLOT_BYTES // row_bytes // _PULL_WARPS))
         self._lanes, self._slot_bytes = Argument(np.int32(lanes)), _PULL_WARPS * lanes * row_bytes

@@ -105,7 +105,7 @@ class Gate:
         self._memory = cp.cuda.alloc_pinned_memory(8)
         self._flag = np.frombuffer(self._memory, np.uint64, 1)
         self._timeout_ns = np.uint64(timeout_sec * 1e9)
-        (self._kernel,) = load_kernels("exchange/gate.cu", "gate")
+        (self._kernel,) = load_kernels("protocol/start_barrier.cu", "start_barrier")
 
     def close(self) -> None:
         """What was queued behind the last one must have ended."""

@@ -121,11 +121,11 @@ def _reduce_at_home(
     for first in range(0, len(out), size):
         last = min(first + size, len(out))
         token_rows = plan.pair_row[first_token + first : first_token + last]
-        slots = plan.home_slot[first:last]
+        slots = plan.staging_row[first:last]
         _wait_rows(ex, token_rows, chunk)
         for d, contributor in enumerate(ex.shape.geometry.ring()[1:], start=1):
             staged = slots[slots[:, d] >= 0, d]
-            for block in np.unique((staged - plan.home_base[d]) // size):
+            for block in np.unique((staged - plan.staging_base[d]) // size):
                 ex.wait_partials(contributor, int(block), chunk)
         nbytes = int((slots >= 0).sum()) * (end - begin) * rows.dtype.itemsize
         with ex.step("comm", "reduce at home", first // size, local_bytes=nbytes):

@@ -21,15 +21,15 @@ geometry_dtype = np.dtype(
         for name in (
             "rank size tp ep num_experts local_experts topk max_tokens hidden local_intermediate "
             "up_columns gated block_m block_tokens capacity max_tiles blocks_per_home activation "
-            "waves unused"
+            "num_phases padding"
         ).split()
     ]
 )
 
 # Scratch and results of the planner, in the order of PlanParams.
 PLAN_SCRATCH = (
-    "chunk_counts counts token_counts list_start pair_list rank_rows rank_num_tiles rank_order "
-    "rank_tile_position segment_counts segment_before column_tokens block_position first_position"
+    "token_tile_counts counts token_counts list_start pair_list rank_rows rank_num_tiles rank_order "
+    "rank_tile_order_idx run_counts run_starts column_tokens block_order_idx first_order_idx"
 ).split()
 _PLAN_OUTPUTS = {"num_tiles": "out_num_tiles", "num_tokens": "out_num_tokens"}
 PLAN_OUTPUTS = [
@@ -54,9 +54,9 @@ plan_params = np.dtype(
 # Numbers of lists and steps: kNumLists and kNumSteps of plan/plan.cuh.
 plan_progress = np.dtype(
     [(name, np.uint64) for name in "wrong_pair largest_need".split()]
-    + [("taken", np.uint32, 7), ("done", np.uint32, 5)]
+    + [("queue_heads", np.uint32, 7), ("done", np.uint32, 5)]
 )
-call_state_dtype = np.dtype([(name, np.uint32) for name in "ticket status ok told".split()])
+call_state_dtype = np.dtype([(name, np.uint32) for name in "ticket status ok reported".split()])
 traced_call_state_dtype = np.dtype([*call_state_dtype.descr, ("trace", np.uint64)], align=True)
 TRACE_LANES, _EVENTS_OF_LANE = 15, 511  # kTraceLanes, kEventsOfLane of common/trace.cuh
 trace_event_dtype = np.dtype(
@@ -80,34 +80,34 @@ call_report_dtype = np.dtype(
     + [("wrong_weight", np.float32), ("wrong_ids", np.int32, (MOST_REPORTED_IDS + 1,))]
 )
 HEAP_OFFSETS = {  # field of Call -> array of the heap
-    "x_at": "x",
-    "dy_at": "dy",
-    "ids_at": "ids0",  # and ids1: in the same place of the other segment
-    "weights_at": "weights0",
-    "staging_at": "staging",
-    "dweight_at": "dweight",
-    "partials_at": "partials_ready",
+    "x_offset": "x",
+    "dy_offset": "dy",
+    "ids_offset": "ids0",  # and ids1: in the same place of the other segment
+    "weights_offset": "weights0",
+    "staging_offset": "staging",
+    "dweight_offset": "dweight",
+    "partials_offset": "partials_ready",
 }
 CALL_TABLES = (
     "expert_offsets expert_rows row_weight pair_row pull_tokens pull_offsets send_tokens "
-    "send_offsets send_base push_blocks num_blocks home_slot home_base"
+    "send_offsets send_base push_blocks num_blocks staging_row staging_base"
 ).split()
 call_dtype = np.dtype(
     [("world", world_dtype), ("g", geometry_dtype)]
     + [
         (name, np.int32)
-        for name in ("num_chunks num_tokens ids_are_64 weighted chunk_columns num_counters").split()
+        for name in ("num_n_chunks num_tokens ids_are_64 weighted n_chunk_columns num_counters").split()
     ]
     + [(name, np.uint64) for name in HEAP_OFFSETS]
     + [(name, np.int64) for name in "operation layer spec_hash".split()]
     + [
         (name, np.uint64)
         for name in (
-            *"forward_epoch state report x dy ids weights kept_epoch kept_x".split(),
+            *"forward_epoch state report x dy ids weights saved_epoch saved_x".split(),
             *"all_ids all_weights progress".split(),
             *CALL_TABLES,
-            *"pull_at rows partial_rows out dweight_rows out_dweight".split(),
-            *"counters tile_filled tile_done taken arrived".split(),
+            *"pull_offset rows partial_rows out dweight_rows out_dweight".split(),
+            *"counters tile_filled tile_done queue_heads arrivals".split(),
         )
     ]
 )
@@ -116,7 +116,7 @@ activation_params = np.dtype(
     + [(name, np.uint64) for name in "expert_offsets row_weight z a da dz dweight_rows".split()]
 )
 gemm_params = np.dtype(
-    [(name, np.uint64) for name in "items num_turns progress out z ok".split()]
+    [(name, np.uint64) for name in "work_tiles num_steps progress out z ok".split()]
     + [(name, np.int32) for name in "num_k_blocks num_columns".split()]
 )
 pace_dtype = np.dtype(
@@ -129,36 +129,36 @@ planned_tiles_dtype = np.dtype(
     ]
 )
 turns_params = np.dtype(
-    [(name, np.uint64) for name in "items num_turns progress".split()]
+    [(name, np.uint64) for name in "work_tiles num_steps progress".split()]
     + [
         (name, np.int32)
-        for name in "num_columns backwards chunk group num_parts part_turns".split()
+        for name in "num_n_tiles backwards n_chunk raster_group num_pipeline_chunks max_steps".split()
     ]
 )
-part_dtype = np.dtype([("block_position", np.uint64), ("index", np.int32), ("count", np.int32)])
+part_dtype = np.dtype([("block_order_idx", np.uint64), ("index", np.int32), ("count", np.int32)])
 
 # struct in kernels_cu -> (header, mirror)
 MIRRORS = {
     "Geometry": ("common/geometry.cuh", geometry_dtype),
     "PlanParams": ("plan/plan.cuh", plan_params),
-    "PlanProgress": ("plan/plan.cuh", plan_progress),
-    "Header": ("comm/world.cuh", header_dtype),
-    "FailureRecord": ("comm/world.cuh", record_dtype),
-    "Control": ("comm/world.cuh", control_dtype),
-    "World": ("comm/world.cuh", world_dtype),
-    "CallState": ("exchange/call.cuh", call_state_dtype),
-    "TracedCallState": ("exchange/call.cuh", traced_call_state_dtype),
+    "PlanProgress": ("protocol/plan_progress.cuh", plan_progress),
+    "Header": ("protocol/control_block.cuh", header_dtype),
+    "FailureRecord": ("protocol/control_block.cuh", record_dtype),
+    "Control": ("protocol/control_block.cuh", control_dtype),
+    "World": ("protocol/control_block.cuh", world_dtype),
+    "ExchangeState": ("protocol/exchange_params.cuh", call_state_dtype),
+    "TracedExchangeState": ("protocol/exchange_params.cuh", traced_call_state_dtype),
     "TraceEvent": ("common/trace.cuh", trace_event_dtype),
     "TraceLane": ("common/trace.cuh", trace_lane_dtype),
-    "CallReport": ("exchange/call.cuh", call_report_dtype),
-    "Call": ("exchange/call.cuh", call_dtype),
-    "WorkItem": ("gemm/tile.cuh", work_item_dtype),
+    "ExchangeReport": ("protocol/exchange_params.cuh", call_report_dtype),
+    "ExchangeParams": ("protocol/exchange_params.cuh", call_dtype),
+    "WorkTile": ("scheduler/work_tile.cuh", work_item_dtype),
     "GemmParams": ("gemm/tile.cuh", gemm_params),
-    "Pace": ("comm/pacing.cuh", pace_dtype),
-    "PlannedTiles": ("schedule/turns.cuh", planned_tiles_dtype),
-    "TurnsParams": ("schedule/turns.cuh", turns_params),
-    "Part": ("schedule/parts.cuh", part_dtype),
-    "ActivationParams": ("exchange/activation.cuh", activation_params),
+    "EmulatedLink": ("protocol/emulated_link.cuh", pace_dtype),
+    "PlannedTiles": ("scheduler/tile_order.cuh", planned_tiles_dtype),
+    "TileOrderParams": ("scheduler/tile_order.cuh", turns_params),
+    "PipelineChunk": ("scheduler/pipeline_chunk.cuh", part_dtype),
+    "ActivationParams": ("sequential/activation.cuh", activation_params),
 }
 
 
@@ -206,10 +206,10 @@ def pace_record(free_at_ns: int, link: Link | None) -> Record:
     return record
 
 
-def part_record(block_position: int, index: int, count: int) -> Record:
-    """A Part; block_position: address of the planner's table, which only parts of several need."""
+def part_record(block_order_idx: int, index: int, count: int) -> Record:
+    """A Part; block_order_idx: address of the planner's table, which only parts of several need."""
     record = Record(part_dtype)
-    record.fields["block_position"] = block_position
+    record.fields["block_order_idx"] = block_order_idx
     record.fields["index"], record.fields["count"] = index, count
     return record
 
@@ -237,7 +237,7 @@ def geometry_record(shape: PlanShape) -> np.ndarray:
         "max_tiles": shape.max_tiles,
         "blocks_per_home": shape.blocks_per_home,
         "activation": list(ACTIVATIONS).index(spec.activation),
-        "waves": len(config.last_distances(geometry.size)),
+        "num_phases": len(config.last_distances(geometry.size)),
     }
     for name, value in values.items():
         record[name] = value

@@ -38,11 +38,11 @@ def make_plan(tables: RoutingTables, shape: PlanShape) -> Plan:
     row_pair[pair_row.ravel()[here]] = np.flatnonzero(here)
     row_weight[pair_row.ravel()[here]] = tables.weights.ravel()[here]
 
-    first = mine.first_position(pairs)  # [W * Tm]
+    first = mine.first_order_idx(pairs)  # [W * Tm]
     pull_tokens, pull_offsets = _pulls(first, mine, shape)
     send_tokens, send_offsets, push_blocks, num_blocks = _sends(first, shape)
     slot_base = _slot_bases(pairs, shape)  # [home, contributor]
-    home_slot, home_base = _home(pairs, ranks, slot_base, shape)
+    staging_row, staging_base = _home(pairs, ranks, slot_base, shape)
     return Plan(
         expert_offsets=(mine.first_tile * shape.config.block_m).astype(np.int32),
         expert_rows=mine.rows.astype(np.int32),
@@ -60,8 +60,8 @@ def make_plan(tables: RoutingTables, shape: PlanShape) -> Plan:
         send_base=slot_base[:, me].astype(np.int32),
         push_blocks=push_blocks,
         num_blocks=np.array([num_blocks], np.int32),
-        home_slot=home_slot,
-        home_base=home_base,
+        staging_row=staging_row,
+        staging_base=staging_base,
         num_tokens=tables.num_tokens.astype(np.int32),
     )
 
@@ -160,7 +160,7 @@ class _RankTiles:
         row += self.before[pairs.source[tokens][:, None], expert]
         return np.where(here, row, -1).astype(np.int32)
 
-    def first_position(self, pairs: _Pairs, tokens: slice = slice(None)) -> np.ndarray:
+    def first_order_idx(self, pairs: _Pairs, tokens: slice = slice(None)) -> np.ndarray:
         """[tokens]: position in layer0 of the first tile that needs each token, or _NEVER.
 
         Layer1 walks backwards, so this is also the tile that finishes the token there.
@@ -242,7 +242,7 @@ def _home(
     base = np.zeros(size, np.int32)
     for d in range(1, size):
         contributor = (me + d) % size
-        tokens = _finish_order(ranks[contributor].first_position(pairs, own))
+        tokens = _finish_order(ranks[contributor].first_order_idx(pairs, own))
         base[d] = slot_base[me, contributor]
         slot[tokens, d] = base[d] + np.arange(len(tokens))
     return slot, base

@@ -111,9 +111,9 @@ class Plan:
         push_blocks [W * blocks_per_home]: items (home * blocks_per_home + block) in the order
             in which layer1 finishes them; num_blocks [1].
     Combine, as a home:
-        home_slot [max_tokens, W]: staging slot of each own token from the contributor at ring
+        staging_row [max_tokens, W]: staging slot of each own token from the contributor at ring
             distance d (column d; column 0, this rank itself, is not staged).
-        home_base [W]: first slot of the contributor at ring distance d.
+        staging_base [W]: first slot of the contributor at ring distance d.
     num_tokens [W]: tokens of each rank.
 
     expert_rows, tile_distance and num_tokens are for GEMMs on the device and for checks; the host
@@ -136,8 +136,8 @@ class Plan:
     send_base: np.ndarray
     push_blocks: np.ndarray
     num_blocks: np.ndarray
-    home_slot: np.ndarray
-    home_base: np.ndarray
+    staging_row: np.ndarray
+    staging_base: np.ndarray
     num_tokens: np.ndarray
 
     def arrays(self) -> tuple[np.ndarray, ...]:
@@ -190,7 +190,7 @@ def plan_table_shapes(shape: PlanShape) -> dict[str, tuple[int, ...]]:
         "send_base": (size,),
         "push_blocks": (size * shape.blocks_per_home,),
         "num_blocks": (1,),
-        "home_slot": (spec.max_tokens, size),
-        "home_base": (size,),
+        "staging_row": (spec.max_tokens, size),
+        "staging_base": (size,),
         "num_tokens": (size,),
     }

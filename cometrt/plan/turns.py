@@ -21,11 +21,11 @@ _KEPT_BYTES = 20 << 20  # of the cache, for weights that are read again
 
 work_item_dtype = np.dtype(
     [
-        ("tile", np.int32),  # M-tile; -1: nothing to do
-        ("column", np.int32),  # N-tile
+        ("m_tile", np.int32),  # M-tile; -1: nothing to do
+        ("n_tile", np.int32),  # N-tile
         ("expert", np.int32),
         ("rows", np.uint16),  # of the M-tile, without pads
-        ("loads", np.uint16),  # of `_loads`: of A in bits 0 and 1, of B in 2 and 3
+        ("halves", np.uint16),  # of `_loads`: of A in bits 0 and 1, of B in 2 and 3
     ]
 )
 

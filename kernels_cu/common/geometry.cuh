@@ -1,5 +1,5 @@
 // Shapes that every kernel of a layer shares. Mirrored by geometry_dtype in
-// cometrt/kernels/params.py; names as in docs/architecture.md, "Words".
+// cometrt/kernels/params.py.
 #pragma once
 
 #include "hopper/memory.cuh"
@@ -12,17 +12,17 @@ struct Geometry {
   int hidden, local_intermediate, up_columns, gated;
   int block_m, block_tokens, capacity, max_tiles;
   int blocks_per_home, activation;
-  int waves, unused;
+  int num_phases, padding;
 };
 
 __device__ inline int ring_distance(const Geometry& g, int from, int to) {
   return (to - from + g.size) % g.size;
 }
 
-// The largest ring distance of a wave of tiles: TileConfig.last_distances.
-__device__ inline int last_distance(const Geometry& g, int wave) {
-  if (g.waves == 1) return g.size - 1;
-  return wave == 0 ? 0 : (wave * (g.size - 1) + g.waves - 2) / (g.waves - 1);
+// The largest ring distance of a phase of tiles: TileConfig.last_distances.
+__device__ inline int last_distance(const Geometry& g, int phase) {
+  if (g.num_phases == 1) return g.size - 1;
+  return phase == 0 ? 0 : (phase * (g.size - 1) + g.num_phases - 2) / (g.num_phases - 1);
 }
 
 }  // namespace cometrt

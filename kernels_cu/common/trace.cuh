@@ -25,7 +25,7 @@ enum EventKind : u16 {
 };
 
 // A CTA's lanes: first threads of its first five warps, then their second ones, and so on. Warp 0
-// loads, 2 and 3 move rows, and in the end 0 and 1 too, 4 speaks for all that multiply.
+// loads, 2 and 3 move rows, and in the end 0 and 1 too, 4 is_elected for all that multiply.
 constexpr int kTracedWarps = 5, kTraceLanes = 3 * kTracedWarps;
 constexpr int kEventsOfLane = 511;
 
@@ -84,7 +84,7 @@ class Recorder {
   __device__ void begin_wait() {
     if (TraceLane* lane = this->lane()) lane->waits_since_ns = global_timer_ns();
   }
-  // Work in parts is told as far as the wait, and begins anew behind it.
+  // Work in parts is reported as far as the wait, and begins anew behind it.
   __device__ void end_wait(EventKind wait, int tile, int column) {
     TraceLane* lane = this->lane();
     if (lane == nullptr) return;

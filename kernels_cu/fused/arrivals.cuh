@@ -1,19 +1,19 @@
-// Roles that a launch argument limits go to the warps that come first, not to certain CTAs: those
-// might come late, when other kernels hold their SMs, and would be waited for.
+// Roles that a launch argument limits go to the warps that arrive first. Certain CTAs might arrive
+// late, when other kernels hold their SMs, and the others would wait for them.
 #pragma once
 
-#include "exchange/call.cuh"
 #include "gemm/tile.cuh"
+#include "protocol/exchange_params.cuh"
 
 namespace cometrt {
 
-// By all lanes of a warp, once: is it among the first to come for the role, as many as `num_ctas`
-// CTAs have?
-__device__ inline bool takes_part(const Call& c, Arrivals role, int num_ctas) {
+// By all lanes of a warp, once: whether it is among the first to arrive for the role, as many as
+// `num_ctas` CTAs have.
+__device__ inline bool takes_part(const ExchangeParams& p, Arrivals role, int num_ctas) {
   if (num_ctas >= static_cast<int>(gridDim.x)) return true;
-  int place = 0;
-  if (threadIdx.x % 32 == 0) place = static_cast<int>(atomicAdd(&c.arrived[role], 1u));
-  return __shfl_sync(~0u, place, 0) < num_ctas * kMoverWarps;
+  int ticket = 0;
+  if (threadIdx.x % 32 == 0) ticket = static_cast<int>(atomicAdd(&p.arrivals[role], 1u));
+  return __shfl_sync(~0u, ticket, 0) < num_ctas * kCommWarps;
 }
 
 }  // namespace cometrt

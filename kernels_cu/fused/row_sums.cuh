@@ -1,82 +1,84 @@
-// Sums of rows, by a warp: it lists what is added for a batch of tokens, rows come through slots of
-// shared memory, several ahead of the one that is added, and each token's sum is stored.
+// Sums of rows, by one warp. It lists the addends of a batch of tokens. Bulk copies bring their
+// rows through stages of shared memory, several ahead of the one that is added, and each token's
+// sum is stored.
 #pragma once
 
-#include "exchange/call.cuh"
-#include "exchange/sums.cuh"
+#include "common/packed_rows.cuh"
 #include "gemm/tile.cuh"
 #include "hopper/bulk.cuh"
+#include "protocol/exchange_params.cuh"
 
 namespace cometrt {
 
-constexpr int kSumColumns = 1024;  // of a slot: of one row
-// Slots of a group are loaded and read together; while one is added, the others are on their way.
-constexpr int kSumGroups = 3, kSlotsOfGroup = 2;
-constexpr int kPacks = kSumColumns / 256;   // of eight columns, a lane
-constexpr int kPacksAhead = TRACE ? 2 : 3;  // a trace leaves no registers for more
-constexpr int kMostTerms = 128;  // of a batch of tokens; a token has topk + ranks at most
-constexpr int kTermsOfLane = kMostTerms / 32;
-constexpr int kRowsAtOnce = 8;  // of a token: looked up together, where topk is larger
+constexpr int kSumColumns = 1024;                 // of one row, in a stage
+constexpr int kSumStages = 3, kRowsPerStage = 2;  // one stage is added while the others load
+constexpr int kVectors = kSumColumns / 256;       // of eight columns, a lane
+constexpr int kVectorsAhead = TRACE ? 2 : 3;      // a trace leaves no registers for more
+constexpr int kMaxAddends = 128;  // of a batch of tokens; a token has topk + ranks at most
+constexpr int kAddendsPerLane = kMaxAddends / 32;
+constexpr int kRowsAtOnce = 8;  // of a token: their loads are issued together
 
 struct TokenEnd {
-  int term, token;  // its terms end before `term`
+  int addend, token;  // the token's addends end before `addend`
 };
 
-// The flag of a block that is stored and crossing, or null.
+// A block that is stored and crosses the link: the flag to signal then, or null.
 struct SentBlock {
   u64* flag;
-  u64 crossed_ns;
+  u64 transferred_ns;
 };
 
-// One warp's. What is needed now and then lies here, too: registers are for sums.
-struct alignas(128) SumSlots {
-  __nv_bfloat16 values[kSumGroups][kSlotsOfGroup][kSumColumns];
-  u64 full[kSumGroups];  // each slot's lane arrives
-  // The terms of a batch of tokens, token after token: a row of this rank's, or ~slot of staging;
-  // what it is multiplied by; where those of each token end that has any, and one for nothing.
-  int rows[kMostTerms];
-  float weights[kMostTerms];
+// Shared memory of one warp. What it needs now and then lies here too: registers are for sums.
+struct alignas(128) CombineStages {
+  __nv_bfloat16 values[kSumStages][kRowsPerStage][kSumColumns];
+  u64 full[kSumStages];  // the lane of each row arrives
+  // The addends of a batch of tokens, token after token: a row of this rank's, or ~staging row; its
+  // weight; and for each token that has addends, where they end.
+  int rows[kMaxAddends];
+  float weights[kMaxAddends];
   TokenEnd ends[32 + 1];
   SentBlock summed, pushed;  // the block at hand, and the one before; lane 0's
   u64 epoch;
-  int block, list;  // that this warp has taken, and from which list; list is lane 0's
+  int block, list;  // what this warp has popped, and from which queue; list is lane 0's
 
-  // By one thread; then a fence of the barriers.
+  // By one thread. A fence of the barriers follows.
   __device__ void init() {
-    for (u64& barrier : full) mbarrier_init(&barrier, kSlotsOfGroup);
+    for (u64& barrier : full) mbarrier_init(&barrier, kRowsPerStage);
     pushed.flag = nullptr;
   }
 };
 
-// What a slot holds: columns of one term's row. Pieces of columns follow each other, and in each
-// the terms as they are listed.
-struct SumItem {
-  int term, column;
+// What a row of a stage holds: kSumColumns columns of one addend. Ranges of columns follow each
+// other, and in each the addends as they are listed.
+struct SumCursor {
+  int addend, column;
 
-  __device__ void advance(int items, int num_terms) {
-    for (term += items; term >= num_terms; term -= num_terms) column += kSumColumns;
+  __device__ void advance(int copies, int num_addends) {
+    for (addend += copies; addend >= num_addends; addend -= num_addends) column += kSumColumns;
   }
 };
 
-// One warp of those that combine; all its lanes stay together.
+// The sums of one combine warp; all its lanes stay together.
 class RowSums {
  protected:
-  __device__ RowSums(const Call& c, SumSlots& slots) : c_(c), s_(slots), lane_(threadIdx.x % 32) {}
+  __device__ RowSums(const ExchangeParams& p, CombineStages& stages)
+      : p_(p), s_(stages), lane_(threadIdx.x % 32) {}
 
-  __device__ int begin(int chunk) const { return chunk * c_.chunk_columns; }
-  __device__ int end(int chunk) const { return min(begin(chunk + 1), c_.g.hidden); }
+  __device__ int begin(int n_chunk) const { return n_chunk * p_.n_chunk_columns; }
+  __device__ int end(int n_chunk) const { return min(begin(n_chunk + 1), p_.g.hidden); }
 
-  // Each lane a token, or -1 behind the last: its rows here in the order of k; and with `slots`
-  // [ranks], its slots of staging. Returns how many of them there was room for.
-  __device__ int list_terms(int token, const int* slots) {
-    const int* rows = c_.pair_row + static_cast<long long>(token) * c_.g.topk;
-    const int topk = token >= 0 ? c_.g.topk : 0;
-    const int ranks = token >= 0 && slots != nullptr ? c_.world.size : 0;
+  // A lane lists the addends of its token, or -1 behind the last: its rows here in the order of k,
+  // and its staging rows, where `staging_rows` [ranks] is given. Returns the number of tokens for
+  // whose addends there was room.
+  __device__ int list_addends(int token, const int* staging_rows) {
+    const int* rows = p_.pair_row + static_cast<long long>(token) * p_.g.topk;
+    const int topk = token >= 0 ? p_.g.topk : 0;
+    const int ranks = token >= 0 && staging_rows != nullptr ? p_.world.size : 0;
     int first[kRowsAtOnce], count = 0;
 #pragma unroll
     for (int k = 0; k < kRowsAtOnce; ++k) first[k] = k < topk ? rows[k] : -1;
 #pragma unroll 4
-    for (int d = 1; d < ranks; ++d) count += slots[d] >= 0;
+    for (int d = 1; d < ranks; ++d) count += staging_rows[d] >= 0;
 #pragma unroll 4
     for (int k = kRowsAtOnce; k < topk; ++k) count += rows[k] >= 0;
 #pragma unroll
@@ -86,10 +88,10 @@ class RowSums {
       const int left = __shfl_up_sync(~0u, at, step);
       if (lane_ >= step) at += left;
     }
-    const u32 listed = __ballot_sync(~0u, token >= 0 && at <= kMostTerms);  // the first ones
+    const u32 listed = __ballot_sync(~0u, token >= 0 && at <= kMaxAddends);  // the first ones
     const u32 some = __ballot_sync(~0u, count > 0) & listed;
     const int tokens = __popc(listed);
-    num_terms_ = __shfl_sync(~0u, at, tokens - 1);
+    num_addends_ = __shfl_sync(~0u, at, tokens - 1);
     empty_ = listed & ~some;
     if (lane_ < tokens && count > 0) {
       s_.ends[__popc(some & ((1u << lane_) - 1))] = {at, lane_};
@@ -102,113 +104,115 @@ class RowSums {
         if (rows[k] >= 0) s_.rows[at++] = rows[k];
       }
       for (int d = 1; d < ranks; ++d) {
-        if (slots[d] < 0) continue;
-        s_.weights[at] = __int_as_float(d);  // until it has come
-        s_.rows[at++] = ~slots[d];
+        if (staging_rows[d] < 0) continue;
+        s_.weights[at] = __int_as_float(d);  // until wait_addends
+        s_.rows[at++] = ~staging_rows[d];
       }
     }
     __syncwarp();
     return tokens;
   }
 
-  // The sums of the listed terms of a batch: the chunk's columns of rows of `to`.
-  __device__ void sum_batch(int chunk, __nv_bfloat16* to) {
-    const int first = begin(chunk), last = end(chunk);
+  // Stores the sums of the listed addends: the N-chunk's columns of rows of `to`.
+  __device__ void sum_batch(int n_chunk, __nv_bfloat16* to) {
+    const int first = begin(n_chunk), last = end(n_chunk);
     store_zeros(to, first, last);
-    const int items = (last - first + kSumColumns - 1) / kSumColumns * num_terms_;
-    if (items == 0) return;
-    SumItem ahead{0, first};  // of this lane's slot of the next group
-    ahead.advance(lane_ % kSlotsOfGroup, num_terms_);
+    const int copies = (last - first + kSumColumns - 1) / kSumColumns * num_addends_;
+    if (copies == 0) return;
+    SumCursor ahead{0, first};  // of this lane's row of the next stage
+    ahead.advance(lane_ % kRowsPerStage, num_addends_);
 #pragma unroll 1
-    for (int i = 0; i < kSumGroups; ++i) {
-      load((at_.slot + i) % kSumGroups, ahead, items - kSlotsOfGroup * i, last);
+    for (int i = 0; i < kSumStages; ++i) {
+      load((at_.stage + i) % kSumStages, ahead, copies - kRowsPerStage * i, last);
     }
-    float sum[kPacks][8] = {};
-    int term = 0, column = first + 8 * lane_, token = 0;
+    float sum[kVectors][8] = {};
+    int addend = 0, column = first + 8 * lane_, token = 0;
     TokenEnd end = s_.ends[0];
-    const auto end_term = [&] {
-      if (++term < end.term) return;
+    const auto end_addend = [&] {
+      if (++addend < end.addend) return;
       __nv_bfloat16* row =
-          to + (static_cast<u64>(static_cast<u32>(end.token)) * static_cast<u32>(c_.g.hidden) +
+          to + (static_cast<u64>(static_cast<u32>(end.token)) * static_cast<u32>(p_.g.hidden) +
                 static_cast<u32>(column));
 #pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
+      for (int i = 0; i < kVectors; ++i) {
         if (column + 256 * i < last) store_row(row + 256 * i, sum[i]);
 #pragma unroll
         for (float& value : sum[i]) value = 0;
       }
       ++token;
-      if (term == num_terms_) term = 0, token = 0, column += kSumColumns;
+      if (addend == num_addends_) addend = 0, token = 0, column += kSumColumns;
       end = s_.ends[token];
     };
 #pragma unroll 1
-    for (int left = items; left > 0; left -= kSlotsOfGroup) {
-      // What lies behind a row's columns, or in a slot that was not loaded, is added to sums that
-      // are not stored.
-      uint4 packed[kPacksAhead];  // on their way from the group while those before are added
-      const float weights[] = {s_.weights[term], s_.weights[term + 1 < num_terms_ ? term + 1 : 0]};
-      mbarrier_wait(&s_.full[at_.slot], at_.phase);
-      const uint4* values = reinterpret_cast<const uint4*>(s_.values[at_.slot]) + lane_;
+    for (int left = copies; left > 0; left -= kRowsPerStage) {
+      // Vectors beyond a row's last column, or of a row that was not loaded, go into sums that are
+      // not stored.
+      uint4 vectors[kVectorsAhead];  // read from the stage while those before are added
+      const float weights[] = {s_.weights[addend],
+                               s_.weights[addend + 1 < num_addends_ ? addend + 1 : 0]};
+      mbarrier_wait(&s_.full[at_.stage], at_.parity);
+      const uint4* values = reinterpret_cast<const uint4*>(s_.values[at_.stage]) + lane_;
 #pragma unroll
-      for (int i = 0; i < kPacksAhead; ++i) packed[i] = values[32 * i];
+      for (int i = 0; i < kVectorsAhead; ++i) vectors[i] = values[32 * i];
       const auto add = [&](int i) {
-        add_packed(sum[i % kPacks], packed[i % kPacksAhead], weights[i / kPacks]);
-        const int next = i + kPacksAhead;
-        if (next < kSlotsOfGroup * kPacks) packed[i % kPacksAhead] = values[32 * next];
+        add_packed(sum[i % kVectors], vectors[i % kVectorsAhead], weights[i / kVectors]);
+        const int next = i + kVectorsAhead;
+        if (next < kRowsPerStage * kVectors) vectors[i % kVectorsAhead] = values[32 * next];
       };
 #pragma unroll
-      for (int i = 0; i < kPacks; ++i) add(i);
-      end_term();
+      for (int i = 0; i < kVectors; ++i) add(i);
+      end_addend();
 #pragma unroll
-      for (int i = kPacks; i < kSlotsOfGroup * kPacks; ++i) {
-        if (i + kPacksAhead == kSlotsOfGroup * kPacks) {
-          __syncwarp();  // the group has been read
-          load(at_.slot, ahead, left - kSumGroups * kSlotsOfGroup, last);
+      for (int i = kVectors; i < kRowsPerStage * kVectors; ++i) {
+        if (i + kVectorsAhead == kRowsPerStage * kVectors) {
+          __syncwarp();  // the stage has been read
+          load(at_.stage, ahead, left - kSumStages * kRowsPerStage, last);
           at_.advance();
         }
         add(i);
       }
-      if (left > 1) end_term();
+      if (left > 1) end_addend();
     }
     __syncwarp();  // the list may be written again
   }
 
-  // For tokens without terms.
+  // For tokens without addends.
   __device__ void store_zeros(__nv_bfloat16* to, int first, int last) const {
     const float zeros[8] = {};
     for (u32 left = empty_; left != 0; left &= left - 1) {
-      __nv_bfloat16* row = to + static_cast<long long>(__ffs(left) - 1) * c_.g.hidden;
+      __nv_bfloat16* row = to + static_cast<long long>(__ffs(left) - 1) * p_.g.hidden;
       for (int i = first + 8 * lane_; i < last; i += 256) store_row(row + i, zeros);
     }
   }
 
-  // The next of `left` items, if any: a lane a slot. Lanes without an item arrive without bytes.
-  __device__ void load(int group, SumItem& of, int left, int last) {
-    if (lane_ >= kSlotsOfGroup || left <= 0) return;
-    u64* full = &s_.full[group];
+  // Loads a stage: a lane the row that it stands for, if there are so many left. A lane without one
+  // arrives without bytes.
+  __device__ void load(int stage, SumCursor& of, int left, int last) {
+    if (lane_ >= kRowsPerStage || left <= 0) return;
+    u64* full = &s_.full[stage];
     if (lane_ >= left) {
       mbarrier_arrive(full);
       return;
     }
-    const int row = s_.rows[of.term];
+    const int row = s_.rows[of.addend];
     const __nv_bfloat16* from =
-        row >= 0 ? c_.partial_rows : c_.data<__nv_bfloat16>(c_.world.rank, c_.staging_at);
+        row >= 0 ? p_.partial_rows : p_.data<__nv_bfloat16>(p_.world.rank, p_.staging_offset);
     from +=
-        static_cast<u64>(static_cast<u32>(row >= 0 ? row : ~row)) * static_cast<u32>(c_.g.hidden) +
+        static_cast<u64>(static_cast<u32>(row >= 0 ? row : ~row)) * static_cast<u32>(p_.g.hidden) +
         static_cast<u32>(of.column);
     const u32 bytes = 2 * min(kSumColumns, last - of.column);
     mbarrier_arrive_expect(full, bytes);
-    bulk_load<Keep::kBriefly>(s_.values[group][lane_], from, bytes, full);
-    of.advance(kSlotsOfGroup, num_terms_);
+    bulk_load<CacheHint::kEvictFirst>(s_.values[stage][lane_], from, bytes, full);
+    of.advance(kRowsPerStage, num_addends_);
   }
 
-  const Call& c_;
-  SumSlots& s_;
-  int lane_, num_terms_ = 0;
+  const ExchangeParams& p_;
+  CombineStages& s_;
+  int lane_, num_addends_ = 0;
 
  private:
-  u32 empty_ = 0;        // tokens of the batch that have no terms, a bit each
-  Ring<kSumGroups> at_;  // of groups; goes on from batch to batch
+  u32 empty_ = 0;                 // tokens of the batch without addends, a bit each
+  PipelineState<kSumStages> at_;  // goes on from batch to batch
 };
 
 }  // namespace cometrt

@@ -1,27 +1,27 @@
-// A warpgroup multiplies its 64 rows of each tile, as slots fill, and hands them to the epilogue.
+// A warpgroup multiplies its 64 rows of each work tile, stage by stage, and hands them to the
+// epilogue.
 #pragma once
 
 #include "common/trace.cuh"
-#include "gemm/turns.cuh"
+#include "gemm/tile_scheduler.cuh"
 #include "hopper/wgmma.cuh"
 
 namespace cometrt {
 
-constexpr int kMaxBlocksOfPiece = 4;
+constexpr int kMaxBlocksOfStep = 4;  // K blocks between two steps of the epilogue
 
-// This warp reads the slot no more: in both CTAs, since either may load for both.
-__device__ inline void release_slot(Shared& shared, int slot) {
+// This warp has read the stage. Signals both CTAs, since either may load into both.
+__device__ inline void release_stage(Shared& shared, int stage) {
   const u32 lane = threadIdx.x % 32;
-  if (lane < kClusterSize) mbarrier_arrive_at(&shared.empty[slot], lane);
+  if (lane < kClusterSize) mbarrier_arrive_at(&shared.empty[stage], lane);
 }
 
-// The products of one slot: d [64, 256] += a [64, BLOCK_K] b [256, BLOCK_K]^T, or = where it is the
-// first.
-__device__ inline void multiply_slot(Shared& shared, const Cursor& at, int warpgroup, bool first,
-                                     float (&d)[128]) {
-  mbarrier_wait(&shared.full[at.slot], at.phase);
-  const u64 a = wgmma_descriptor(shared.slots[at.slot].a[warpgroup]);
-  const u64 b = wgmma_descriptor(shared.slots[at.slot].b);
+// d [64, 256] += a [64, BLOCK_K] b [256, BLOCK_K]^T, or = for the first stage of a tile.
+__device__ inline void multiply_stage(Shared& shared, const StageState& at, int warpgroup,
+                                      bool first, float (&d)[128]) {
+  mbarrier_wait(&shared.full[at.stage], at.parity);
+  const u64 a = wgmma_descriptor(shared.stages[at.stage].a[warpgroup]);
+  const u64 b = wgmma_descriptor(shared.stages[at.stage].b);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < BLOCK_K / 16; ++step) {
@@ -30,34 +30,34 @@ __device__ inline void multiply_slot(Shared& shared, const Cursor& at, int warpg
   wgmma_commit();
 }
 
-// d [64, 256] = a [64, K] b [256, K]^T, while the last tile's pieces leave. A slot is released
-// when the next one's products are under way, which is when its own are known to be complete; the
-// last slot's are still under way at the end. Returns that slot.
+// d [64, 256] = a [64, K] b [256, K]^T. Meanwhile the epilogue stores the last tile, a step every
+// few K blocks. A stage is released when the next stage's products are under way: its own are
+// complete then. Returns the last stage, whose products are still under way.
 template <typename Epilogue>
-__device__ inline int multiply(Shared& shared, Cursor& at, int num_k_blocks, int warpgroup,
+__device__ inline int multiply(Shared& shared, StageState& at, int num_k_blocks, int warpgroup,
                                float (&d)[128], Epilogue& epilogue) {
-  int last = at.slot;
+  int last = at.stage;
   const auto next = [&](bool first) {
-    multiply_slot(shared, at, warpgroup, first, d);
+    multiply_stage(shared, at, warpgroup, first, d);
     if (!first) {
       wgmma_wait<1>();
-      release_slot(shared, last);
+      release_stage(shared, last);
     }
-    last = at.slot;
+    last = at.stage;
     at.advance();
   };
   int k = 0;
-  if (num_k_blocks >= Epilogue::kPieces) {
-    const int every = min(num_k_blocks / Epilogue::kPieces, kMaxBlocksOfPiece);
+  if (num_k_blocks >= Epilogue::kSteps) {
+    const int every = min(num_k_blocks / Epilogue::kSteps, kMaxBlocksOfStep);
 #pragma unroll
-    for (int piece = 0; piece < Epilogue::kPieces; ++piece) {
-      next(piece == 0);
-      epilogue.leave(piece);
+    for (int step = 0; step < Epilogue::kSteps; ++step) {
+      next(step == 0);
+      epilogue.store_step(step);
       for (int i = 1; i < every; ++i) next(false);
     }
-    k = every * Epilogue::kPieces;
+    k = every * Epilogue::kSteps;
   } else {
-    epilogue.leave_at_once();
+    epilogue.flush();
     next(true);
     k = 1;
   }
@@ -65,39 +65,39 @@ __device__ inline int multiply(Shared& shared, Cursor& at, int num_k_blocks, int
   return last;
 }
 
-// The slots of a tile of which this warpgroup has no rows.
-__device__ inline void pass_by(Shared& shared, Cursor& at, int num_k_blocks) {
+// A tile of which this warpgroup has no rows: its stages are released unread.
+__device__ inline void skip_tile(Shared& shared, StageState& at, int num_k_blocks) {
   for (int k = 0; k < num_k_blocks; ++k, at.advance()) {
-    mbarrier_wait(&shared.full[at.slot], at.phase);
-    release_slot(shared, at.slot);
+    mbarrier_wait(&shared.full[at.stage], at.parity);
+    release_stage(shared, at.stage);
   }
 }
 
 template <typename Epilogue>
 __device__ inline void consume(Shared& shared, const GemmParams& p, int warpgroup,
                                Epilogue& epilogue, Recorder recorder = {}) {
-  Turns<32> turns(shared);
-  Cursor at;
-  WorkItem item, next;
-  for (bool more = turns.take(item); more; item = next) {
-    if (warpgroup * kHalfM < item.rows) {
+  TileScheduler<32> scheduler(shared);
+  StageState at;
+  WorkTile tile, next;
+  for (bool more = scheduler.next(tile); more; tile = next) {
+    if (warpgroup * kHalfM < tile.rows) {
       float d[128];
-      if (Recorder::kOn) mbarrier_wait(&shared.full[at.slot], at.phase);  // then the work begins
+      if (Recorder::kOn) mbarrier_wait(&shared.full[at.stage], at.parity);  // then the work begins
       recorder.begin();
       const int last = multiply(shared, at, p.num_k_blocks, warpgroup, d, epilogue);
-      more = turns.take(next);
+      more = scheduler.next(next);
       wgmma_wait<0>();
-      release_slot(shared, last);
-      recorder.end(item.tile, item.column);
-      epilogue.keep(item, d);
+      release_stage(shared, last);
+      recorder.end(tile.m_tile, tile.n_tile);
+      epilogue.stash(tile, d);
     } else {
-      epilogue.leave_at_once();
-      pass_by(shared, at, p.num_k_blocks);
-      epilogue.keep_zeros(item);
-      more = turns.take(next);
+      epilogue.flush();
+      skip_tile(shared, at, p.num_k_blocks);
+      epilogue.stash_zeros(tile);
+      more = scheduler.next(next);
     }
   }
-  epilogue.leave_at_once();
+  epilogue.flush();
 }
 
 }  // namespace cometrt

@@ -1,6 +1,6 @@
-// From a warp's accumulators to the results. A tile's results are rounded and kept in registers;
-// they leave in pieces while the next tile is multiplied, since both warpgroups would otherwise
-// wait for an SM's stores at the same time.
+// From a warp's accumulators to the results. A tile's results are rounded and stashed in registers.
+// They are stored step by step while the next tile is multiplied, since both warpgroups would
+// otherwise wait for the SM's stores at the same time.
 #pragma once
 
 #include "common/activation.cuh"
@@ -18,24 +18,26 @@ __device__ inline float2 unpack(u32 pair) {
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
 }
 
-// One warp's way out: 64 columns of its 16 rows, first the upper eight rows and then the others.
-// Through shared memory, so that each store is 16 bytes and eight lanes write 128 bytes of a row.
-class SlabStore {
+// Stores a warp's epilogue subtile: 64 columns of its 16 rows, first the upper eight rows, then the
+// others. Through shared memory, so that each store is 16 bytes and eight lanes write 128 bytes of
+// a row.
+class SubtileStore {
  public:
-  __device__ explicit SlabStore(Slab& slab) : slab_(reinterpret_cast<char*>(slab.values)) {}
+  __device__ explicit SubtileStore(EpilogueTile& tile)
+      : tile_(reinterpret_cast<char*>(tile.values)) {}
 
   // `pairs` [16]: eight columns after the other, this thread's two values of row r, then of r + 8,
   // as the accumulators have them. `to`: row 0, column 0 of the 64; the first `columns` exist.
   __device__ void store(const u32* pairs, __nv_bfloat16* to, int columns, long long stride) {
-    const int lane = threadIdx.x % 32, chunk = lane % 8;
-    to += lane / 8 * stride + 8 * chunk;
+    const int lane = threadIdx.x % 32, vector = lane % 8;
+    to += lane / 8 * stride + 8 * vector;
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper, to += 8 * stride) {
       __syncwarp();  // what was there has been read
 #pragma unroll
       for (int i = 0; i < 2;
            ++i) {  // 32 columns: matrices 4 i to 4 i + 3, 16 bytes a row, swizzled
-        char* row = slab_ + lane % 8 * 128 + 16 * ((4 * i + lane / 8) ^ (lane % 8));
+        char* row = tile_ + lane % 8 * 128 + 16 * ((4 * i + lane / 8) ^ (lane % 8));
         store_matrices(row, pairs[8 * i + upper], pairs[8 * i + 2 + upper],
                        pairs[8 * i + 4 + upper], pairs[8 * i + 6 + upper]);
       }
@@ -43,68 +45,69 @@ class SlabStore {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = 4 * i + lane / 8;
-        const int4 value = *reinterpret_cast<int4*>(slab_ + row * 128 + 16 * (chunk ^ row));
+        const int4 value = *reinterpret_cast<int4*>(tile_ + row * 128 + 16 * (vector ^ row));
         // Read late, if at all: evicted before the operands.
-        if (8 * chunk < columns) __stcs(reinterpret_cast<int4*>(to + 4 * i * stride), value);
+        if (8 * vector < columns) __stcs(reinterpret_cast<int4*>(to + 4 * i * stride), value);
       }
     }
   }
 
  private:
-  char* slab_;
+  char* tile_;
 };
 
-// `kActivation` -1: out = d. Else out = act(d), and z = d where `kWriteZ`; out is computed from the
+// `kActivation` -1: out = d. Else out = act(d), and z = d where `kWriteZ`. out is computed from the
 // rounded z, so that backward finds the same bits.
 template <int kActivation, bool kWriteZ, typename Hooks>
 class Epilogue {
   static constexpr bool kActivates = kActivation >= 0, kGated = kActivates && is_gated(kActivation);
   static constexpr int kWarpRows = kHalfM / 4;
   static constexpr int kColumns = kGated ? kHalfN : BLOCK_N;  // of out in a tile
-  // Of each 64 columns: z (gate, then up) is stored, where it is written; out is computed, the
+  // Steps of a subtile: z (gate, then up) is stored, where it is written; out is computed, the
   // first half and then the rest, where there is an activation; out is stored.
   static constexpr int kStoresOfZ = kActivates && kWriteZ ? (kGated ? 2 : 1) : 0;
-  static constexpr int kPiecesOfSlab = kStoresOfZ + (kActivates ? 2 : 1);
+  static constexpr int kStepsOfSubtile = kStoresOfZ + (kActivates ? 2 : 1);
 
  public:
-  // The last one tells the hooks, when what was stored has had time to arrive.
-  static constexpr int kPieces = kColumns / kSlabColumns * kPiecesOfSlab + (Hooks::kTells ? 1 : 0);
+  // The last step signals the hooks, when the stores have had time to complete.
+  static constexpr int kSteps =
+      kColumns / kSubtileColumns * kStepsOfSubtile + (Hooks::kSignals ? 1 : 0);
 
   // `warp` counts those that multiply.
   __device__ Epilogue(Shared& shared, const GemmParams& p, int warp, const Hooks& hooks)
-      : slab_(shared.slabs[warp]), p_(p), warp_(warp), hooks_(hooks) {}
+      : subtile_(shared.epilogue_tiles[warp]), p_(p), warp_(warp), hooks_(hooks) {}
 
-  // Of a tile whose pieces are to leave from now on.
-  __device__ void keep(const WorkItem& item, const float (&d)[128]) {
+  // Rounds a tile's results and keeps them. Its steps begin with the next tile.
+  __device__ void stash(const WorkTile& tile, const float (&d)[128]) {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) kept_[i] = pack(d[2 * i], d[2 * i + 1]);
-    item_ = item;
+    for (int i = 0; i < 64; ++i) stash_[i] = pack(d[2 * i], d[2 * i + 1]);
+    work_tile_ = tile;
   }
-  // No rows of the tile are this warp's: they are padding, and results too.
-  __device__ void keep_zeros(const WorkItem& item) {
+  // This warp's rows of the tile are all padding: their results are zero.
+  __device__ void stash_zeros(const WorkTile& tile) {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) kept_[i] = 0;
-    item_ = item;
+    for (int i = 0; i < 64; ++i) stash_[i] = 0;
+    work_tile_ = tile;
   }
 
-  // `piece` is known to the compiler.
-  __device__ void leave(int piece) {
-    if (item_.tile < 0) return;
-    if (Hooks::kTells && piece == kPieces - 1) {
-      hooks_.after_stores(item_);
-      item_.tile = -1;
+  // The compiler must know `index`.
+  __device__ void store_step(int index) {
+    if (work_tile_.m_tile < 0) return;
+    if (Hooks::kSignals && index == kSteps - 1) {
+      hooks_.after_stores(work_tile_);
+      work_tile_.m_tile = -1;
       return;
     }
-    const int slab = piece / kPiecesOfSlab, step = piece % kPiecesOfSlab;
-    u32* first = kept_ + 16 * slab;  // gate, or all there is; from its activation on, out
+    const int subtile = index / kStepsOfSubtile, step = index % kStepsOfSubtile;
+    u32* first = stash_ + 16 * subtile;  // gate, or all there is; from its activation on, out
     const u32* up = kGated ? first + 32 : first;
-    const long long row = static_cast<long long>(item_.tile) * BLOCK_M + warp_ * kWarpRows;
-    const int column = item_.column * kColumns + slab * kSlabColumns;
+    const long long row = static_cast<long long>(work_tile_.m_tile) * BLOCK_M + warp_ * kWarpRows;
+    const int column = work_tile_.n_tile * kColumns + subtile * kSubtileColumns;
     const int columns = p_.num_columns - column;
     if (step < kStoresOfZ) {
       const int stride = kGated ? 2 * p_.num_columns : p_.num_columns;
       __nv_bfloat16* to = p_.z + row * stride + column + step * p_.num_columns;
-      slab_.store(step == 0 ? first : up, to, columns, stride);
+      subtile_.store(step == 0 ? first : up, to, columns, stride);
       return;
     }
     if (kActivates) {
@@ -113,12 +116,13 @@ class Epilogue {
       for (int i = 0; i < 8; ++i) first[begin + i] = activate(first[begin + i], up[begin + i]);
       if (begin == 0) return;
     }
-    slab_.store(first, p_.out + row * p_.num_columns + column, columns, p_.num_columns);
-    if (piece == kPieces - 1) item_.tile = -1;
+    subtile_.store(first, p_.out + row * p_.num_columns + column, columns, p_.num_columns);
+    if (index == kSteps - 1) work_tile_.m_tile = -1;
   }
-  __device__ void leave_at_once() {
+  // All steps of the stashed tile, if there is one.
+  __device__ void flush() {
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) leave(piece);
+    for (int index = 0; index < kSteps; ++index) store_step(index);
   }
 
  private:
@@ -129,12 +133,12 @@ class Epilogue {
     return kGated ? pack(low * u.x, high * u.y) : pack(low, high);
   }
 
-  SlabStore slab_;
+  SubtileStore subtile_;
   const GemmParams& p_;
   int warp_;
   const Hooks& hooks_;
-  u32 kept_[64];  // bf16 pairs in the accumulators' order
-  WorkItem item_{-1, 0, 0, 0, 0};
+  u32 stash_[64];  // bf16 pairs in the accumulators' order
+  WorkTile work_tile_{-1, 0, 0, 0, 0};
 };
 
 }  // namespace cometrt

@@ -6,11 +6,11 @@
 namespace cometrt {
 
 struct NoHooks {
-  // The producer's thread, before the first load of a tile.
-  __device__ void before_loads(const WorkItem&) const {}
-  static constexpr bool kTells = false;
-  // Where it tells: a warp, when its stores of a tile are issued (not yet complete).
-  __device__ void after_stores(const WorkItem&) const {}
+  // By the thread that loads, before the first load of a tile.
+  __device__ void before_loads(const WorkTile&) const {}
+  static constexpr bool kSignals = false;
+  // Where it signals: by a warp that has issued its stores of a tile; they may not be complete.
+  __device__ void after_stores(const WorkTile&) const {}
 };
 
 }  // namespace cometrt

@@ -9,15 +9,15 @@ struct alignas(128) TensorMap {  // CUtensorMap, encoded on the host
   u64 opaque[16];
 };
 
-// How long the cache keeps what a copy reads or writes.
-enum class Keep { kNormal, kLong, kBriefly };
+// In which order L2 evicts what a copy reads or writes.
+enum class CacheHint { kEvictNormal, kEvictLast, kEvictFirst };
 
-template <Keep kKeep>
+template <CacheHint kHint>
 __device__ inline u64 cache_policy() {
   u64 policy;
-  if (kKeep == Keep::kNormal) {
+  if (kHint == CacheHint::kEvictNormal) {
     asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  } else if (kKeep == Keep::kLong) {
+  } else if (kHint == CacheHint::kEvictLast) {
     asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   } else {
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -26,34 +26,34 @@ __device__ inline u64 cache_policy() {
 }
 
 // Global to shared; completes on the barrier. Addresses and bytes are multiples of 16.
-template <Keep kKeep = Keep::kNormal>
+template <CacheHint kHint = CacheHint::kEvictNormal>
 __device__ inline void bulk_load(void* shared, const void* global, u32 bytes, u64* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(cache_policy<kKeep>())
+      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(cache_policy<kHint>())
       : "memory");
 }
 
 // Shared to global; completes in this thread's bulk group.
-template <Keep kKeep = Keep::kNormal>
+template <CacheHint kHint = CacheHint::kEvictNormal>
 __device__ inline void bulk_store(void* global, const void* shared, u32 bytes) {
   asm volatile(
       "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(
           global),
-      "r"(shared_address(shared)), "r"(bytes), "l"(cache_policy<kKeep>())
+      "r"(shared_address(shared)), "r"(bytes), "l"(cache_policy<kHint>())
       : "memory");
 }
 
 __device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// At most kPending groups have not read their shared memory yet: older slots may be refilled.
+// At most kPending groups have not read their shared memory yet: older stages may be refilled.
 template <int kPending>
 __device__ inline void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// At most kPending groups are not complete yet: what older ones wrote may be released.
+// At most kPending groups are not complete yet: what older ones wrote may be signalled.
 template <int kPending>
 __device__ inline void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");

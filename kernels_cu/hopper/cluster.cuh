@@ -21,7 +21,7 @@ __device__ inline void cluster_barrier() {
 
 // On the barrier at the same place in a CTA of the cluster, this one's own included. Orders no
 // ordinary accesses of this thread before it for the other CTA (release at cluster scope would be
-// a fence of the whole GPU): for slots that were read by completed wgmma, and by nothing else.
+// a fence of the whole GPU): for stages that completed wgmma has read, and nothing else.
 __device__ inline void mbarrier_arrive_at(u64* barrier, u32 cta) {
   asm volatile(
       "{\n"

@@ -1,4 +1,4 @@
-// Barriers in shared memory that count arrivals and bytes; a phase bit tells full from empty.
+// Barriers in shared memory that count arrivals and bytes. Their parity flips with each phase.
 #pragma once
 
 #include "hopper/memory.cuh"

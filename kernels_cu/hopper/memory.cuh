@@ -13,7 +13,7 @@ __device__ inline u64 global_timer_ns() {
   return now;
 }
 
-// threadIdx.x, where the compiler is not to keep what follows from it in registers.
+// threadIdx.x, read anew: the compiler does not keep in registers what follows from it.
 __device__ inline int thread_index() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
@@ -85,9 +85,9 @@ __device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" :
 // bulk copy will read.
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-// The same pointer, of which the compiler no longer knows that all lanes of the warp have it. Where
-// it does, it makes one atomic of those of all lanes and waits for the answer at once, also where
-// only one lane takes part and needs the answer much later.
+// The same pointer, without the compiler knowing that all lanes of the warp have it. Else it would
+// merge the lanes' atomics into one and wait for the answer at once, also where one lane alone
+// takes part and needs the answer much later.
 template <typename T>
 __device__ inline T* own_pointer(T* pointer) {
   const u64 bits = reinterpret_cast<u64>(pointer);

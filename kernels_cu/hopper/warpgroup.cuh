@@ -1,18 +1,18 @@
-// What a warpgroup does as one: trade registers, store its accumulators.
+// What a warpgroup does together: change its register count, store its accumulators.
 #pragma once
 
 #include "hopper/mbarrier.cuh"
 
 namespace cometrt {
 
-// Once each, by all threads of a warpgroup, at the head of its role.
+// By all threads of a warpgroup, once, at the beginning of its role.
 template <int kRegisters>
-__device__ inline void give_registers() {
+__device__ inline void register_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 template <int kRegisters>
-__device__ inline void take_registers() {
+__device__ inline void register_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 

@@ -1,60 +1,63 @@
-// The planner's first step, and what it takes from other ranks.
+// The planner's first step, and what it reads of other ranks.
 #pragma once
 
-#include "comm/pacing.cuh"
-#include "exchange/agree.cuh"
 #include "plan/items.cuh"
+#include "protocol/agree.cuh"
+#include "protocol/emulated_link.cuh"
 
 namespace cometrt {
 
-// 1. Every table is -1, weights 0, and what later steps count up is 0: a slice of `count`.
+// 1. Clears a slice of `count`: every table is -1, router weights are 0, what later steps count up
+// is 0.
 __device__ inline void clear_tables(const PlanParams& p, int slice, int count) {
-  const long long first = static_cast<long long>(slice) * kChunk + threadIdx.x;
-  const long long step = static_cast<long long>(count) * kChunk;
+  const long long first = static_cast<long long>(slice) * kTokenTile + threadIdx.x;
+  const long long step = static_cast<long long>(count) * kTokenTile;
   int4* tables = reinterpret_cast<int4*>(p.tables);
   for (long long i = first; i < p.num_words / 4; i += step) tables[i] = make_int4(-1, -1, -1, -1);
   for (long long i = first; i < p.g.capacity; i += step) p.row_weight[i] = 0;
-  for (long long i = first; i < 2 * p.g.size * p.g.max_tiles; i += step) p.segment_counts[i] = 0;
-  for (long long i = first; i < p.g.size * p.g.blocks_per_home; i += step) p.block_position[i] = -1;
+  for (long long i = first; i < 2 * p.g.size * p.g.max_tiles; i += step) p.run_counts[i] = 0;
+  for (long long i = first; i < p.g.size * p.g.blocks_per_home; i += step)
+    p.block_order_idx[i] = -1;
 }
 
-// The tokens of a source as this block knows them (-1: the world has stopped), its ids, and when
-// those of a chunk will have crossed, which the first thread knows.
+// A source's tokens as this block knows them (-1: the world has stopped), its ids, and when those
+// of a token tile will have crossed the link, which the first thread knows.
 struct Routing {
   int tokens;
   const int* ids;
-  u64 crossed_ns;
+  u64 transferred_ns;
 };
 
-// Waits for the source and sends for the ids of a chunk of its tokens. Acquires source_ready.
-__device__ inline Routing find_routing(const Call& c, const Pace& pace, const PlanParams& p,
-                                       int chunk_idx, int source) {
+// Waits for the source and begins the transfer of a token tile's ids. Acquires source_ready.
+__device__ inline Routing find_routing(const ExchangeParams& params, const EmulatedLink& link,
+                                       const PlanParams& p, int token_tile_idx, int source) {
   __shared__ int shared_tokens;
-  u64 crossed_ns = 0;
+  u64 transferred_ns = 0;
   if (threadIdx.x == 0) {
-    const int tokens = shared_tokens = wait_source(c, source);
-    if (chunk_idx == 0) p.num_tokens[source] = tokens;
-    const int here = max(0, min(kChunk, tokens - chunk_idx * kChunk));
-    if (source != c.world.rank) crossed_ns = reserve_link(pace, 4ull * here * p.g.topk);
+    const int tokens = shared_tokens = wait_source(params, source);
+    if (token_tile_idx == 0) p.num_tokens[source] = tokens;
+    const int here = max(0, min(kTokenTile, tokens - token_tile_idx * kTokenTile));
+    if (source != params.world.rank) transferred_ns = begin_transfer(link, 4ull * here * p.g.topk);
   }
   __syncthreads();
-  return {shared_tokens, c.routing<int>(source, c.world.epoch(), c.ids_at), crossed_ns};
+  return {shared_tokens, params.routing<int>(source, params.world.epoch(), params.ids_offset),
+          transferred_ns};
 }
 
-__device__ inline void tell_wrong(const PlanParams& p, long long pair) {
+__device__ inline void report_wrong_pair(const PlanParams& p, long long pair) {
   atomicMax(&p.progress->wrong_pair, ~static_cast<u64>(pair));  // the first one stands
 }
 
-// 1. Takes a chunk's ids into this rank's table and checks them; counts pairs by (source, chunk,
-// expert) and (source, expert), and tokens by (source, group). `meanwhile()` runs while the ids are
-// on their way. Blocks whose waits ended may know less of a source than others do: no tables are
-// made of that. A block a (chunk, source).
+// 1. Copies a token tile's ids into this rank's table and checks them. Counts pairs by (source,
+// token tile, expert) and (source, expert), and tokens by (source, EP group). `meanwhile()` runs
+// while the ids arrive. Blocks whose waits ended may know less of a source than others: no tables
+// are made of that. A block a (token tile, source).
 template <typename Meanwhile>
-__device__ inline void count_pairs(const PlanParams& p, int chunk_idx, int source,
+__device__ inline void count_pairs(const PlanParams& p, int token_tile_idx, int source,
                                    const Routing& routing, u32* members, Meanwhile meanwhile) {
   const int thread = threadIdx.x, lane = thread % 32, topk = p.g.topk;
-  for (int i = thread; i < 4 * p.g.num_experts; i += kChunk) members[i] = 0;
-  const int token = chunk_idx * kChunk + thread;
+  for (int i = thread; i < 4 * p.g.num_experts; i += kTokenTile) members[i] = 0;
+  const int token = token_tile_idx * kTokenTile + thread;
   const bool used = token < routing.tokens;
   const int* from = routing.ids + static_cast<long long>(token) * topk;
   const long long first_pair = (static_cast<long long>(source) * p.g.max_tokens + token) * topk;
@@ -64,7 +67,7 @@ __device__ inline void count_pairs(const PlanParams& p, int chunk_idx, int sourc
     if (used) load_pairs(from, k, topk, ids);
     if (k == 0) {
       meanwhile();
-      if (thread == 0) wait_crossed(routing.crossed_ns);
+      if (thread == 0) wait_transferred(routing.transferred_ns);
       __syncthreads();
     }
     if (used) store_pairs(p.ids + first_pair, k, topk, ids);
@@ -76,10 +79,10 @@ __device__ inline void count_pairs(const PlanParams& p, int chunk_idx, int sourc
         wrong = choose(members, ids[i]) >> lane & 1;  // chosen before
         groups |= 1ull << (ids[i] / p.g.local_experts);
       }
-      if (wrong) tell_wrong(p, first_pair + k + i);
+      if (wrong) report_wrong_pair(p, first_pair + k + i);
     }
   }
-  for (int first = 0; first < p.g.ep; first += 32) {  // a lane sums a group
+  for (int first = 0; first < p.g.ep; first += 32) {  // a lane sums an EP group
     int count = 0;
     for (int group = first; group < min(first + 32, p.g.ep); ++group) {
       const u32 with = __ballot_sync(~0u, groups >> group & 1);
@@ -89,9 +92,10 @@ __device__ inline void count_pairs(const PlanParams& p, int chunk_idx, int sourc
   }
   if (routing.tokens < 0 && thread == 0) p.progress->largest_need = ~0ull;
   __syncthreads();
-  int* counts = p.chunk_counts +
-                (static_cast<long long>(source) * num_chunks(p) + chunk_idx) * p.g.num_experts;
-  for (int e = thread; e < p.g.num_experts; e += kChunk) {
+  int* counts =
+      p.token_tile_counts +
+      (static_cast<long long>(source) * num_token_tiles(p) + token_tile_idx) * p.g.num_experts;
+  for (int e = thread; e < p.g.num_experts; e += kTokenTile) {
     const uint4 mask = reinterpret_cast<const uint4*>(members)[e];
     const int count = __popc(mask.x) + __popc(mask.y) + __popc(mask.z) + __popc(mask.w);
     counts[e] = count;
@@ -99,32 +103,33 @@ __device__ inline void count_pairs(const PlanParams& p, int chunk_idx, int sourc
   }
 }
 
-// 2. A chunk's weights, from the source's table into this rank's, checked. The first thread returns
-// when they will have crossed. A block a (chunk, source).
-__device__ inline u64 take_weights(const PlanParams& p, int chunk_idx, int source,
-                                   const float* from, const Pace* pace) {
+// 2. Copies a token tile's router weights from the source's table into this rank's and checks them.
+// The first thread returns when they will have crossed the link. A block a (token tile, source).
+__device__ inline u64 take_weights(const PlanParams& p, int token_tile_idx, int source,
+                                   const float* from, const EmulatedLink* link) {
   const int tokens = p.num_tokens[source], topk = p.g.topk;
-  const int begin = chunk_idx * kChunk * topk, end = min(tokens, (chunk_idx + 1) * kChunk) * topk;
+  const int begin = token_tile_idx * kTokenTile * topk,
+            end = min(tokens, (token_tile_idx + 1) * kTokenTile) * topk;
   const long long to = static_cast<long long>(source) * p.g.max_tokens * topk;
-  u64 crossed_ns = 0;
-  if (pace != nullptr && threadIdx.x == 0 && begin < end && source != p.g.rank) {
-    crossed_ns = reserve_link(*pace, 4ull * (end - begin));
+  u64 transferred_ns = 0;
+  if (link != nullptr && threadIdx.x == 0 && begin < end && source != p.g.rank) {
+    transferred_ns = begin_transfer(*link, 4ull * (end - begin));
   }
-  for (int first = begin + threadIdx.x; first < end; first += kPairsAtOnce * kChunk) {
+  for (int first = begin + threadIdx.x; first < end; first += kPairsAtOnce * kTokenTile) {
     float weights[kPairsAtOnce];
 #pragma unroll
     for (int i = 0; i < kPairsAtOnce; ++i) {
-      weights[i] = first + i * kChunk < end ? from[first + i * kChunk] : 0;
+      weights[i] = first + i * kTokenTile < end ? from[first + i * kTokenTile] : 0;
     }
 #pragma unroll
     for (int i = 0; i < kPairsAtOnce; ++i) {
-      const int pair = first + i * kChunk;
+      const int pair = first + i * kTokenTile;
       if (pair >= end) continue;
       p.weights[to + pair] = weights[i];
-      if (!isfinite(weights[i])) tell_wrong(p, to + pair);
+      if (!isfinite(weights[i])) report_wrong_pair(p, to + pair);
     }
   }
-  return crossed_ns;
+  return transferred_ns;
 }
 
 }  // namespace cometrt

@@ -1,21 +1,20 @@
-// What the planner's phases have in common: chunks of tokens, a token's pairs, where tables lie.
+// What the planner's steps have in common: token tiles, a token's pairs, where tables lie.
 #pragma once
 
 #include "plan/plan.cuh"
 
 namespace cometrt {
 
-constexpr int kChunk = 128;  // tokens, and threads of a block
-constexpr int kWarps = kChunk / 32;
+constexpr int kTokenTile = 128;  // tokens that a block counts or places: one a thread
+constexpr int kWarps = kTokenTile / 32;
 constexpr u32 kNever = 0xffffffffu;
 constexpr int kPairsAtOnce = 8, kRowsAtOnce = 4;
 
-__device__ inline int num_chunks(const PlanParams& p) {
-  return (p.g.max_tokens + kChunk - 1) / kChunk;
+__device__ inline int num_token_tiles(const PlanParams& p) {
+  return (p.g.max_tokens + kTokenTile - 1) / kTokenTile;
 }
 
-// A word of each of a token's pairs from k on, as many as there are and as fit, -1 beyond; in
-// vectors where they are aligned.
+// Words of a token's pairs from k on, -1 beyond the last; as vectors where these are aligned.
 __device__ inline void load_pairs(const int* words, int k, int topk, int (&out)[kPairsAtOnce]) {
 #pragma unroll
   for (int i = 0; i < kPairsAtOnce; i += 4) {
@@ -45,7 +44,7 @@ __device__ inline void store_pairs(int* words, int k, int topk, const int (&from
   }
 }
 
-// Which threads of the chunk chose an expert: 4 words each, in shared memory.
+// Which tokens of the tile chose an expert: 4 words an expert, in shared memory.
 __device__ inline u32 choose(u32* members, int expert) {  // returns the word as it was
   return atomicOr(&members[4 * expert + threadIdx.x / 32], 1u << (threadIdx.x % 32));
 }

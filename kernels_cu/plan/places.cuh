@@ -1,4 +1,4 @@
-// Phases 3 to 5 of the planner: where each pair and token goes.
+// Steps 3 to 5 of the planner: where each pair and each token goes.
 #pragma once
 
 #include "common/scan.cuh"
@@ -6,38 +6,41 @@
 
 namespace cometrt {
 
-// 3. The rows of this rank and, of this source, the sorted tokens of each expert; the first tile
-// that needs each token: on this rank of all sources, and of this source on all ranks; how many
-// tokens each segment is the first of. A block a (chunk, source).
-__device__ inline void place_rows(const PlanParams& p, int chunk_idx, int source, u32* members) {
+// 3. This rank's rows and, for its own tokens, the sorted tokens of each expert; the first tile
+// that needs each token, on this rank for all sources, and on all ranks for its own tokens; how
+// many tokens need each run first. A block a (token tile, source).
+__device__ inline void place_rows(const PlanParams& p, int token_tile_idx, int source,
+                                  u32* members) {
   const int experts = p.g.local_experts, num_experts = p.g.num_experts, topk = p.g.topk;
   const int tp = p.g.tp, size = p.g.size, rank = p.g.rank, thread = threadIdx.x;
   const bool own = source == rank;
   // Pairs of a source elsewhere matter only where their expert is here.
   const int begin = own ? 0 : rank / tp * experts, end = own ? num_experts : begin + experts;
   const int first_shard = own ? 0 : rank % tp, end_shard = own ? tp : first_shard + 1;
-  // Of the chunk's first pair of each expert: its place in the list, its row on each shard.
+  // For the first pair of each expert in the token tile: its index in the list, its row on each
+  // shard.
   int* starts = reinterpret_cast<int*>(members + 4 * num_experts);  // [num_experts]
   int* rows = starts + num_experts;                                 // [tp, num_experts]
-  u32* firsts = reinterpret_cast<u32*>(rows + tp * num_experts);    // [size, kChunk]
-  const int* chunk =
-      p.chunk_counts + (static_cast<long long>(source) * num_chunks(p) + chunk_idx) * num_experts;
-  const int token = chunk_idx * kChunk + thread;
+  u32* firsts = reinterpret_cast<u32*>(rows + tp * num_experts);    // [size, kTokenTile]
+  const int* counts =
+      p.token_tile_counts +
+      (static_cast<long long>(source) * num_token_tiles(p) + token_tile_idx) * num_experts;
+  const int token = token_tile_idx * kTokenTile + thread;
   const bool used = token < p.num_tokens[source];
   const long long global_token = static_cast<long long>(source) * p.g.max_tokens + token;
   const long long first_pair = global_token * topk;
-  int ids[kPairsAtOnce];  // the first come with what follows; few tokens have more
+  int ids[kPairsAtOnce];  // the first loads are issued here; few tokens have more pairs
   if (token < p.g.max_tokens) load_pairs(p.ids + first_pair, 0, topk, ids);
-  for (int e = begin + thread; e < end; e += kChunk) {
+  for (int e = begin + thread; e < end; e += kTokenTile) {
     reinterpret_cast<uint4*>(members)[e] = make_uint4(0, 0, 0, 0);
-    starts[e] = p.list_start[e] + chunk[e];
+    starts[e] = p.list_start[e] + counts[e];
     for (int shard = first_shard; shard < end_shard; ++shard) {
       const int c = e / experts * tp + shard, d = ring_distance(p.g, c, source);
-      rows[shard * num_experts + e] = p.rank_rows[rank_rows_at(p, c, d, e % experts)] + chunk[e];
+      rows[shard * num_experts + e] = p.rank_rows[rank_rows_at(p, c, d, e % experts)] + counts[e];
     }
   }
-  firsts[rank * kChunk + thread] = kNever;
-  for (int c = 0; c < size && own; ++c) firsts[c * kChunk + thread] = kNever;
+  firsts[rank * kTokenTile + thread] = kNever;
+  for (int c = 0; c < size && own; ++c) firsts[c * kTokenTile + thread] = kNever;
   __syncthreads();
   for (int k = 0; k < topk && used; k += kPairsAtOnce) {
     if (k > 0) load_pairs(p.ids + first_pair, k, topk, ids);
@@ -57,19 +60,19 @@ __device__ inline void place_rows(const PlanParams& p, int chunk_idx, int source
       indices[i] = matters ? chosen_before(members, ids[i]) : -1;
     }
     for (int shard = first_shard; shard < end_shard; ++shard) {
-      u32 positions[kPairsAtOnce];
+      u32 order_indices[kPairsAtOnce];
 #pragma unroll
       for (int i = 0; i < kPairsAtOnce; ++i) {
         if (indices[i] < 0) continue;
         const int c = ids[i] / experts * tp + shard;
         const int tile = (rows[shard * num_experts + ids[i]] + indices[i]) / p.g.block_m;
-        positions[i] = p.rank_tile_position[static_cast<long long>(c) * p.g.max_tiles + tile];
+        order_indices[i] = p.rank_tile_order_idx[static_cast<long long>(c) * p.g.max_tiles + tile];
       }
 #pragma unroll
       for (int i = 0; i < kPairsAtOnce; ++i) {
         if (indices[i] < 0) continue;
-        u32* first = &firsts[(ids[i] / experts * tp + shard) * kChunk + thread];
-        *first = min(*first, positions[i]);
+        u32* first = &firsts[(ids[i] / experts * tp + shard) * kTokenTile + thread];
+        *first = min(*first, order_indices[i]);
       }
     }
 #pragma unroll
@@ -86,9 +89,9 @@ __device__ inline void place_rows(const PlanParams& p, int chunk_idx, int source
   }
   if (!used) return;
   const auto keep = [&](int j, long long at, int c) {
-    const u32 first = firsts[c * kChunk + thread];
-    p.first_position[at] = first;
-    if (first != kNever) atomicAdd(&p.segment_counts[j * p.g.max_tiles + first], 1);
+    const u32 first = firsts[c * kTokenTile + thread];
+    p.first_order_idx[at] = first;
+    if (first != kNever) atomicAdd(&p.run_counts[j * p.g.max_tiles + first], 1);
   };
   keep(source, global_token, rank);
   for (int c = 0; c < size && own; ++c) {
@@ -96,25 +99,27 @@ __device__ inline void place_rows(const PlanParams& p, int chunk_idx, int source
   }
 }
 
-// 4. Sums along the orders: pulls forwards over all sources, sends and slots backwards for each
-// home. A block a column; j = -1 for pulls. A thread sums neighbours.
-__device__ inline void sum_segments(const PlanParams& p, int j, int* warps) {
+// 4. Prefix sums along the orders: of pulls forwards over all sources, of sends and staging rows
+// backwards for each home. A block a column; j = -1 for pulls. A thread sums neighbours.
+__device__ inline void sum_runs(const PlanParams& p, int j, int* warps) {
   const int size = p.g.size, max_tiles = p.g.max_tiles;
-  const int share = (max_tiles + kChunk - 1) / kChunk;
+  const int share = (max_tiles + kTokenTile - 1) / kTokenTile;
   const int begin = threadIdx.x * share, end = min(begin + share, max_tiles);
-  const auto place = [&](int i) { return j < 0 ? i : max_tiles - 1 - i; };  // layer1 walks back
+  const auto place = [&](int i) {
+    return j < 0 ? i : max_tiles - 1 - i;
+  };  // gemm_combine walks back
   const auto count = [&](int i) {
-    if (j >= 0) return p.segment_counts[j * max_tiles + place(i)];
+    if (j >= 0) return p.run_counts[j * max_tiles + place(i)];
     int sum = 0;
 #pragma unroll 8
-    for (int s = 0; s < size; ++s) sum += p.segment_counts[s * max_tiles + i];
+    for (int s = 0; s < size; ++s) sum += p.run_counts[s * max_tiles + i];
     return sum;
   };
   int mine = 0, total;
 #pragma unroll 4
   for (int i = begin; i < end; ++i) mine += count(i);
   int sum = block_scan(mine, warps, &total);
-  int* out = j < 0 ? p.pull_offsets : p.segment_before + j * max_tiles;
+  int* out = j < 0 ? p.pull_offsets : p.run_starts + j * max_tiles;
   for (int i = begin; i < end; ++i) {
     const int here = count(i);
     out[place(i)] = sum;
@@ -129,15 +134,16 @@ __device__ inline void sum_segments(const PlanParams& p, int j, int* warps) {
   }
 }
 
-// 5. The place of a block among those that are pushed, by (when layer1 finishes them, distance of
-// the home, block): how many are whole before, of nearer homes with this position.
-__device__ inline int push_place(const PlanParams& p, int home, int block, int position) {
+// 5. The index of a block among those that are pushed, by (when gemm_combine finishes them,
+// distance of the home, block): the number of blocks that are complete before, of nearer homes with
+// this order index.
+__device__ inline int push_place(const PlanParams& p, int home, int block, int order_idx) {
   int place = block;
   const int mine = ring_distance(p.g, p.g.rank, home);
 #pragma unroll 4
   for (int d = 1; d < p.g.size; ++d) {
-    const int other = (p.g.rank + d) % p.g.size, at = other * p.g.max_tiles + position;
-    const int tokens = p.segment_before[at] + (d < mine ? p.segment_counts[at] : 0);
+    const int other = (p.g.rank + d) % p.g.size, at = other * p.g.max_tiles + order_idx;
+    const int tokens = p.run_starts[at] + (d < mine ? p.run_counts[at] : 0);
     const bool all = tokens == p.column_tokens[other];  // then the last need not be full
     const int whole = (tokens + (all ? p.g.block_tokens - 1 : 0)) / p.g.block_tokens;
     place += d == mine ? 0 : whole;
@@ -145,13 +151,13 @@ __device__ inline int push_place(const PlanParams& p, int home, int block, int p
   return place;
 }
 
-// 5. Pulls and sends of the tokens whose first tile this is, which lie in it by (distance, token).
-// A warp a position.
-__device__ inline void place_pulls(const PlanParams& p, int position) {
+// 5. Pulls and sends of the tokens that need this tile first; they lie in it by (distance, token).
+// A warp an order index.
+__device__ inline void place_pulls(const PlanParams& p, int order_idx) {
   const int lane = threadIdx.x % 32, max_tiles = p.g.max_tiles;
-  if (position >= p.rank_num_tiles[p.g.rank]) return;
-  const long long first_row = static_cast<long long>(p.tile_order[position]) * p.g.block_m;
-  int pulls = p.pull_offsets[position];
+  if (order_idx >= p.rank_num_tiles[p.g.rank]) return;
+  const long long first_row = static_cast<long long>(p.tile_order[order_idx]) * p.g.block_m;
+  int pulls = p.pull_offsets[order_idx];
   int last_source = -1, sent = 0;  // of the rows before: the last source, its tokens
   for (int first = 0; first < p.g.block_m; first += 32 * kRowsAtOnce) {
     int tokens[kRowsAtOnce];
@@ -164,7 +170,7 @@ __device__ inline void place_pulls(const PlanParams& p, int position) {
     }
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
-      here[i] = tokens[i] >= 0 && p.first_position[tokens[i]] == static_cast<u32>(position);
+      here[i] = tokens[i] >= 0 && p.first_order_idx[tokens[i]] == static_cast<u32>(order_idx);
     }
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
@@ -176,13 +182,13 @@ __device__ inline void place_pulls(const PlanParams& p, int position) {
       if (here[i]) {
         p.pull_tokens[pulls + __popc(left)] = tokens[i];
         if (s != p.g.rank) {
-          const int at = p.segment_before[s * max_tiles + position] + index;
+          const int at = p.run_starts[s * max_tiles + order_idx] + index;
           p.send_tokens[p.send_offsets[s] + at] = tokens[i];
           const int block = at / p.g.block_tokens;
           if ((at + 1) % p.g.block_tokens == 0 || at + 1 == p.column_tokens[s]) {
             const int item = s * p.g.blocks_per_home + block;
-            p.block_position[item] = position;
-            p.push_blocks[push_place(p, s, block, position)] = item;
+            p.block_order_idx[item] = order_idx;
+            p.push_blocks[push_place(p, s, block, order_idx)] = item;
           }
         }
       }
@@ -194,18 +200,18 @@ __device__ inline void place_pulls(const PlanParams& p, int position) {
   }
 }
 
-// 5. Slots of this home's tokens in the segments of rank c at 32 positions. A warp: a lane looks a
-// segment up, then all work on those that are not empty.
-__device__ inline void place_slots(const PlanParams& p, int c, int first_position) {
-  const int lane = threadIdx.x % 32, max_tiles = p.g.max_tiles, mine = first_position + lane;
+// 5. The staging rows of this home's tokens in the runs of rank c at 32 order indices. A warp: a
+// lane looks a run up, then all lanes work on those that are not empty.
+__device__ inline void place_staging_rows(const PlanParams& p, int c, int first_order_idx) {
+  const int lane = threadIdx.x % 32, max_tiles = p.g.max_tiles, mine = first_order_idx + lane;
   const int experts = p.g.local_experts, back = ring_distance(p.g, p.g.rank, c);
-  if (back == 0) return;                       // the home's own sum has no slot
-  int begin_of = 0, end_of = 0, place_of = 0;  // of the lane's segment: in the list; first slot
+  if (back == 0) return;                        // the home's own sum is not staged
+  int begin_of = 0, end_of = 0, first_row = 0;  // of the lane's run: in the list; its staging rows
   if (mine < p.rank_num_tiles[c]) {
     const int column = (p.g.size + c) * max_tiles + mine;
     const int packed = p.rank_order[static_cast<long long>(c) * max_tiles + mine];
-    const int tokens = p.segment_counts[column];
-    place_of = p.home_base[back] + p.segment_before[column];
+    const int tokens = p.run_counts[column];
+    first_row = p.staging_base[back] + p.run_starts[column];
     const int expert = packed % experts, tile = packed / experts;
     const long long rows = rank_rows_at(p, c, ring_distance(p.g, c, p.g.rank), expert);
     const int first = p.rank_rows[rows], end = p.rank_rows[rows + experts];
@@ -213,11 +219,11 @@ __device__ inline void place_slots(const PlanParams& p, int c, int first_positio
     begin_of = start + max(tile * p.g.block_m, first);
     end_of = tokens == 0 ? begin_of : start + min((tile + 1) * p.g.block_m, end);
   }
-  const u32* needed = p.first_position + static_cast<long long>(p.g.size + c) * p.g.max_tokens;
-  for (u32 segments = __ballot_sync(~0u, begin_of < end_of); segments; segments &= segments - 1) {
-    const int which = __ffs(segments) - 1, position = first_position + which;
+  const u32* needed = p.first_order_idx + static_cast<long long>(p.g.size + c) * p.g.max_tokens;
+  for (u32 runs = __ballot_sync(~0u, begin_of < end_of); runs; runs &= runs - 1) {
+    const int which = __ffs(runs) - 1, order_idx = first_order_idx + which;
     const int begin = __shfl_sync(~0u, begin_of, which), end = __shfl_sync(~0u, end_of, which);
-    int place = __shfl_sync(~0u, place_of, which);
+    int place = __shfl_sync(~0u, first_row, which);
     for (int first = begin; first < end; first += 32 * kRowsAtOnce) {
       int tokens[kRowsAtOnce];
       bool here[kRowsAtOnce];
@@ -228,13 +234,13 @@ __device__ inline void place_slots(const PlanParams& p, int c, int first_positio
       }
 #pragma unroll
       for (int i = 0; i < kRowsAtOnce; ++i) {
-        here[i] = tokens[i] >= 0 && needed[tokens[i]] == static_cast<u32>(position);
+        here[i] = tokens[i] >= 0 && needed[tokens[i]] == static_cast<u32>(order_idx);
       }
 #pragma unroll
       for (int i = 0; i < kRowsAtOnce; ++i) {
         const u32 all = __ballot_sync(~0u, here[i]);
-        const int slot = place + __popc(all & ((1u << lane) - 1));
-        if (here[i]) p.home_slot[static_cast<long long>(tokens[i]) * p.g.size + back] = slot;
+        const int row = place + __popc(all & ((1u << lane) - 1));
+        if (here[i]) p.staging_row[static_cast<long long>(tokens[i]) * p.g.size + back] = row;
         place += __popc(all);
       }
     }

@@ -1,4 +1,4 @@
-// Phase 2 of the planner: what follows from counts alone.
+// Step 2 of the planner: what follows from pair counts alone.
 #pragma once
 
 #include "common/scan.cuh"
@@ -6,16 +6,16 @@
 
 namespace cometrt {
 
-// Rows of a rank's experts, from pair counts. Tables in shared memory.
+// The rows of a rank's experts, from pair counts. Tables in shared memory.
 struct RankTiles {
   const Geometry& g;
   int* before;      // [size + 1, local_experts] rows from sources nearer than d
-  int* position;    // [waves, local_experts] place in layer0's order of the first tile
+  int* order_idx;   // [num_phases, local_experts] in the dispatch order, of the first tile
   int* first_tile;  // [local_experts]
 
   __device__ RankTiles(const Geometry& geometry, int* shared) : g(geometry), before(shared) {
-    position = before + (g.size + 1) * g.local_experts;
-    first_tile = position + g.waves * g.local_experts;
+    order_idx = before + (g.size + 1) * g.local_experts;
+    first_tile = order_idx + g.num_phases * g.local_experts;
   }
   __device__ int rows(int expert) const { return before[g.size * g.local_experts + expert]; }
   // Tiles of the expert whose rows all come from sources at most d away.
@@ -29,29 +29,30 @@ struct RankTiles {
     while (before[(d + 1) * g.local_experts + expert] < end) ++d;
     return d;
   }
-  // Tiles of the expert in waves up to that one; -1: none.
-  __device__ int tiles_upto_wave(int wave, int expert) const {
-    return wave < 0 ? 0 : tiles_within(last_distance(g, wave), expert);
+  // Tiles of the expert in phases up to that one; -1: none.
+  __device__ int tiles_upto_phase(int phase, int expert) const {
+    return phase < 0 ? 0 : tiles_within(last_distance(g, phase), expert);
   }
-  // Place in layer0's order of the index-th tile of the expert, at that distance.
+  // The order index of the index-th tile of the expert, which has that distance.
   __device__ int place(int expert, int index, int d) const {
-    int wave = 0;
-    while (last_distance(g, wave) < d) ++wave;
-    return position[wave * g.local_experts + expert] + index - tiles_upto_wave(wave - 1, expert);
+    int phase = 0;
+    while (last_distance(g, phase) < d) ++phase;
+    return order_idx[phase * g.local_experts + expert] + index -
+           tiles_upto_phase(phase - 1, expert);
   }
 };
 
-// 2. The tiles of every rank, a block each; this rank's also writes its tables.
+// 2. The tiles of every rank, a block each; the block of this rank also writes its tables.
 __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* warps) {
   const RankTiles tiles(p.g, shared);
   const int experts = p.g.local_experts, size = p.g.size, thread = threadIdx.x;
   const int first_expert = c / p.g.tp * experts;
-  for (int i = thread; i < size * experts; i += kChunk) {
+  for (int i = thread; i < size * experts; i += kTokenTile) {
     const int source = (c + i / experts) % size;
     tiles.before[experts + i] = p.counts[source * p.g.num_experts + first_expert + i % experts];
   }
   __syncthreads();
-  for (int e = thread; e < experts; e += kChunk) {
+  for (int e = thread; e < experts; e += kTokenTile) {
     int sum = tiles.before[e] = 0;
     for (int d = 1; d <= size; ++d) {
       sum += tiles.before[d * experts + e];
@@ -59,19 +60,19 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
     }
   }
   __syncthreads();
-  int num_tiles = 0;  // places by (wave, expert)
-  for (int first = 0; first < p.g.waves * experts; first += kChunk) {
-    const int i = first + thread, wave = i / experts, e = i % experts;
-    const bool valid = i < p.g.waves * experts;
+  int num_tiles = 0;  // order indices by (phase, expert)
+  for (int first = 0; first < p.g.num_phases * experts; first += kTokenTile) {
+    const int i = first + thread, phase = i / experts, e = i % experts;
+    const bool valid = i < p.g.num_phases * experts;
     const int count =
-        valid ? tiles.tiles_upto_wave(wave, e) - tiles.tiles_upto_wave(wave - 1, e) : 0;
+        valid ? tiles.tiles_upto_phase(phase, e) - tiles.tiles_upto_phase(phase - 1, e) : 0;
     int total;
     const int before = block_scan(count, warps, &total);
-    if (valid) tiles.position[i] = num_tiles + before;
+    if (valid) tiles.order_idx[i] = num_tiles + before;
     num_tiles += total;
   }
   int first_tile = 0;  // by expert
-  for (int first = 0; first < experts; first += kChunk) {
+  for (int first = 0; first < experts; first += kTokenTile) {
     const int e = first + thread;
     const int count = e < experts ? tiles.tiles_within(size - 1, e) : 0;
     int total;
@@ -89,25 +90,25 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
   __syncthreads();
   if (num_tiles > p.g.max_tiles) return;
   const bool mine = c == p.g.rank;
-  for (int i = thread; i < (size + 1) * experts; i += kChunk) {
+  for (int i = thread; i < (size + 1) * experts; i += kTokenTile) {
     const int row = tiles.first_tile[i % experts] * p.g.block_m + tiles.before[i];
     p.rank_rows[rank_rows_at(p, c, 0, i)] = row;
   }
   const long long first_of_rank = static_cast<long long>(c) * p.g.max_tiles;
   for (int e = thread / 32; e < experts; e += kWarps) {  // a warp each
     for (int index = thread % 32; index < tiles.tiles_within(size - 1, e); index += 32) {
-      const int d = tiles.tile_distance(e, index), position = tiles.place(e, index, d);
+      const int d = tiles.tile_distance(e, index), order_idx = tiles.place(e, index, d);
       const int tile = tiles.first_tile[e] + index;
-      p.rank_order[first_of_rank + position] = tile * experts + e;
-      p.rank_tile_position[first_of_rank + tile] = position;
+      p.rank_order[first_of_rank + order_idx] = tile * experts + e;
+      p.rank_tile_order_idx[first_of_rank + tile] = order_idx;
       if (!mine) continue;
       p.tile_expert[tile] = e;
       p.tile_distance[tile] = d;
-      p.tile_order[position] = tile;
+      p.tile_order[order_idx] = tile;
     }
   }
   if (!mine) return;
-  for (int e = thread; e < experts; e += kChunk) {
+  for (int e = thread; e < experts; e += kTokenTile) {
     p.expert_offsets[e] = tiles.first_tile[e] * p.g.block_m;
     p.expert_rows[e] = tiles.rows(e);
   }
@@ -117,20 +118,20 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
   }
 }
 
-// 2. Slots, sends and own lists begin where counts say. One block.
+// 2. Where staging rows, sends and the lists of own tokens begin. One block.
 __device__ inline void make_bases(const PlanParams& p, int* tokens, int* warps) {
   const int size = p.g.size, ep = p.g.ep, tp = p.g.tp, rank = p.g.rank, thread = threadIdx.x;
-  for (int i = thread; i < size * ep; i += kChunk) tokens[i] = p.token_counts[i];
-  for (int s = thread; s < size; s += kChunk) p.out_num_tokens[s] = p.num_tokens[s];
+  for (int i = thread; i < size * ep; i += kTokenTile) tokens[i] = p.token_counts[i];
+  for (int s = thread; s < size; s += kTokenTile) p.out_num_tokens[s] = p.num_tokens[s];
   __syncthreads();
-  // Slots: contributors packed by ring distance from the home, whose own sum is not staged.
-  for (int home = thread; home < size; home += kChunk) {
+  // Staging rows: contributors by ring distance from the home, whose own sum is not staged.
+  for (int home = thread; home < size; home += kTokenTile) {
     int base = 0;
-    if (home == rank) p.send_base[home] = p.home_base[0] = 0;
+    if (home == rank) p.send_base[home] = p.staging_base[0] = 0;
     for (int d = 1; d < size; ++d) {
       const int c = (home + d) % size;
       if (c == rank) p.send_base[home] = base;
-      if (home == rank) p.home_base[d] = base;
+      if (home == rank) p.staging_base[d] = base;
       base += tokens[home * ep + c / tp];
     }
   }
@@ -147,7 +148,7 @@ __device__ inline void make_bases(const PlanParams& p, int* tokens, int* warps) 
     p.num_blocks[0] = blocks;
   }
   int start = 0;
-  for (int first = 0; first < p.g.num_experts; first += kChunk) {
+  for (int first = 0; first < p.g.num_experts; first += kTokenTile) {
     const int e = first + thread;
     const int count = e < p.g.num_experts ? p.counts[rank * p.g.num_experts + e] : 0;
     int total;
@@ -157,27 +158,30 @@ __device__ inline void make_bases(const PlanParams& p, int* tokens, int* warps) 
   }
 }
 
-// 2. Sums a column of chunk counts up, in place. Columns: this source's experts, then the local
-// experts of all sources. A warp each.
-__device__ inline void sum_chunks(const PlanParams& p, int column) {
-  const int experts = p.g.num_experts, chunks = num_chunks(p), lane = threadIdx.x % 32;
+// 2. Prefix sums of a column of token tile counts, in place. Columns: this source's experts, then
+// the local experts of all sources. A warp each.
+__device__ inline void sum_token_tiles(const PlanParams& p, int column) {
+  const int experts = p.g.num_experts, token_tiles = num_token_tiles(p), lane = threadIdx.x % 32;
   int source = p.g.rank, expert = column;
   if (column >= experts) {
     source = (column - experts) / p.g.local_experts;
     expert = p.g.rank / p.g.tp * p.g.local_experts + (column - experts) % p.g.local_experts;
     if (source == p.g.rank || source >= p.g.size) return;
   }
-  int* counts = p.chunk_counts + static_cast<long long>(source) * chunks * experts + expert;
+  int* counts =
+      p.token_tile_counts + static_cast<long long>(source) * token_tiles * experts + expert;
   int before = 0;
-  for (int first = 0; first < chunks; first += 32) {
-    const int chunk = first + lane;
-    const int count = chunk < chunks ? counts[static_cast<long long>(chunk) * experts] : 0;
+  for (int first = 0; first < token_tiles; first += 32) {
+    const int token_tile = first + lane;
+    const int count =
+        token_tile < token_tiles ? counts[static_cast<long long>(token_tile) * experts] : 0;
     int sum = count;
     for (int step = 1; step < 32; step *= 2) {
       const int left = __shfl_up_sync(~0u, sum, step);
       if (lane >= step) sum += left;
     }
-    if (chunk < chunks) counts[static_cast<long long>(chunk) * experts] = before + sum - count;
+    if (token_tile < token_tiles)
+      counts[static_cast<long long>(token_tile) * experts] = before + sum - count;
     before += __shfl_sync(~0u, sum, 31);
   }
 }

@@ -1,24 +1,26 @@
-// Work that blocks of a launch take one item after the other, as they come and get done.
+// A queue of work items that the blocks of a launch pop as they come free.
 #pragma once
 
 #include "hopper/memory.cuh"
 
 namespace cometrt {
 
-// A block's end of a queue of items [0, count). Its next item is asked for ahead: the answer comes
-// while the block works, or waits, for something else.
+// A block's end of a queue of items [0, count). It requests its next ticket ahead: the answer
+// arrives while the block works on something else, or waits for it.
 class WorkQueue {
  public:
-  // taken: of all blocks; 0 before the first.
-  __device__ WorkQueue(u32* taken, int count) : taken_(taken), count_(count) { request(); }
+  // queue_head: shared by all blocks; 0 before the first pop.
+  __device__ WorkQueue(u32* queue_head, int count) : queue_head_(queue_head), count_(count) {
+    request();
+  }
 
-  // By all threads, when they have done with the last item: the next one, or -1 if none is left.
-  // `shared` is the block's, and valid until the next use.
-  __device__ int take(int* shared) {
+  // By all threads, when they have finished the last item: the next one, or -1 if none is left.
+  // `shared`: a word of the block's shared memory, overwritten by the next pop.
+  __device__ int pop(int* shared) {
     __syncthreads();
     if (threadIdx.x == 0) {
-      *shared = next_ < count_ ? next_ : -1;
-      if (next_ < count_) request();
+      *shared = ticket_ < count_ ? ticket_ : -1;
+      if (ticket_ < count_) request();
     }
     __syncthreads();
     return *shared;
@@ -26,12 +28,12 @@ class WorkQueue {
 
  private:
   __device__ void request() {
-    if (threadIdx.x == 0) next_ = static_cast<int>(fetch_add_relaxed_gpu(taken_, 1));
+    if (threadIdx.x == 0) ticket_ = static_cast<int>(fetch_add_relaxed_gpu(queue_head_, 1));
   }
 
-  u32* taken_;
+  u32* queue_head_;
   int count_;
-  int next_ = 0;  // the first thread's
+  int ticket_ = 0;  // the first thread's
 };
 
 }  // namespace cometrt

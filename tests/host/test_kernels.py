@@ -82,8 +82,8 @@ def test_structs_are_laid_out_as_their_mirrors(struct):
 
 def test_shared_memory_is_what_launches_ask_for():
     assert layout_of("Shared", "gemm/tile.cuh", []) == [engine.SHARED_BYTES]
-    (movers,) = layout_of("MoverSlots", "comm/movers.cuh", [])
-    (sums,) = layout_of("SumSlots", "fused/row_sums.cuh", [])
+    (movers,) = layout_of("DispatchStages", "fused/dispatch_warp.cuh", [])
+    (sums,) = layout_of("CombineStages", "fused/row_sums.cuh", [])
     assert engine.SHARED_BYTES + movers == fused._LAYER0_BYTES <= 227 * 1024
     assert engine.SHARED_BYTES + 2 * sums == fused._LAYER1_BYTES <= 227 * 1024
 
@@ -105,9 +105,9 @@ def without_recorders(folder: Path) -> None:
         path.write_text("\n".join(lines) + "\n")
 
 
-@pytest.mark.parametrize("name", ["layer0", "layer1"])
+@pytest.mark.parametrize("name", ["dispatch_gemm", "gemm_combine"])
 def test_no_trace_is_the_code_of_sources_without_recorders(name, tmp_path, monkeypatch):
-    defines = ACTIVATED[1] if name == "layer0" else ()
+    defines = ACTIVATED[1] if name == "dispatch_gemm" else ()
     here = kernels_folder() / "fused" / f"{name}.cu"
     off, on = (machine_code(compile_cubin(here, (*defines, ("TRACE", i))).path) for i in (0, 1))
     folder = tmp_path / "kernels_cu"
@@ -132,7 +132,7 @@ def test_traces_are_read_as_they_are_written():
 
 def test_the_most_terms_of_a_token_are_those_of_the_kernel():
     source = (kernels_folder() / "fused" / "row_sums.cuh").read_text()
-    assert f"kMostTerms = {MOST_TERMS};" in source
+    assert f"kMaxAddends = {MOST_TERMS};" in source
 
 
 def test_local_memory_is_reported(tmp_path):

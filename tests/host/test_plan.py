@@ -171,9 +171,9 @@ def test_contributors_and_homes_agree_on_every_slot(case):
         assert all(0 <= slot < shapes[home].staging_rows for slot in written)
         plan = plans[home]
         read = {}
-        for token, distance in zip(*np.nonzero(plan.home_slot >= 0), strict=True):
-            slot = int(plan.home_slot[token, distance])
-            block = (slot - plan.home_base[distance]) // config.block_tokens
+        for token, distance in zip(*np.nonzero(plan.staging_row >= 0), strict=True):
+            slot = int(plan.staging_row[token, distance])
+            block = (slot - plan.staging_base[distance]) // config.block_tokens
             read[slot] = ((home + distance) % size, int(token), int(block))
         assert read == written
 

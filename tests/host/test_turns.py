@@ -42,22 +42,22 @@ def test_turns(plan, columns, backwards, chunk, group):
     how = {"backwards": backwards, "chunk": chunk, "group": group}
     turns = make_turns(plan, columns, **how)
     assert len(turns) <= most_turns(len(plan.tile_expert), columns, chunk)
-    walks = [item // (chunk or columns) for item in turns[:, 0]["column"].tolist()]
+    walks = [item // (chunk or columns) for item in turns[:, 0]["n_tile"].tolist()]
     assert walks == sorted(walks)
-    done = [(i["tile"], i["column"]) for turn in turns for i in turn if i["tile"] >= 0]
+    done = [(i["m_tile"], i["n_tile"]) for turn in turns for i in turn if i["m_tile"] >= 0]
     assert sorted(done) == [(t, c) for t in range(len(plan.tile_expert)) for c in range(columns)]
     for turn in turns:
-        assert turn[0]["tile"] >= 0
-        assert len({item["expert"] for item in turn if item["tile"] >= 0}) == 1
+        assert turn[0]["m_tile"] >= 0
+        assert len({item["expert"] for item in turn if item["m_tile"] >= 0}) == 1
         for cta, item in enumerate(turn):
             halves = arriving(turn, cta)
-            if item["tile"] < 0:
+            if item["m_tile"] < 0:
                 assert halves == {"tile": [], "column": []}
                 continue
-            expert = plan.tile_expert[item["tile"]]
+            expert = plan.tile_expert[item["m_tile"]]
             end = plan.expert_offsets[expert] + plan.expert_rows[expert]
             assert item["expert"] == expert
-            assert item["rows"] == min(BLOCK_M, end - item["tile"] * BLOCK_M) > 0
+            assert item["rows"] == min(BLOCK_M, end - item["m_tile"] * BLOCK_M) > 0
             of_a = [0, 1] if item["rows"] > BLOCK_M // 2 else [0]
             assert halves == {"tile": of_a, "column": [0, 1]}
     # The plan's order is kept from expert to expert.
@@ -72,7 +72,7 @@ def arriving(turn, cta):
     halves = {"tile": [], "column": []}
     for number, item in enumerate(turn):
         for name, shift in (("tile", 0), ("column", 2)):
-            load = int(item["loads"]) >> shift & 3
+            load = int(item["halves"]) >> shift & 3
             if load == 3 and number == cta:
                 halves[name] += [0, 1] if name == "column" or item["rows"] > BLOCK_M // 2 else [0]
             elif load in (1, 2):
@@ -89,8 +89,8 @@ def test_two_tiles_read_less_than_two():
         layer0_tiles=lambda: list(range(8)),
     )
     turns = make_turns(plan, 6)
-    assert (turns["tile"] >= 0).all()
-    loads = turns["loads"].astype(int)
+    assert (turns["m_tile"] >= 0).all()
+    loads = turns["halves"].astype(int)
     halves_of = np.array([0, 1, 1, 2])
     read = halves_of[loads & 3] * 64 + halves_of[loads >> 2 & 3] * 128  # rows of A, of B
     assert read.sum() == turns.size * (128 + 256) * 2 / 3
@@ -112,7 +112,7 @@ def test_parts_are_stretches_of_the_order(plan, columns, parts, backwards):
         assert most - 1 <= len(tiles) <= most
         turns = make_turns(plan, columns, backwards=backwards, part=(index, parts))
         assert len(turns) <= most_turns(most, columns)
-        done = [(i["tile"], i["column"]) for turn in turns for i in turn if i["tile"] >= 0]
+        done = [(i["m_tile"], i["n_tile"]) for turn in turns for i in turn if i["m_tile"] >= 0]
         assert sorted(done) == sorted((tile, c) for tile in tiles for c in range(columns))
 
 

@@ -26,33 +26,34 @@ struct FailureRecord {
   long long kind, flag, waiter, peer, tile, chunk, epoch, expected, found;
 };
 
-// One a rank, written by all: as the board of cometrt/world/board.py.
-struct Control {
+// One a rank, in its memory; all ranks write to it. On the host: cometrt/world/board.py.
+struct ControlBlock {
   u64 source_ready[kMaxRanks];       // [s]: rank s
   Header header[2][kMaxRanks];       // [epoch parity, s]: rank s
   FailureRecord failure[kMaxRanks];  // [r]: rank r
-  // [r]: rank r, its kernels and its host alike: the generation that it stops. Each word has one
-  // writer, so that plain stores do, and only grows: see kernels_cu/README.md.
+  // [r]: the generation that rank r stops. Only that rank writes it, its kernels and its host
+  // alike, so that plain stores do; it only grows (kernels_cu/README.md).
   u64 abort[kMaxRanks];
-  // The owner's.
-  u64 generation;  // of the world: kernels that were launched in another one do nothing
-  u64 reported;    // last generation that its kernels have reported a failure of
+  // The owner writes these.
+  u64 generation;  // of the world: kernels of another generation do nothing
+  u64 reported;    // the last generation of which its kernels have reported a failure
   u64 epoch;
-  u64 held;  // epoch of a failed call whose error the host has not raised yet, or 0
+  u64 held;  // the epoch of a failed call whose error the host has not raised yet, or 0
 };
 
-// This rank's view of all.
+// The ranks as one of them reaches them.
 struct World {
-  Control* control[kMaxRanks];
-  char* data[kMaxRanks];  // segments of the symmetric heap
+  ControlBlock* control[kMaxRanks];
+  char* data[kMaxRanks];  // regions of the symmetric heap
   char* flags[kMaxRanks];
   char* routing[2][kMaxRanks];  // by epoch parity
   u64 generation, timeout_ns;
   int rank, size;
 
-  __device__ const Control& own() const { return *control[rank]; }
+  __device__ const ControlBlock& own() const { return *control[rank]; }
   __device__ u64 epoch() const { return own().epoch; }
-  // By any rank, or reset since the kernel was launched. Acquires the failure record.
+  // Whether a rank has stopped the world, or it has been reset since the launch. Acquires the
+  // failure record.
   __device__ bool stopped() const {
     bool any = load_relaxed_sys(&own().generation) != generation;
     for (int r = 0; r < size; ++r) any |= load_relaxed_sys(&own().abort[r]) >= generation;

@@ -1,5 +1,4 @@
-// What the activation kernels of the sequential mode read and write. Mirrored by activation_params
-// in cometrt/kernels/params.py.
+// Parameters of activation.cu. Mirrored by activation_params in cometrt/kernels/params.py.
 #pragma once
 
 #include <cuda_bf16.h>

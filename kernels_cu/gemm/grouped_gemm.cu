@@ -14,8 +14,9 @@ using namespace cometrt;
 
 // Grid: an even number of CTAs, at most as many as run at once. Dynamic shared memory: Shared.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
-    gemm(const __grid_constant__ GemmParams p, const __grid_constant__ TensorMap a_map,
-         const __grid_constant__ TensorMap a_half_map, const __grid_constant__ TensorMap b_map) {
+    grouped_gemm(const __grid_constant__ GemmParams p, const __grid_constant__ TensorMap a_map,
+                 const __grid_constant__ TensorMap a_half_map,
+                 const __grid_constant__ TensorMap b_map) {
   extern __shared__ __align__(1024) char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const u32 cta = cluster_cta();
@@ -27,16 +28,16 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
   }
   cluster_barrier();
   if (warp < 4) {
-    give_registers<40>();
+    register_dealloc<40>();
     if (threadIdx.x == 0) {
       produce<ACTIVATION >= 0 && is_gated(ACTIVATION)>(shared, p, {a_map, a_half_map, b_map},
                                                        hooks);
     } else if (threadIdx.x == 32 && cta == 0) {
-      deal_turns(shared, p);
+      schedule_tiles(shared, p);
     }
     __syncwarp();
   } else {
-    take_registers<232>();
+    register_alloc<232>();
     Epilogue<ACTIVATION, WRITE_Z, NoHooks> epilogue(shared, p, warp - 4, hooks);
     consume(shared, p, warp / 4 - 1, epilogue);
   }

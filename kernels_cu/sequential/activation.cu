@@ -1,8 +1,8 @@
-// Activations over rows in use, and the epilogue of the backward's first GEMM; sequential mode.
+// Mode "sequential" with cuBLAS: activations, and what follows the backward's first GEMM.
 #include <cuda_bf16.h>
 
 #include "common/geometry.cuh"
-#include "exchange/activation.cuh"
+#include "sequential/activation.cuh"
 
 using namespace cometrt;
 

@@ -1,4 +1,4 @@
-// Eight columns of a row at a time, added in fp32.
+// Vectors of eight bf16 columns, added in fp32.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,0 +1,211 @@
+// The combine warps of gemm_combine. A warp takes a token block at a time. It sums the tokens' rows
+// on this rank as soon as their tiles are done, and pushes the partial rows to their home; or it
+// adds up a block of this rank's own tokens as the contributors' partial rows come.
+#pragma once
+
+#include "fused/row_sums.cuh"
+#include "protocol/emulated_link.cuh"
+#include "protocol/wait.cuh"
+
+namespace cometrt {
+
+constexpr u32 kSignalsPerTile = 4 * kWarpgroups;  // each warp that multiplies signals its part
+
+// One combine warp; all its lanes stay together.
+class CombineWarp : RowSums {
+ public:
+  Recorder recorder;  // lane 0 alone records
+
+  __device__ CombineWarp(const ExchangeParams& p, const EmulatedLink& link, CombineStages& stages)
+      : RowSums(p, stages), link_(link) {
+    if (lane_ == 0) s_.epoch = p.world.epoch();
+    __syncwarp();
+  }
+
+  // The pushes of an N-chunk come before the home's sums of the N-chunk before it, so that this
+  // rank never holds up what its peers wait for: pushes wait only for this rank's own tiles. A warp
+  // pops the next block when it has finished one.
+  __device__ void run() {
+    // In a stopped world dispatch_gemm does not wait for rows: its results must not reach a peer.
+    // Every CTA of it that went on without its rows saw the abort before this launch.
+    const bool stopped = lane_ == 0 && p_.world.stopped();
+    if (__any_sync(~0u, stopped)) return;
+#pragma unroll 1
+    for (int n_chunk = 0; n_chunk <= p_.num_n_chunks; ++n_chunk) {
+      if (n_chunk < p_.num_n_chunks) {
+        if (lane_ == 0) s_.list = 2 * n_chunk;
+        recorder.kind = kReduceAndPush;
+        while (push(n_chunk)) {
+        }
+        signal_push();
+      }
+      if (n_chunk > 0) {
+        if (lane_ == 0) s_.list = 2 * n_chunk - 1;
+        recorder.kind = kReduceAtHome;
+        while (add_at_home(n_chunk - 1)) {
+        }
+      }
+    }
+  }
+
+ private:
+  // Lane 0: the next ticket of queue s_.list.
+  __device__ int pop() const {
+    return static_cast<int>(atomicAdd(&p_.queue_heads[1 + s_.list], 1));
+  }
+
+  // Sums and pushes the next block. False if there is none, or the world is stopped.
+  __device__ bool push(int n_chunk) {
+    if (lane_ == 0) {
+      const int next = pop();
+      s_.block = next < *p_.num_blocks ? p_.push_blocks[next] : -1;
+    }
+    __syncwarp();
+    if (s_.block < 0) return false;
+    const int home = s_.block / p_.g.blocks_per_home, block = s_.block % p_.g.blocks_per_home;
+    int token = p_.send_offsets[home] + block * p_.g.block_tokens;
+    const int end_token = min(token + p_.g.block_tokens, p_.send_offsets[home + 1]);
+    if (lane_ == 0) s_.summed.flag = p_.partials_ready(home, p_.world.rank, block) + n_chunk;
+    while (token < end_token) {
+      const bool used = token + lane_ < end_token;
+      const int here = list_addends(used ? p_.send_tokens[token + lane_] : -1, nullptr);
+      if (!wait_addends(n_chunk)) return false;
+      recorder.begin();
+      if (lane_ == 0) {
+        s_.summed.transferred_ns =
+            begin_transfer(link_, 2ull * here * (end(n_chunk) - begin(n_chunk)));
+      }
+      sum_batch(n_chunk, staging_of(token));
+      token += here;
+      recorder.count(true, 2 * here * (end(n_chunk) - begin(n_chunk)));
+      recorder.end(s_.block % p_.g.blocks_per_home, n_chunk);
+    }
+    signal_push();
+    if (lane_ == 0) s_.pushed = s_.summed;
+    __syncwarp();  // all stores of the block happen before its signal
+    return true;
+  }
+
+  // The staging row, at home, of a token of the block; index: in send_tokens.
+  __device__ __nv_bfloat16* staging_of(int index) const {
+    const int home = s_.block / p_.g.blocks_per_home;
+    const long long row = index + (p_.send_base[home] - p_.send_offsets[home]);
+    return p_.data<__nv_bfloat16>(home, p_.staging_offset) + row * p_.g.hidden;
+  }
+
+  // Signals partials_ready of the last block, which crossed the link while the next one was summed.
+  __device__ void signal_push() {
+    if (lane_ == 0 && s_.pushed.flag != nullptr) {
+      recorder.begin_wait();
+      if (s_.pushed.transferred_ns != 0) wait_transferred(s_.pushed.transferred_ns);
+      recorder.end_wait(kWaitLink, -1, -1);
+      fence_acq_rel_sys();
+      store_release_sys(s_.pushed.flag, s_.epoch);
+      s_.pushed.flag = nullptr;
+    }
+    __syncwarp();
+  }
+
+  // Adds up the next block of this rank's own tokens: own rows first, in fp32, then the
+  // contributors by ring distance.
+  __device__ bool add_at_home(int n_chunk) {
+    if (lane_ == 0) s_.block = pop();
+    __syncwarp();
+    const int block = s_.block;
+    __syncwarp();  // lane 0 may pop the next one
+    int local = block * p_.g.block_tokens;
+    if (local >= p_.num_tokens) return false;
+    const int end_local = min(local + p_.g.block_tokens, p_.num_tokens);
+    while (local < end_local) {
+      const int mine = local + lane_;
+      const int token = mine < end_local ? p_.world.rank * p_.g.max_tokens + mine : -1;
+      const int here =
+          list_addends(token, p_.staging_row + static_cast<long long>(mine) * p_.world.size);
+      if (!wait_addends(n_chunk)) return false;
+      recorder.begin();
+      sum_batch(n_chunk, p_.out + static_cast<long long>(local) * p_.g.hidden);
+      local += here;
+      recorder.count(false, 2 * num_addends_ * (end(n_chunk) - begin(n_chunk)));
+      recorder.end(block, n_chunk);
+    }
+    return true;
+  }
+
+  // Until all listed addends are there: a lane each. Acquires tile_done and partials_ready.
+  __device__ bool wait_addends(int n_chunk) {
+    bool ready = true, ok = true;
+    for (int i = lane_; i < num_addends_; i += 32) {
+      const int row = s_.rows[i];
+      ready &= row < 0 ? partial_is_ready(i, n_chunk) : tile_is_done(row / BLOCK_M, n_chunk);
+    }
+    if (!__all_sync(~0u, ready)) {
+      signal_push();  // before this warp waits: peers may wait for it
+      if (Recorder::kOn) ok = wait_own_tiles(n_chunk);
+      recorder.begin_wait();
+      for (int i = lane_; i < num_addends_ && ok; i += 32) {
+        const int row = s_.rows[i];
+        ok = row < 0 ? wait_partial(i, n_chunk) : wait_tile(row / BLOCK_M, n_chunk);
+      }
+      ok = __all_sync(~0u, ok);
+      recorder.end_wait(kWaitPartialsReady, -1, n_chunk);
+    }
+    float weights[kAddendsPerLane];  // loads together
+#pragma unroll
+    for (int j = 0; j < kAddendsPerLane; ++j) {
+      const int i = lane_ + 32 * j, row = i < num_addends_ ? s_.rows[i] : -1;
+      weights[j] = row >= 0 && p_.weighted ? p_.row_weight[row] : 1.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < kAddendsPerLane; ++j) {
+      if (lane_ + 32 * j < num_addends_) s_.weights[lane_ + 32 * j] = weights[j];
+    }
+    fence_proxy_async();  // bulk copies read what was acquired
+    __syncwarp();         // every lane may read what any lane acquired
+    return ok;
+  }
+  // In a trace alone: waits for this rank's own tiles first, so that the two waits show apart.
+  __device__ bool wait_own_tiles(int n_chunk) {
+    bool ok = true;
+    recorder.begin_wait();
+    for (int i = lane_; i < num_addends_ && ok; i += 32) {
+      if (s_.rows[i] >= 0) ok = wait_tile(s_.rows[i] / BLOCK_M, n_chunk);
+    }
+    ok = __all_sync(~0u, ok);
+    recorder.end_wait(kWaitTileDone, -1, n_chunk);
+    return ok;
+  }
+  __device__ const u32* done_flag(int tile, int n_chunk) const {
+    return &p_.tile_done[tile * p_.num_n_chunks + n_chunk];
+  }
+  __device__ u32 done_count(int n_chunk) const {
+    return kSignalsPerTile * ((end(n_chunk) - begin(n_chunk) + BLOCK_N - 1) / BLOCK_N);
+  }
+  __device__ bool tile_is_done(int tile, int n_chunk) const {
+    return load_acquire_gpu(done_flag(tile, n_chunk)) >= done_count(n_chunk);
+  }
+  __device__ bool wait_tile(int tile, int n_chunk) const {
+    const u32* done = done_flag(tile, n_chunk);
+    return wait_until(p_.world, {kTileDone, p_.world.rank, tile, n_chunk}, s_.epoch,
+                      done_count(n_chunk), [&] { return load_acquire_gpu(done); });
+  }
+  __device__ const u64* ready_flag(int addend, int n_chunk, int* contributor, int* block) const {
+    const int d = __float_as_int(s_.weights[addend]), me = p_.world.rank;
+    *contributor = (me + d) % p_.world.size;
+    *block = (~s_.rows[addend] - p_.staging_base[d]) / p_.g.block_tokens;
+    return p_.partials_ready(me, *contributor, *block) + n_chunk;
+  }
+  __device__ bool partial_is_ready(int addend, int n_chunk) const {
+    int contributor, block;
+    return load_acquire_sys(ready_flag(addend, n_chunk, &contributor, &block)) >= s_.epoch;
+  }
+  __device__ bool wait_partial(int addend, int n_chunk) const {
+    int contributor, block;
+    const u64* flag = ready_flag(addend, n_chunk, &contributor, &block);
+    return wait_until(p_.world, {kPartialsReady, contributor, block, n_chunk}, s_.epoch, s_.epoch,
+                      [&] { return load_acquire_sys(flag); });
+  }
+
+  const EmulatedLink& link_;
+};
+
+}  // namespace cometrt

@@ -1,0 +1,204 @@
+// The start of an exchange: publish, wait until all ranks have published, agree that all make the
+// same call. And its end.
+#include "protocol/agree.cuh"
+
+using namespace cometrt;
+
+namespace {
+
+constexpr int kVectorsAtOnce = 4;  // loads that are issued together
+
+// By all threads of the grid; a multiple of 16 bytes.
+__device__ void copy_bytes(char* to, const void* from, u64 bytes) {
+  if (from == nullptr || from == to) return;
+  const u64 step = static_cast<u64>(gridDim.x) * blockDim.x, count = bytes / 16;
+  const uint4* source = static_cast<const uint4*>(from);
+  uint4* target = reinterpret_cast<uint4*>(to);
+  u64 i = blockIdx.x * blockDim.x + threadIdx.x;
+  for (; i + (kVectorsAtOnce - 1) * step < count; i += kVectorsAtOnce * step) {
+    uint4 values[kVectorsAtOnce];
+#pragma unroll
+    for (int j = 0; j < kVectorsAtOnce; ++j) values[j] = source[i + j * step];
+#pragma unroll
+    for (int j = 0; j < kVectorsAtOnce; ++j) target[i + j * step] = values[j];
+  }
+  for (; i < count; i += step) target[i] = source[i];
+}
+
+__device__ void zero_bytes(char* to, u64 bytes) {  // a multiple of 16
+  const u64 step = static_cast<u64>(gridDim.x) * blockDim.x;
+  for (u64 i = blockIdx.x * blockDim.x + threadIdx.x; i < bytes / 16; i += step) {
+    reinterpret_cast<uint4*>(to)[i] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// What a call's status follows from, as a warp reads it. The loads may still be under way.
+struct Standing {
+  u64 generation, held, aborts[kMaxRanks / 32];  // a lane each
+  long long forward_epoch;
+
+  __device__ explicit Standing(const ExchangeParams& params) {
+    const ControlBlock& own = params.world.own();
+    generation = load_relaxed_sys(&own.generation);
+    held = own.held;
+#pragma unroll
+    for (int i = 0; i < kMaxRanks / 32; ++i) {
+      const int rank = 32 * i + threadIdx.x % 32;
+      aborts[i] = rank < params.world.size ? load_relaxed_sys(&own.abort[rank]) : 0;
+    }
+    forward_epoch = params.forward_epoch == nullptr ? 0 : *params.forward_epoch;
+  }
+  __device__ ExchangeStatus status(const ExchangeParams& params) const {
+    bool inert = generation != params.world.generation || held != 0;
+#pragma unroll
+    for (u64 abort : aborts) inert |= abort >= params.world.generation;
+    if (__any_sync(~0u, inert)) return kInert;
+    return params.forward_epoch != nullptr && forward_epoch == 0 ? kForwardFailed : kActive;
+  }
+};
+
+// One warp, when all that this rank brings is in place: writes its header on every rank, then
+// signals source_ready. An inert call signals nothing and counts no epoch.
+__device__ void begin_exchange(const ExchangeParams& params, u64 epoch, const Standing& standing) {
+  const int me = params.world.rank;
+  const ExchangeStatus status = standing.status(params);
+  if (threadIdx.x == 0) {
+    params.state->ticket = 0;
+    params.state->status = status;
+    params.state->ok = 0;
+    params.state->reported = 0;
+    if (params.saved_epoch != nullptr) *params.saved_epoch = status == kActive ? epoch : 0;
+    if (status == kActive) params.world.control[me]->epoch = epoch;
+  }
+  if (status != kActive) return;
+  Header header;
+  header.epoch = epoch;
+  header.operation = params.operation;
+  header.layer = params.layer;
+  header.spec_hash = params.spec_hash;
+  header.forward_epoch = standing.forward_epoch;
+  header.num_tokens = params.num_tokens;
+  for (int d = threadIdx.x; d < params.world.size; d += 32) {
+    const int peer = (me + d) % params.world.size;
+    params.world.control[peer]->header[epoch & 1][me] = header;
+    store_release_sys(&params.world.control[peer]->source_ready[me], epoch);
+  }
+}
+
+__device__ void write_report(const ExchangeParams& params, ReportKind kind) {
+  volatile ExchangeReport& report = *params.report;
+  if (report.kind != kNothing) return;  // the first one stands
+  report.epoch = params.world.epoch();
+  report.layer = params.layer;
+  report.operation = params.operation;
+  report.wrong_pair = report.largest_need = 0;
+  if (params.progress != nullptr && kind == kWrongRouting) {
+    const PlanProgress& plan = *params.progress;
+    report.wrong_pair = plan.wrong_pair;
+    report.largest_need = plan.largest_need;
+    if (plan.wrong_pair != 0) {
+      const long long pair = ~plan.wrong_pair, first = pair / params.g.topk * params.g.topk;
+      report.wrong_weight = params.all_weights[pair];
+      for (int k = 0; k < min(params.g.topk, kMostReportedIds); ++k) {
+        report.wrong_ids[k] = params.all_ids[first + k];
+      }
+    }
+  }
+  __threadfence_system();
+  report.kind = kind;
+}
+
+// One thread, once a call. From here on the failure concerns later calls: this call's backward; and
+// after wrong routing, which all ranks find, every call until the host has raised the error.
+__device__ void report_failure(const ExchangeParams& params, bool stopped) {
+  if (params.saved_epoch != nullptr) *params.saved_epoch = 0;
+  const u32 status = params.state->status;
+  if (stopped) {
+    write_report(params, kStopped);
+  } else if (status == kActive) {
+    params.world.control[params.world.rank]->held = params.world.epoch();
+    write_report(params, kWrongRouting);
+  } else if (status == kForwardFailed) {
+    write_report(params, kNoForward);
+  }
+}
+
+}  // namespace
+
+// Copies x, dy, ids and router weights into the heap and clears what the call counts up. The last
+// block to finish begins the exchange; no block waits for another. Nobody reads what an inert call
+// copies. `prepare` (forward) and `agree` (backward) acquire source_ready.
+extern "C" __global__ void publish(const __grid_constant__ ExchangeParams params) {
+  __shared__ bool last;
+  const int me = params.world.rank, first = blockIdx.x * blockDim.x + threadIdx.x;
+  const u64 epoch = params.world.epoch() + 1;
+  const Standing standing(params);
+  const u64 row_bytes = 2ull * params.g.hidden, bytes = params.num_tokens * row_bytes;
+  copy_bytes(params.data<char>(me, params.x_offset), params.x, bytes);
+  copy_bytes(params.data<char>(me, params.dy_offset), params.dy, bytes);
+  if (params.saved_x != nullptr) {
+    copy_bytes(static_cast<char*>(params.saved_x), params.x, bytes);
+    zero_bytes(static_cast<char*>(params.saved_x) + bytes,
+               (params.g.max_tokens - params.num_tokens) * row_bytes);
+  }
+  const int pairs = params.num_tokens * params.g.topk,
+            all_pairs = params.g.max_tokens * params.g.topk;
+  const int step = gridDim.x * blockDim.x;
+  if (params.ids != nullptr) {
+    int* ids = params.routing<int>(me, epoch, params.ids_offset);
+    float* weights = params.routing<float>(me, epoch, params.weights_offset);
+    for (int i = first; i < pairs; i += step) {
+      long long id = params.ids_are_64 ? static_cast<const long long*>(params.ids)[i]
+                                       : static_cast<const int*>(params.ids)[i];
+      // An id beyond int32 stays out of range; it must not wrap.
+      id = max(-2147483648ll, min(2147483647ll, id));
+      ids[i] = static_cast<int>(id);
+      weights[i] = params.weights[i];
+    }
+  }
+  if (params.dy != nullptr) {
+    float* dweight = params.data<float>(me, params.dweight_offset);
+    for (int i = first; i < params.g.tp * pairs; i += step) {
+      dweight[static_cast<long long>(i / pairs) * all_pairs + i % pairs] = 0;
+    }
+  }
+  for (int i = first; i < params.num_counters; i += step) params.counters[i] = 0;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    fence_acq_rel_gpu();
+    last = atomicAdd(&params.state->ticket, 1u) == gridDim.x - 1;
+    fence_acq_rel_gpu();
+  }
+  __syncthreads();  // every block's stores happen before each lane's release
+  if (last && threadIdx.x < 32) begin_exchange(params, epoch, standing);
+}
+
+// One CTA: waits for all ranks, and sets `ok` if all make the same call. Acquires source_ready.
+extern "C" __global__ void agree(const __grid_constant__ ExchangeParams params) {
+  if (params.state->status != kActive) return;
+  for (int s = threadIdx.x; s < params.world.size; s += blockDim.x) wait_source(params, s);
+  __syncthreads();
+  if (threadIdx.x == 0) params.state->ok = all_agree(params);
+}
+
+// The end of an exchange. If the call failed or was inert, or the world has stopped, its results
+// are NaN and the host gets a report. Each block decides for itself, since the world may stop
+// meanwhile; the first that writes NaN reports.
+extern "C" __global__ void finish(const __grid_constant__ ExchangeParams params) {
+  __shared__ bool failed;
+  if (threadIdx.x == 0) {
+    const bool stopped = params.world.stopped();
+    failed = !params.state->ok || stopped;
+    if (failed && atomicExch(&params.state->reported, 1u) == 0) report_failure(params, stopped);
+  }
+  __syncthreads();
+  if (!failed) return;
+  const long long first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
+  const long long values = static_cast<long long>(params.num_tokens) * params.g.hidden;
+  const __nv_bfloat16 nan = __float2bfloat16(__int_as_float(0x7fffffff));
+  for (long long i = first; i < values; i += step) params.out[i] = nan;
+  if (params.out_dweight == nullptr) return;
+  for (long long i = first; i < params.num_tokens * params.g.topk; i += step) {
+    params.out_dweight[i] = __int_as_float(0x7fffffff);
+  }
+}

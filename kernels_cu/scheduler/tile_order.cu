@@ -1,0 +1,13 @@
+// The tile order of a GEMM as a launch of its own, for GEMMs outside a layer.
+#include "scheduler/tile_order.cuh"
+
+using namespace cometrt;
+
+constexpr int kThreads = 1024;
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    tile_order(const __grid_constant__ TileOrderParams p,
+               const __grid_constant__ PlannedTiles tiles) {
+  __shared__ int shared[kThreads / 32];
+  write_tile_order<kThreads>(p, tiles, blockIdx.x, gridDim.x, shared);
+}

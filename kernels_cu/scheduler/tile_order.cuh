@@ -1,0 +1,168 @@
+// The tile order of a GEMM: a list of cluster steps, each the work tiles of both CTAs of a cluster.
+// It follows from the plan as cometrt/plan/turns.py says, bit for bit. Each block finds where all
+// tile runs begin and writes its share of the steps.
+#pragma once
+
+#include "common/scan.cuh"
+#include "scheduler/pipeline_chunk.cuh"
+#include "scheduler/work_tile.cuh"
+
+namespace cometrt {
+
+// The plan's tables that an order follows from.
+struct PlannedTiles {
+  const int *tile_order, *num_tiles, *tile_expert, *expert_offsets, *expert_rows;
+};
+
+// Mirrored by turns_params in cometrt/kernels/params.py.
+struct TileOrderParams {
+  WorkTile* work_tiles;
+  int *num_steps, *progress;
+  // num_n_tiles: of the result. n_chunk: N-tiles for which the whole order is walked. raster_group:
+  // N-tiles, within an N-chunk, that all tiles of a run take before the next ones; even, or no less
+  // than n_chunk.
+  int num_n_tiles, backwards, n_chunk, raster_group;
+  // Pipeline chunks have a list each: room for max_steps in `work_tiles`, counts 3 words apart.
+  int num_pipeline_chunks, max_steps;
+};
+
+// Order indices of a pipeline chunk of the plan's order, which begins at `first`.
+struct Order {
+  const PlannedTiles& tiles;
+  bool backwards;
+  int first, num_tiles;
+
+  __device__ int tile(int index) const {
+    return tiles.tile_order[first + (backwards ? num_tiles - 1 - index : index)];
+  }
+  __device__ int expert(int index) const { return tiles.tile_expert[tile(index)]; }
+  __device__ int rows(int index) const {
+    const int t = tile(index), e = tiles.tile_expert[t];
+    return min(BLOCK_M, tiles.expert_offsets[e] + tiles.expert_rows[e] - t * BLOCK_M);
+  }
+};
+
+// The tiles of one expert that follow each other around an order index. All have more than 64 rows,
+// but for the expert's last.
+struct TileRun {
+  int begin, size, small;  // small: the order index of a tile of at most 64 rows, or -1
+
+  TileRun() = default;
+  __device__ TileRun(const Order& order, int index) {
+    const int tile = order.tile(index), expert = order.expert(index);
+    const int first = order.tiles.expert_offsets[expert] / BLOCK_M;
+    const int last = first + (order.tiles.expert_rows[expert] - 1) / BLOCK_M;
+    // How far the run goes on from here, by bisection.
+    const auto extent = [&](int direction) {
+      const int step = order.backwards ? -direction : direction;
+      int low = 0, high = step > 0 ? last - tile : tile - first;
+      high = min(high, direction > 0 ? order.num_tiles - 1 - index : index);
+      while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        const bool same = order.tile(index + direction * middle) == tile + step * middle;
+        low = same ? middle : low;
+        high = same ? high : middle - 1;
+      }
+      return low;
+    };
+    begin = index - extent(-1);
+    size = index + extent(1) + 1 - begin;
+    const int end = order.backwards ? begin : begin + size - 1;
+    small = order.rows(end) <= BLOCK_M / 2 ? end : -1;
+  }
+  __device__ int pairs() const { return (size - (small >= 0)) / 2; }
+  __device__ int singles() const { return size - 2 * pairs(); }
+  // Large tiles before an order index.
+  __device__ int large_before(int index) const {
+    return index - begin - (small >= 0 && small < index);
+  }
+  // A pair of tiles has a step with each N-tile; a single tile takes two N-tiles in a step.
+  __device__ int steps(int n_tiles) const {
+    return pairs() * n_tiles + singles() * ((n_tiles + 1) / 2);
+  }
+};
+
+__device__ inline WorkTile work_tile_of(const Order& order, int index, int n_tile, u32 a, u32 b) {
+  const int tile = order.tile(index);
+  return {tile, n_tile, order.expert(index), static_cast<u16>(order.rows(index)),
+          static_cast<u16>(a | b << 2)};
+}
+
+// A tile run, and its first step in the list.
+struct PlacedRun {
+  TileRun run;
+  int step;
+};
+
+// Writes the step of a tile and an N-tile, one of [first, first + n_tiles), if they have one: the
+// second tile of a pair has one with each N-tile, a single tile with every other.
+__device__ inline void write_step(const Order& order, const PlacedRun& placed, int index, int first,
+                                  int n_tiles, int raster_group, int n_tile, WorkTile* work_tiles) {
+  const TileRun& run = placed.run;
+  const int pairs = run.pairs(), large = run.large_before(index);
+  const int done = n_tile / raster_group * raster_group;
+  const int here = min(raster_group, n_tiles - done), in = n_tile - done;
+  const bool is_small = index == run.small, paired = !is_small && large < 2 * pairs;
+  if (paired ? large % 2 == 0 : in % 2 != 0) return;
+  const int single = (run.small >= 0 && run.small < index) + max(0, large - 2 * pairs);
+  int step = placed.step + run.steps(done);
+  step += paired ? large / 2 * here + in : pairs * here + single * ((here + 1) / 2) + in / 2;
+  const bool both = paired || in + 1 < here;
+  const int mate = index - 1 == run.small ? index - 2 : index - 1;
+  const u32 one = both ? kFirstHalf : kBothHalves, other = is_small ? kNoHalf : kSecondHalf;
+  WorkTile* out = work_tiles + 2ll * step;
+  out[0] = work_tile_of(order, paired ? mate : index, first + n_tile, paired ? kBothHalves : one,
+                        paired ? kFirstHalf : kBothHalves);
+  out[1] = both ? work_tile_of(order, index, first + n_tile + !paired, paired ? kBothHalves : other,
+                               paired ? kSecondHalf : kBothHalves)
+                : WorkTile{-1, 0, 0, 0, 0};
+}
+
+// The list of a pipeline chunk.
+template <int kThreads>
+__device__ inline void write_steps(const TileOrderParams& p, const Order& order, int chunk,
+                                   int block, int blocks, int* shared) {
+  __shared__ PlacedRun placed[kThreads];  // of as many order indices
+  WorkTile* work_tiles = p.work_tiles + 2ll * chunk * p.max_steps;
+  int before = 0;
+  for (int n_tile = 0; n_tile < p.num_n_tiles; n_tile += p.n_chunk) {
+    const int n_tiles = min(p.n_chunk, p.num_n_tiles - n_tile);
+    for (int first = 0; first < order.num_tiles; first += kThreads) {
+      const int index = first + threadIdx.x;
+      const bool used = index < order.num_tiles;
+      const TileRun run(order, used ? index : first);
+      const int steps = run.steps(n_tiles);
+      const int mine = used && run.begin == index ? steps : 0;
+      int total;
+      const int base = before + block_scan(mine, shared, &total) + mine - steps;
+      placed[threadIdx.x] = {run, base};
+      __syncthreads();
+      const int count = min(kThreads, order.num_tiles - first) * n_tiles;
+      for (int i = block * kThreads + threadIdx.x; i < count; i += blocks * kThreads) {
+        write_step(order, placed[i / n_tiles], first + i / n_tiles, n_tile, n_tiles, p.raster_group,
+                   i % n_tiles, work_tiles);
+      }
+      __syncthreads();
+      before += total;
+    }
+  }
+  if (block == 0 && threadIdx.x == 0) {
+    p.num_steps[3 * chunk] = before;
+    p.progress[3 * chunk] = p.progress[3 * chunk + 1] = 0;
+  }
+}
+
+// By blocks of kThreads threads: share `block` of `blocks`. `shared`: as for block_scan.
+template <int kThreads>
+__device__ inline void write_tile_order(const TileOrderParams& p, const PlannedTiles& tiles,
+                                        int block, int blocks, int* shared) {
+  const int num_tiles = *tiles.num_tiles;
+  for (int chunk = 0; chunk < p.num_pipeline_chunks; ++chunk) {
+    const int first = pipeline_chunk_begin(num_tiles, chunk, p.num_pipeline_chunks);
+    const int end = pipeline_chunk_begin(num_tiles, chunk + 1, p.num_pipeline_chunks);
+    const Order order{tiles, p.backwards != 0, first, end - first};
+    write_steps<kThreads>(p, order, chunk, block, blocks, shared);
+  }
+}
+
+}  // namespace cometrt
