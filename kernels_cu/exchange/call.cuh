@@ -33,12 +33,15 @@ struct TracedCallState : CallState {
 };
 
 // Numbers of REPORTS in cometrt/cuda/report.py.
-enum ReportKind : u64 { kNothing, kWrongRouting, kStopped, kNoForward };
+enum ReportKind : u64 { kNothing, kWrongRouting, kNoForward, kStopped, kStaleGraph };
+
+// Calls that failed and hold later ones, and others, which may be told besides.
+constexpr int kNumReports = 2;
 
 constexpr int kMostReportedIds = 1024;
 
-// In the host's memory, one for all layers of a world: the first call that went wrong since the
-// host last looked, which then sets `kind` to 0 again. Mirrored by call_report_dtype.
+// In the host's memory, kNumReports for all layers of a world: the first call that went wrong since
+// the host last looked, which then sets `kind` to 0 again. Mirrored by call_report_dtype.
 struct CallReport {
   u64 kind;  // ReportKind; written last: then the rest is valid
   u64 epoch;

@@ -33,7 +33,9 @@ __device__ void zero_bytes(char* to, u64 bytes) {  // a multiple of 16
   }
 }
 
-// What a call's status follows from, as a warp has read it; its answers may still be on their way.
+constexpr u32 kInertBlock = 1 << 16;  // in a ticket
+
+// What a call's status follows from, as a warp has read it.
 struct Standing {
   u64 generation, held, aborts[kMaxRanks / 32];  // a lane each
   long long forward_epoch;
@@ -60,9 +62,8 @@ struct Standing {
 
 // One warp, when all that this rank brings is in place: its header on every rank, then the release
 // of source_ready. An inert call releases nothing, and counts no epoch.
-__device__ void begin_exchange(const Call& c, u64 epoch, const Standing& standing) {
+__device__ void begin_exchange(const Call& c, u64 epoch, CallStatus status) {
   const int me = c.world.rank;
-  const CallStatus status = standing.status(c);
   if (threadIdx.x == 0) {
     c.state->ticket = 0;
     c.state->status = status;
@@ -77,7 +78,7 @@ __device__ void begin_exchange(const Call& c, u64 epoch, const Standing& standin
   header.operation = c.operation;
   header.layer = c.layer;
   header.spec_hash = c.spec_hash;
-  header.forward_epoch = standing.forward_epoch;
+  header.forward_epoch = c.forward_epoch == nullptr ? 0 : *c.forward_epoch;
   header.num_tokens = c.num_tokens;
   for (int d = threadIdx.x; d < c.world.size; d += 32) {
     const int peer = (me + d) % c.world.size;
@@ -87,7 +88,7 @@ __device__ void begin_exchange(const Call& c, u64 epoch, const Standing& standin
 }
 
 __device__ void write_report(const Call& c, ReportKind kind) {
-  volatile CallReport& report = *c.report;
+  volatile CallReport& report = c.report[kind >= kStopped];
   if (report.kind != kNothing) return;  // the first one stands
   report.epoch = c.world.epoch();
   report.layer = c.layer;
@@ -109,31 +110,23 @@ __device__ void write_report(const Call& c, ReportKind kind) {
   report.kind = kind;
 }
 
-// One thread, once a call. Later calls know of the failure from here on: this one's backward, and
-// after wrong routing, of which all ranks know, all calls until the host has raised its error.
+// One thread, once a call. Later calls know of the failure from here on: this one's backward, and,
+// where nothing is stopped, all calls until the host has raised the error. Every rank finds it.
 __device__ void tell_failure(const Call& c, bool stopped) {
   if (c.kept_epoch != nullptr) *c.kept_epoch = 0;
+  Control& own = *c.world.control[c.world.rank];
   const u32 status = c.state->status;
   if (stopped) {
-    write_report(c, kStopped);
-  } else if (status == kActive) {
-    c.world.control[c.world.rank]->held = c.world.epoch();
-    write_report(c, kWrongRouting);
-  } else if (status == kForwardFailed) {
-    write_report(c, kNoForward);
+    write_report(c, own.generation == c.world.generation ? kStopped : kStaleGraph);
+  } else if (status != kInert) {
+    own.held = max(own.epoch, 1ull);
+    write_report(c, status == kActive ? kWrongRouting : kNoForward);
   }
 }
 
-}  // namespace
-
-// Puts x, dy, ids and weights into the heap and clears what the call counts up; the last block to
-// be done begins the exchange. No block waits for another. What an inert call puts into the heap is
-// read by nobody. source_ready is acquired by `prepare` (forward) and `agree` (backward).
-extern "C" __global__ void publish(const __grid_constant__ Call c) {
-  __shared__ bool last;
+// This block's share of what the rank brings, into the heap; clears what the call counts up.
+__device__ void publish_share(const Call& c, u64 epoch) {
   const int me = c.world.rank, first = blockIdx.x * blockDim.x + threadIdx.x;
-  const u64 epoch = c.world.epoch() + 1;
-  const Standing standing(c);
   const u64 row_bytes = 2ull * c.g.hidden, bytes = c.num_tokens * row_bytes;
   copy_bytes(c.data<char>(me, c.x_at), c.x, bytes);
   copy_bytes(c.data<char>(me, c.dy_at), c.dy, bytes);
@@ -162,14 +155,29 @@ extern "C" __global__ void publish(const __grid_constant__ Call c) {
     }
   }
   for (int i = first; i < c.num_counters; i += step) c.counters[i] = 0;
-  __syncthreads();
+}
+
+}  // namespace
+
+// Puts x, dy, ids and weights into the heap; the last block to be done begins the exchange. No
+// block waits for another. An inert call writes nothing there: peers that go on for a while may
+// still read what the last one put. Where the world stops meanwhile, the call is inert if it is so
+// for any warp. source_ready is acquired by `prepare` (forward) and `agree` (backward).
+extern "C" __global__ void publish(const __grid_constant__ Call c) {
+  __shared__ u32 before;
+  const u64 epoch = c.world.epoch() + 1;
+  CallStatus status = Standing(c).status(c);
+  if (status == kActive) publish_share(c, epoch);
+  const bool inert = __syncthreads_or(status == kInert);
   if (threadIdx.x == 0) {
     fence_acq_rel_gpu();
-    last = atomicAdd(&c.state->ticket, 1u) == gridDim.x - 1;
+    before = atomicAdd(&c.state->ticket, inert ? kInertBlock + 1 : 1u);
     fence_acq_rel_gpu();
   }
   __syncthreads();  // all that all blocks have stored happens before each lane's release
-  if (last && threadIdx.x < 32) begin_exchange(c, epoch, standing);
+  if (before % kInertBlock != gridDim.x - 1 || threadIdx.x >= 32) return;
+  if (before >= kInertBlock) status = kInert;
+  begin_exchange(c, epoch, status);
 }
 
 // One block: wait for all ranks, and see whether all call the same. Acquires source_ready.

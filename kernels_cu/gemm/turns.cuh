@@ -26,12 +26,12 @@ __device__ inline void init_barriers(Shared& shared) {
 // The first CTA's dealer: whoever is free takes the next turn, so that uneven tiles and late
 // arrivals even out. `turn_full` is released here, by the data's own arrival.
 __device__ inline void deal_turns(Shared& shared, const GemmParams& p) {
-  const int listed = *p.num_turns, num_clusters = gridDim.x / kClusterSize;
-  const int num_turns = p.ok == nullptr || *p.ok ? listed : 0;
+  const u32 listed = *p.num_turns, num_clusters = gridDim.x / kClusterSize;
+  const u32 num_turns = p.ok == nullptr || *p.ok ? listed : 0;
   Ring<kTurnsAhead> at;
   for (bool over = false; !over; at.advance()) {
     mbarrier_wait(&shared.turn_empty[at.slot], at.phase ^ 1);
-    const int turn = atomicAdd(&p.progress[0], 1);
+    const u32 turn = atomicAdd(&p.progress[0], 1);
     over = turn >= num_turns;
     for (int cta = 0; cta < kClusterSize; ++cta) {
       const long long index = static_cast<long long>(turn) * kClusterSize + cta;
