@@ -281,9 +281,8 @@ def test_replays_behind_a_failed_call_do_nothing():
         graph.upload(stream)
         stream.synchronize()
         world.barrier()
-        gate = Gate()
+        gate, wrong = Gate(), wrong_tables(world, inputs)
         with behind(world, gate):
-            wrong = wrong_tables(world, inputs)
             ids[...] = wrong
             graph.launch(stream)
             ids[...] = rank.ids
