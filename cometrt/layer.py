@@ -37,10 +37,10 @@ class MoELayer:
     On device="host" arrays are NumPy's and a call has ended when it returns. On "cuda" they are
     CuPy's, or any DLPack arrays on this rank's GPU; a call is queued on the stream, and a
     CometError of it is raised by `synchronize`, `close`, or the first call that begins after the
-    device has come so far. Only `synchronize` raises on all ranks after the same call: who wants
-    to go on after an error asks it first. Calls may be captured in a CUDA graph (no backward
-    yet); each rank's replays are then ordered by their owner, and after ``world.reset()`` it is
-    captured again.
+    device has come so far; calls queued behind one that failed do nothing until then. Only
+    `synchronize` raises on all ranks after the same call: who wants to go on after an error asks it
+    first. Calls may be captured in a CUDA graph (no backward yet); each rank's replays are then
+    ordered by their owner, and after ``world.reset()`` it is captured again.
 
     Args:
         world: from ``cometrt.connect`` or ``cometrt.spawn``.
@@ -125,11 +125,11 @@ class MoELayer:
             PeerTimeout, MismatchError: until ``world.reset()``.
             With any of these `out` is NaN: where it is x itself, the tokens are lost.
         """
-        with self._check_usable(stream):
+        with self._calling(stream):
             inputs = self._check_inputs(x, topk_ids, topk_weights, w_up, w_down)
             _check_bool("training", training)
-            y = self._result("out", out, inputs[0].shape, (self.spec.numpy_dtype,))
-            self._check_places({"out": y})
+            dtypes = (self.spec.numpy_dtype,)
+            (y,) = self._results("forward", {"out": (out, inputs[0].shape, dtypes)})
             with self._failing(y):
                 saved = self._executor.forward(
                     *inputs, training=bool(training), out=y, tracer=self.tracer
@@ -164,22 +164,27 @@ class MoELayer:
             ValueError: for a wrong argument; the call has not happened.
             PeerTimeout, MismatchError: until ``world.reset()``; x and topk_weights of `out` are
                 NaN. On the host its weight gradients are untouched then, and `saved` may be
-                used again.
+                used again; on "cuda" they are unspecified, and the reset ends the use of `saved`.
+            CometError: its forward failed. On "cuda" a backward that is queued behind a call whose
+                error has not been raised yet does nothing: all of `out` is NaN, but for weight
+                gradients with accumulate, which are untouched, and `saved` may be used again.
         """
-        with self._check_usable(stream):
+        with self._calling(stream):
             kept = Saved.unpack(
                 saved,
                 shape=self._shape,
                 layer=self._layer,
                 world=self.world.identity,
                 num_tables=self._executor.num_tables,
+                generation=self._executor.generation,
             )
             dy, grads = self._check_backward(dy, kept, out, accumulate)
             with self._failing(grads.x, grads.topk_weights):
-                self._executor.backward(
+                ran = self._executor.backward(
                     dy, kept, out=grads, accumulate=bool(accumulate), tracer=self.tracer
                 )
-        kept.mark_used()
+        if ran:
+            kept.mark_used()
         return grads
 
     def _check_backward(
@@ -197,14 +202,13 @@ class MoELayer:
         if accumulate and (given.w_up is None or given.w_down is None):
             raise ValueError("out must have w_up and w_down when accumulate=True (got None)")
         weights, wide = (len(dy), spec.topk), (*dtypes, _FLOAT32)
-        grads = Gradients(
-            self._result("out.x", given.x, dy.shape, dtypes),
-            self._result("out.topk_weights", given.topk_weights, weights, (_FLOAT32,)),
-            self._result("out.w_up", given.w_up, geometry.w_up_shape, wide),
-            self._result("out.w_down", given.w_down, geometry.w_down_shape, wide),
-        )
-        self._check_places({f"out.{name}": array for name, array in grads._asdict().items()})
-        return dy, grads
+        wanted = {
+            "out.x": (given.x, dy.shape, dtypes),
+            "out.topk_weights": (given.topk_weights, weights, (_FLOAT32,)),
+            "out.w_up": (given.w_up, geometry.w_up_shape, wide),
+            "out.w_down": (given.w_down, geometry.w_down_shape, wide),
+        }
+        return dy, Gradients(*self._results("backward", wanted))
 
     def buffer(self) -> Any:
         """Heap memory [max_tokens, H]: tokens written here and passed as ``x = buffer()[:T]``
@@ -270,11 +274,12 @@ class MoELayer:
         return config
 
     def synchronize(self) -> None:
-        """Wait for this layer's calls and raise what they have not raised yet. On the host
-        every call has ended, and has raised, when it returns."""
+        """Wait for the calls of all layers of the world, and raise what they have not raised yet.
+        On the host every call has ended, and has raised, when it returns."""
         self._check_open()
-        self._executor.synchronize()
-        self.world.check_running(_STOPPED)
+        with self._arrays.stream(None):
+            self._executor.synchronize()
+            self._executor.check_running(_STOPPED)
 
     def close(self) -> None:
         """Give this layer up, on this rank; may be repeated. Raises what `synchronize` would."""
@@ -302,11 +307,14 @@ class MoELayer:
         if self._closed:
             raise ValueError("layer must be open (it was closed)")
 
-    def _check_usable(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def _calling(self, stream: Any) -> Iterator[None]:
+        """Around a call, from its first argument on: its stream is current."""
         self._check_open()
-        self._executor.raise_pending()
-        self.world.check_running(_STOPPED)
-        return self._arrays.stream(stream)
+        with self._arrays.stream(stream):
+            self._executor.raise_pending()
+            self._executor.check_running(_STOPPED)
+            yield
 
     @contextlib.contextmanager
     def _failing(self, *results: Any) -> Iterator[None]:
@@ -346,28 +354,37 @@ class MoELayer:
             )
         return tokens
 
-    def _result(
-        self, name: str, given: Any, shape: tuple[int, ...], dtypes: tuple[np.dtype, ...]
-    ) -> Any:
-        if given is None:
-            return self._arrays.empty(shape, dtypes[0])
-        return self._arrays.check(name, given, shape, dtypes, writable=True)
+    def _results(self, operation: str, wanted: dict[str, tuple[Any, Any, Any]]) -> list[Any]:
+        """Where results go, of name -> (array given or None, shape, dtypes). Arrays are made last:
+        wrong arguments are told before."""
+        results = {}
+        for name, (given, shape, dtypes) in wanted.items():
+            if given is not None:
+                results[name] = self._arrays.check(name, given, shape, dtypes, writable=True)
+                self._check_place(name, results[name])
+        try:
+            for name, (given, shape, dtypes) in wanted.items():
+                if given is None:
+                    results[name] = self._arrays.empty(shape, dtypes[0])
+        except BaseException as error:  # no memory: peers may be in the call already
+            self._executor.stop_world(error, operation)
+            raise
+        return [results[name] for name in wanted]
 
-    def _check_places(self, results: dict[str, Any]) -> None:
+    def _check_place(self, name: str, array: Any) -> None:
         """Results are written while peers read the heap: there they may only take the place of the
         tokens that they are of."""
         begin, end = self._executor.buffer_place()
-        for name, array in results.items():
-            first, nbytes = self._arrays.address(array), array.nbytes
-            if not nbytes or first >= end or first + nbytes <= begin:
-                continue
-            if name not in ("out", "out.x"):
-                raise ValueError(f"{name} must not lie in layer.buffer() (got a view of it)")
-            if first != begin:
-                raise ValueError(
-                    f"{name} must begin where layer.buffer() begins, if it lies there "
-                    f"(got a view that begins {first - begin:+} bytes from there)"
-                )
+        first, nbytes = self._arrays.address(array), array.nbytes
+        if not nbytes or first >= end or first + nbytes <= begin:
+            return
+        if name not in ("out", "out.x"):
+            raise ValueError(f"{name} must not lie in layer.buffer() (got a view of it)")
+        if first != begin:
+            raise ValueError(
+                f"{name} must begin where layer.buffer() begins, if it lies there "
+                f"(got a view that begins {first - begin:+} bytes from there)"
+            )
 
 
 def _check_bool(name: str, value: Any) -> None:

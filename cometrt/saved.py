@@ -1,6 +1,6 @@
 """What forward keeps for backward: a flat tuple of arrays of fixed shape, and the weights.
 
-(meta [6] int64 on the host, epoch [1] int64, x, z [capacity, 2 * I_s], the plan's tables (on
+(meta [7] int64 on the host, epoch [1] int64, x, z [capacity, 2 * I_s], the plan's tables (on
 "cuda" in one array), w_up, w_down), where x is the gathered rows [capacity, H] (save="rows") or
 this rank's tokens [max_tokens, H] (save="z").
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from cometrt.plan import PlanShape
 
-_META = ("world", "layer", "shape", "rank", "num_tokens", "used")
+_META = ("world", "layer", "shape", "rank", "num_tokens", "generation", "used")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +36,7 @@ class Saved:
         layer: int,
         num_tokens: int,
         world: int,
+        generation: int,
         epoch: Any,
         x: Any,
         z: Any,
@@ -44,12 +45,14 @@ class Saved:
         w_down: Any,
     ) -> tuple[Any, ...]:
         rank = shape.geometry.rank
-        values = [world, layer, shape.digest, rank, num_tokens, 0]
+        values = [world, layer, shape.digest, rank, num_tokens, generation, 0]
         meta = np.array(values, np.int64)
         return (meta, epoch, x, z, *tables, w_up, w_down)
 
     @staticmethod
-    def unpack(saved: Any, *, shape: PlanShape, layer: int, world: int, num_tables: int) -> Saved:
+    def unpack(
+        saved: Any, *, shape: PlanShape, layer: int, world: int, num_tables: int, generation: int
+    ) -> Saved:
         """Check that it is this layer's, on this rank, and not used yet.
 
         Raises:
@@ -71,12 +74,17 @@ class Saved:
             ("layer", layer),
             ("shape", shape.digest),
             ("rank", shape.geometry.rank),
+            ("generation", generation),
         ):
             if found[name] != expected:
-                tuned = "; tune() may change it" if name == "shape" else ""
+                changed_by = {
+                    "shape": "; tune() may change it",
+                    "generation": "; reset() changes it",
+                }
+                hint = changed_by.get(name, "")
                 raise ValueError(
                     f"saved must come from this layer's forward "
-                    f"({name} is {expected}, got {found[name]}{tuned})"
+                    f"({name} is {expected}, got {found[name]}{hint})"
                 )
         if found["used"]:
             raise ValueError("saved must be used for one backward only (it has had its backward)")

@@ -34,10 +34,12 @@ def is_writable(array: Any) -> bool:
     interface. Older DLPack says nothing, which means no, as NumPy has it."""
     with contextlib.suppress(Exception):  # of libraries that have it, but not for every dtype
         return not array.__cuda_array_interface__["data"][1]
-    try:
-        capsule = array.__dlpack__(max_version=(1, 0))
-    except Exception:  # of an older DLPack
-        return False
+    for stream in ({"stream": -1}, {}):  # nothing is to be waited for; the host's arrays have none
+        try:
+            capsule = array.__dlpack__(max_version=(1, 0), **stream)
+            break
+        except Exception:  # of an older DLPack
+            capsule = None
     try:
         tensor = _VersionedTensor.from_address(_capsule_pointer(capsule, _VERSIONED))
     except ValueError:  # no capsule of that name

@@ -65,7 +65,7 @@ def new_turns(
 
     items = 2 * parts * most_turns(-(-max_tiles // parts), num_columns, chunk)
     memory = cp.empty(items * work_item_dtype.itemsize, cp.uint8)
-    return Turns(memory, cp.empty(3 * parts, cp.int32), parts)
+    return Turns(memory, cp.zeros(3 * parts, cp.int32), parts)
 
 
 def turns_record(

@@ -34,7 +34,7 @@ from cometrt.cuda.planner import DevicePlanner, planner_counters
 from cometrt.cuda.report import pinned, report_of, tell_unspecified
 from cometrt.cuda.rows import RowMovers
 from cometrt.cuda.trace import recorded_by
-from cometrt.errors import CallNotBegun
+from cometrt.errors import CallNotBegun, CometError
 from cometrt.heap import SymmetricHeap
 from cometrt.kernels.launch import load_kernels
 from cometrt.kernels.params import (
@@ -100,6 +100,7 @@ class CudaExecutor:
         self._verdict = pinned(call_state_dtype)
         self._offsets = pinned(np.dtype(np.int32), geometry.local_experts + 1)
         self.ended = cp.cuda.Event(disable_timing=True)  # at the end of the layer's last call
+        self._last_operation = ""
         self._calls = Calls(world, shape, self._heap, layer)
         self._num_sms, self._row_shape = num_sms(), (shape.capacity, spec.hidden)
         self._up_shape = (shape.capacity, geometry.up_columns)
@@ -110,6 +111,12 @@ class CudaExecutor:
         self.captured: list[Any] = []  # memory of calls in graphs, which outlives them
         cp.cuda.get_current_stream().synchronize()
         world.barrier()
+
+    @property
+    def generation(self) -> int:
+        """That of a forward and its backward: one that a reset came between may have failed on some
+        ranks."""
+        return self._world.generation
 
     # ---- the calls --------------------------------------------------------------------------
 
@@ -134,7 +141,7 @@ class CudaExecutor:
         tracer: Tracer,
     ) -> tuple[Any, ...] | None:
         capturing = bool(self._cp.cuda.get_current_stream().is_capturing())
-        with self._guard("forward", capturing):
+        with self._guard("forward"):
             return self._forward((x, ids, weights, w_up, w_down, out), training, capturing)
 
     def _forward(
@@ -167,7 +174,7 @@ class CudaExecutor:
             state = self._calls.state_of_world()
             key = (len(x), ids.dtype.itemsize, scratch.ptr, *arrays, *state)
             graph = self.graphs.find(key, launch)
-        with self._launching(capturing, (x, ids, weights, *made, scratch)):
+        with self._launching("forward", capturing, (x, ids, weights, *made, scratch)):
             if graph is None:
                 launch()
             else:
@@ -180,6 +187,7 @@ class CudaExecutor:
             num_tokens=len(x),
             epoch=epoch,
             world=self._world.identity,
+            generation=self.generation,
             x=x_rows if saved_x is None else saved_x,
             z=z,
             tables=(tables,),
@@ -255,15 +263,16 @@ class CudaExecutor:
 
     def backward(
         self, dy: Any, saved: Saved, *, out: Gradients, accumulate: bool, tracer: Tracer
-    ) -> None:
+    ) -> bool:
+        """Fill `out`. False if it did nothing, behind a call that failed."""
         if self._cp.cuda.get_current_stream().is_capturing():
             raise ValueError(
                 "backward must not be captured in a CUDA graph (the stream is capturing)"
             )
-        with self._guard("backward", capturing=False):
-            self._backward(dy, saved, out, accumulate)
+        with self._guard("backward"):
+            return self._backward(dy, saved, out, accumulate)
 
-    def _backward(self, dy: Any, saved: Saved, out: Gradients, accumulate: bool) -> None:
+    def _backward(self, dy: Any, saved: Saved, out: Gradients, accumulate: bool) -> bool:
         cp, planner = self._cp, self._planner
         dy = self._out_of_heap(dy, "dy")
         (tables,) = saved.tables
@@ -291,13 +300,16 @@ class CudaExecutor:
             dweight_rows=dweight_rows.data.ptr,
         )
         set_tables(call, planner.call_tables(tables))
-        with self._launching(capturing=False):
+        with self._launching("backward", capturing=False):
             self._publish((self._num_sms,), _PUBLISH_THREADS, call)
             self._agree((1,), _THREADS, call)
             rows = self._group_rows(plan)
             if not rows:
+                if not accumulate:
+                    for gradient in (out.w_up, out.w_down):
+                        gradient.data.memset_async(0xFF, gradient.nbytes)  # NaN
                 self._end(call)
-                return
+                return False
             self._pull(call)
             if pulls_again:  # before the first partial of dx leaves
                 set_words(call, pull_offset=self._heap.table["x"].offset, rows=x_rows.data.ptr)
@@ -312,15 +324,17 @@ class CudaExecutor:
 
             self._combine(call, weights)
             self._end(call)
+        return True
 
     def keep_for(self, layer: Any) -> weakref.finalize:
         """When the layer is dropped, keep what its queued calls use until they have ended, and what
         its graphs use as long as the world."""
-        finalizer = weakref.finalize(layer, self._retire)
+        finalizer = weakref.finalize(layer, self.retire)
         finalizer.atexit = False
         return finalizer
 
-    def _retire(self) -> None:
+    def retire(self) -> None:
+        """Keep what queued calls use until they have ended."""
         gpu = self._world.gpu
         assert gpu is not None
         gpu.retire(self, None if self.captured else self.ended)
@@ -341,8 +355,8 @@ class CudaExecutor:
             self.graphs.enabled = before
 
     def synchronize(self) -> None:
-        """Wait for this layer's calls; raise what they have not raised yet."""
-        self.ended.synchronize()
+        """Wait for all calls of the world; raise what they have not raised yet."""
+        self._wait_for_calls()
         self._raise_found()
 
     def close(self) -> None:
@@ -350,9 +364,26 @@ class CudaExecutor:
 
     def raise_pending(self) -> None:
         """Raise what the device has found wrong so far, without waiting for it. Ranks that are
-        threads of one process do so together, where they meet before a call."""
-        if not self._world.shares_process:
+        threads of one process do so together, where they meet before a call. Where the stream is
+        captured, later."""
+        if self._world.shares_process and self._report.kind != "stopped":
+            return
+        if not self._cp.cuda.get_current_stream().is_capturing():
             self._raise_found()
+
+    def check_running(self, prefix: str) -> None:
+        """As `World.check_running`."""
+        try:
+            self._world.check_running(prefix)
+        except CometError as error:
+            if self._last_operation == "backward":
+                tell_unspecified(error)
+            raise
+
+    def _wait_for_calls(self) -> None:
+        gpu = self._world.gpu
+        if gpu is not None and gpu.last_call is not None:
+            gpu.last_call.synchronize()
 
     def _raise_found(self) -> None:
         error = self._report.error()
@@ -362,10 +393,9 @@ class CudaExecutor:
     # ---- the stages of a call ---------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _guard(self, operation: str, capturing: bool) -> Iterator[None]:
-        """Around all of a call: stops the world if this rank raises what its peers do not know of,
-        also before anything is launched, since they wait for it. While a graph is captured they do
-        not."""
+    def _guard(self, operation: str) -> Iterator[None]:
+        """Around all of a call: stops the world if this rank raises, also before anything is
+        launched."""
         try:
             yield
         except CallNotBegun:
@@ -373,12 +403,22 @@ class CudaExecutor:
         except BaseException as error:
             if operation == "backward":
                 tell_unspecified(error)
-            if not self._world.stopped and not capturing:
-                self._world.stop_for(error, f" in a {operation} of layer {self._layer}")
+            self.stop_world(error, operation)
             raise
 
+    def stop_world(self, error: BaseException, operation: str) -> None:
+        """This rank raises in a call what its peers do not know of, while they wait for it: unless
+        they have told it, or it captures a graph."""
+        capturing = False
+        with contextlib.suppress(Exception):  # of a broken device
+            capturing = bool(self._cp.cuda.get_current_stream().is_capturing())
+        if not capturing and not self._world.stopped:
+            self._world.stop_for(error, f" in a {operation} of layer {self._layer}")
+
     @contextlib.contextmanager
-    def _launching(self, capturing: bool, buffers: tuple[Any, ...] = ()) -> Iterator[None]:
+    def _launching(
+        self, operation: str, capturing: bool, buffers: tuple[Any, ...] = ()
+    ) -> Iterator[None]:
         """Around a call's launches: calls of a world follow each other, whatever their streams.
 
         Not so in a graph: its owner orders replays, and `buffers` are kept for them."""
@@ -389,6 +429,7 @@ class CudaExecutor:
             self.captured.append(buffers)
             return
         self._begin()
+        self._last_operation = operation
         if gpu.last_call is not None:
             stream.wait_event(gpu.last_call)
         try:
@@ -400,21 +441,23 @@ class CudaExecutor:
 
     def _begin(self) -> None:
         """Ranks that are threads of one process meet, and raise together what one of them has found
-        on its device: all find the same."""
+        on its device: what stops nothing all find, sooner or later."""
         world, report = self._world, self._report
         if not world.shares_process:
             return
-        if report.kind not in ("", "routing"):
-            self._raise_not_begun()
-        kinds = world.allgather(report.kind, purpose="a call")
-        if "routing" in kinds and world.gpu is not None and world.gpu.last_call is not None:
-            world.gpu.last_call.synchronize()
-            self._raise_not_begun()
-
-    def _raise_not_begun(self) -> None:
-        error = self._report.error()
-        if error is not None:
-            raise CallNotBegun(error)
+        kinds = world.allgather(report.kind, purpose="the start of a call")
+        if not any(kinds):
+            return
+        self._wait_for_calls()
+        self._cp.cuda.get_current_stream().synchronize()
+        error = report.error()
+        if error is None:
+            rank, kind = next((rank, kind) for rank, kind in enumerate(kinds) if kind)
+            error = CometError(
+                f"an earlier call failed on rank {rank} ({kind}), and not on this one"
+            )
+            error.relayed = True
+        raise CallNotBegun(error)
 
     def _meet(self) -> None:
         """Where ranks are threads of one process, they meet before a call, after it, and before
@@ -423,7 +466,7 @@ class CudaExecutor:
         GPUs of their own too: CUDA calls of one process wait for each other, and memory that
         peers reach is given back only when they rest."""
         if self._world.shares_process:
-            self._world.allgather(None, purpose="a call")
+            self._world.allgather(None, purpose="the end of a call")
 
     def _end(self, call: Record) -> None:
         self._finish((self._num_sms,), _THREADS, call)

@@ -17,7 +17,8 @@ from cometrt.world.failure import FLAGS, KINDS, Failure, Wanted
 from cometrt.world.layout import control_dtype
 
 OPERATIONS = ("", "forward", "backward")  # numbers on the wire
-REPORTS = ("", "routing", "stopped", "no forward")  # ReportKind of exchange/call.cuh
+REPORTS = ("", "routing", "no forward", "stopped", "stale graph")  # ReportKind of exchange/call.cuh
+_NUM_REPORTS = 2  # kNumReports: of calls that failed and hold later ones, and of others
 _PLAN_PATIENCE = 2  # of PlanOfCall::wait in plan/plan.cu
 _UNSPECIFIED = "; the weight gradients of this backward are unspecified"
 
@@ -33,11 +34,12 @@ def report_of(world: World) -> Report:
 class Report:
     """The first call of a world that went wrong since the host last looked.
 
-    From then on calls that this rank has queued do nothing, until the host has raised the error: so
-    all ranks, which come to it at different times, have made the same calls then.
+    Where nothing stopped the world, all ranks find it; calls that a rank has queued behind it do
+    nothing, until the host has raised the error: so all ranks, which come to it at different times,
+    have made the same calls then.
 
     Attributes:
-        address: of the CallReport, in memory of the host that kernels write to.
+        address: of the CallReports, in memory of the host that kernels write to.
     """
 
     def __init__(self, world: World) -> None:
@@ -45,9 +47,8 @@ class Report:
 
         self._world_of, self._cp = weakref.ref(world), cp
         self._shapes: dict[int, PlanShape] = {}  # by layer
-        self._call = pinned(call_report_dtype)
-        self._kind = self._call["kind"]
-        self.address = int(self._call.ctypes.data)
+        self._calls = pinned(call_report_dtype, _NUM_REPORTS)
+        self.address = int(self._calls.ctypes.data)
         self._control = pinned(control_dtype)
 
     def add_layer(self, layer: int, shape: PlanShape) -> None:
@@ -56,35 +57,45 @@ class Report:
 
     def clear(self) -> None:
         """Forget it: the world has been reset."""
-        self._kind[0] = 0
+        self._calls["kind"] = 0
 
     @property
     def kind(self) -> str:
         """Of REPORTS: what the device has found wrong so far."""
-        return REPORTS[int(self._kind[0])]
+        return REPORTS[next((int(kind) for kind in self._calls["kind"] if kind), 0)]
 
     def error(self) -> CometError | None:
-        """What went wrong first since this was last asked, as far as the device has come. Later
-        calls do something again."""
-        if not self._kind[0]:
-            return None
-        found = self._call[0].copy()
-        kind, self._kind[0] = self.kind, 0
-        call = f"{OPERATIONS[int(found['operation'])]} of layer {int(found['layer'])}"
+        """What went wrong first since this was last asked, as far as the device has come. After it
+        later calls do something again."""
+        for report in self._calls:
+            if report["kind"]:
+                error = self._error_of(report)
+                report["kind"] = 0
+                return error
+        return None
+
+    def _error_of(self, report: Any) -> CometError | None:
+        kind, world = REPORTS[int(report["kind"])], self._world_of()
+        operation = OPERATIONS[int(report["operation"])]
+        call = f"{operation} of layer {int(report['layer'])}"
+        assert world is not None
+        assert world.gpu is not None
         if kind == "stopped":
-            error = self._stop_found(call)
-            if OPERATIONS[int(found["operation"])] == "backward":
+            error = self._stop_found(world)
+            if operation == "backward":
                 tell_unspecified(error)
             return error
+        if kind == "stale graph":
+            return CometError(
+                f"a graph captured before world.reset() was replayed ({call}): its calls belong to "
+                f"a world that has stopped; capture it again"
+            )
+        world.gpu.release_held_calls()
         if kind == "no forward":
             return CometError(
                 f"the {call} did nothing: its forward failed, or was queued behind a call that did"
             )
-        world = self._world_of()
-        assert world is not None
-        assert world.gpu is not None
-        world.gpu.release_held_calls()
-        return self._routing_error(found)
+        return self._routing_error(report)
 
     def _routing_error(self, found: Any) -> CometError:
         shape = self._shapes[int(found["layer"])]
@@ -97,10 +108,9 @@ class Report:
         packed = int(found["largest_need"])
         return too_many_rows(0xFFFF - (packed & 0xFFFF), packed >> 16, shape)
 
-    def _stop_found(self, call: str) -> CometError | None:
+    def _stop_found(self, world: World) -> CometError | None:
         """What stopped the world on the device, told to the hosts too."""
-        world, cp = self._world_of(), self._cp
-        assert world is not None
+        cp = self._cp
         assert world.gpu is not None
         stream = cp.cuda.get_current_stream()
         address, kind = world.gpu.control[world.rank], cp.cuda.runtime.memcpyDeviceToHost
@@ -109,11 +119,6 @@ class Report:
         )
         stream.synchronize()
         control = self._control[0]
-        if control["abort"][: world.size].max() < world.generation:
-            return CometError(
-                f"a graph captured before world.reset() was replayed ({call}): its calls belong to "
-                f"a world that has stopped; capture it again"
-            )
         records = [r for r in control["failure"] if int(r["generation"]) >= world.generation]
         if not records:  # a host stopped it
             try:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cometrt.cuda.executor import CudaExecutor
+from cometrt.errors import CallNotBegun
 from cometrt.kernels.launch import load_kernels
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.specs import Geometry
@@ -57,13 +58,20 @@ class Trials:
         Raises:
             RoutingError, CapacityError: of given inputs, on all ranks.
         """
-        import cupy as cp
-
-        world, (begin, end) = self._world, self._events
         # All ranks have met in the last trial's allgather, and meet again before this one's first
         # launch: no kernel waits for a peer while memory is allocated.
         executor = self.executor(config)
         executor.graphs.enabled = False  # none is to be made behind the gate
+        try:
+            return self._time(executor)
+        except BaseException:
+            executor.retire()  # its kernels may run on
+            raise
+
+    def _time(self, executor: CudaExecutor) -> float:
+        import cupy as cp
+
+        world, (begin, end) = self._world, self._events
         self._calls(executor)  # from here on all memory that calls take is there
         executor.synchronize()
         world.barrier()
@@ -87,12 +95,15 @@ class Trials:
     def _calls(self, executor: CudaExecutor) -> None:
         """One call, and _CALLS between the events; nothing of them is kept."""
         begin, end = self._events
-        for index in range(1 + _CALLS):
-            if index == 1:
-                begin.record()
-            executor.forward(
-                *self._inputs, training=self._training, out=self._y, tracer=self._tracer
-            )
+        try:
+            for index in range(1 + _CALLS):
+                if index == 1:
+                    begin.record()
+                executor.forward(
+                    *self._inputs, training=self._training, out=self._y, tracer=self._tracer
+                )
+        except CallNotBegun as error:
+            raise error.reason from None
         end.record()
 
 

@@ -29,6 +29,7 @@ class HostExecutor:
         self.num_tables = len(dataclasses.fields(Plan))  # of a plan, in `saved`
         self._overlapped = mode == "fused"
         self._heap = SymmetricHeap(world, shape)
+        self.generation = 0  # a forward that has returned has its backward, also after a reset
 
     def buffer(self) -> np.ndarray:
         return self._heap.array("x")
@@ -89,6 +90,7 @@ class HostExecutor:
             num_tokens=len(x),
             epoch=np.array([ex.epoch], np.int64),
             world=self._world.identity,
+            generation=self.generation,
             x=x_rows if tokens is None else tokens,
             z=z,
             tables=ex.plan.arrays(),
@@ -98,7 +100,7 @@ class HostExecutor:
 
     def backward(
         self, dy: np.ndarray, saved: Saved, *, out: Gradients, accumulate: bool, tracer: Tracer
-    ) -> None:
+    ) -> bool:
         """Fill `out`; weight gradients only once the exchange has succeeded."""
         ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
         geometry = self._shape.geometry
@@ -110,6 +112,7 @@ class HostExecutor:
             self._backward(ex, dy, saved, wide)
         for result, value in ((out.w_up, wide.w_up), (out.w_down, wide.w_down)):
             result[:] = result + value if accumulate else value
+        return True
 
     def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
         """Nothing: spans are told as they end."""
@@ -120,6 +123,14 @@ class HostExecutor:
 
     def raise_pending(self) -> None:
         """Nothing: a call has raised what it has to when it returns."""
+
+    def check_running(self, prefix: str) -> None:
+        """As `World.check_running`."""
+        self._world.check_running(prefix)
+
+    def stop_world(self, error: BaseException, operation: str) -> None:
+        """This rank raises what its peers do not know of."""
+        self._world.stop_for(error, f" in a {operation} of layer {self._layer}")
 
     def synchronize(self) -> None:
         """Every call has ended, and has raised, when it returns."""

@@ -261,6 +261,8 @@ class World(abc.ABC):
             board["epoch"][0], board["round"][0] = self.epoch, self._meetings.round
             self.fence()
             board["generation"][0] = generation
+            if self.gpu:
+                self.gpu.begin_generation(generation, self.epoch)
             for peer in range(self.size):
                 wanted = Wanted("reset", peer, generation)
                 reached = value_of(self.boards[peer]["generation"])
@@ -270,8 +272,6 @@ class World(abc.ABC):
             raise
         finally:
             self._generation = int(board["generation"][0])
-        if self.gpu:
-            self.gpu.begin_generation(self._generation, self.epoch)
 
     # ---- meeting ----------------------------------------------------------------------------
 

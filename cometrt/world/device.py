@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cometrt.world.layout import MAX_RANKS, control_dtype
-from cometrt.world.partitions import side_stream
 
 if TYPE_CHECKING:
     from cometrt.world.base import World
@@ -132,16 +131,12 @@ class DeviceMemory:
         import cupy
 
         stream = cupy.cuda.get_current_stream()
-        capturing = stream.is_capturing()
-        if capturing:  # what is captured comes later
-            stream = side_stream()
         if self.last_call is not None:
             stream.wait_event(self.last_call)
         offset = control_dtype.fields["held"][1]  # type: ignore[index]
         (self._own[0] + offset).memset_async(0, 8, stream)
         self.last_call = stream.record(cupy.cuda.Event(disable_timing=True))
-        if not capturing:
-            self.last_call.synchronize()  # whatever stream the next call is on
+        self.last_call.synchronize()  # whatever stream the next call is on
 
     def retire(self, kept: Any, event: Any) -> None:
         """Keep what kernels use until the event, or, for None, as long as the world."""

@@ -157,7 +157,7 @@ def _use_gpu(device: str, gpu: Any, everybody: Any) -> str:
         gpu = check_int("gpu", gpu, minimum=0, maximum=found - 1)
         cupy.cuda.Device(gpu).use()
         check_gpu(gpu)
-    except ValueError as error:
+    except Exception as error:  # CuPy raises types of its own
         return str(error)
     return ""
 

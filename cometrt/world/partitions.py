@@ -174,18 +174,26 @@ _OLDEST_DRIVER = 13000  # CUDA 13.0
 _HOPPER = (9, 0)
 
 
+def check_driver() -> None:
+    """Raise ValueError if there is a driver, and it is too old: it answers also where nothing else
+    does."""
+    import cupy
+
+    driver = int(cupy.cuda.runtime.driverGetVersion())
+    if 0 < driver < _OLDEST_DRIVER:
+        raise ValueError(
+            f"device='cuda' needs an NVIDIA driver for CUDA 13.0 or newer "
+            f"(got one for CUDA {driver // 1000}.{driver % 1000 // 10})"
+        )
+
+
 def check_gpu(device_id: int) -> None:
     """Raise ValueError where the kernels do not run: on anything but Hopper, or with a driver that
     does not load what the compiler makes."""
     import cupy
 
     runtime = cupy.cuda.runtime
-    driver = int(runtime.driverGetVersion())
-    if driver < _OLDEST_DRIVER:
-        raise ValueError(
-            f"device='cuda' needs an NVIDIA driver for CUDA 13.0 or newer "
-            f"(got one for CUDA {driver // 1000}.{driver % 1000 // 10})"
-        )
+    check_driver()
     found = runtime.getDeviceProperties(device_id)
     capability = found["major"], found["minor"]
     if capability != _HOPPER:

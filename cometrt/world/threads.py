@@ -17,7 +17,14 @@ from cometrt.specs import check_choice, check_int, check_timeout
 from cometrt.world.base import World
 from cometrt.world.failure import Wanted
 from cometrt.world.link import LINKS, link_share
-from cometrt.world.partitions import check_gpu, gpu_seats, gpu_sms, num_sms, ranks_share_gpu
+from cometrt.world.partitions import (
+    check_driver,
+    check_gpu,
+    gpu_seats,
+    gpu_sms,
+    num_sms,
+    ranks_share_gpu,
+)
 
 Result = TypeVar("Result")
 
@@ -199,6 +206,8 @@ def check_device(device: str) -> None:
             if cupy.cuda.runtime.getDeviceCount() < 1:
                 raise RuntimeError("no GPU is visible")
         except Exception as error:  # CuPy raises types of its own
+            with contextlib.suppress(ImportError, AttributeError):
+                check_driver()  # where that is why
             raise ValueError(
                 f"device='cuda' needs an NVIDIA GPU and the cuda13 extra ({error})"
             ) from error

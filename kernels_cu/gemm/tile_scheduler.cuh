@@ -28,12 +28,12 @@ __device__ inline void init_barriers(Shared& shared) {
 // free, so that clusters that start late or meet small tiles even out. The data's own arrival
 // signals `scheduler_full`.
 __device__ inline void schedule_tiles(Shared& shared, const GemmParams& p) {
-  const int listed = *p.num_steps, num_clusters = gridDim.x / kClusterSize;
-  const int num_steps = p.ok == nullptr || *p.ok ? listed : 0;
+  const u32 listed = *p.num_steps, num_clusters = gridDim.x / kClusterSize;
+  const u32 num_steps = p.ok == nullptr || *p.ok ? listed : 0;
   PipelineState<kSchedulerStages> at;
   for (bool ends = false; !ends; at.advance()) {
     mbarrier_wait(&shared.scheduler_empty[at.stage], at.parity ^ 1);
-    const int step = atomicAdd(&p.progress[0], 1);
+    const u32 step = atomicAdd(&p.progress[0], 1);
     ends = step >= num_steps;
     for (int cta = 0; cta < kClusterSize; ++cta) {
       const long long index = static_cast<long long>(step) * kClusterSize + cta;

@@ -32,12 +32,14 @@ struct TracedExchangeState : ExchangeState {
 };
 
 // Numbers of REPORTS in cometrt/cuda/report.py.
-enum ReportKind : u64 { kNothing, kWrongRouting, kStopped, kNoForward };
+enum ReportKind : u64 { kNothing, kWrongRouting, kNoForward, kStopped, kStaleGraph };
+
+constexpr int kNumReports = 2;  // the first for calls that hold later ones, the second for others
 
 constexpr int kMostReportedIds = 1024;
 
-// In the host's memory, one for all layers of a world: the first call that failed since the host
-// last read it; then the host sets `kind` to 0 again. Mirrored by call_report_dtype.
+// In the host's memory, kNumReports for all layers of a world: the first call that failed since the
+// host last read it; then the host sets `kind` to 0 again. Mirrored by call_report_dtype.
 struct ExchangeReport {
   u64 kind;  // ReportKind; written last: then the rest is valid
   u64 epoch;

@@ -32,7 +32,9 @@ __device__ void zero_bytes(char* to, u64 bytes) {  // a multiple of 16
   }
 }
 
-// What a call's status follows from, as a warp reads it. The loads may still be under way.
+constexpr u32 kInertBlock = 1 << 16;  // in a ticket
+
+// What a call's status follows from, as a warp reads it.
 struct Standing {
   u64 generation, held, aborts[kMaxRanks / 32];  // a lane each
   long long forward_epoch;
@@ -59,9 +61,8 @@ struct Standing {
 
 // One warp, when all that this rank brings is in place: writes its header on every rank, then
 // signals source_ready. An inert call signals nothing and counts no epoch.
-__device__ void begin_exchange(const ExchangeParams& params, u64 epoch, const Standing& standing) {
+__device__ void begin_exchange(const ExchangeParams& params, u64 epoch, ExchangeStatus status) {
   const int me = params.world.rank;
-  const ExchangeStatus status = standing.status(params);
   if (threadIdx.x == 0) {
     params.state->ticket = 0;
     params.state->status = status;
@@ -76,7 +77,7 @@ __device__ void begin_exchange(const ExchangeParams& params, u64 epoch, const St
   header.operation = params.operation;
   header.layer = params.layer;
   header.spec_hash = params.spec_hash;
-  header.forward_epoch = standing.forward_epoch;
+  header.forward_epoch = params.forward_epoch == nullptr ? 0 : *params.forward_epoch;
   header.num_tokens = params.num_tokens;
   for (int d = threadIdx.x; d < params.world.size; d += 32) {
     const int peer = (me + d) % params.world.size;
@@ -86,7 +87,7 @@ __device__ void begin_exchange(const ExchangeParams& params, u64 epoch, const St
 }
 
 __device__ void write_report(const ExchangeParams& params, ReportKind kind) {
-  volatile ExchangeReport& report = *params.report;
+  volatile ExchangeReport& report = params.report[kind >= kStopped];
   if (report.kind != kNothing) return;  // the first one stands
   report.epoch = params.world.epoch();
   report.layer = params.layer;
@@ -108,31 +109,25 @@ __device__ void write_report(const ExchangeParams& params, ReportKind kind) {
   report.kind = kind;
 }
 
-// One thread, once a call. From here on the failure concerns later calls: this call's backward; and
-// after wrong routing, which all ranks find, every call until the host has raised the error.
+// One thread, once a call. From here on the failure concerns later calls: this call's backward;
+// and, where nothing is stopped and so every rank finds it, all calls until the host has raised the
+// error.
 __device__ void report_failure(const ExchangeParams& params, bool stopped) {
   if (params.saved_epoch != nullptr) *params.saved_epoch = 0;
+  ControlBlock& own = *params.world.control[params.world.rank];
   const u32 status = params.state->status;
   if (stopped) {
-    write_report(params, kStopped);
-  } else if (status == kActive) {
-    params.world.control[params.world.rank]->held = params.world.epoch();
-    write_report(params, kWrongRouting);
-  } else if (status == kForwardFailed) {
-    write_report(params, kNoForward);
+    write_report(params, own.generation == params.world.generation ? kStopped : kStaleGraph);
+  } else if (status != kInert) {
+    own.held = max(own.epoch, 1ull);
+    write_report(params, status == kActive ? kWrongRouting : kNoForward);
   }
 }
 
-}  // namespace
-
-// Copies x, dy, ids and router weights into the heap and clears what the call counts up. The last
-// block to finish begins the exchange; no block waits for another. Nobody reads what an inert call
-// copies. `prepare` (forward) and `agree` (backward) acquire source_ready.
-extern "C" __global__ void publish(const __grid_constant__ ExchangeParams params) {
-  __shared__ bool last;
+// Copies this block's share of what the rank brings into the heap, and clears what the call counts
+// up.
+__device__ void publish_share(const ExchangeParams& params, u64 epoch) {
   const int me = params.world.rank, first = blockIdx.x * blockDim.x + threadIdx.x;
-  const u64 epoch = params.world.epoch() + 1;
-  const Standing standing(params);
   const u64 row_bytes = 2ull * params.g.hidden, bytes = params.num_tokens * row_bytes;
   copy_bytes(params.data<char>(me, params.x_offset), params.x, bytes);
   copy_bytes(params.data<char>(me, params.dy_offset), params.dy, bytes);
@@ -163,14 +158,29 @@ extern "C" __global__ void publish(const __grid_constant__ ExchangeParams params
     }
   }
   for (int i = first; i < params.num_counters; i += step) params.counters[i] = 0;
-  __syncthreads();
+}
+
+}  // namespace
+
+// Copies x, dy, ids and router weights into the heap. The last block to finish begins the exchange;
+// no block waits for another. An inert call writes nothing there: peers that go on for a while may
+// still read what the last one published. If the world stops meanwhile, the call is inert as soon
+// as one warp has seen it. `prepare` (forward) and `agree` (backward) acquire source_ready.
+extern "C" __global__ void publish(const __grid_constant__ ExchangeParams params) {
+  __shared__ u32 before;
+  const u64 epoch = params.world.epoch() + 1;
+  ExchangeStatus status = Standing(params).status(params);
+  if (status == kActive) publish_share(params, epoch);
+  const bool inert = __syncthreads_or(status == kInert);
   if (threadIdx.x == 0) {
     fence_acq_rel_gpu();
-    last = atomicAdd(&params.state->ticket, 1u) == gridDim.x - 1;
+    before = atomicAdd(&params.state->ticket, inert ? kInertBlock + 1 : 1u);
     fence_acq_rel_gpu();
   }
   __syncthreads();  // every block's stores happen before each lane's release
-  if (last && threadIdx.x < 32) begin_exchange(params, epoch, standing);
+  if (before % kInertBlock != gridDim.x - 1 || threadIdx.x >= 32) return;
+  if (before >= kInertBlock) status = kInert;
+  begin_exchange(params, epoch, status);
 }
 
 // One CTA: waits for all ranks, and sets `ok` if all make the same call. Acquires source_ready.

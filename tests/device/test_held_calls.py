@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cometrt
-from tests.cases import Case, check_case, make_inputs, on_device, on_host
+from tests.cases import Case, Output, check_case, make_inputs, on_device, on_host
 from tests.device.pauses import Pauses
 from tests.device.test_async import Gate
 from tests.device.test_failures import Rank
@@ -18,6 +18,15 @@ from tests.host.test_failures import caught
 pytestmark = pytest.mark.gpu
 CASE = Case((4, 1), mode="fused", gemm="engine")
 MODES = ["fused", "sequential", "chunked"]
+
+
+def dirty_the_pool():
+    """What is allocated next, and not cleared, is -1 (or NaN) everywhere."""
+    import cupy
+
+    taken = [cupy.full(nbytes, -1, cupy.int8) for nbytes in (512, 4096, 1 << 16, 1 << 22) * 20]
+    cupy.cuda.get_current_stream().synchronize()
+    del taken
 
 
 def is_nan(array):
@@ -58,8 +67,9 @@ def test_what_is_queued_behind_a_failed_call_does_nothing(mode, fault):
         import cupy
 
         rank = Rank(world, inputs, spec, CASE.config, mode)
-        other = cometrt.MoELayer(world, spec, mode, config=CASE.config)
         good, gate, pauses = rank.step(count), Gate(), Pauses()
+        dirty_the_pool()
+        other = cometrt.MoELayer(world, spec, mode, config=CASE.config)  # its first call is inert
         stream = cupy.cuda.get_current_stream()
         shapes = rank.layer.geometry.w_up_shape, rank.layer.geometry.w_down_shape
         totals = [cupy.full(shape, 7, cupy.float32) for shape in shapes]
@@ -82,10 +92,10 @@ def test_what_is_queued_behind_a_failed_call_does_nothing(mode, fault):
         world.barrier()
         pauses.pause(100_000)
         _, unfinished = rank.layer.forward(rank.x, bad, rank.topk_weights, *rank.weights)
-        grads = rank.layer.backward(rank.dy, unfinished, out=out, accumulate=True)
+        grads = rank.layer.backward(rank.dy, unfinished)
         with pytest.raises(expected):
             rank.layer.synchronize()
-        assert is_nan(grads.x)
+        assert all(is_nan(gradient) for gradient in grads)
         stream.synchronize()
         # Their backwards say so, each on its own, and change no weight gradient.
         for layer, keep, dy in (
@@ -118,10 +128,11 @@ def test_every_layer_of_the_world_raises_it_once_on_each_rank(mode):
         rank = Rank(world, inputs, CASE.spec, CASE.config, mode)
         other = cometrt.MoELayer(world, CASE.spec, mode, config=CASE.config)
         arrays = (rank.x, rank.ids, rank.topk_weights, *rank.weights)
-        rank.layer.forward(rank.x, wrong_tables(world, inputs), rank.topk_weights, *rank.weights)
-        assert isinstance(caught(other.synchronize), cometrt.RoutingError) or isinstance(
-            caught(rank.layer.synchronize), cometrt.RoutingError
-        )
+        other.forward(*arrays)
+        wrong = (rank.x, wrong_tables(world, inputs), rank.topk_weights)
+        rank.layer.forward(*wrong, *rank.weights)
+        with pytest.raises(cometrt.RoutingError):
+            other.synchronize()  # after the same call on all ranks
         other.synchronize()
         rank.layer.synchronize()
         y, _ = other.forward(*arrays)
@@ -129,6 +140,120 @@ def test_every_layer_of_the_world_raises_it_once_on_each_rank(mode):
         assert np.isfinite(on_host(y).astype(np.float32)).all()
 
     cometrt.spawn(fn, 4, "cuda", timeout_sec=10)
+
+
+def test_a_backward_that_did_nothing_may_be_done_later():
+    inputs = make_inputs(CASE)
+
+    def fn(world):
+        rank = Rank(world, inputs, CASE.spec, CASE.config, "fused")
+        y, saved = rank.forward()
+        rank.layer.synchronize()
+        world.barrier()
+        Pauses().pause(100_000)
+        wrong = (rank.x, wrong_tables(world, inputs), rank.topk_weights)
+        rank.layer.forward(*wrong, *rank.weights)
+        assert is_nan(rank.layer.backward(rank.dy, saved).x)
+        with pytest.raises(cometrt.RoutingError):
+            rank.layer.synchronize()
+        grads = rank.layer.backward(rank.dy, saved)
+        rank.layer.synchronize()
+        return Output(on_host(y), cometrt.Gradients(*map(on_host, grads)))
+
+    check_case(CASE, inputs, cometrt.spawn(fn, 4, "cuda", timeout_sec=10))
+
+
+def test_the_first_call_of_a_layer_fails():
+    inputs = make_inputs(CASE)
+
+    def fn(world):
+        for mode in MODES:
+            dirty_the_pool()
+            rank = Rank(world, inputs, CASE.spec, CASE.config, mode)
+            y, _ = rank.layer.forward(
+                rank.x, wrong_tables(world, inputs), rank.topk_weights, *rank.weights
+            )
+            with pytest.raises(cometrt.RoutingError):
+                rank.layer.synchronize()
+            assert is_nan(y)
+            output = rank.step()
+        return output
+
+    check_case(CASE, inputs, cometrt.spawn(fn, 4, "cuda", timeout_sec=10))
+
+
+def test_an_error_behind_one_that_was_not_read_is_not_lost():
+    inputs = make_inputs(CASE)
+
+    def fn(world):
+        import cupy
+
+        rank = Rank(world, inputs, CASE.spec, CASE.config, "fused")
+        stream, y = cupy.cuda.get_current_stream(), cupy.empty_like(rank.x)
+
+        def captured():
+            world.barrier()
+            stream.begin_capture()
+            rank.forward(training=False, out=y)
+            graph = stream.end_capture()
+            graph.upload(stream)
+            stream.synchronize()
+            world.barrier()
+            return graph
+
+        rank.forward(training=False, out=y)
+        rank.layer.synchronize()
+        stale = captured()
+        world.reset()
+        graph, good = captured(), rank.ids.copy()
+        stale.launch(stream)
+        rank.ids[...] = wrong_tables(world, inputs)
+        graph.launch(stream)
+        stream.synchronize()
+        found = [str(caught(rank.layer.synchronize)) for _ in range(3)]
+        assert sum("captured before world.reset()" in text for text in found) == 1, found
+        assert sum("must be in [-1, " in text for text in found) == 1, found
+        rank.ids[...] = good
+        world.barrier()
+        graph.launch(stream)
+        stream.synchronize()
+        rank.layer.synchronize()
+        assert np.isfinite(on_host(y).astype(np.float32)).all()
+
+    cometrt.spawn(fn, 4, "cuda", timeout_sec=10)
+
+
+def test_a_late_abort_of_an_old_generation_hides_no_newer_one():
+    inputs = make_inputs(CASE)
+
+    def fn(world):
+        import cupy
+
+        from cometrt.world.layout import control_dtype
+
+        rank = Rank(world, inputs, CASE.spec, CASE.config, "fused")
+        rank.step()
+        for _ in range(3):
+            world.reset()
+        address = world.gpu.control[world.rank] + control_dtype.fields["abort"][1]
+        memory = cupy.cuda.UnownedMemory(address, 8 * 64, world)
+        aborts = cupy.ndarray((64,), cupy.uint64, cupy.cuda.MemoryPointer(memory, 0))
+        aborts[:4] = world.generation - 1  # late ones of the last generation stop nothing
+        output = rank.step()
+        world.barrier()
+        aborts[2] = world.generation  # rank 2 stops the world, and then others' late ones come
+        aborts[:2] = world.generation - 1
+        aborts[3] = 1
+        cupy.cuda.get_current_stream().synchronize()
+        world.barrier()
+        y, _ = rank.forward()
+        cupy.cuda.get_current_stream().synchronize()
+        assert is_nan(y)
+        world.barrier()
+        aborts[:] = 0
+        return output
+
+    check_case(CASE, inputs, cometrt.spawn(fn, 4, "cuda", timeout_sec=10))
 
 
 def test_replays_behind_a_failed_call_do_nothing():
@@ -156,9 +281,8 @@ def test_replays_behind_a_failed_call_do_nothing():
         graph.upload(stream)
         stream.synchronize()
         world.barrier()
-        gate = Gate()
+        gate, wrong = Gate(), wrong_tables(world, inputs)
         with behind(world, gate):
-            wrong = wrong_tables(world, inputs)
             ids[...] = wrong
             graph.launch(stream)
             ids[...] = rank.ids
@@ -221,6 +345,7 @@ BREAKS = {  # what fails on one rank, in which mode, before or after others are 
     "finish": ("fused", lambda ex: setattr(ex, "_finish", _no_launch)),
     "tensor map": ("sequential", lambda ex: setattr(ex._engine, "up", _no_launch)),
     "memory": ("fused", lambda ex: setattr(ex._planner, "new_tables", _no_memory)),
+    "results": ("fused", None),
 }  # fmt: skip
 
 
@@ -232,11 +357,14 @@ def test_an_error_of_one_rank_ends_the_others_at_once(what):
     def fn(world):
         rank = Rank(world, inputs, CASE.spec, CASE.config, mode)
         rank.layer._executor.graphs.enabled = False
-        if world.rank == 2:
+        if world.rank == 2 and break_it:
             break_it(rank.layer._executor)
+        elif world.rank == 2:
+            rank.layer._arrays.empty = _no_memory
         error = caught(rank.forward) or caught(rank.layer.synchronize)
         if world.rank == 2:
-            assert isinstance(error, MemoryError if what == "memory" else cometrt.CometError)
+            kind = MemoryError if what in ("memory", "results") else cometrt.CometError
+            assert isinstance(error, kind)
         else:
             assert isinstance(error, cometrt.PeerTimeout), error
             assert "rank 2 raised" in str(error)

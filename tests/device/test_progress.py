@@ -16,9 +16,10 @@ pytestmark = pytest.mark.gpu
 
 _HOLD = r"""
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(1024)
-    hold(volatile int* open) {
+    hold(volatile int* open, int* here) {
   extern __shared__ int all_of_it[];
   if (threadIdx.x == 0) {
+    atomicAdd_system(here, 1);
     while (*open == 0) {
     }
   }
@@ -34,8 +35,8 @@ class Holder:
     def __init__(self):
         import cupy
 
-        self._memory = cupy.cuda.alloc_pinned_memory(4)
-        self._open = np.frombuffer(self._memory, np.int32, 1)
+        self._memory = cupy.cuda.alloc_pinned_memory(8)
+        self._open, self._here = np.frombuffer(self._memory, np.int32, 2).reshape(2, 1)
         self._kernel = cupy.RawKernel(_HOLD, "hold")
         self._kernel.max_dynamic_shared_size_bytes = _SM_BYTES
         self._stream = partitions.side_stream(7)
@@ -44,10 +45,14 @@ class Holder:
 
     @contextlib.contextmanager
     def holding(self, sms):
-        self._open[0] = 0
+        self._open[0] = self._here[0] = 0
+        words = np.uint64(self._memory.ptr), np.uint64(self._memory.ptr + 4)
         with self._stream:
-            self._kernel((sms,), (1024,), (np.uint64(self._memory.ptr),), shared_mem=_SM_BYTES)
+            self._kernel((sms,), (1024,), words, shared_mem=_SM_BYTES)
         try:
+            deadline = time.monotonic() + 5
+            while self._here[0] < sms:  # all are there
+                assert time.monotonic() < deadline
             yield
         finally:
             self._open[0] = 1
@@ -77,7 +82,6 @@ def test_other_kernels_hold_sms(ranks, mode, left):
         world.barrier()
         held = sms - left if left >= 2 else round(sms * (1 - left) / 2) * 2
         with holder.holding(held):
-            time.sleep(0.02)  # they are there
             world.barrier()
             _, saved = rank.forward()
             assert wait_for(rank.layer, 5)

@@ -17,5 +17,5 @@ def test_soak(arguments):
         [*command, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=280
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "300 calls on" in result.stdout
+    assert "300 forwards and" in result.stdout
     assert ": 0 failures;" in result.stdout

@@ -92,11 +92,16 @@ def timed(rank, comm, steps, reduces):
 
 
 def bits(y, grads):
-    return y.get().tobytes(), grads.x.get().tobytes(), grads.topk_weights.get().tobytes()
+    """On the device: they are large."""
+    return [array.view(cp.uint16).copy() for array in (y, *grads)]
+
+
+def same(found, expected):
+    return all(bool((a == b).all()) for a, b in zip(found, expected, strict=True))
 
 
 def main():
-    comm, steps = MPI.COMM_WORLD, int(sys.argv[1])
+    comm, steps = MPI.COMM_WORLD, max(EVERY, int(sys.argv[1]))
     world = cometrt.connect(comm, device="cuda", timeout_sec=10)
     rank = Rank(comm, world)
     expected = None
@@ -104,7 +109,7 @@ def main():
         expected = expected or bits(y, grads)
     alone = rank.ms
     for y, grads in timed(rank, comm, steps, reduces=True):
-        assert bits(y, grads) == expected
+        assert same(bits(y, grads), expected)
     beside = rank.ms
     comm.Barrier()
     times = []
