@@ -174,7 +174,8 @@ def gemm_record(turns: Turns, inner: int, columns: int, ok: int = 0) -> Record:
     record = Record(gemm_params)
     record.fields["ok"] = ok
     _set_turns(record.fields, turns)
-    record.fields["num_k_blocks"], record.fields["num_columns"] = -(-inner // _BLOCK_K), columns
+    problem = record.fields["problems"][0, 0]
+    problem["num_k_blocks"], problem["num_columns"] = -(-inner // _BLOCK_K), columns
     return record
 
 
@@ -204,7 +205,8 @@ def _operand_maps(
     )
 
 
-_OUT, _Z = (Record(gemm_params).place(name) for name in ("out", "z"))
+_OUT = Record(gemm_params).place("problems")  # of the first: out, z
+_Z = _OUT + 1
 
 
 def _kernel(activation: str | None, write_z: bool) -> Kernel:

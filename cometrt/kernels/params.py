@@ -115,9 +115,13 @@ activation_params = np.dtype(
     [("g", geometry_dtype)]
     + [(name, np.uint64) for name in "expert_offsets row_weight z a da dz dweight_rows".split()]
 )
-gemm_params = np.dtype(
-    [(name, np.uint64) for name in "work_tiles num_steps progress out z ok".split()]
+problem_dtype = np.dtype(
+    [(name, np.uint64) for name in "out z".split()]
     + [(name, np.int32) for name in "num_k_blocks num_columns".split()]
+)
+gemm_params = np.dtype(
+    [(name, np.uint64) for name in "work_tiles num_steps progress ok".split()]
+    + [("problems", problem_dtype, (1,))]
 )
 pace_dtype = np.dtype(
     [(name, np.uint64) for name in "free_at_ns femtoseconds_per_byte latency_ns".split()]
@@ -153,6 +157,7 @@ MIRRORS = {
     "ExchangeReport": ("protocol/exchange_params.cuh", call_report_dtype),
     "ExchangeParams": ("protocol/exchange_params.cuh", call_dtype),
     "WorkTile": ("scheduler/work_tile.cuh", work_item_dtype),
+    "Problem": ("gemm/tile.cuh", problem_dtype),
     "GemmParams": ("gemm/tile.cuh", gemm_params),
     "EmulatedLink": ("protocol/emulated_link.cuh", pace_dtype),
     "PlannedTiles": ("scheduler/tile_order.cuh", planned_tiles_dtype),

@@ -2,7 +2,7 @@
 // late, when other kernels hold their SMs, and the others would wait for them.
 #pragma once
 
-#include "gemm/tile.cuh"
+#include "gemm/roles.cuh"
 #include "protocol/exchange_params.cuh"
 
 namespace cometrt {

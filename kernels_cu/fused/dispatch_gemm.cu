@@ -3,10 +3,7 @@
 // its own rows alone. Macros: as gemm/grouped_gemm.cu.
 #include "fused/arrivals.cuh"
 #include "fused/dispatch_warp.cuh"
-#include "gemm/consumer.cuh"
-#include "gemm/epilogue.cuh"
-#include "gemm/hooks.cuh"
-#include "gemm/producer.cuh"
+#include "gemm/kernel_body.cuh"
 #include "protocol/wait.cuh"
 
 #ifndef ACTIVATION
@@ -18,27 +15,68 @@ using namespace cometrt;
 
 namespace {
 
-struct DispatchMemory {
+struct Memory {
   Shared gemm;
   DispatchStages dispatch;
 };
-static_assert(sizeof(DispatchMemory) <= 227 * 1024, "shared memory of an SM");
+static_assert(sizeof(Memory) <= 227 * 1024, "shared memory of an SM");
 
-// Before the loads of a tile: waits until all its rows are there. Acquires tile_filled.
-struct TileReady {
-  const ExchangeParams& params;
-  mutable bool stopped = false;  // then it waits no more: the call's results are NaN
-  mutable Recorder recorder;
+// Waits until all rows of a tile are there. Acquires tile_filled.
+class RowsReady {
+ public:
+  __device__ explicit RowsReady(const ExchangeParams& params)
+      : params_(params), recorder_(params.trace(), 1, kUp) {}
 
-  __device__ void before_loads(const WorkTile& tile) const {
-    if (stopped) return;
-    const u32* filled = &params.tile_filled[tile.m_tile];
-    recorder.begin_wait();
-    stopped = !wait_until(params.world, {kTileFilled, params.world.rank, tile.m_tile, -1},
-                          params.world.epoch(), tile.rows * num_copy_chunks(params.g),
-                          [&] { return load_acquire_gpu(filled); });
-    recorder.end_wait(kWaitTileFilled, tile.m_tile, tile.n_tile);
+  __device__ void wait(const WorkTile& tile) {
+    if (stopped_) return;
+    const u32* filled = &params_.tile_filled[tile.m_tile];
+    recorder_.begin_wait();
+    stopped_ = !wait_until(params_.world, {kTileFilled, params_.world.rank, tile.m_tile, -1},
+                           params_.world.epoch(), tile.rows * num_copy_chunks(params_.g),
+                           [&] { return load_acquire_gpu(filled); });
+    recorder_.end_wait(kWaitTileFilled, tile.m_tile, tile.n_tile);
     fence_proxy_async();  // tensor loads read the rows
+  }
+
+ private:
+  const ExchangeParams& params_;
+  bool stopped_ = false;  // then it waits no more: the call's results are NaN
+  Recorder recorder_;
+};
+
+using Math = Forward<ACTIVATION, WRITE_Z>;
+
+struct Roles {
+  using Registers = RegisterBudget<56, 224>;
+  using Operands = RowsTimesWeights<Math::kGated>;
+
+  const ExchangeParams& params;
+  const EmulatedLink& link;
+  DispatchStages& stages;
+  int num_comm;
+
+  __device__ void init() {
+    for (auto& of_warp : stages.full) {
+      for (u64& barrier : of_warp) mbarrier_init(&barrier, 1);
+    }
+  }
+  __device__ void load(Shared& shared, const GemmParams& p, const Operands& operands) {
+    RowsReady ready(params);
+    produce(shared, p, operands, ready);
+  }
+  __device__ void communicate(int warp) {
+    if (warp < kFirstCommWarp || !params.state->ok) return;
+    if (!takes_part(params, kPullers, num_comm)) return;
+    const int index = warp - kFirstCommWarp;
+    DispatchWarp dispatch(params, link, stages.bytes[index], stages.full[index]);
+    dispatch.recorder = Recorder(params.trace(), 1, kPull);
+    dispatch.run();
+  }
+  __device__ void multiply(Shared& shared, const GemmParams& p, int warp) {
+    const NoSignal no_signal;
+    Epilogue<Math, NoSignal> epilogue(shared, p, warp, no_signal);
+    Recorder recorder(params.trace(), 1, kUp);
+    consume<Operands>(shared, p, warp / 4, epilogue, recorder);
   }
 };
 
@@ -49,45 +87,12 @@ struct TileReady {
 // for no tile, so that one of them is enough for every tile to get its rows.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     dispatch_gemm(const __grid_constant__ ExchangeParams params,
-                  const __grid_constant__ GemmParams gemm_params,
-                  const __grid_constant__ TensorMap a_map,
+                  const __grid_constant__ GemmParams p, const __grid_constant__ TensorMap a_map,
                   const __grid_constant__ TensorMap a_half_map,
                   const __grid_constant__ TensorMap b_map,
                   const __grid_constant__ EmulatedLink link, const __grid_constant__ int num_comm) {
   extern __shared__ __align__(1024) char memory[];
-  DispatchMemory& all = *reinterpret_cast<DispatchMemory*>(memory);
-  Shared& shared = all.gemm;
-  const u32 cta = cluster_cta();
-  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
-  if (threadIdx.x == 0) {
-    init_barriers(shared);
-    for (auto& full : all.dispatch.full) {
-      for (u64& barrier : full) mbarrier_init(&barrier, 1);
-    }
-    mbarrier_init_fence();
-  }
-  cluster_barrier();
-  if (warp < 4) {
-    register_dealloc<56>();
-    if (threadIdx.x == 0) {
-      const TileReady hooks{params};
-      hooks.recorder = Recorder(params.trace(), 1, kUp);
-      produce<is_gated(ACTIVATION)>(shared, gemm_params, {a_map, a_half_map, b_map}, hooks);
-    } else if (threadIdx.x == 32 && cta == 0) {
-      schedule_tiles(shared, gemm_params);
-    } else if (warp >= 2 && params.state->ok && takes_part(params, kPullers, num_comm)) {
-      DispatchWarp dispatch(params, link, all.dispatch.bytes[warp - 2],
-                            all.dispatch.full[warp - 2]);
-      dispatch.recorder = Recorder(params.trace(), 1, kPull);
-      dispatch.run();
-    }
-    __syncwarp();
-  } else {
-    register_alloc<224>();
-    const NoHooks hooks;
-    Epilogue<ACTIVATION, WRITE_Z, NoHooks> epilogue(shared, gemm_params, warp - 4, hooks);
-    Recorder recorder(params.trace(), 1, kUp);
-    consume(shared, gemm_params, warp / 4 - 1, epilogue, recorder);
-  }
-  cluster_barrier();  // nobody leaves while the neighbour may still write here
+  Memory& all = *reinterpret_cast<Memory*>(memory);
+  Roles roles{params, link, all.dispatch, num_comm};
+  run_cta(all.gemm, p, {a_map, a_half_map, b_map}, roles);
 }

@@ -2,7 +2,7 @@
 // their homes, through stages of shared memory, to their places among the experts' rows.
 #pragma once
 
-#include "gemm/tile.cuh"
+#include "gemm/roles.cuh"
 #include "hopper/bulk.cuh"
 #include "protocol/emulated_link.cuh"
 #include "protocol/exchange_params.cuh"

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "common/packed_rows.cuh"
-#include "gemm/tile.cuh"
+#include "gemm/roles.cuh"
 #include "hopper/bulk.cuh"
 #include "protocol/exchange_params.cuh"
 

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "common/trace.cuh"
+#include "gemm/operands.cuh"
 #include "gemm/tile_scheduler.cuh"
-#include "hopper/wgmma.cuh"
 
 namespace cometrt {
 
@@ -17,15 +17,16 @@ __device__ inline void release_stage(Shared& shared, int stage) {
 }
 
 // d [64, 256] += a [64, BLOCK_K] b [256, BLOCK_K]^T, or = for the first stage of a tile.
+template <typename Operands>
 __device__ inline void multiply_stage(Shared& shared, const StageState& at, int warpgroup,
                                       bool first, float (&d)[128]) {
   mbarrier_wait(&shared.full[at.stage], at.parity);
-  const u64 a = wgmma_descriptor(shared.stages[at.stage].a[warpgroup]);
-  const u64 b = wgmma_descriptor(shared.stages[at.stage].b);
+  const u64 a = Operands::a_descriptor(shared.stages[at.stage], warpgroup);
+  const u64 b = Operands::b_descriptor(shared.stages[at.stage]);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < BLOCK_K / 16; ++step) {
-    wgmma_m64n256k16(d, a + 2 * step, b + 2 * step, !first || step > 0);
+    wgmma_m64n256k16(d, a + Operands::kStep * step, b + Operands::kStep * step, !first || step > 0);
   }
   wgmma_commit();
 }
@@ -33,12 +34,12 @@ __device__ inline void multiply_stage(Shared& shared, const StageState& at, int 
 // d [64, 256] = a [64, K] b [256, K]^T. Meanwhile the epilogue stores the last tile, a step every
 // few K blocks. A stage is released when the next stage's products are under way: its own are
 // complete then. Returns the last stage, whose products are still under way.
-template <typename Epilogue>
+template <typename Operands, typename Epilogue>
 __device__ inline int multiply(Shared& shared, StageState& at, int num_k_blocks, int warpgroup,
                                float (&d)[128], Epilogue& epilogue) {
   int last = at.stage;
   const auto next = [&](bool first) {
-    multiply_stage(shared, at, warpgroup, first, d);
+    multiply_stage<Operands>(shared, at, warpgroup, first, d);
     if (!first) {
       wgmma_wait<1>();
       release_stage(shared, last);
@@ -73,18 +74,19 @@ __device__ inline void skip_tile(Shared& shared, StageState& at, int num_k_block
   }
 }
 
-template <typename Epilogue>
+template <typename Operands, typename Epilogue>
 __device__ inline void consume(Shared& shared, const GemmParams& p, int warpgroup,
                                Epilogue& epilogue, Recorder recorder = {}) {
   TileScheduler<32> scheduler(shared);
   StageState at;
   WorkTile tile, next;
   for (bool more = scheduler.next(tile); more; tile = next) {
+    const int num_k_blocks = p.problem_of(tile).num_k_blocks;
     if (warpgroup * kHalfM < tile.rows) {
       float d[128];
       if (Recorder::kOn) mbarrier_wait(&shared.full[at.stage], at.parity);  // then the work begins
       recorder.begin();
-      const int last = multiply(shared, at, p.num_k_blocks, warpgroup, d, epilogue);
+      const int last = multiply<Operands>(shared, at, num_k_blocks, warpgroup, d, epilogue);
       more = scheduler.next(next);
       wgmma_wait<0>();
       release_stage(shared, last);
@@ -92,7 +94,7 @@ __device__ inline void consume(Shared& shared, const GemmParams& p, int warpgrou
       epilogue.stash(tile, d);
     } else {
       epilogue.flush();
-      skip_tile(shared, at, p.num_k_blocks);
+      skip_tile(shared, at, num_k_blocks);
       epilogue.stash_zeros(tile);
       more = scheduler.next(next);
     }

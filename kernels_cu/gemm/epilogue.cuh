@@ -56,58 +56,29 @@ class SubtileStore {
   char* tile_;
 };
 
-// `kActivation` -1: out = d. Else out = act(d), and z = d where `kWriteZ`. out is computed from the
-// rounded z, so that backward finds the same bits.
-template <int kActivation, bool kWriteZ, typename Hooks>
-class Epilogue {
+// The mathematics of the forward, by subtiles of 64 columns. `kActivation` -1: out = d. Else out =
+// act(d), and z = d where `kWriteZ`. out is computed from the rounded z, so that backward finds the
+// same bits.
+template <int kActivation, bool kWriteZ>
+struct Forward {
   static constexpr bool kActivates = kActivation >= 0, kGated = kActivates && is_gated(kActivation);
-  static constexpr int kWarpRows = kHalfM / 4;
   static constexpr int kColumns = kGated ? kHalfN : BLOCK_N;  // of out in a tile
   // Steps of a subtile: z (gate, then up) is stored, where it is written; out is computed, the
   // first half and then the rest, where there is an activation; out is stored.
   static constexpr int kStoresOfZ = kActivates && kWriteZ ? (kGated ? 2 : 1) : 0;
-  static constexpr int kStepsOfSubtile = kStoresOfZ + (kActivates ? 2 : 1);
+  static constexpr int kSteps = kStoresOfZ + (kActivates ? 2 : 1);
 
- public:
-  // The last step signals the hooks, when the stores have had time to complete.
-  static constexpr int kSteps =
-      kColumns / kSubtileColumns * kStepsOfSubtile + (Hooks::kSignals ? 1 : 0);
-
-  // `warp` counts those that multiply.
-  __device__ Epilogue(Shared& shared, const GemmParams& p, int warp, const Hooks& hooks)
-      : subtile_(shared.epilogue_tiles[warp]), p_(p), warp_(warp), hooks_(hooks) {}
-
-  // Rounds a tile's results and keeps them. Its steps begin with the next tile.
-  __device__ void stash(const WorkTile& tile, const float (&d)[128]) {
-#pragma unroll
-    for (int i = 0; i < 64; ++i) stash_[i] = pack(d[2 * i], d[2 * i + 1]);
-    work_tile_ = tile;
-  }
-  // This warp's rows of the tile are all padding: their results are zero.
-  __device__ void stash_zeros(const WorkTile& tile) {
-#pragma unroll
-    for (int i = 0; i < 64; ++i) stash_[i] = 0;
-    work_tile_ = tile;
-  }
-
-  // The compiler must know `index`.
-  __device__ void store_step(int index) {
-    if (work_tile_.m_tile < 0) return;
-    if (Hooks::kSignals && index == kSteps - 1) {
-      hooks_.after_stores(work_tile_);
-      work_tile_.m_tile = -1;
-      return;
-    }
-    const int subtile = index / kStepsOfSubtile, step = index % kStepsOfSubtile;
-    u32* first = stash_ + 16 * subtile;  // gate, or all there is; from its activation on, out
+  // A step of the subtile whose first row and column of out are these. `first` [16]: its results,
+  // of gate or all there is, from its activation on out; those of up are 32 further. The compiler
+  // must know `step`.
+  __device__ static void store(int step, u32* first, SubtileStore& subtile, const Problem& problem,
+                               long long row, int column) {
     const u32* up = kGated ? first + 32 : first;
-    const long long row = static_cast<long long>(work_tile_.m_tile) * BLOCK_M + warp_ * kWarpRows;
-    const int column = work_tile_.n_tile * kColumns + subtile * kSubtileColumns;
-    const int columns = p_.num_columns - column;
+    const int columns = problem.num_columns - column;
     if (step < kStoresOfZ) {
-      const int stride = kGated ? 2 * p_.num_columns : p_.num_columns;
-      __nv_bfloat16* to = p_.z + row * stride + column + step * p_.num_columns;
-      subtile_.store(step == 0 ? first : up, to, columns, stride);
+      const int stride = kGated ? 2 * problem.num_columns : problem.num_columns;
+      __nv_bfloat16* to = problem.z + row * stride + column + step * problem.num_columns;
+      subtile.store(step == 0 ? first : up, to, columns, stride);
       return;
     }
     if (kActivates) {
@@ -116,13 +87,8 @@ class Epilogue {
       for (int i = 0; i < 8; ++i) first[begin + i] = activate(first[begin + i], up[begin + i]);
       if (begin == 0) return;
     }
-    subtile_.store(first, p_.out + row * p_.num_columns + column, columns, p_.num_columns);
-    if (index == kSteps - 1) work_tile_.m_tile = -1;
-  }
-  // All steps of the stashed tile, if there is one.
-  __device__ void flush() {
-#pragma unroll
-    for (int index = 0; index < kSteps; ++index) store_step(index);
+    subtile.store(first, problem.out + row * problem.num_columns + column, columns,
+                  problem.num_columns);
   }
 
  private:
@@ -132,13 +98,68 @@ class Epilogue {
     const float high = activation_of(kActivation, g.y).value;
     return kGated ? pack(low * u.x, high * u.y) : pack(low, high);
   }
+};
 
+// Where nobody waits for a tile's results.
+struct NoSignal {
+  static constexpr bool kSignals = false;
+  __device__ void signal(const WorkTile&) const {}
+};
+
+// One warp's way from accumulators to memory: stash, then steps under the next tile's main loop.
+// `Math` says what a step stores. `tile_stored.signal(tile)` comes a step after the last store.
+template <typename Math, typename TileStored>
+class Epilogue {
+  static constexpr int kWarpRows = kHalfM / 4;
+
+ public:
+  static constexpr int kSteps =
+      Math::kColumns / kSubtileColumns * Math::kSteps + (TileStored::kSignals ? 1 : 0);
+
+  // `warp` counts those that multiply.
+  __device__ Epilogue(Shared& shared, const GemmParams& p, int warp, const TileStored& tile_stored)
+      : subtile_(shared.epilogue_tiles[warp]), p_(p), warp_(warp), tile_stored_(tile_stored) {}
+
+  // Rounds a tile's results and keeps them. Its steps begin with the next tile.
+  __device__ void stash(const WorkTile& tile, const float (&d)[128]) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) stash_[i] = pack(d[2 * i], d[2 * i + 1]);
+    tile_ = tile;
+  }
+  // This warp's rows of the tile are all padding: their results are zero.
+  __device__ void stash_zeros(const WorkTile& tile) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) stash_[i] = 0;
+    tile_ = tile;
+  }
+
+  // The compiler must know `index`.
+  __device__ void store_step(int index) {
+    if (tile_.m_tile < 0) return;
+    if (TileStored::kSignals && index == kSteps - 1) {
+      tile_stored_.signal(tile_);
+    } else {
+      const int subtile = index / Math::kSteps;
+      const long long row = static_cast<long long>(tile_.m_tile) * BLOCK_M + warp_ * kWarpRows;
+      const int column = tile_.n_tile * Math::kColumns + subtile * kSubtileColumns;
+      Math::store(index % Math::kSteps, stash_ + 16 * subtile, subtile_, p_.problem_of(tile_), row,
+                  column);
+    }
+    if (index == kSteps - 1) tile_.m_tile = -1;
+  }
+  // All steps of the stashed tile, if there is one.
+  __device__ void flush() {
+#pragma unroll
+    for (int index = 0; index < kSteps; ++index) store_step(index);
+  }
+
+ private:
   SubtileStore subtile_;
   const GemmParams& p_;
   int warp_;
-  const Hooks& hooks_;
+  const TileStored& tile_stored_;
   u32 stash_[64];  // bf16 pairs in the accumulators' order
-  WorkTile work_tile_{-1, 0, 0, 0, 0};
+  WorkTile tile_{-1, 0, 0, 0, 0};
 };
 
 }  // namespace cometrt

@@ -15,17 +15,26 @@ constexpr int kStages = 4;
 constexpr int kThreads = 128 * (1 + kWarpgroups);  // the first warpgroup does not multiply
 constexpr int kSubtileRows = 8, kSubtileColumns = 64;
 constexpr int kSchedulerStages = 2;
-constexpr int kCommWarps = 2;  // of the first warpgroup, in the fused kernels
+
+// One of the GEMMs that a launch computes; a work tile's kind says which.
+struct Problem {
+  __nv_bfloat16* out;  // [rows, num_columns]
+  __nv_bfloat16* z;    // [rows, gate and up, num_columns], where it is written
+  int num_k_blocks, num_columns;
+};
 
 // Mirrored by gemm_params.
 struct GemmParams {
   const WorkTile* work_tiles;  // [*num_steps, kClusterSize]
   const int* num_steps;
-  int* progress;       // [2]: cluster steps scheduled, clusters finished; both 0 between launches
-  __nv_bfloat16* out;  // [rows, num_columns]
-  __nv_bfloat16* z;    // [rows, gate and up, num_columns], where it is written
+  int* progress;  // [2]: cluster steps scheduled, clusters finished; both 0 between launches
   const u32* ok;  // where it points to 0, the list is not complete: nothing is done; may be null
-  int num_k_blocks, num_columns;
+  Problem problems[1];
+
+  __device__ const Problem& problem_of(const WorkTile& tile) const {
+    constexpr int kNumProblems = sizeof(problems) / sizeof(Problem);
+    return problems[kNumProblems == 1 ? 0 : tile.kind()];
+  }
 };
 
 // BLOCK_K columns of both operands. Rows of 128 bytes, with the 128-byte swizzle.

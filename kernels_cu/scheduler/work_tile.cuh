@@ -1,5 +1,5 @@
 // What a cluster computes at a time. Two CTAs form a cluster and take neighbouring tiles, so that
-// they have one operand in common: each halves half of it, for both.
+// they have one operand in common: each loads half of it, for both.
 #pragma once
 
 #include "hopper/memory.cuh"
@@ -9,7 +9,7 @@ namespace cometrt {
 constexpr int BLOCK_M = 128, BLOCK_N = 256, BLOCK_K = 64;
 constexpr int kClusterSize = 2;
 
-// What a CTA halves of an operand: one multicast half for both CTAs, or both halves for itself
+// What a CTA loads of an operand: one multicast half for both CTAs, or both halves for itself
 // alone.
 enum Half : u32 { kNoHalf, kFirstHalf, kSecondHalf, kBothHalves };
 
@@ -19,11 +19,13 @@ struct WorkTile {
   int m_tile;  // -1: this CTA has nothing to do, while its neighbour has
   int n_tile;
   int expert;
-  u16 rows;    // of the M-tile, without padding
-  u16 halves;  // Half of A in bits 0 and 1, of B in bits 2 and 3
+  u16 rows;  // of the M-tile, without padding
+  u16 how;   // Half of A in bits 0 and 1, of B in bits 2 and 3; from bit 4 on, which problem it is
+             // of
 
-  __device__ u32 a() const { return halves & 3; }
-  __device__ u32 b() const { return halves >> 2 & 3; }
+  __device__ u32 a() const { return how & 3; }
+  __device__ u32 b() const { return how >> 2 & 3; }
+  __device__ u32 kind() const { return how >> 4; }
 };
 
 }  // namespace cometrt
