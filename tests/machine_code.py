@@ -2,7 +2,7 @@
 
     make machine-code BASE=<commit>
 
-RENAMED says which file or kernel of this tree is which of the other's, where names have changed.
+RENAMED says which file or kernel of an older tree is which of this one, where names have changed.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ def compiled(folder: Path, file: str, defines: tuple[tuple[str, int], ...]) -> d
 def compare(here: Path, base: Path, build: Build) -> list[str]:
     """What differs, a line each."""
     file, defines = build
-    other = RENAMED.get(file, file)
+    other = file if (base / file).exists() else RENAMED.get(file, file)
     if not (base / other).exists():
         return [f"{file}: not in the other tree"]
     ours, theirs = compiled(here, file, defines), compiled(base, other, defines)
-    theirs = {name: theirs.get(RENAMED.get(name, name)) for name in ours}
+    theirs = {name: theirs.get(name, theirs.get(RENAMED.get(name, ""))) for name in ours}
     what = f"{file} {' '.join(f'{name}={value}' for name, value in defines)}"
     return [
         f"{what}: {name} differs ({len(theirs[name] or b'') // 16} instructions, now "

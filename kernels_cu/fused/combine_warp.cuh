@@ -100,7 +100,7 @@ class CombineWarp : RowSums {
       if (s_.pushed.transferred_ns != 0) wait_transferred(s_.pushed.transferred_ns);
       recorder.end_wait(kWaitLink, -1, -1);
       fence_acq_rel_sys();
-      store_release_sys(s_.pushed.flag, s_.epoch);
+      signal(s_.pushed.flag, s_.epoch);
       s_.pushed.flag = nullptr;
     }
     __syncwarp();
@@ -196,13 +196,13 @@ class CombineWarp : RowSums {
   }
   __device__ bool partial_is_ready(int addend, int n_chunk) const {
     int contributor, block;
-    return load_acquire_sys(ready_flag(addend, n_chunk, &contributor, &block)) >= s_.epoch;
+    return acquire(ready_flag(addend, n_chunk, &contributor, &block)) >= s_.epoch;
   }
   __device__ bool wait_partial(int addend, int n_chunk) const {
     int contributor, block;
     const u64* flag = ready_flag(addend, n_chunk, &contributor, &block);
     return wait_until(p_.world, {kPartialsReady, contributor, block, n_chunk}, s_.epoch, s_.epoch,
-                      [&] { return load_acquire_sys(flag); });
+                      [&] { return acquire(flag); });
   }
 
   const EmulatedLink& link_;

@@ -13,7 +13,7 @@ __device__ inline int wait_source(const ExchangeParams& params, int s) {
   const u64 epoch = params.world.epoch();
   const u64* flag = &params.world.own().source_ready[s];
   const bool ok = wait_until(params.world, {kSourceReady, s, -1, -1}, epoch, epoch,
-                             [&] { return load_acquire_sys(flag); });
+                             [&] { return acquire(flag); });
   const long long found = params.world.own().header[epoch & 1][s].num_tokens;
   if (!ok) return -1;
   return found >= 0 && found <= params.g.max_tokens ? static_cast<int>(found) : 0;

@@ -6,7 +6,7 @@
 
 #include "common/geometry.cuh"
 #include "common/trace.cuh"
-#include "protocol/control_block.cuh"
+#include "protocol/peers.cuh"
 #include "protocol/plan_progress.cuh"
 
 namespace cometrt {
@@ -99,17 +99,17 @@ struct ExchangeParams {
   }
   template <typename T>
   __device__ T* data(int rank, u64 offset) const {
-    return reinterpret_cast<T*>(world.data[rank] + offset);
+    return rows_of<T>(world, rank, offset);
   }
   // Ids or router weights: each parity of the epoch has its region.
   template <typename T>
   __device__ T* routing(int rank, u64 epoch, u64 offset) const {
-    return reinterpret_cast<T*>(world.routing[epoch & 1][rank] + offset);
+    return routing_of<T>(world, rank, epoch, offset);
   }
   // At the home: the flags of a contributor's block, one an N-chunk.
   __device__ u64* partials_ready(int home, int contributor, int block) const {
     const long long index = static_cast<long long>(contributor) * g.blocks_per_home + block;
-    return reinterpret_cast<u64*>(world.flags[home] + partials_offset) + index * num_n_chunks;
+    return flags_of(world, home, partials_offset) + index * num_n_chunks;
   }
 };
 

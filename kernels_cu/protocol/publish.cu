@@ -69,7 +69,7 @@ __device__ void begin_exchange(const ExchangeParams& params, u64 epoch, Exchange
     params.state->ok = 0;
     params.state->reported = 0;
     if (params.saved_epoch != nullptr) *params.saved_epoch = status == kActive ? epoch : 0;
-    if (status == kActive) params.world.control[me]->epoch = epoch;
+    if (status == kActive) control_of(params.world, me).epoch = epoch;
   }
   if (status != kActive) return;
   Header header;
@@ -81,8 +81,8 @@ __device__ void begin_exchange(const ExchangeParams& params, u64 epoch, Exchange
   header.num_tokens = params.num_tokens;
   for (int d = threadIdx.x; d < params.world.size; d += 32) {
     const int peer = (me + d) % params.world.size;
-    params.world.control[peer]->header[epoch & 1][me] = header;
-    store_release_sys(&params.world.control[peer]->source_ready[me], epoch);
+    control_of(params.world, peer).header[epoch & 1][me] = header;
+    signal(&control_of(params.world, peer).source_ready[me], epoch);
   }
 }
 
@@ -114,7 +114,7 @@ __device__ void write_report(const ExchangeParams& params, ReportKind kind) {
 // error.
 __device__ void report_failure(const ExchangeParams& params, bool stopped) {
   if (params.saved_epoch != nullptr) *params.saved_epoch = 0;
-  ControlBlock& own = *params.world.control[params.world.rank];
+  ControlBlock& own = control_of(params.world, params.world.rank);
   const u32 status = params.state->status;
   if (stopped) {
     write_report(params, own.generation == params.world.generation ? kStopped : kStaleGraph);

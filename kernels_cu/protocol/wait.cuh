@@ -1,7 +1,7 @@
 // Waits that end: by the flag, by a deadline, or because another rank stopped the world.
 #pragma once
 
-#include "protocol/control_block.cuh"
+#include "protocol/peers.cuh"
 
 namespace cometrt {
 
@@ -15,9 +15,10 @@ struct WaitTarget {
 // those of an older generation come too late.
 __device__ __noinline__ void stop_world(const World& world, FailureKind kind, WaitTarget target,
                                         u64 epoch, u64 expected, u64 found) {
-  if (atomicMax(&world.control[world.rank]->reported, world.generation) >= world.generation) return;
+  if (atomicMax(&control_of(world, world.rank).reported, world.generation) >= world.generation)
+    return;
   for (int peer = 0; peer < world.size; ++peer) {
-    FailureRecord& record = world.control[peer]->failure[world.rank];
+    FailureRecord& record = control_of(world, peer).failure[world.rank];
     record.kind = kind;
     record.waiter = world.rank;
     record.flag = target.flag;
@@ -27,10 +28,10 @@ __device__ __noinline__ void stop_world(const World& world, FailureKind kind, Wa
     record.epoch = epoch;
     record.expected = expected;
     record.found = found;
-    store_release_sys(&record.generation, world.generation);
+    signal(&record.generation, world.generation);
   }
   for (int peer = 0; peer < world.size; ++peer) {
-    store_release_sys(&world.control[peer]->abort[world.rank], world.generation);
+    signal(&control_of(world, peer).abort[world.rank], world.generation);
   }
 }
 

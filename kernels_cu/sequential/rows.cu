@@ -61,7 +61,7 @@ __device__ inline void store_sums(__nv_bfloat16* row, const Sums& sum, int first
 }
 
 // Indices [first, end) of a call's pulls or blocks.
-struct TileRun {
+struct Range {
   int first, end;
 };
 
@@ -72,7 +72,7 @@ __device__ inline int chunk_begin(const ExchangeParams& params, const PipelineCh
 }
 
 // The pulls that tiles of the chunk need first.
-__device__ inline TileRun pulls_of(const ExchangeParams& params, const PipelineChunk& chunk) {
+__device__ inline Range pulls_of(const ExchangeParams& params, const PipelineChunk& chunk) {
   if (chunk.count == 1) return {0, params.pull_offsets[params.g.max_tiles]};
   return {params.pull_offsets[chunk_begin(params, chunk, chunk.index)],
           params.pull_offsets[chunk_begin(params, chunk, chunk.index + 1)]};
@@ -80,12 +80,12 @@ __device__ inline TileRun pulls_of(const ExchangeParams& params, const PipelineC
 
 // The blocks that are complete when the chunk and all later ones are: the down GEMM walks
 // backwards, and blocks lie in the order in which it finishes them. By all threads of the CTA.
-__device__ inline TileRun blocks_of(const ExchangeParams& params, const PipelineChunk& chunk) {
+__device__ inline Range blocks_of(const ExchangeParams& params, const PipelineChunk& chunk) {
   const int num_blocks = *params.num_blocks;
   if (chunk.count == 1) return {0, num_blocks};
   const int begin = chunk_begin(params, chunk, chunk.index);
   const int end = chunk_begin(params, chunk, chunk.index + 1);
-  TileRun blocks{0, 0};
+  Range blocks{0, 0};
   for (int first = 0; first < num_blocks; first += blockDim.x) {
     const int i = first + threadIdx.x;
     const int order_idx = i < num_blocks ? chunk.block_order_idx[params.push_blocks[i]] : -1;
@@ -101,9 +101,9 @@ __device__ inline void send_dweight(const ExchangeParams& params, int home, long
   for (int i = k; i < params.g.topk; i += 32) {
     const int row = params.pair_row[token * params.g.topk + i];
     if (row < 0) continue;
-    float* chunk = params.data<float>(home, params.dweight_offset);
+    float* part = params.data<float>(home, params.dweight_offset);
     const long long shard = params.world.rank % params.g.tp;
-    chunk[(shard * params.g.max_tokens + local) * params.g.topk + i] = params.dweight_rows[row];
+    part[(shard * params.g.max_tokens + local) * params.g.topk + i] = params.dweight_rows[row];
   }
 }
 
@@ -113,11 +113,11 @@ struct SentBlock {
   u64 transferred_ns;
 };
 
-__device__ inline void release(const ExchangeParams& params, const SentBlock& sent) {
+__device__ inline void signal_sent(const ExchangeParams& params, const SentBlock& sent) {
   if (sent.transferred_ns != 0) wait_transferred(sent.transferred_ns);
   fence_acq_rel_sys();
-  for (int chunk = 0; chunk < params.num_n_chunks; ++chunk) {
-    store_release_sys(sent.flags + chunk, params.world.epoch());
+  for (int i = 0; i < params.num_n_chunks; ++i) {
+    signal(sent.flags + i, params.world.epoch());
   }
 }
 
@@ -144,7 +144,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads,
   if (warp < kPullWarps) {
     if (lane >= lanes) return;
     const int stage = warp * lanes + lane, stages = kPullWarps * lanes * gridDim.x;
-    const TileRun pulls = pulls_of(params, chunk);
+    const Range pulls = pulls_of(params, chunk);
     char* buffer = shared + static_cast<u64>(stage) * row_bytes;
     int i = pulls.first + blockIdx.x * kPullWarps * lanes + stage;
     int next = i < pulls.end ? params.pull_tokens[i] : 0;
@@ -186,7 +186,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kPushThre
   if (!params.state->ok) return;
   const int subgroup = threadIdx.x / kThreads, thread = threadIdx.x % kThreads, warp = thread / 32;
   const int size = params.g.block_tokens, num_subgroups = gridDim.x * (kPushThreads / kThreads);
-  const TileRun blocks = blocks_of(params, chunk);
+  const Range blocks = blocks_of(params, chunk);
   SentBlock sent{};  // the last block, while it crosses the link; one thread's
   // Subgroups of one CTA are far apart, so that few blocks spread over all CTAs.
   for (int i = blocks.first + subgroup * gridDim.x + blockIdx.x; i < blocks.end;
@@ -200,9 +200,9 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kPushThre
     if (thread == 0) transferred_ns = begin_transfer(link, 2ull * count * params.g.hidden);
     for (int j = warp; j < count; j += kWarps) {
       const long long token = params.send_tokens[first + j];
-      const long long stage = params.send_base[home] + block * size + j;
+      const long long row = params.send_base[home] + block * size + j;
       __nv_bfloat16* to =
-          params.data<__nv_bfloat16>(home, params.staging_offset) + stage * params.g.hidden;
+          params.data<__nv_bfloat16>(home, params.staging_offset) + row * params.g.hidden;
       for (int column = 0; column < params.g.hidden; column += 256 * kVectorsAtOnce) {
         Sums sum = {};
         add_local_rows(params, token, column, sum);
@@ -212,12 +212,12 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kPushThre
     }
     named_barrier(1 + subgroup, kThreads);  // all stores of the block happen before its signal
     if (thread == 0) {
-      if (sent.flags != nullptr) release(params, sent);
+      if (sent.flags != nullptr) signal_sent(params, sent);
       sent = {params.partials_ready(home, params.world.rank, block), transferred_ns};
-      if (transferred_ns == 0) release(params, sent), sent.flags = nullptr;
+      if (transferred_ns == 0) signal_sent(params, sent), sent.flags = nullptr;
     }
   }
-  if (sent.flags != nullptr) release(params, sent);
+  if (sent.flags != nullptr) signal_sent(params, sent);
 }
 
 // A CTA a token block of this rank: own rows first, in fp32, then the contributors by ring
@@ -230,12 +230,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const u64 epoch = params.world.epoch();
   bool ok = true;
   for (int i = threadIdx.x; i < count * ranks && ok; i += kThreads) {
-    const int stage = params.staging_row[first * ranks + i], d = i % ranks;
-    if (stage < 0) continue;
-    const int contributor = (me + d) % ranks, block = (stage - params.staging_base[d]) / size;
+    const int row = params.staging_row[first * ranks + i], d = i % ranks;
+    if (row < 0) continue;
+    const int contributor = (me + d) % ranks, block = (row - params.staging_base[d]) / size;
     const u64* flag = params.partials_ready(me, contributor, block);
     ok = wait_until(params.world, {kPartialsReady, contributor, block, 0}, epoch, epoch,
-                    [&] { return load_acquire_sys(flag); });
+                    [&] { return acquire(flag); });
   }
   if (!__syncthreads_and(ok)) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -247,9 +247,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       Sums sum = {};
       add_local_rows(params, token, column, sum);
       for (int d = 1 + lane; d - lane < ranks; d += 32) {
-        const long long stage = d < ranks ? params.staging_row[local * ranks + d] : -1;
-        const __nv_bfloat16* from = staging + stage * params.g.hidden;
-        add_rows(sum, stage >= 0 ? from : nullptr, 1.0f, column, params.g.hidden);
+        const long long row = d < ranks ? params.staging_row[local * ranks + d] : -1;
+        const __nv_bfloat16* from = staging + row * params.g.hidden;
+        add_rows(sum, row >= 0 ? from : nullptr, 1.0f, column, params.g.hidden);
       }
       store_sums(params.out + static_cast<long long>(local) * params.g.hidden, sum, column,
                  params.g.hidden);
@@ -258,11 +258,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     send_dweight(params, me, token);
     __syncwarp();
     for (int k = lane; k < params.g.topk; k += 32) {
-      const float* chunk = params.data<float>(me, params.dweight_offset);
+      const float* part = params.data<float>(me, params.dweight_offset);
       const long long at = static_cast<long long>(local) * params.g.topk + k;
-      float sum = chunk[at];
+      float sum = part[at];
       for (long long shard = 1; shard < params.g.tp; ++shard) {
-        sum += chunk[shard * params.g.max_tokens * params.g.topk + at];
+        sum += part[shard * params.g.max_tokens * params.g.topk + at];
       }
       params.out_dweight[at] = sum;
     }
