@@ -1,56 +1,59 @@
 // What a link between two ranks carries when kernels use it as the exchange does, and how long a
 // flag or a load takes to cross.
-#include "comm/movers.cuh"
+#include "hopper/bulk.cuh"
 
 using namespace cometrt;
 
 namespace {
 
-constexpr int kMostSlots = 64;
-constexpr u64 kPatienceNs = 2000000000;
+constexpr int kMaxStages = 64;
+constexpr u32 kCopyChunkBytes = 4096;  // as in fused/dispatch_warp.cuh
+constexpr u64 kDeadlineNs = 2000000000;
 
-// One warp: false where the flag did not come in time.
+// One warp. False: the flag was not signalled before the deadline.
 __device__ bool wait_flag(const u64* flag, u64 expected) {
-  bool come = true;
+  bool arrived = true;
   if (threadIdx.x == 0) {
     const u64 begin = global_timer_ns();
-    while (come && load_acquire_sys(flag) < expected)
-      come = global_timer_ns() - begin < kPatienceNs;
+    while (arrived && load_acquire_sys(flag) < expected)
+      arrived = global_timer_ns() - begin < kDeadlineNs;
   }
-  return __shfl_sync(~0u, come, 0);
+  return __shfl_sync(~0u, arrived, 0);
 }
 
 }  // namespace
 
-// As Puller: a thread a slot of shared memory, the first `lanes` lanes of each warp; pieces of 4 KB
-// from a peer's memory into this GPU's. `bytes` is a multiple of a piece.
+// Bulk copies as DispatchWarp makes them, from a peer's memory into this GPU's. The first `lanes`
+// lanes of each warp work, each with a copy stage of its own. `bytes` is a multiple of a copy
+// chunk.
 extern "C" __global__ void pull(char* to, const char* from, u64 bytes, int lanes) {
   extern __shared__ __align__(128) char shared[];
-  __shared__ u64 full[kMostSlots];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slot = warp * lanes + lane;
-  const int slots = static_cast<int>(blockDim.x) / 32 * lanes;
+  __shared__ u64 full[kMaxStages];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stage = warp * lanes + lane;
+  const int stages = static_cast<int>(blockDim.x) / 32 * lanes;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < slots; ++i) mbarrier_init(&full[i], 1);
+    for (int i = 0; i < stages; ++i) mbarrier_init(&full[i], 1);
     mbarrier_init_fence();
   }
   __syncthreads();
   if (lane >= lanes) return;
-  char* buffer = shared + static_cast<u64>(slot) * kPieceBytes;
+  char* buffer = shared + static_cast<u64>(stage) * kCopyChunkBytes;
   u32 phase = 0;
-  for (u64 at = (static_cast<u64>(blockIdx.x) * slots + slot) * kPieceBytes; at < bytes;
-       at += static_cast<u64>(gridDim.x) * slots * kPieceBytes, phase ^= 1) {
+  for (u64 at = (static_cast<u64>(blockIdx.x) * stages + stage) * kCopyChunkBytes; at < bytes;
+       at += static_cast<u64>(gridDim.x) * stages * kCopyChunkBytes, phase ^= 1) {
     bulk_wait_read<0>();
-    mbarrier_arrive_expect(&full[slot], kPieceBytes);
-    bulk_load(buffer, from + at, kPieceBytes, &full[slot]);
-    mbarrier_wait(&full[slot], phase);
-    bulk_store(to + at, buffer, kPieceBytes);
+    mbarrier_arrive_expect(&full[stage], kCopyChunkBytes);
+    bulk_load(buffer, from + at, kCopyChunkBytes, &full[stage]);
+    mbarrier_wait(&full[stage], phase);
+    bulk_store(to + at, buffer, kCopyChunkBytes);
     bulk_commit();
   }
   bulk_wait<0>();
 }
 
-// As Combine: a warp a block, 2 KB at a time by 16-byte accesses, then the block's flag, which lies
-// where `to` does. `bytes` is a multiple of `block_bytes`, and that of 2 KB.
+// Stores as CombineWarp makes them: each warp pushes a block by 16-byte accesses, 2 KB at a time,
+// then signals the block's flag, which lies where `to` does. `bytes` is a multiple of
+// `block_bytes`, and `block_bytes` of 2 KB.
 extern "C" __global__ void push(char* to, const char* from, u64 bytes, u64 block_bytes, u64* flags,
                                 u64 epoch) {
   const int warps = gridDim.x * blockDim.x / 32, lane = threadIdx.x % 32;

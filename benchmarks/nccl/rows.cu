@@ -1,6 +1,6 @@
 // What lies between all-to-alls: rows gathered into send buffers, put in the experts' order, and
 // added up. One kernel, a warp a row.
-#include "exchange/sums.cuh"
+#include "common/packed_rows.cuh"
 
 using namespace cometrt;
 

@@ -148,7 +148,7 @@ MIRRORS = {
     "PlanProgress": ("protocol/plan_progress.cuh", plan_progress),
     "Header": ("protocol/control_block.cuh", header_dtype),
     "FailureRecord": ("protocol/control_block.cuh", record_dtype),
-    "Control": ("protocol/control_block.cuh", control_dtype),
+    "ControlBlock": ("protocol/control_block.cuh", control_dtype),
     "World": ("protocol/control_block.cuh", world_dtype),
     "ExchangeState": ("protocol/exchange_params.cuh", call_state_dtype),
     "TracedExchangeState": ("protocol/exchange_params.cuh", traced_call_state_dtype),

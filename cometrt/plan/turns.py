@@ -25,7 +25,7 @@ work_item_dtype = np.dtype(
         ("n_tile", np.int32),  # N-tile
         ("expert", np.int32),
         ("rows", np.uint16),  # of the M-tile, without pads
-        ("halves", np.uint16),  # of `_loads`: of A in bits 0 and 1, of B in 2 and 3
+        ("packed", np.uint16),  # multicast halves of A in bits 0 and 1, of B in 2 and 3; its problem from 4
     ]
 )
 

@@ -121,7 +121,9 @@ class Recorder {
 
 struct Recorder {
   static constexpr bool kOn = false;
-  EventKind kind;
+  struct Ignored {
+    __device__ void operator=(EventKind) {}
+  } kind;
 
   Recorder() = default;
   __device__ Recorder(TraceLane* const*, int, EventKind) {}

@@ -97,7 +97,7 @@ class CombineWarp : RowSums {
   __device__ void signal_push() {
     if (lane_ == 0 && s_.pushed.flag != nullptr) {
       recorder.begin_wait();
-      if (s_.pushed.transferred_ns != 0) wait_transferred(s_.pushed.transferred_ns);
+      wait_transferred(s_.pushed.transferred_ns);
       recorder.end_wait(kWaitLink, -1, -1);
       fence_acq_rel_sys();
       signal(s_.pushed.flag, s_.epoch);

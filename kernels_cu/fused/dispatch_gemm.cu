@@ -24,8 +24,9 @@ static_assert(sizeof(Memory) <= 227 * 1024, "shared memory of an SM");
 // Waits until all rows of a tile are there. Acquires tile_filled.
 class RowsReady {
  public:
-  __device__ explicit RowsReady(const ExchangeParams& params)
-      : params_(params), recorder_(params.trace(), 1, kUp) {}
+  __device__ explicit RowsReady(const ExchangeParams& params) : params_(params) {
+    recorder_ = Recorder(params.trace(), 1, kUp);
+  }
 
   __device__ void wait(const WorkTile& tile) {
     if (stopped_) return;

@@ -43,13 +43,12 @@ class DispatchWarp {
   __device__ DispatchWarp(const ExchangeParams& p, const EmulatedLink& link,
                           char (*stages)[kCopyChunkBytes], u64* full)
       : p_(p),
-        link_(link),
+        link_(own_link(link)),
         stages_(stages),
         full_(full),
         lane_(threadIdx.x % 32),
         stage_(lane_ / kLanesPerItem),
         k_(lane_ % kLanesPerItem) {
-    link_.free_at_ns = own_pointer(link.free_at_ns);
     queue_head_ = own_pointer(p.queue_heads);
   }
 
@@ -134,7 +133,7 @@ class DispatchWarp {
     if (step_ == 0) return;
     bulk_wait<0>();  // complete, not only read
     recorder.begin_wait();
-    if (is_elected(1) && transfer_.needs_ns != 0) wait_transferred(transfer_.end_ns());
+    if (is_elected(1)) wait_transferred(transfer_.end_ns());
     __syncwarp();
     recorder.end_wait(kWaitLink, -1, -1);
     fence_acq_rel_gpu();  // each lane for its own stores

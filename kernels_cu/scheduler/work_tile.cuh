@@ -20,12 +20,11 @@ struct WorkTile {
   int n_tile;
   int expert;
   u16 rows;  // of the M-tile, without padding
-  u16 how;   // Half of A in bits 0 and 1, of B in bits 2 and 3; from bit 4 on, which problem it is
-             // of
+  u16 packed;  // Half of A in bits 0 and 1, of B in bits 2 and 3; its problem from bit 4 on
 
-  __device__ u32 a() const { return how & 3; }
-  __device__ u32 b() const { return how >> 2 & 3; }
-  __device__ u32 kind() const { return how >> 4; }
+  __device__ u32 a() const { return packed & 3; }
+  __device__ u32 b() const { return packed >> 2 & 3; }
+  __device__ u32 kind() const { return packed >> 4; }
 };
 
 }  // namespace cometrt

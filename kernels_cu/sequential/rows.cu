@@ -114,7 +114,7 @@ struct SentBlock {
 };
 
 __device__ inline void signal_sent(const ExchangeParams& params, const SentBlock& sent) {
-  if (sent.transferred_ns != 0) wait_transferred(sent.transferred_ns);
+  wait_transferred(sent.transferred_ns);
   fence_acq_rel_sys();
   for (int i = 0; i < params.num_n_chunks; ++i) {
     signal(sent.flags + i, params.world.epoch());

@@ -72,7 +72,7 @@ def arriving(turn, cta):
     halves = {"tile": [], "column": []}
     for number, item in enumerate(turn):
         for name, shift in (("tile", 0), ("column", 2)):
-            load = int(item["halves"]) >> shift & 3
+            load = int(item["packed"]) >> shift & 3
             if load == 3 and number == cta:
                 halves[name] += [0, 1] if name == "column" or item["rows"] > BLOCK_M // 2 else [0]
             elif load in (1, 2):
@@ -90,7 +90,7 @@ def test_two_tiles_read_less_than_two():
     )
     turns = make_turns(plan, 6)
     assert (turns["m_tile"] >= 0).all()
-    loads = turns["halves"].astype(int)
+    loads = turns["packed"].astype(int)
     halves_of = np.array([0, 1, 1, 2])
     read = halves_of[loads & 3] * 64 + halves_of[loads >> 2 & 3] * 128  # rows of A, of B
     assert read.sum() == turns.size * (128 + 256) * 2 / 3
