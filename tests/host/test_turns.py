@@ -52,14 +52,14 @@ def test_turns(plan, columns, backwards, chunk, group):
         for cta, item in enumerate(turn):
             halves = arriving(turn, cta)
             if item["m_tile"] < 0:
-                assert halves == {"tile": [], "column": []}
+                assert halves == {"m_tile": [], "n_tile": []}
                 continue
             expert = plan.tile_expert[item["m_tile"]]
             end = plan.expert_offsets[expert] + plan.expert_rows[expert]
             assert item["expert"] == expert
             assert item["rows"] == min(BLOCK_M, end - item["m_tile"] * BLOCK_M) > 0
             of_a = [0, 1] if item["rows"] > BLOCK_M // 2 else [0]
-            assert halves == {"tile": of_a, "column": [0, 1]}
+            assert halves == {"m_tile": of_a, "n_tile": [0, 1]}
     # The plan's order is kept from expert to expert.
     order = plan.layer0_tiles()[::-1] if backwards else plan.layer0_tiles()
     first_walk = turns[:, 0][[walk == 0 for walk in walks]] if len(turns) else turns[:, 0]
@@ -68,13 +68,13 @@ def test_turns(plan, columns, backwards, chunk, group):
 
 
 def arriving(turn, cta):
-    """Halves of A ("tile") and B ("column") that a CTA gets, from whoever loads them."""
-    halves = {"tile": [], "column": []}
+    """Halves of A ("m_tile") and B ("n_tile") that a CTA gets, from whoever loads them."""
+    halves = {"m_tile": [], "n_tile": []}
     for number, item in enumerate(turn):
-        for name, shift in (("tile", 0), ("column", 2)):
+        for name, shift in (("m_tile", 0), ("n_tile", 2)):
             load = int(item["packed"]) >> shift & 3
             if load == 3 and number == cta:
-                halves[name] += [0, 1] if name == "column" or item["rows"] > BLOCK_M // 2 else [0]
+                halves[name] += [0, 1] if name == "n_tile" or item["rows"] > BLOCK_M // 2 else [0]
             elif load in (1, 2):
                 assert item[name] == turn[cta][name]  # what it loads for both, both read
                 halves[name].append(load - 1)
