@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+import threadpoolctl
 
 import cometrt
 from cometrt.world.failure import Wanted
@@ -174,6 +175,17 @@ def test_timeouts_of_a_meeting_name_who_is_missing():
             time.sleep(3 * TIMEOUT)
 
     cometrt.spawn(fn, 3, timeout_sec=TIMEOUT)
+
+
+def test_blas_has_one_thread_while_a_world_is_open_whoever_had_set_it_before():
+    def threads(_=None):
+        return {library["num_threads"] for library in threadpoolctl.threadpool_info()}
+
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        before = threads()
+        for _ in range(2):
+            assert cometrt.spawn(threads, 2) == [{1}, {1}]
+            assert threads() == before
 
 
 @pytest.mark.parametrize("enabled", [True, False])
