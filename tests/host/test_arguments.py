@@ -226,9 +226,13 @@ def test_shards_put_together_are_the_whole():
         ({"mode": "sequential"}, "mode must be equal on all ranks (got None on rank 0, "),
         (
             {"spec": cometrt.MoESpec(**(SPEC | {"topk": 1}))},
-            "spec must be equal on all ranks (got MoESpec(",
+            "spec must be equal on all ranks (got MoESpec(topk=2) on rank 0, MoESpec(topk=1) on",
         ),
-        ({"config": cometrt.TileConfig(block_m=16)}, "config must be equal on all ranks"),
+        (
+            {"spec": cometrt.MoESpec(**(SPEC | {"hidden": 32, "save": "z"}))},
+            "(got MoESpec(hidden=64, save='rows') on rank 0, MoESpec(hidden=32, save='z') on rank",
+        ),
+        ({"config": cometrt.TileConfig(block_m=16)}, "config must be equal on all ranks (got None"),
     ],
 )
 def test_construction_raises_on_all_ranks(arguments_of_rank_1, message):
