@@ -20,6 +20,7 @@ from cometrt.arguments import (
 from cometrt.arrays import HostArrays
 from cometrt.errors import CallNotBegun
 from cometrt.host import HostExecutor
+from cometrt.memory import check_room
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.saved import Saved
 from cometrt.specs import Geometry, Gradients, MoESpec
@@ -40,7 +41,8 @@ class MoELayer:
     rank // tp, shard rank % tp) holds the I_s = I / tp columns of its shard of the
     E_l = E / EP experts of its group.
 
-    On device="host" arrays are NumPy's, and a call has ended when it returns. On "cuda" they are CuPy's, or any DLPack arrays on this rank's GPU; a call is
+    On device="host" arrays are NumPy's, or any that NumPy imports by DLPack, and a call has ended
+    when it returns. On "cuda" they are CuPy's, or any DLPack arrays on this rank's GPU; a call is
     queued on the stream, and a CometError of it is raised by `synchronize`, `close`, or the first
     call that begins after the device has come so far. Only `synchronize` raises on all ranks after
     the same call: who wants to go on after an error asks it first. Calls may be captured in a CUDA
@@ -59,6 +61,8 @@ class MoELayer:
 
     Raises:
         ValueError: on all ranks, for a wrong argument on any of them or different ones.
+        CometError: on all ranks, before anything is allocated, where memory is too small for what
+            `MoESpec.memory` says.
         PeerTimeout: if a rank does not construct it too.
     """
 
@@ -82,6 +86,7 @@ class MoELayer:
         self.tracer: Tracer = NullTracer()
         self.geometry = Geometry(spec, world.rank, world.size)
         self._shape = PlanShape(self.geometry, config)
+        check_room(world, self._shape, self.mode)
         self._closed = False
         self._arrays: Any
         self._executor: Any
