@@ -119,7 +119,7 @@ def check_room(world: World, shape: PlanShape, mode: str) -> None:
         room = host_room()
     ranks = world.allgather((needed, room), purpose="MoELayer")
     spec = shape.geometry.spec
-    for place in {room.place for _, room in ranks}:
+    for place in dict.fromkeys(room.place for _, room in ranks):  # in one order on all ranks
         there = [(needed, room) for needed, room in ranks if room.place == place]
         needed, available = sum(n for n, _ in there), min(room.available for _, room in there)
         total = min(room.total for _, room in there)

@@ -156,8 +156,7 @@ class World(abc.ABC):
             absent: how the peer has gone and will not come, or ""; None: as its board says.
 
         Raises:
-            PeerTimeout: after timeout_sec, or when the peer is absent, having stopped the world on
-                all ranks.
+            PeerTimeout: after timeout_sec, or when the peer is absent; the world is stopped.
             MismatchError: when the peer is misplaced, likewise.
             Either: because another rank stopped the world.
         """
@@ -189,7 +188,7 @@ class World(abc.ABC):
 
     def stop(self, failure: Failure) -> None:
         """Tell every rank why, and end all their waits. The first failure of a rank stands."""
-        if self._forked:
+        if self._is_forked():
             return
         with self._stop_lock:
             if int(self.board["failure"][self.rank]["generation"]) == self.generation:
@@ -213,15 +212,14 @@ class World(abc.ABC):
             raise error
 
     def _check_open(self) -> None:
-        if self._forked:
+        if self._is_forked():
             raise ValueError(
                 "world must be used by the process that made it (this is a child of os.fork())"
             )
         if self._closed:
             raise ValueError("world must be open (it was closed)")
 
-    @property
-    def _forked(self) -> bool:
+    def _is_forked(self) -> bool:
         return os.getpid() != self._process_id
 
     @property
@@ -286,7 +284,7 @@ class World(abc.ABC):
             PeerTimeout: under MPI, if a rank does not close within timeout_sec, or fails; this rank
                 has closed all the same.
         """
-        if self._closed or self._forked:
+        if self._closed or self._is_forked():
             return
         with self.one_call.hold("world.close"):
             if not self._end():
@@ -326,9 +324,9 @@ class World(abc.ABC):
             self._leave_at_once()
 
     def _end(self) -> bool:
-        """Nothing begins on this rank any more. Whether it was open until now: `spawn` abandons
-        worlds from a thread of its own, perhaps while their ranks leave them."""
-        if self._forked:
+        """Nothing begins on this rank any more. Whether it was open until now, since `spawn` may
+        abandon a world while its rank leaves it."""
+        if self._is_forked():
             return False
         with self._end_lock:
             if self._closed:
