@@ -83,7 +83,7 @@ class Failure:
 
 def failure_of(rank: int, error: BaseException, where: str, tile: int, epoch: int) -> Failure:
     """That `rank` raised `error` and its peers need not wait for it; `where`: " in ..." or ""."""
-    if isinstance(error, CometError):
+    if isinstance(error, CometError) and type(error) is not CometError:
         text = str(error)  # it says itself which rank it tells of
     elif isinstance(error, Exception):
         text = f"rank {rank} raised {type(error).__name__}{where}: {error}"
