@@ -11,6 +11,7 @@ Importing needs neither MPI, CUDA nor matplotlib.
 from cometrt import models, reference, router, trace
 from cometrt.errors import CapacityError, CometError, MismatchError, PeerTimeout, RoutingError
 from cometrt.layer import MoELayer
+from cometrt.memory import Memory
 from cometrt.plan import TileConfig
 from cometrt.specs import Gradients, MoESpec
 from cometrt.weights import shard_weights, unshard_weights
@@ -22,6 +23,7 @@ __all__ = [
     "CapacityError",
     "CometError",
     "Gradients",
+    "Memory",
     "MismatchError",
     "MoELayer",
     "MoESpec",

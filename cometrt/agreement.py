@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from cometrt.plan import PlanShape, TileConfig
@@ -22,43 +23,77 @@ def agree(world: World, spec: Any, mode: Any, given: Any) -> tuple[int, TileConf
     """
     problem, config = "", TileConfig()
     try:
-        if not isinstance(spec, MoESpec):
-            raise ValueError(f"spec must be a cometrt.MoESpec (got {type(spec)!r})")
-        if given is not None and not isinstance(given, TileConfig):
-            raise ValueError(f"config must be a TileConfig (got {type(given)!r})")
-        if mode is not None:
-            check_choice("mode", mode, MODES)
-        geometry = Geometry(spec, world.rank, world.size)
+        check_layer(spec, world.rank, world.size, world.device, mode, given)
         if given is not None:
             config = given
         elif world.rank == 0:
             config = look_up(world, spec, mode) or config
-        terms = spec.topk + world.size
-        config.check_on(world.device, mode or config.best_mode(world.device, terms), terms)
-        if world.device == "cuda" and spec.dtype != "bfloat16":
-            raise ValueError(f"dtype must be 'bfloat16' on device='cuda' (got {spec.dtype!r})")
-        for name, most in (("hidden", MOST_HIDDEN), ("topk", MOST_TOPK)):
-            if world.device == "cuda" and getattr(spec, name) > most:
-                raise ValueError(
-                    f"{name} must be at most {most} on device='cuda' (got {getattr(spec, name)})"
-                )
-        PlanShape(geometry, config)
     except ValueError as error:
         problem = str(error)
-    mine = (problem, repr(spec), repr(mode), repr(given), config, world.num_layers)
+    mine = (problem, _told(spec), repr(mode), _told(given), config, world.num_layers)
     ranks = world.allgather(mine, purpose="MoELayer")
     number = max(rank[-1] for rank in ranks)
     world.num_layers = number + 1
     for rank, (text, *_) in enumerate(ranks):
         if text:
             raise ValueError(f"{text} [rank {rank}]")
+    first = ranks[0]
     for rank, values in enumerate(ranks):
-        for name, value, first in zip(
-            ("spec", "mode", "config"), values[1:4], ranks[0][1:4], strict=True
+        for name, one, other in zip(
+            ("spec", "mode", "config"), first[1:4], values[1:4], strict=True
         ):
-            if value != first:
+            if one != other:
                 raise ValueError(
-                    f"{name} must be equal on all ranks "
-                    f"(got {first} on rank 0, {value} on rank {rank})"
+                    f"{name} must be equal on all ranks (got {_differences(one, other)} on rank 0, "
+                    f"{_differences(other, one)} on rank {rank})"
                 )
-    return number, ranks[0][4]
+    return number, first[4]
+
+
+def check_layer(
+    spec: Any, rank: int, size: int, device: str, mode: Any, config: Any
+) -> tuple[PlanShape, str]:
+    """What one rank knows to be wrong with a layer's arguments.
+
+    Returns:
+        the shape of its plan, and its mode, where None is given the best one.
+
+    Raises:
+        ValueError: naming the argument, its value and the rule.
+    """
+    if not isinstance(spec, MoESpec):
+        raise ValueError(f"spec must be a cometrt.MoESpec (got {type(spec)!r})")
+    if config is None:
+        config = TileConfig()
+    if not isinstance(config, TileConfig):
+        raise ValueError(f"config must be a TileConfig (got {type(config)!r})")
+    if mode is not None:
+        check_choice("mode", mode, MODES)
+    geometry, terms = Geometry(spec, rank, size), spec.topk + size
+    mode = mode or config.best_mode(device, terms)
+    config.check_on(device, mode, terms)
+    if device == "cuda" and spec.dtype != "bfloat16":
+        raise ValueError(f"dtype must be 'bfloat16' on device='cuda' (got {spec.dtype!r})")
+    for name, most in (("hidden", MOST_HIDDEN), ("topk", MOST_TOPK)):
+        if device == "cuda" and getattr(spec, name) > most:
+            raise ValueError(
+                f"{name} must be at most {most} on device='cuda' (got {getattr(spec, name)})"
+            )
+    return PlanShape(geometry, config), mode
+
+
+def _told(record: Any) -> Any:
+    """A spec or a config as (name, its fields), which differ field by field; else its repr."""
+    if not isinstance(record, (MoESpec, TileConfig)):
+        return repr(record)
+    return type(record).__name__, dataclasses.asdict(record)
+
+
+def _differences(one: Any, other: Any) -> str:
+    """`one` of `_told`, of two records only where they differ."""
+    if isinstance(one, str):
+        return one
+    name, fields = one
+    others = {} if isinstance(other, str) else other[1]
+    different = [f"{key}={value!r}" for key, value in fields.items() if others.get(key) != value]
+    return f"{name}({', '.join(different)})"

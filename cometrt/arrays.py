@@ -11,7 +11,7 @@ from cometrt.specs import check_unmasked
 
 
 class HostArrays:
-    """What the layer does with arrays, for NumPy's."""
+    """What the layer does with arrays, for NumPy's and those that NumPy imports by DLPack."""
 
     def check(
         self,
@@ -22,15 +22,14 @@ class HostArrays:
         *,
         writable: bool = False,
     ) -> Any:
-        """`array` if it is a C-contiguous array of that shape (None: any length) and dtype.
+        """The array as NumPy's, sharing its memory, if it is a C-contiguous array of that shape
+        (None: any length) and dtype.
 
         Raises:
             ValueError: naming the argument, its value and the rule.
         """
         if not isinstance(array, np.ndarray):
-            raise ValueError(
-                f"{name} must be a numpy.ndarray on device='host' (got {type(array)!r})"
-            )
+            array = _from_dlpack(name, array)
         check_unmasked(name, array)
         check_form(name, array, shape, dtypes)
         if writable and not array.flags.writeable:
@@ -47,6 +46,23 @@ class HostArrays:
         if stream is not None:
             raise ValueError(f"stream must be None on device='host' (got {stream!r})")
         return contextlib.nullcontext()
+
+
+def _from_dlpack(name: str, array: Any) -> np.ndarray:
+    if not hasattr(array, "__dlpack__"):
+        raise ValueError(
+            f"{name} must be a numpy.ndarray on device='host' (got {type(array)!r}), "
+            f"or any DLPack array in the host's memory"
+        )
+    try:
+        return np.from_dlpack(array)
+    except Exception as error:  # of whatever library it came from
+        raise ValueError(
+            f"{name} must be an array that NumPy can import by DLPack (got {type(array)!r}: "
+            f"{error}). NumPy takes no bfloat16 that way, and nothing from a GPU: pass "
+            f"np.asarray(x) for a JAX array x, x.view(torch.int16).numpy().view('bfloat16') for a "
+            f"tensor of torch"
+        ) from error
 
 
 def check_form(

@@ -58,7 +58,7 @@ class CapacityError(CometError):
 
 
 class PeerTimeout(CometError):
-    """A wait ended without what it waited for: its deadline passed, or a peer failed.
+    """A wait ended without what it waited for: its deadline passed, or a peer failed or has gone.
 
     The world refuses further calls until ``world.reset()``.
 

@@ -51,7 +51,7 @@ def heap_table(shape: PlanShape) -> dict[str, HeapEntry]:
         "dweight": ("data", (spec.tp, *pairs), np.dtype(np.float32)),
         "partials_ready": (
             "flags",
-            (size, shape.blocks_per_home, len(shape.config.chunks(spec.hidden))),
+            (size, shape.blocks_per_home, shape.config.num_chunks(spec.hidden)),
             np.dtype(np.int64),
         ),
     }
@@ -65,25 +65,35 @@ def heap_table(shape: PlanShape) -> dict[str, HeapEntry]:
     return table
 
 
+def segment_bytes(table: dict[str, HeapEntry]) -> dict[str, int]:
+    """Bytes of each segment that hold the arrays of a `heap_table`."""
+    sizes = dict.fromkeys(SEGMENTS, 0)
+    for entry in table.values():
+        sizes[entry.segment] = max(sizes[entry.segment], entry.offset + entry.nbytes)
+    return sizes
+
+
 class SymmetricHeap:
     """One layer's arrays on every rank."""
 
     def __init__(self, world: World, shape: PlanShape) -> None:
-        """Collective: grows the world's segments to hold this layer's arrays."""
+        """Collective: the world's segments hold this layer's arrays until it is closed."""
         self._world = world
         self.table = heap_table(shape)
-        for segment in SEGMENTS:
-            entries = [entry for entry in self.table.values() if entry.segment == segment]
-            world.grow_segment(segment, max(entry.offset + entry.nbytes for entry in entries))
+        world.segments.fit(self, segment_bytes(self.table))
+
+    def close(self) -> None:
+        """This rank makes no more calls of the layer."""
+        self._world.segments.forget(self)
 
     def rows_place(self, x_address: int) -> tuple[int, int]:
         """Addresses [begin, end) of what holds rows on this rank, x first, of the world's largest
         layer."""
-        return x_address, x_address + self._world.segment_bytes("data")
+        return x_address, x_address + self._world.segments.nbytes("data")
 
     def array(self, name: str, rank: int | None = None) -> np.ndarray:
         """A view of rank's array (default: this rank's)."""
         entry = self.table[name]
-        memory = self._world.segment(entry.segment, self._world.rank if rank is None else rank)
+        memory = self._world.segments.of(entry.segment, self._world.rank if rank is None else rank)
         part = memory[entry.offset : entry.offset + entry.nbytes]
         return part.view(entry.dtype).reshape(entry.shape)

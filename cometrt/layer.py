@@ -10,9 +10,17 @@ from typing import Any
 import numpy as np
 
 from cometrt.agreement import agree
+from cometrt.arguments import (
+    Wanted,
+    check_backward,
+    check_bool,
+    check_forward,
+    check_results,
+)
 from cometrt.arrays import HostArrays
 from cometrt.errors import CallNotBegun
 from cometrt.host import HostExecutor
+from cometrt.memory import check_room
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.saved import Saved
 from cometrt.specs import Geometry, Gradients, MoESpec
@@ -20,8 +28,7 @@ from cometrt.trace import NullTracer, Recording, Tracer
 from cometrt.tuner.tune import tune
 from cometrt.world import World
 
-_FLOAT32 = np.dtype(np.float32)
-_IDS = (np.dtype(np.int32), np.dtype(np.int64))
+_STOPPED = "the world is stopped until world.reset(): "
 
 
 class MoELayer:
@@ -34,13 +41,14 @@ class MoELayer:
     rank // tp, shard rank % tp) holds the I_s = I / tp columns of its shard of the
     E_l = E / EP experts of its group.
 
-    On device="host" arrays are NumPy's and a call has ended when it returns. On "cuda" they are
-    CuPy's, or any DLPack arrays on this rank's GPU; a call is queued on the stream, and a
-    CometError of it is raised by `synchronize`, `close`, or the first call that begins after the
-    device has come so far; calls queued behind one that failed do nothing until then. Only
-    `synchronize` raises on all ranks after the same call: who wants to go on after an error asks it
-    first. Calls may be captured in a CUDA graph (no backward yet); each rank's replays are then
-    ordered by their owner, and after ``world.reset()`` it is captured again.
+    On device="host" arrays are NumPy's, or any that NumPy imports by DLPack, and a call has ended
+    when it returns. On "cuda" they are CuPy's, or any DLPack arrays on this rank's GPU; a call is
+    queued on the stream, and a CometError of it is raised by `synchronize`, `close`, or the first
+    call that begins after the device has come so far; calls queued behind one that failed do
+    nothing until then. Only `synchronize` raises on all ranks after the same call: who wants to go
+    on after an error asks it first. Calls may be captured in a CUDA graph (no backward yet); each
+    rank's replays are then ordered by their owner, and after ``world.reset()`` it is captured
+    again.
 
     Args:
         world: from ``cometrt.connect`` or ``cometrt.spawn``.
@@ -54,6 +62,8 @@ class MoELayer:
 
     Raises:
         ValueError: on all ranks, for a wrong argument on any of them or different ones.
+        CometError: on all ranks, before anything is allocated, where memory is too small for what
+            `MoESpec.memory` says.
         PeerTimeout: if a rank does not construct it too.
     """
 
@@ -67,12 +77,17 @@ class MoELayer:
     ) -> None:
         if not isinstance(world, World):
             raise ValueError(f"world must come from cometrt.connect or spawn (got {world!r})")
-        self._layer, config = agree(world, spec, mode, config)
+        with world.one_call.hold("MoELayer"):
+            self._make(world, spec, mode, config)
+
+    def _make(self, world: World, spec: MoESpec, mode: str | None, given: Any) -> None:
+        self._layer, config = agree(world, spec, mode, given)
         self.world, self.spec, self.config = world, spec, config
         self.mode = mode or config.best_mode(world.device, spec.topk + world.size)
         self.tracer: Tracer = NullTracer()
         self.geometry = Geometry(spec, world.rank, world.size)
         self._shape = PlanShape(self.geometry, config)
+        check_room(world, self._shape, self.mode)
         self._closed = False
         self._arrays: Any
         self._executor: Any
@@ -125,10 +140,10 @@ class MoELayer:
             PeerTimeout, MismatchError: until ``world.reset()``.
             With any of these `out` is NaN: where it is x itself, the tokens are lost.
         """
-        with self._calling(stream):
-            inputs = self._check_inputs(x, topk_ids, topk_weights, w_up, w_down)
-            _check_bool("training", training)
-            dtypes = (self.spec.numpy_dtype,)
+        with self._calling("layer.forward"), self._on(stream):
+            arrays, dtypes = self._arrays, (self.spec.numpy_dtype,)
+            inputs = check_forward(arrays, self.geometry, x, topk_ids, topk_weights, w_up, w_down)
+            check_bool("training", training)
             (y,) = self._results("forward", {"out": (out, inputs[0].shape, dtypes)})
             with self._failing(y):
                 saved = self._executor.forward(
@@ -169,7 +184,7 @@ class MoELayer:
                 error has not been raised yet does nothing: all of `out` is NaN, but for weight
                 gradients with accumulate, which are untouched, and `saved` may be used again.
         """
-        with self._calling(stream):
+        with self._calling("layer.backward"), self._on(stream):
             kept = Saved.unpack(
                 saved,
                 shape=self._shape,
@@ -178,44 +193,37 @@ class MoELayer:
                 num_tables=self._executor.num_tables,
                 generation=self._executor.generation,
             )
-            dy, grads = self._check_backward(dy, kept, out, accumulate)
+            dy, wanted = check_backward(self._arrays, self.geometry, dy, kept, out, accumulate)
+            grads = Gradients(*self._results("backward", wanted))
             with self._failing(grads.x, grads.topk_weights):
                 ran = self._executor.backward(
                     dy, kept, out=grads, accumulate=bool(accumulate), tracer=self.tracer
                 )
-        if ran:
-            kept.mark_used()
+            if ran:
+                kept.mark_used()
         return grads
 
-    def _check_backward(
-        self, dy: Any, kept: Saved, out: Any, accumulate: Any
-    ) -> tuple[Any, Gradients]:
-        """Backward's dy, as `self._arrays` has it, and where its results go."""
-        spec, geometry = self.spec, self.geometry
-        dtypes = (spec.numpy_dtype,)
-        dy = self._arrays.check("dy", dy, (kept.num_tokens, spec.hidden), dtypes)
-        _check_bool("accumulate", accumulate)
-        given = Gradients(None, None, None, None) if out is None else out
-        if not isinstance(given, tuple) or len(given) != len(Gradients._fields):
-            raise ValueError(f"out must be a cometrt.Gradients or None (got {type(out)!r})")
-        given = Gradients(*given)
-        if accumulate and (given.w_up is None or given.w_down is None):
-            raise ValueError("out must have w_up and w_down when accumulate=True (got None)")
-        weights, wide = (len(dy), spec.topk), (*dtypes, _FLOAT32)
-        wanted = {
-            "out.x": (given.x, dy.shape, dtypes),
-            "out.topk_weights": (given.topk_weights, weights, (_FLOAT32,)),
-            "out.w_up": (given.w_up, geometry.w_up_shape, wide),
-            "out.w_down": (given.w_down, geometry.w_down_shape, wide),
-        }
-        return dy, Gradients(*self._results("backward", wanted))
+    def _results(self, operation: str, wanted: Wanted) -> list[Any]:
+        """Where results go: what is given, or new memory. That is made last: wrong arguments are
+        told before."""
+        given = check_results(self._arrays, wanted, self._executor.buffer_place())
+        try:
+            return [
+                given[name] if name in given else self._arrays.empty(shape, dtypes[0])
+                for name, (_, shape, dtypes) in wanted.items()
+            ]
+        except BaseException as error:  # no memory: peers may be in the call already
+            self._executor.stop_world(error, operation)
+            raise
 
     def buffer(self) -> Any:
         """Heap memory [max_tokens, H]: tokens written here and passed as ``x = buffer()[:T]``
-        are not copied. Valid until the next call of any layer of the world, or its end."""
-        self._check_open()
-        self.world.check_running(_STOPPED)
-        return self._executor.buffer()
+        are not copied, until another layer of the world is made. Its contents are valid until the
+        next call of any layer. The memory stays as long as a view of it, also when the world has
+        closed."""
+        with self._calling("layer.buffer"):
+            self.world.check_running(_STOPPED)
+            return self._executor.buffer()
 
     def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
         """For `cometrt.trace.record`: within it, what runs on the device is recorded too."""
@@ -245,20 +253,23 @@ class MoELayer:
                 RoutingError: for `inputs`; PeerTimeout on all ranks if one of them fails. The
                 layer keeps its config then.
         """
-        self._check_open()
+        with self._calling("layer.tune"):
+            return self._tune(inputs, training)
+
+    def _tune(self, inputs: Any, training: bool) -> TileConfig:
         world = self.world
         if world.device != "cuda" or self.mode != "fused":
             raise ValueError(
                 f"tune() needs device='cuda' and mode 'fused' (got {world.device!r}, {self.mode!r})"
             )
-        self.synchronize()
+        self._synchronize()
         problem = ""
         try:
             if inputs is not None:
                 if not isinstance(inputs, tuple) or len(inputs) != 5:
                     raise ValueError("inputs must be (x, topk_ids, topk_weights, w_up, w_down)")
-                inputs = self._check_inputs(*inputs)
-            _check_bool("training", training)
+                inputs = check_forward(self._arrays, self.geometry, *inputs)
+            check_bool("training", training)
             if self._executor.captured:
                 raise ValueError("layer must not be in a CUDA graph when it is tuned")
         except ValueError as error:
@@ -276,16 +287,21 @@ class MoELayer:
     def synchronize(self) -> None:
         """Wait for the calls of all layers of the world, and raise what they have not raised yet.
         On the host every call has ended, and has raised, when it returns."""
-        self._check_open()
+        with self._calling("layer.synchronize"):
+            self._synchronize()
+
+    def _synchronize(self) -> None:
         with self._arrays.stream(None):
             self._executor.synchronize()
             self._executor.check_running(_STOPPED)
 
     def close(self) -> None:
-        """Give this layer up, on this rank; may be repeated. Raises what `synchronize` would."""
+        """Give this layer up, on this rank; may be repeated. Raises what `synchronize` would. The
+        memory that only it needed is given back when the next layer is made."""
         if not self._closed:
-            self._closed = True
-            self._executor.close()
+            with self._calling("layer.close"):
+                self._closed = True
+                self._executor.close()
 
     def __enter__(self) -> MoELayer:
         return self
@@ -298,19 +314,27 @@ class MoELayer:
     ) -> None:
         if error is None:
             self.close()
-        self._closed = True
+        elif not self._closed:
+            self._closed = True
+            self._executor.give_up()
 
     def __repr__(self) -> str:
         return f"<MoELayer {self._layer} of {self.world!r}, mode={self.mode!r}, {self.spec}>"
+
+    @contextlib.contextmanager
+    def _calling(self, name: str) -> Iterator[None]:
+        """Around a call: the only one of the world on this rank, of a layer that is open."""
+        with self.world.one_call.hold(name):
+            self._check_open()
+            yield
 
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("layer must be open (it was closed)")
 
     @contextlib.contextmanager
-    def _calling(self, stream: Any) -> Iterator[None]:
-        """Around a call, from its first argument on: its stream is current."""
-        self._check_open()
+    def _on(self, stream: Any) -> Iterator[None]:
+        """Around an exchange: on that stream, in a world that runs."""
         with self._arrays.stream(stream):
             self._executor.raise_pending()
             self._executor.check_running(_STOPPED)
@@ -328,68 +352,3 @@ class MoELayer:
                 with contextlib.suppress(Exception):  # a broken device; what broke it is raised
                     result.fill(np.nan)
             raise
-
-    def _check_inputs(
-        self, x: Any, topk_ids: Any, topk_weights: Any, w_up: Any, w_down: Any
-    ) -> tuple[Any, ...]:
-        """Forward's arrays, as `self._arrays` has them."""
-        spec, geometry, check = self.spec, self.geometry, self._arrays.check
-        x = self._check_tokens("x", x)
-        pairs, dtypes = (len(x), spec.topk), (spec.numpy_dtype,)
-        return (
-            x,
-            check("topk_ids", topk_ids, pairs, _IDS),
-            check("topk_weights", topk_weights, pairs, (_FLOAT32,)),
-            check("w_up", w_up, geometry.w_up_shape, dtypes),
-            check("w_down", w_down, geometry.w_down_shape, dtypes),
-        )
-
-    def _check_tokens(self, name: str, tokens: Any) -> Any:
-        shape = (None, self.spec.hidden)
-        tokens = self._arrays.check(name, tokens, shape, (self.spec.numpy_dtype,))
-        if len(tokens) > self.spec.max_tokens:
-            raise ValueError(
-                f"{name} must have at most max_tokens={self.spec.max_tokens} rows "
-                f"(got {len(tokens)})"
-            )
-        return tokens
-
-    def _results(self, operation: str, wanted: dict[str, tuple[Any, Any, Any]]) -> list[Any]:
-        """Where results go, of name -> (array given or None, shape, dtypes). Arrays are made last:
-        wrong arguments are told before."""
-        results = {}
-        for name, (given, shape, dtypes) in wanted.items():
-            if given is not None:
-                results[name] = self._arrays.check(name, given, shape, dtypes, writable=True)
-                self._check_place(name, results[name])
-        try:
-            for name, (given, shape, dtypes) in wanted.items():
-                if given is None:
-                    results[name] = self._arrays.empty(shape, dtypes[0])
-        except BaseException as error:  # no memory: peers may be in the call already
-            self._executor.stop_world(error, operation)
-            raise
-        return [results[name] for name in wanted]
-
-    def _check_place(self, name: str, array: Any) -> None:
-        """Results are written while peers read the heap: there they may only take the place of the
-        tokens that they are of."""
-        begin, end = self._executor.buffer_place()
-        first, nbytes = self._arrays.address(array), array.nbytes
-        if not nbytes or first >= end or first + nbytes <= begin:
-            return
-        if name not in ("out", "out.x"):
-            raise ValueError(f"{name} must not lie in layer.buffer() (got a view of it)")
-        if first != begin:
-            raise ValueError(
-                f"{name} must begin where layer.buffer() begins, if it lies there "
-                f"(got a view that begins {first - begin:+} bytes from there)"
-            )
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name} must be True or False (got {value!r})")
-
-
-_STOPPED = "the world is stopped until world.reset(): "

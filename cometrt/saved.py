@@ -15,6 +15,7 @@ import numpy as np
 from cometrt.plan import PlanShape
 
 _META = ("world", "layer", "shape", "rank", "num_tokens", "generation", "used")
+META_SHAPE = (len(_META),)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,7 +67,7 @@ class Saved:
                 f"(got {what})"
             )
         meta = saved[0]
-        if not isinstance(meta, np.ndarray) or meta.shape != (len(_META),):
+        if not isinstance(meta, np.ndarray) or meta.shape != META_SHAPE:
             raise ValueError("saved must begin with forward's meta array (got something else)")
         found = dict(zip(_META, (int(value) for value in meta), strict=True))
         for name, expected in (

@@ -7,12 +7,16 @@ import hashlib
 import math
 import numbers
 import threading
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from cometrt.activations import ACTIVATIONS, is_gated
+
+if TYPE_CHECKING:
+    from cometrt.memory import Memory
+    from cometrt.plan import TileConfig
 
 DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -85,6 +89,40 @@ class MoESpec:
     @property
     def gated(self) -> bool:
         return is_gated(self.activation)
+
+    def memory(
+        self,
+        size: int,
+        *,
+        device: str = "cuda",
+        mode: str | None = None,
+        config: TileConfig | None = None,
+        training: bool = True,
+        ranks_per_node: int | None = None,
+    ) -> Memory:
+        """What a layer of this spec takes on each rank, in bytes; computed, nothing is allocated.
+
+        Args:
+            size: W, the number of ranks.
+            device, mode, config: of the layer; None as for `MoELayer`, but for config, where it
+                means TileConfig().
+            training: whether a forward keeps what backward needs, and backwards are counted.
+            ranks_per_node: None or W: all ranks are on one host.
+
+        Raises:
+            ValueError: naming the argument, or the field of the spec, its value and the rule.
+        """
+        from cometrt.memory import memory_of_layer  # it knows all that a layer is made of
+
+        return memory_of_layer(
+            self,
+            size,
+            device=device,
+            mode=mode,
+            config=config,
+            training=training,
+            ranks_per_node=ranks_per_node,
+        )
 
     def digest(self) -> int:
         """63-bit hash that peers compare: equal specs, equal digests, on every platform."""

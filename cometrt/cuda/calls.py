@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cometrt.cuda.report import OPERATIONS
-from cometrt.heap import SEGMENTS, SymmetricHeap
+from cometrt.heap import SymmetricHeap
 from cometrt.kernels.params import (
     CALL_TABLES,
     HEAP_OFFSETS,
@@ -52,10 +52,10 @@ class Calls:
         return record
 
     def state_of_world(self) -> tuple[Any, ...]:
-        """What a record depends on besides its call: another layer may make segments grow."""
+        """What a record depends on besides its call: another layer may make segments move, peers'
+        too."""
         world = self._world
-        segments = [world.segment(name, world.rank) for name in SEGMENTS]
-        return (world.generation, world.timeout_sec, *segments)
+        return (world.generation, world.timeout_sec, world.segments.version)
 
     def _fill(self) -> None:
         """What the world and the layer are."""
@@ -64,10 +64,10 @@ class Calls:
         assert world.gpu is not None
         for peer in range(world.size):
             record["control"][0, peer] = world.gpu.control[peer]
-            record["data"][0, peer] = world.segment("data", peer)
-            record["flags"][0, peer] = world.segment("flags", peer)
+            record["data"][0, peer] = world.segments.of("data", peer)
+            record["flags"][0, peer] = world.segments.of("flags", peer)
             for parity in (0, 1):
-                record["routing"][0, parity, peer] = world.segment(f"routing{parity}", peer)
+                record["routing"][0, parity, peer] = world.segments.of(f"routing{parity}", peer)
         record["generation"] = world.generation
         record["timeout_ns"] = round(world.timeout_sec * 1e9)
         record["rank"], record["size"] = world.rank, world.size

@@ -63,9 +63,23 @@ def new_turns(
     """Memory for the turns of up to that many M-tiles and that many column tiles."""
     import cupy as cp
 
+    item_bytes, num_counts = turns_size(max_tiles, num_columns, chunk, parts=parts)
+    return Turns(cp.empty(item_bytes, cp.uint8), cp.zeros(num_counts, cp.int32), parts)
+
+
+def turns_size(
+    max_tiles: int, num_columns: int, chunk: int | None = None, *, parts: int = 1
+) -> tuple[int, int]:
+    """(bytes of items, number of counts) of `new_turns`."""
     items = 2 * parts * most_turns(-(-max_tiles // parts), num_columns, chunk)
-    memory = cp.empty(items * work_item_dtype.itemsize, cp.uint8)
-    return Turns(memory, cp.zeros(3 * parts, cp.int32), parts)
+    return items * work_item_dtype.itemsize, 3 * parts
+
+
+def layer_columns(shape: PlanShape) -> tuple[int, int]:
+    """Column tiles of the up and of the down GEMM of a layer."""
+    geometry, spec = shape.geometry, shape.geometry.spec
+    up = column_tiles(geometry.local_intermediate, gated=spec.gated)
+    return up, column_tiles(spec.hidden, gated=False)
 
 
 def turns_record(

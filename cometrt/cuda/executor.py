@@ -17,25 +17,21 @@ once for its plan.
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-
+from cometrt.buffers import plan_rows
+from cometrt.cuda import buffers
 from cometrt.cuda.calls import Calls, set_tables, set_words
 from cometrt.cuda.chunked import ChunkedForward
-from cometrt.cuda.experts import CublasExperts, EngineExperts
-from cometrt.cuda.fused import FusedForward, fused_counters
+from cometrt.cuda.experts import CublasExperts, EngineExperts, RowsOnHost
+from cometrt.cuda.fused import FusedForward
 from cometrt.cuda.graphs import CallGraphs
-from cometrt.cuda.planner import DevicePlanner, planner_counters
-from cometrt.cuda.report import pinned, report_of, tell_unspecified
+from cometrt.cuda.heap import DeviceHeap
+from cometrt.cuda.order import CallOrder
+from cometrt.cuda.planner import DevicePlanner
 from cometrt.cuda.rows import RowMovers
 from cometrt.cuda.trace import recorded_by
-from cometrt.errors import CallNotBegun, CometError
-from cometrt.heap import SymmetricHeap
 from cometrt.kernels.launch import load_kernels
 from cometrt.kernels.params import (
     Record,
@@ -52,7 +48,6 @@ from cometrt.world import World
 from cometrt.world.partitions import num_sms
 
 _THREADS, _PUBLISH_THREADS = 256, 512
-_ALIGNMENT = 512  # bytes
 
 
 class CudaExecutor:
@@ -63,12 +58,9 @@ class CudaExecutor:
         import cupy as cp
 
         self._cp, self._world, self._shape, self._layer = cp, world, shape, layer
-        geometry, spec = shape.geometry, shape.geometry.spec
-        if spec.dtype != "bfloat16":
-            raise ValueError(f"dtype must be 'bfloat16' on device='cuda' (got {spec.dtype!r})")
-        self._heap = SymmetricHeap(world, shape)
+        self._heap = DeviceHeap(world, shape)
         # What kernels of a forward count up; publish sets it to zero.
-        sizes = planner_counters(shape), fused_counters(shape) if mode == "fused" else 0
+        sizes = buffers.num_counters(shape, mode)
         self._counters = cp.zeros(sum(sizes), cp.uint32)
         self._planner = DevicePlanner(shape, self._counters[: sizes[0]])
         self._state = cp.zeros(traced_call_state_dtype.itemsize, cp.uint8)
@@ -80,9 +72,7 @@ class CudaExecutor:
         self._pull_pace, self._push_pace = (
             pace_record(clock, world.link) for clock in (clocks, clocks + 8)
         )
-        parts, positions = 1, self._planner.block_order_idx
-        if mode == "chunked":
-            parts = shape.config.parts
+        parts, positions = buffers.num_parts(shape, mode), self._planner.block_order_idx
         rows = RowMovers(shape, self._pull_pace, self._push_pace, positions, parts)
         self._pull, self._push, self._add_up = rows.pull, rows.push, rows.add_up
         self._cublas = CublasExperts(shape)
@@ -95,20 +85,17 @@ class CudaExecutor:
         if mode == "chunked":
             assert self._engine is not None
             self._chunked = ChunkedForward(shape, self._engine, rows)
-        self._report = report_of(world)
-        self._report.add_layer(layer, shape)
-        self._verdict = pinned(call_state_dtype)
-        self._offsets = pinned(np.dtype(np.int32), geometry.local_experts + 1)
-        self.ended = cp.cuda.Event(disable_timing=True)  # at the end of the layer's last call
-        self._last_operation = ""
+        self._order = CallOrder(world, shape, layer)
+        self.ended, self.captured = self._order.ended, self._order.captured
+        self._rows_on_host = RowsOnHost(shape.geometry.local_experts, self._state)
         self._calls = Calls(world, shape, self._heap, layer)
-        self._num_sms, self._row_shape = num_sms(), (shape.capacity, spec.hidden)
-        self._up_shape = (shape.capacity, geometry.up_columns)
-        self._inner_shape = (shape.capacity, geometry.local_intermediate)
-        self._o_at = -(-2 * math.prod(self._inner_shape) // _ALIGNMENT) * _ALIGNMENT
-        self._dtype = spec.numpy_dtype
+        self._num_sms, self._rows = num_sms(), plan_rows(shape)
+        self._forward_buffers = {
+            training: buffers.forward_buffers(shape, mode, training) for training in (False, True)
+        }
+        self._backward_buffers = buffers.backward_buffers(shape)
+        self._o_at = buffers.o_offset(shape)
         self.graphs = CallGraphs()
-        self.captured: list[Any] = []  # memory of calls in graphs, which outlives them
         cp.cuda.get_current_stream().synchronize()
         world.barrier()
 
@@ -121,12 +108,11 @@ class CudaExecutor:
     # ---- the calls --------------------------------------------------------------------------
 
     def buffer(self) -> Any:
-        spec = self._shape.geometry.spec
-        return self._own("x", (spec.max_tokens, spec.hidden), spec.numpy_dtype)
+        return self._heap.own("x")
 
     def buffer_place(self) -> tuple[int, int]:
         """Addresses [begin, end) of this rank's heap of rows, which begins with `buffer`."""
-        return self._heap.rows_place(self._world.segment("data", self._world.rank))
+        return self._heap.place()
 
     def forward(
         self,
@@ -141,28 +127,22 @@ class CudaExecutor:
         tracer: Tracer,
     ) -> tuple[Any, ...] | None:
         capturing = bool(self._cp.cuda.get_current_stream().is_capturing())
-        with self._guard("forward"):
+        with self._order.guard("forward"):
             return self._forward((x, ids, weights, w_up, w_down, out), training, capturing)
 
     def _forward(
         self, given: tuple[Any, ...], training: bool, capturing: bool
     ) -> tuple[Any, ...] | None:
         x, ids, weights, w_up, w_down, out = given
-        cp, spec, dtype = self._cp, self._shape.geometry.spec, self._dtype
+        cp = self._cp
         x, ids, weights = (
-            self._out_of_heap(array, name)
+            self._heap.out_of_heap(array, name)
             for array, name in ((x, "x"), (ids, "ids0"), (weights, "weights0"))
         )
-        new, saved_x = cp.ndarray, None
-        if training and spec.save == "z":
-            saved_x = new((spec.max_tokens, spec.hidden), dtype)
-        epoch = new(1, np.int64) if training else None
-        tables = self._planner.new_tables()
-        x_rows = new(self._row_shape, dtype)
-        z = None
-        if training or (self._fused is None and self._engine is None):
-            z = new(self._up_shape, dtype)
-        scratch = cp.cuda.alloc(self._o_at + 2 * math.prod(self._row_shape))  # a, then o
+        new = {name: cp.ndarray(*of) for name, of in self._forward_buffers[training].items()}
+        names = ("epoch", "saved_x", "tables", "x_rows", "z")
+        epoch, saved_x, tables, x_rows, z = (new.get(name) for name in names)
+        scratch = new["a_and_o"].data
         given, made = (x, ids, weights, w_up, w_down, out), (epoch, saved_x, tables, x_rows, z)
 
         def launch() -> None:
@@ -174,7 +154,7 @@ class CudaExecutor:
             state = self._calls.state_of_world()
             key = (len(x), ids.dtype.itemsize, scratch.ptr, *arrays, *state)
             graph = self.graphs.find(key, launch)
-        with self._launching("forward", capturing, (x, ids, weights, *made, scratch)):
+        with self._order.launching("forward", capturing, (x, ids, weights, *made, scratch)):
             if graph is None:
                 launch()
             else:
@@ -199,9 +179,11 @@ class CudaExecutor:
         """All kernels of a forward, from its arguments and the memory made for it."""
         x, ids, weights, w_up, w_down, out = given
         epoch, saved_x, tables, x_rows, z = made
-        a = self._cp.ndarray(self._inner_shape, self._dtype, scratch)
-        o = self._cp.ndarray(self._row_shape, self._dtype, scratch + self._o_at)
-        call = self._calls.begin("forward", len(x), self._state.data.ptr, self._report.address)
+        a = self._cp.ndarray(*self._rows["a"], scratch)
+        o = self._cp.ndarray(*self._rows["o"], scratch + self._o_at)
+        call = self._calls.begin(
+            "forward", len(x), self._state.data.ptr, self._order.report.address
+        )
         call.fields["weighted"] = 1
         call.fields["ids_are_64"] = ids.dtype.itemsize == 8
         set_words(
@@ -255,11 +237,11 @@ class CudaExecutor:
             self._combine(call, lambda: None)
             return
         plan = self._planner.plan_of(tables)
-        rows = self._group_rows(plan)
+        rows = self._rows_on_host(plan)
         if rows:
             self._pull(call)
             self._cublas.forward(plan, rows, x_rows, w_up, w_down, z, a, o)
-            self._combine(call, self._meet)
+            self._combine(call, self._order.meet)
 
     def backward(
         self, dy: Any, saved: Saved, *, out: Gradients, accumulate: bool, tracer: Tracer
@@ -269,23 +251,23 @@ class CudaExecutor:
             raise ValueError(
                 "backward must not be captured in a CUDA graph (the stream is capturing)"
             )
-        with self._guard("backward"):
+        with self._order.guard("backward"):
             return self._backward(dy, saved, out, accumulate)
 
     def _backward(self, dy: Any, saved: Saved, out: Gradients, accumulate: bool) -> bool:
         cp, planner = self._cp, self._planner
-        dy = self._out_of_heap(dy, "dy")
+        dy = self._heap.out_of_heap(dy, "dy")
         (tables,) = saved.tables
         plan = planner.plan_of(tables)
         pulls_again = self._shape.geometry.spec.save == "z"
-        dy_rows, dx_rows = (cp.empty(self._row_shape, self._dtype) for _ in range(2))
-        x_rows = cp.empty(self._row_shape, self._dtype) if pulls_again else saved.x
-        dz, weighted_a = (
-            cp.empty(shape, self._dtype) for shape in (self._up_shape, self._inner_shape)
+        new = {name: cp.empty(*of) for name, of in self._backward_buffers.items()}
+        dy_rows, dx_rows, dz, weighted_a, da, dweight_rows = (
+            new[name] for name in "dy_rows dx_rows dz weighted_a da dweight_rows".split()
         )
-        da = cp.empty(self._inner_shape, cp.float32)
-        dweight_rows = cp.empty(self._shape.capacity, cp.float32)
-        call = self._calls.begin("backward", len(dy), self._state.data.ptr, self._report.address)
+        x_rows = new["x_rows"] if pulls_again else saved.x
+        call = self._calls.begin(
+            "backward", len(dy), self._state.data.ptr, self._order.report.address
+        )
         call.fields["weighted"] = 0
         set_words(
             call,
@@ -300,10 +282,10 @@ class CudaExecutor:
             dweight_rows=dweight_rows.data.ptr,
         )
         set_tables(call, planner.call_tables(tables))
-        with self._launching("backward", capturing=False):
+        with self._order.launching("backward", capturing=False):
             self._publish((self._num_sms,), _PUBLISH_THREADS, call)
             self._agree((1,), _THREADS, call)
-            rows = self._group_rows(plan)
+            rows = self._rows_on_host(plan)
             if not rows:
                 if not accumulate:
                     for gradient in (out.w_up, out.w_down):
@@ -320,24 +302,19 @@ class CudaExecutor:
 
             def weights() -> None:
                 self._cublas.grad_weights(rows, dz, x_rows, dy_rows, weighted_a, out, accumulate)
-                self._meet()
+                self._order.meet()
 
             self._combine(call, weights)
             self._end(call)
         return True
 
-    def keep_for(self, layer: Any) -> weakref.finalize:
-        """When the layer is dropped, keep what its queued calls use until they have ended, and what
-        its graphs use as long as the world."""
-        finalizer = weakref.finalize(layer, self.retire)
-        finalizer.atexit = False
-        return finalizer
+    def keep_for(self, layer: Any) -> Any:
+        """As `CallOrder.keep_for`."""
+        return self._order.keep_for(layer, self)
 
     def retire(self) -> None:
-        """Keep what queued calls use until they have ended."""
-        gpu = self._world.gpu
-        assert gpu is not None
-        gpu.retire(self, None if self.captured else self.ended)
+        """As `CallOrder.retire`."""
+        self._order.retire(self)
 
     def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
         """Within it the fused forward's kernels record themselves."""
@@ -356,133 +333,32 @@ class CudaExecutor:
 
     def synchronize(self) -> None:
         """Wait for all calls of the world; raise what they have not raised yet."""
-        self._wait_for_calls()
-        self._raise_found()
+        self._order.synchronize()
 
     def close(self) -> None:
-        self.synchronize()
+        try:
+            self.synchronize()
+        finally:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """As `close`, without waiting for calls, or raising what they have found."""
+        self._heap.close()
 
     def raise_pending(self) -> None:
-        """Raise what the device has found wrong so far, without waiting for it. Ranks that are
-        threads of one process do so together, where they meet before a call. Where the stream is
-        captured, later."""
-        if self._world.shares_process and self._report.kind != "stopped":
-            return
-        if not self._cp.cuda.get_current_stream().is_capturing():
-            self._raise_found()
+        """As `CallOrder.raise_pending`."""
+        self._order.raise_pending()
 
     def check_running(self, prefix: str) -> None:
         """As `World.check_running`."""
-        try:
-            self._world.check_running(prefix)
-        except CometError as error:
-            if self._last_operation == "backward":
-                tell_unspecified(error)
-            raise
-
-    def _wait_for_calls(self) -> None:
-        gpu = self._world.gpu
-        if gpu is not None and gpu.last_call is not None:
-            gpu.last_call.synchronize()
-
-    def _raise_found(self) -> None:
-        error = self._report.error()
-        if error is not None:
-            raise error
-
-    # ---- the stages of a call ---------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _guard(self, operation: str) -> Iterator[None]:
-        """Around all of a call: stops the world if this rank raises, also before anything is
-        launched."""
-        try:
-            yield
-        except CallNotBegun:
-            raise
-        except BaseException as error:
-            if operation == "backward":
-                tell_unspecified(error)
-            self.stop_world(error, operation)
-            raise
+        self._order.check_running(prefix)
 
     def stop_world(self, error: BaseException, operation: str) -> None:
-        """This rank raises in a call what its peers do not know of, while they wait for it: unless
-        they have told it, or it captures a graph."""
-        capturing = False
-        with contextlib.suppress(Exception):  # of a broken device
-            capturing = bool(self._cp.cuda.get_current_stream().is_capturing())
-        if not capturing and not self._world.stopped:
-            self._world.stop_for(error, f" in a {operation} of layer {self._layer}")
-
-    @contextlib.contextmanager
-    def _launching(
-        self, operation: str, capturing: bool, buffers: tuple[Any, ...] = ()
-    ) -> Iterator[None]:
-        """Around a call's launches: calls of a world follow each other, whatever their streams.
-
-        Not so in a graph: its owner orders replays, and `buffers` are kept for them."""
-        gpu, stream = self._world.gpu, self._cp.cuda.get_current_stream()
-        assert gpu is not None
-        if capturing:
-            yield
-            self.captured.append(buffers)
-            return
-        self._begin()
-        self._last_operation = operation
-        if gpu.last_call is not None:
-            stream.wait_event(gpu.last_call)
-        try:
-            yield
-        finally:  # what was launched before an error runs on
-            self.ended.record(stream)
-            gpu.last_call = self.ended
-        self._meet()
-
-    def _begin(self) -> None:
-        """Ranks that are threads of one process meet, and raise together what one of them has found
-        on its device: what stops nothing all find, sooner or later."""
-        world, report = self._world, self._report
-        if not world.shares_process:
-            return
-        kinds = world.allgather(report.kind, purpose="the start of a call")
-        if not any(kinds):
-            return
-        self._wait_for_calls()
-        self._cp.cuda.get_current_stream().synchronize()
-        error = report.error()
-        if error is None:
-            rank, kind = next((rank, kind) for rank, kind in enumerate(kinds) if kind)
-            error = CometError(
-                f"an earlier call failed on rank {rank} ({kind}), and not on this one"
-            )
-            error.relayed = True
-        raise CallNotBegun(error)
-
-    def _meet(self) -> None:
-        """Where ranks are threads of one process, they meet before a call, after it, and before
-        what waits for a peer and comes after something that may wait for the whole device
-        (allocate, load a kernel): that could hold up a kernel that a peer's kernel waits for. On
-        GPUs of their own too: CUDA calls of one process wait for each other, and memory that
-        peers reach is given back only when they rest."""
-        if self._world.shares_process:
-            self._world.allgather(None, purpose="the end of a call")
+        """As `CallOrder.stop_world`."""
+        self._order.stop_world(error, operation)
 
     def _end(self, call: Record) -> None:
         self._finish((self._num_sms,), _THREADS, call)
-
-    def _group_rows(self, plan: Any) -> list[tuple[int, int]]:
-        """Waits for the verdict: rows [begin, end) of each expert; empty if the call is over."""
-        runtime, stream = self._cp.cuda.runtime, self._cp.cuda.get_current_stream()
-        kind = runtime.memcpyDeviceToHost
-        for target, source in ((self._verdict, self._state), (self._offsets, plan.expert_offsets)):
-            runtime.memcpyAsync(
-                target.ctypes.data, source.data.ptr, target.nbytes, kind, stream.ptr
-            )
-        stream.synchronize()
-        if not self._verdict["ok"][0]:
-            return []
-        return [(int(a), int(b)) for a, b in itertools.pairwise(self._offsets)]
 
     def _combine(self, call: Record, between: Callable[[], None]) -> None:
         """Push, then `between`, which covers the exchange, then add up at home."""
@@ -490,29 +366,9 @@ class CudaExecutor:
         between()
         self._add_up(call)
 
-    # ---- memory -----------------------------------------------------------------------------
-
     def _ok_address(self) -> int:
         """Of CallState.ok, by which a GEMM knows that there is something to do."""
         return int(self._state.data.ptr) + call_state_dtype.fields["ok"][1]  # type: ignore[index]
-
-    def _out_of_heap(self, array: Any, name: str) -> Any:
-        """The array, or a copy of one that lies in the heap and not where it is to be put: publish
-        copies in parallel, and would read what it has overwritten."""
-        begin, end = self.buffer_place()
-        address = array.data.ptr
-        if address + array.nbytes <= begin or address >= end:
-            return array
-        entry = self._heap.table[name]
-        own = self._world.segment(entry.segment, self._world.rank) + entry.offset
-        return array if address == own else array.copy()
-
-    def _own(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-        """This rank's array of the heap, as CuPy's."""
-        entry, cp = self._heap.table[name], self._cp
-        address = self._world.segment(entry.segment, self._world.rank) + entry.offset
-        memory = cp.cuda.UnownedMemory(address, entry.nbytes, self._world)
-        return cp.ndarray(shape, dtype, cp.cuda.MemoryPointer(memory, 0))
 
 
 _NO_TURNS = Record(turns_params)

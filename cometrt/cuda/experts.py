@@ -3,14 +3,16 @@ launch by the engine, or one GEMM an expert by cuBLAS."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 
-from cometrt.cuda.engine import GroupedGemm, layer_groups, new_turns, turns_record
+from cometrt.cuda.engine import GroupedGemm, layer_columns, layer_groups, new_turns, turns_record
 from cometrt.cuda.gemm import ExpertGemm
+from cometrt.cuda.report import pinned
 from cometrt.kernels.launch import load_kernels
-from cometrt.kernels.params import Record, activation_params, geometry_record
+from cometrt.kernels.params import Record, activation_params, call_state_dtype, geometry_record
 from cometrt.plan import Plan, PlanShape
 from cometrt.specs import Gradients
 from cometrt.world.partitions import num_sms
@@ -31,11 +33,10 @@ class EngineExperts:
     """
 
     def __init__(self, shape: PlanShape, parts: int = 1, ok: int = 0) -> None:
-        geometry, activation = shape.geometry, shape.geometry.spec.activation
+        activation = shape.geometry.spec.activation
         self._up = {z: GroupedGemm(activation, write_z=z, ok=ok) for z in (False, True)}
         self._down = GroupedGemm(ok=ok)
-        up = self._up[True].column_tiles(geometry.up_columns)
-        down = self._down.column_tiles(geometry.spec.hidden)
+        up, down = layer_columns(shape)
         up_group, down_group = layer_groups(shape)
         up_turns = new_turns(shape.max_tiles, up, parts=parts)
         down_turns = new_turns(shape.max_tiles, down, parts=parts)
@@ -56,6 +57,33 @@ class EngineExperts:
 
     def down(self, a: Any, w_down: Any, o: Any, part: int, sms: int | None = None) -> None:
         self._down(a, w_down, o, self._down_parts[part], sms=sms)
+
+
+class RowsOnHost:
+    """What cuBLAS has to know of a plan.
+
+    Args:
+        state: the call's CallState, as bytes on the device.
+    """
+
+    def __init__(self, local_experts: int, state: Any) -> None:
+        self._state, self._verdict = state, pinned(call_state_dtype)
+        self._offsets = pinned(np.dtype(np.int32), local_experts + 1)
+
+    def __call__(self, plan: Any) -> Rows:
+        """Waits for the verdict: rows [begin, end) of each expert; empty if the call is over."""
+        import cupy as cp
+
+        runtime, stream = cp.cuda.runtime, cp.cuda.get_current_stream()
+        kind = runtime.memcpyDeviceToHost
+        for target, source in ((self._verdict, self._state), (self._offsets, plan.expert_offsets)):
+            runtime.memcpyAsync(
+                target.ctypes.data, source.data.ptr, target.nbytes, kind, stream.ptr
+            )
+        stream.synchronize()
+        if not self._verdict["ok"][0]:
+            return []
+        return [(int(a), int(b)) for a, b in itertools.pairwise(self._offsets)]
 
 
 class CublasExperts:

@@ -13,6 +13,7 @@ from cometrt.cuda.engine import (
     gemm_arguments,
     gemm_grid,
     gemm_record,
+    layer_columns,
     layer_groups,
     new_turns,
     turns_record,
@@ -20,7 +21,7 @@ from cometrt.cuda.engine import (
 from cometrt.kernels.launch import Kernel, load_kernels
 from cometrt.kernels.params import Argument, Record
 from cometrt.plan import PlanShape
-from cometrt.plan.turns import BLOCK_N, column_tiles
+from cometrt.plan.turns import BLOCK_N
 
 # sizeof(Memory) of fused/layer0.cu and fused/layer1.cu
 _LAYER0_BYTES = SHARED_BYTES + 6 * 4096 + 128
@@ -31,7 +32,7 @@ _NUM_ARRIVALS = 3  # kNumArrivals of exchange/call.cuh
 
 
 def _counter_words(shape: PlanShape) -> dict[str, int]:
-    num_chunks = len(shape.config.chunks(shape.geometry.spec.hidden))
+    num_chunks = shape.config.num_chunks(shape.geometry.spec.hidden)
     return {
         "tile_filled": shape.max_tiles,
         "tile_done": shape.max_tiles * num_chunks,
@@ -43,6 +44,11 @@ def _counter_words(shape: PlanShape) -> dict[str, int]:
 def fused_counters(shape: PlanShape) -> int:
     """32-bit words of FusedForward's `counters`."""
     return sum(_counter_words(shape).values())
+
+
+def chunk_columns(shape: PlanShape) -> int:
+    """Column tiles of layer1 that make a chunk."""
+    return -(-shape.config.chunks(shape.geometry.spec.hidden)[0][1] // BLOCK_N)
 
 
 class FusedKernels(NamedTuple):
@@ -70,10 +76,7 @@ class FusedForward:
     ) -> None:
         geometry, config, spec = shape.geometry, shape.config, shape.geometry.spec
         self._gated, width = spec.gated, geometry.local_intermediate
-        chunk = -(-config.chunks(spec.hidden)[0][1] // BLOCK_N)
-        up = column_tiles(width, gated=spec.gated)
-        down = column_tiles(spec.hidden, gated=False)
-        groups = layer_groups(shape)
+        groups, (up, down), chunk = layer_groups(shape), layer_columns(shape), chunk_columns(shape)
         turns = (
             new_turns(shape.max_tiles, up),
             new_turns(shape.max_tiles, down, chunk),

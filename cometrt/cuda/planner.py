@@ -55,6 +55,38 @@ def _counter_words(shape: PlanShape) -> dict[str, int]:
     return {name: -(-count // 4) * 4 for name, count in words.items()}
 
 
+def planner_scratch(shape: PlanShape) -> dict[str, int]:
+    """32-bit words of each array that DevicePlanner keeps for itself."""
+    geometry, spec = shape.geometry, shape.geometry.spec
+    size, experts = geometry.size, geometry.local_experts
+    return {
+        "token_tile_counts": size * math.ceil(spec.max_tokens / _CHUNK) * spec.num_experts,
+        "list_start": spec.num_experts,
+        "pair_list": spec.max_tokens * spec.topk,
+        "rank_rows": size * (size + 1) * experts,
+        "rank_num_tiles": size,
+        "rank_order": size * shape.max_tiles,
+        "rank_tile_order_idx": size * shape.max_tiles,
+        "run_counts": 2 * size * shape.max_tiles,
+        "run_starts": 2 * size * shape.max_tiles,
+        "column_tokens": 2 * size,
+        "block_order_idx": size * shape.blocks_per_home,
+        "first_order_idx": 2 * shape.global_tokens,
+    }
+
+
+def planner_routing(shape: PlanShape) -> dict[str, tuple[int, ...]]:
+    """Shapes of DevicePlanner's copies of all ranks' routing, of 32-bit elements."""
+    size, spec = shape.geometry.size, shape.geometry.spec
+    pairs = (size, spec.max_tokens, spec.topk)
+    return {"ids": pairs, "weights": pairs, "num_tokens": (size,)}
+
+
+def table_words(shape: PlanShape) -> int:
+    """32-bit words of `DevicePlanner.new_tables`."""
+    return _layout(plan_table_shapes(shape))[1] + shape.capacity
+
+
 def planner_counters(shape: PlanShape) -> int:
     """32-bit words of DevicePlanner's `counters`."""
     return sum(_counter_words(shape).values())
@@ -86,23 +118,7 @@ class DevicePlanner:
         import cupy as cp
 
         self._cp, self._shape = cp, shape
-        geometry = shape.geometry
-        size, experts, spec = geometry.size, geometry.local_experts, geometry.spec
-        self._chunks = math.ceil(spec.max_tokens / _CHUNK)
-        lengths = {
-            "token_tile_counts": size * self._chunks * spec.num_experts,
-            "list_start": spec.num_experts,
-            "pair_list": spec.max_tokens * spec.topk,
-            "rank_rows": size * (size + 1) * experts,
-            "rank_num_tiles": size,
-            "rank_order": size * shape.max_tiles,
-            "rank_tile_order_idx": size * shape.max_tiles,
-            "run_counts": 2 * size * shape.max_tiles,
-            "run_starts": 2 * size * shape.max_tiles,
-            "column_tokens": 2 * size,
-            "block_order_idx": size * shape.blocks_per_home,
-            "first_order_idx": 2 * shape.global_tokens,
-        }
+        lengths = planner_scratch(shape)
         self._scratch = {name: cp.empty(length, cp.int32) for name, length in lengths.items()}
         self.block_order_idx = int(self._scratch["block_order_idx"].data.ptr)
         self._counters, begin = counters, 0
@@ -110,12 +126,13 @@ class DevicePlanner:
             self._scratch[name] = counters[begin : begin + words]
             begin += words
         self.progress = self._scratch.pop("progress").view(cp.uint8)
-        self.ids = cp.empty((size, spec.max_tokens, spec.topk), cp.int32)
-        self.weights = cp.empty(self.ids.shape, cp.float32)
-        self._num_tokens = cp.zeros(size, cp.int32)
+        routing = planner_routing(shape)
+        self.ids = cp.empty(routing["ids"], cp.int32)
+        self.weights = cp.empty(routing["weights"], cp.float32)
+        self._num_tokens = cp.zeros(routing["num_tokens"], cp.int32)
         self._shapes = plan_table_shapes(shape)
         self._offsets, self._num_words = _layout(self._shapes)
-        self._all_words = self._num_words + shape.capacity
+        self._all_words = table_words(shape)
         self._plan, self._prepare = load_kernels("plan/plan.cu", "plan", "prepare")
         self._shared_bytes = 4 * _shared_words(shape)
         for kernel in (self._plan, self._prepare):

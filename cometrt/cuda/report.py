@@ -145,7 +145,7 @@ class Report:
             )
             patience = _PLAN_PATIENCE if wanted.flag == "plan_step" else 1
             timeout_sec = patience * world.timeout_sec
-            failure = wanted.failure(int(record["waiter"]), int(record["found"]), timeout_sec)
+            failure = wanted.expired(int(record["waiter"]), int(record["found"]), timeout_sec)
         world.stop(failure)
         return failure.error()
 

@@ -18,6 +18,7 @@ from cometrt.trace import Tracer
 from cometrt.world import World
 from cometrt.world.board import value_of
 from cometrt.world.failure import Failure, Wanted
+from cometrt.world.whereabouts import meeting
 
 _CALL = ("operation", "layer", "forward_epoch", "epoch", "spec_hash")  # equal on all ranks
 OPERATIONS = ("", "forward", "backward")  # numbers on the wire
@@ -98,7 +99,7 @@ class Exchange:
             ready = self.world.board["source_ready"]
             for source in self.shape.geometry.ring():
                 wanted = Wanted("source_ready", source, self.epoch, self.epoch)
-                misplaced = functools.partial(self.world.is_meeting, source)
+                misplaced = functools.partial(meeting, self.world, source)
                 self.world.wait(value_of(ready, source), wanted, misplaced=misplaced)
         headers = self.world.board["header"][parity]
         self._check_headers(headers)

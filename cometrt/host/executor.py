@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from cometrt.buffers import plan_rows
 from cometrt.heap import SymmetricHeap
 from cometrt.host import comm, compute
+from cometrt.host.buffers import backward_rows, empty, wide_weights
 from cometrt.host.exchange import Exchange
 from cometrt.plan import Plan, PlanShape
 from cometrt.plan.reference import make_plan
@@ -70,8 +72,7 @@ class HostExecutor:
             ex.plan = make_plan(ex.read_routing(num_tokens), self._shape)
         pulls_again = training and self._shape.geometry.spec.save == "z"
         tokens = self._own_tokens(x) if pulls_again else None  # now: `out` may be x itself
-        x_rows, z = self._rows(), self._rows(self._shape.geometry.up_columns)
-        a, o = self._rows(self._shape.geometry.local_intermediate), self._rows()
+        x_rows, z, a, o = empty(plan_rows(self._shape))
         up, down = compute.ExpertWeights(w_up), compute.ExpertWeights(w_down)
         ex.run(
             [
@@ -103,11 +104,8 @@ class HostExecutor:
     ) -> bool:
         """Fill `out`; weight gradients only once the exchange has succeeded."""
         ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
-        geometry = self._shape.geometry
-        wide = out._replace(
-            w_up=np.empty(geometry.w_up_shape, np.float32),
-            w_down=np.empty(geometry.w_down_shape, np.float32),
-        )
+        w_up, w_down = empty(wide_weights(self._shape))
+        wide = out._replace(w_up=w_up, w_down=w_down)
         with ex.guard("compute"):
             self._backward(ex, dy, saved, wide)
         for result, value in ((out.w_up, wide.w_up), (out.w_down, wide.w_down)):
@@ -136,17 +134,19 @@ class HostExecutor:
         """Every call has ended, and has raised, when it returns."""
 
     def close(self) -> None:
-        """Holds nothing that needs it."""
+        self._heap.close()
+
+    def give_up(self) -> None:
+        """As `close`, without raising what calls have found."""
+        self._heap.close()
 
     def _backward(self, ex: Exchange, dy: np.ndarray, saved: Saved, out: Gradients) -> None:
         ex.plan, pull_x = Plan(*saved.tables), self._shape.geometry.spec.save == "z"
         payloads = {"dy": dy} | ({"x": saved.x[: len(dy)]} if pull_x else {})
         comm.clear_dweight(ex, len(dy))
         ex.publish("backward", payloads, len(dy), forward_epoch=int(saved.epoch[0]))
-        dy_rows, dx_rows, dz = self._rows(), self._rows(), np.empty_like(saved.z)
-        x_rows = self._rows() if pull_x else saved.x
-        weighted_a = self._rows(self._shape.geometry.local_intermediate)
-        dweight_rows = np.empty(self._shape.capacity, np.float32)
+        dy_rows, dx_rows, dz, weighted_a, dweight_rows, *again = empty(backward_rows(self._shape))
+        x_rows = again[0] if pull_x else saved.x
         up, down = compute.ExpertWeights(saved.w_up), compute.ExpertWeights(saved.w_down)
         z = saved.z
 
@@ -175,11 +175,6 @@ class HostExecutor:
             overlapped=self._overlapped,
         )
         out.topk_weights[:] = comm.gather_dweight(ex, len(dy))
-
-    def _rows(self, columns: int | None = None) -> np.ndarray:
-        """Uninitialised [capacity, columns]; only rows that the plan uses are ever touched."""
-        spec = self._shape.geometry.spec
-        return np.empty((self._shape.capacity, columns or spec.hidden), spec.numpy_dtype)
 
     def _own_tokens(self, x: np.ndarray) -> np.ndarray:
         """A copy of x in the fixed shape [max_tokens, H]."""

@@ -120,8 +120,12 @@ class TileConfig:
             return [size - 1]
         return [0] + [-(-wave * (size - 1) // groups) for wave in range(1, groups + 1)]
 
-    def chunks(self, hidden: int) -> list[tuple[int, int]]:
+    def num_chunks(self, hidden: int) -> int:
         """Column ranges of H that are reduced and pushed together."""
+        return 1 if self.layer1_order == "waves" else -(-hidden // self.chunk)
+
+    def chunks(self, hidden: int) -> list[tuple[int, int]]:
+        """Those ranges."""
         width = hidden if self.layer1_order == "waves" else self.chunk
         return _ranges(hidden, width)
 

@@ -180,7 +180,9 @@ def _check_capacity(ranks: list[_RankTiles], shape: PlanShape) -> None:
 
 
 def too_many_rows(rank: int, need: int, shape: PlanShape) -> CapacityError:
-    enough = math.ceil(100 * (need / shape.balanced_rows)) / 100
+    # The capacity has room for as many pads as there can be, besides what the factor says.
+    rows = need - shape.geometry.local_experts * (shape.config.block_m - 1)
+    enough = math.ceil(100 * (rows / shape.balanced_rows)) / 100
     return CapacityError.build(rank=rank, need=need, capacity=shape.capacity, enough=enough)
 
 

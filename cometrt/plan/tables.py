@@ -29,11 +29,16 @@ class PlanShape:
     def __post_init__(self) -> None:
         spec, size = self.geometry.spec, self.geometry.size
         pairs = size * spec.max_tokens * spec.topk
-        if max(pairs, self.capacity) > _LARGEST:
+        experts, block_m = self.geometry.local_experts, self.config.block_m
+        if experts * block_m > _LARGEST:
+            raise ValueError(
+                f"num_experts must keep the pads of a rank below 2**31 "
+                f"(got {experts} experts a rank, each with up to {block_m - 1} pads)"
+            )
+        if pairs > _LARGEST or self.capacity > _LARGEST:
             raise ValueError(
                 f"max_tokens must keep the pairs of all ranks, and the rows of one, below 2**31 "
-                f"(got {size} * {spec.max_tokens} * topk {spec.topk} = {pairs} pairs, "
-                f"{self.capacity} rows)"
+                f"(got {size} * {spec.max_tokens} * topk {spec.topk} = {pairs} pairs)"
             )
 
     @functools.cached_property

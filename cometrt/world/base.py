@@ -2,7 +2,7 @@
 
 Each rank owns one *board* (flags, headers, failure records, a mailbox) and any number of named
 *segments*; every rank can read and write every board and segment. A subclass only says where
-that memory comes from (`_allocate`), how to order accesses to it (`fence`) and how to free it.
+that memory comes from (`_allocate`), how to order accesses to it (`fence`) and how a rank leaves.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import functools
 import logging
+import os
 import secrets
 import threading
 import time
@@ -19,13 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cometrt.errors import MismatchError
 from cometrt.specs import check_timeout
 from cometrt.world.blas import pin_blas_threads, unpin_blas_threads
-from cometrt.world.board import board_dtype, value_of
-from cometrt.world.failure import KINDS, Failure, Wanted
+from cometrt.world.board import board_dtype
+from cometrt.world.failure import KINDS, Failure, Wanted, failure_of
 from cometrt.world.link import Link
-from cometrt.world.meetings import Meetings
+from cometrt.world.meetings import allgather
+from cometrt.world.one_call import OneCall
+from cometrt.world.reset import reset
+from cometrt.world.segments import Segments
+from cometrt.world.whereabouts import elsewhere
 
 if TYPE_CHECKING:
     from cometrt.world.device import DeviceMemory
@@ -38,6 +42,10 @@ _FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 50e-6, 1e-3
 class World(abc.ABC):
     """W ranks. Made by ``cometrt.connect`` or ``cometrt.spawn``.
 
+    One thread of a rank at a time calls it and its layers, whichever thread: a call that comes
+    during another one is a ValueError. It belongs to the process that made it: in a child of
+    ``os.fork()`` every use is a ValueError, and leaving it there changes nothing for the parent.
+
     Attributes:
         rank, size: this rank, and W.
         device: "host" or "cuda".
@@ -45,25 +53,30 @@ class World(abc.ABC):
         timeout_sec: longest that any single wait may last.
         link: this rank's share of a modelled link; None where rows cross as fast as they can.
         epoch: exchanges begun so far; equal on all ranks between calls.
+        round: meetings so far, likewise.
+        generation: the time between two resets that this rank is in, from 1.
+        one_call: held during each call of the world or of a layer.
+        segments: the memory that peers reach.
     """
 
     def __init__(self, rank: int, size: int, device: str, timeout_sec: float) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.timeout_sec = check_timeout(timeout_sec)
         self.epoch = 0
+        self.round = 0
         self.num_layers = 0
-        self._generation = 1
+        self.generation = 1
         self._num_allocations = 0
         self._closed = False
-        self._stop_lock = threading.Lock()
-        self._meetings = Meetings(self)
-        self._segments: dict[str, list[Any]] = {}
-        self._segment_bytes: dict[str, int] = {}
+        self._process_id = os.getpid()
+        self._stop_lock, self._end_lock = threading.Lock(), threading.Lock()
+        self.one_call = OneCall()
+        self.segments = Segments(self)
         self.gpu: DeviceMemory | None = None
         self.link: Link | None = None
         dtype = board_dtype(size)
         self.boards = [memory.view(dtype)[0] for memory in self._allocate(dtype.itemsize)]
-        self.board["generation"][0] = self._generation
+        self.board["generation"][0] = self.generation
         pin_blas_threads()
         try:
             # Tells this world from others, in what outlives it.
@@ -88,8 +101,12 @@ class World(abc.ABC):
         """Order this thread's accesses to shared memory before it against those after it."""
 
     @abc.abstractmethod
-    def _free(self) -> None:
-        """Collective: give all memory back when no rank needs it any more."""
+    def _leave(self) -> None:
+        """Say that this rank has closed, and wait for the others where the memory wants it."""
+
+    @abc.abstractmethod
+    def _leave_at_once(self) -> None:
+        """The same after an error, which peers know already: wait for nobody."""
 
     # ---- memory -----------------------------------------------------------------------------
 
@@ -104,49 +121,13 @@ class World(abc.ABC):
         return False
 
     @property
-    def generation(self) -> int:
-        return self._generation
-
-    @property
     def board(self) -> Any:
         return self.boards[self.rank]
 
-    def grow_segment(self, name: str, nbytes: int) -> None:
-        """Collective: make the segment at least that large on every rank.
-
-        A grown segment is new, zeroed memory; nothing is carried over.
-        """
-        mine = (nbytes, self._num_allocations)
-        ranks = self.allgather(mine, purpose=f"segment {name}")
-        wanted = max(nbytes for nbytes, _ in ranks)
-        if wanted <= self._segment_bytes.get(name, 0):
-            return
-        self._segment_bytes[name] = wanted
-        self._num_allocations = 1 + max(count for _, count in ranks)
-        try:
-            allocate = self.gpu.allocate if self.gpu else self._allocate
-            self._segments[name] = allocate(max(wanted, 1))
-            if name != "flags":
-                self._poison(name)
-        except BaseException as error:
-            self.stop_for(error, " in allocating shared memory")
-            raise
-
-    def _poison(self, name: str) -> None:
-        """NaN, or -1, until it is written: what is read too early shows."""
-        if self.gpu:
-            self.gpu.poison(self._segments[name][self.rank], self._segment_bytes[name])
-        else:
-            self._segments[name][self.rank][:] = 0xFF
-        self.barrier()  # before a peer writes into it
-
-    def segment(self, name: str, rank: int) -> Any:
-        """Bytes of one rank's segment, on "cuda" its address on this rank's device; look it up
-        at each call, it may have grown."""
-        return self._segments[name][rank]
-
-    def segment_bytes(self, name: str) -> int:
-        return self._segment_bytes[name]
+    def allocate(self, nbytes: int) -> list[Any]:
+        """Collective: zeroed memory of every rank on the world's device, in rank order: bytes, or
+        on "cuda" addresses on this rank's device. `_num_allocations` is equal on all ranks."""
+        return self.gpu.allocate(nbytes) if self.gpu else self._allocate(nbytes)
 
     @abc.abstractmethod
     def share_device_memory(self, pointer: int) -> list[int]:
@@ -165,31 +146,41 @@ class World(abc.ABC):
         *,
         even_if_stopped: bool = False,
         misplaced: Callable[[], str] = str,
+        absent: Callable[[], str] | None = None,
     ) -> None:
         """Return when ``read() >= wanted.expected``; what its setter wrote before is visible.
 
-        `misplaced` says how the peer has gone another way, if it has, or nothing.
+        Args:
+            even_if_stopped: whether to wait in a stopped world too; nothing of it stops the world.
+            misplaced: how the peer has called something else, or "".
+            absent: how the peer has gone and will not come, or ""; None: as its board says.
 
         Raises:
-            PeerTimeout: after timeout_sec, having stopped the world on all ranks.
+            PeerTimeout: after timeout_sec, or when the peer is absent; the world is stopped.
             MismatchError: when the peer is misplaced, likewise.
             Either: because another rank stopped the world.
         """
+        absent = absent or functools.partial(elsewhere, self, wanted.peer)
         deadline = time.monotonic() + self.timeout_sec
         pause = _FIRST_PAUSE_SEC
         while (found := int(read())) < wanted.expected:
-            if not even_if_stopped:
-                self.check_running()
-                text = misplaced()
+            failure = None
+            if text := misplaced():
+                failure = Failure("mismatch", self.rank, text)
+            elif text := absent():
+                failure = wanted.lost(self.rank, found, text)
+            elif time.monotonic() > deadline:
+                failure = wanted.expired(self.rank, found, self.timeout_sec)
+            if failure or (not even_if_stopped and self.stopped):
                 self.fence()
-                # The peer may have come and gone on since `read`: what it did first counts.
-                if text and int(read()) < wanted.expected:
-                    self.stop(Failure(kind="mismatch", waiter=self.rank, text=text))
-                    raise MismatchError(text)
-            if time.monotonic() > deadline:
-                failure = wanted.failure(self.rank, found, self.timeout_sec)
+                # The peer may have come, and gone on, since `read`: what it did first counts.
+                if int(read()) >= wanted.expected:
+                    break
                 if not even_if_stopped:
-                    self.stop(failure)
+                    self.check_running()
+            if failure:
+                if not even_if_stopped:
+                    self.stop(failure.told())
                 raise failure.error()
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SEC)
@@ -197,81 +188,65 @@ class World(abc.ABC):
 
     def stop(self, failure: Failure) -> None:
         """Tell every rank why, and end all their waits. The first failure of a rank stands."""
+        if self._is_forked():
+            return
         with self._stop_lock:
-            if int(self.board["failure"][self.rank]["generation"]) == self._generation:
+            if int(self.board["failure"][self.rank]["generation"]) == self.generation:
                 return
             _log.error("rank %d stops the world: %s", self.rank, failure.text)
             for board in self.boards:
-                failure.write(board["failure"][self.rank], self._generation)
+                failure.write(board["failure"][self.rank], self.generation)
             self.fence()
             for board in self.boards:
-                board["abort"][0] = max(int(board["abort"][0]), self._generation)
+                board["abort"][0] = max(int(board["abort"][0]), self.generation)
             if self.gpu:
-                self.gpu.abort(self._generation)
+                self.gpu.abort(self.generation)
 
     def check_running(self, prefix: str = "") -> None:
         """Raise what stopped the world, if anything did."""
-        if self._closed:
-            raise ValueError("world must be open (it was closed)")
+        self._check_open()
         if self.stopped:
             self.fence()
             error = self._failure().error(prefix)
             error.relayed = True
             raise error
 
+    def _check_open(self) -> None:
+        if self._is_forked():
+            raise ValueError(
+                "world must be used by the process that made it (this is a child of os.fork())"
+            )
+        if self._closed:
+            raise ValueError("world must be open (it was closed)")
+
+    def _is_forked(self) -> bool:
+        return os.getpid() != self._process_id
+
     @property
     def stopped(self) -> bool:
         """Whether a rank has stopped the world since its last reset, as far as this host knows."""
-        return int(self.board["abort"][0]) >= self._generation
+        return int(self.board["abort"][0]) >= self.generation
 
     def _failure(self) -> Failure:
         """The record that explains most: raised, mismatch, timeout; this rank's own first."""
         records = [
             Failure.read(record)
             for record in self.board["failure"]
-            if int(record["generation"]) >= self._generation
-        ]
+            if int(record["generation"]) >= self.generation
+        ] or [Failure("timeout", self.rank, "it has said no reason")]
         return min(records, key=lambda f: (KINDS.index(f.kind), f.waiter != self.rank, f.waiter))
 
     def reset(self) -> None:
-        """Collective: make a stopped world work again. No call may be under way on this rank.
+        """Collective: make a stopped world work again. No call may be under way on this rank. In a
+        world that runs, peers that wait for this rank in a call get a PeerTimeout at once.
 
         Raises:
-            PeerTimeout: if a rank does not come within timeout_sec; it may be tried again.
+            PeerTimeout: if a rank does not come within timeout_sec, and then it may be tried again;
+                at once if one has closed or left the world.
         """
-        if self._closed:
-            raise ValueError("world must be open (it was closed)")
-        board = self.board
-        if self.gpu:
-            self.epoch = board["epoch"][0] = self.gpu.read_epoch()
-
-        def asked(peer: int) -> bool:
-            # A rank whose last reset failed half-way asks for a later generation: follow it.
-            requests = [int(other["reset_request"][0]) for other in self.boards]
-            board["reset_request"][0] = max(self._generation + 1, *requests)
-            return requests[peer] >= int(board["reset_request"][0])
-
-        try:
-            for peer in range(self.size):
-                wanted = Wanted("reset", peer, 1)
-                self.wait(functools.partial(asked, peer), wanted, even_if_stopped=True)
-            generation = int(board["reset_request"][0])
-            self.epoch = max(int(other["epoch"][0]) for other in self.boards)
-            self._meetings.round = max(int(other["round"][0]) for other in self.boards)
-            board["epoch"][0], board["round"][0] = self.epoch, self._meetings.round
-            self.fence()
-            board["generation"][0] = generation
-            if self.gpu:
-                self.gpu.begin_generation(generation, self.epoch)
-            for peer in range(self.size):
-                wanted = Wanted("reset", peer, generation)
-                reached = value_of(self.boards[peer]["generation"])
-                self.wait(reached, wanted, even_if_stopped=True)
-        except BaseException:
-            board["reset_request"][0] = 0
-            raise
-        finally:
-            self._generation = int(board["generation"][0])
+        self._check_open()
+        with self.one_call.hold("world.reset"):
+            reset(self)
 
     # ---- meeting ----------------------------------------------------------------------------
 
@@ -286,7 +261,8 @@ class World(abc.ABC):
         Raises:
             PeerTimeout, MismatchError: as `allgather`.
         """
-        self.allgather(None, purpose="barrier")
+        with self.one_call.hold("world.barrier", inner=True):
+            self.allgather(None, purpose="barrier")
 
     def allgather(self, value: Any, *, purpose: str = "allgather") -> list[Any]:
         """Collective: every rank's (picklable) value, in rank order.
@@ -295,29 +271,34 @@ class World(abc.ABC):
             PeerTimeout: if a rank does not come within timeout_sec.
             MismatchError: if a rank came for another purpose.
         """
-        return self._meetings.allgather(value, purpose)
-
-    def is_meeting(self, peer: int) -> str:
-        """How a peer that this rank waits for in an exchange has gone to a meeting instead."""
-        return self._meetings.has_gone_to(peer)
+        self._check_open()
+        with self.one_call.hold("world.allgather", inner=True):
+            return allgather(self, value, purpose)
 
     # ---- the end ----------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Collective, may be repeated: free the shared memory. Views into it end here.
+        """Collective, may be repeated: give the memory back. A view of it keeps what it shows.
 
         Raises:
-            PeerTimeout: under MPI, if a rank does not close within timeout_sec.
+            PeerTimeout: under MPI, if a rank does not close within timeout_sec, or fails; this rank
+                has closed all the same.
         """
-        if self._closed:
+        if self._closed or self._is_forked():
             return
-        self._closed = True
-        unpin_blas_threads()
-        if self.gpu:
-            self.gpu.drain()
-        self._free()
-        self._segments.clear()
-        self.boards = []
+        with self.one_call.hold("world.close"):
+            if not self._end():
+                return
+            try:
+                if self.gpu:
+                    self.gpu.drain()
+                    self.board["epoch"][0] = self.gpu.read_epochs([self.rank])[0]
+                self._leave()
+            except BaseException as error:
+                self._tell_left(error)
+                raise
+            finally:
+                self.segments.clear()
 
     def __enter__(self) -> World:
         return self
@@ -336,28 +317,34 @@ class World(abc.ABC):
     def abandon(self, error: BaseException) -> None:
         """Leave because of `error`: end the peers' waits, and wait for nobody.
 
-        Shared memory stays until the process ends, since a peer may still be using it.
+        On "cuda" memory that peers reach stays until the process ends: one may still be using it.
         """
-        if not self._closed:
+        if self._end():
+            self._tell_left(error)
+            self._leave_at_once()
+
+    def _end(self) -> bool:
+        """Nothing begins on this rank any more. Whether it was open until now, since `spawn` may
+        abandon a world while its rank leaves it."""
+        if self._is_forked():
+            return False
+        with self._end_lock:
+            if self._closed:
+                return False
+            self._closed = True
+        unpin_blas_threads()
+        return True
+
+    def _tell_left(self, error: BaseException) -> None:
+        try:
             if not self.stopped:  # else the others know already, and from the source
                 self.stop_for(error)
+        finally:
             self.board["closing"][0] = -1
-            self._closed = True
-            unpin_blas_threads()
 
     def stop_for(self, error: BaseException, where: str = "", tile: int = -1) -> None:
         """Stop the world because this rank raised `error`; peers get it as PeerTimeout."""
-        text = f"rank {self.rank} raised {type(error).__name__}{where}: {error}"
-        self.stop(
-            Failure(
-                kind="raised",
-                waiter=self.rank,
-                peer=self.rank,
-                text=text,
-                tile=tile,
-                epoch=self.epoch,
-            )
-        )
+        self.stop(failure_of(self.rank, error, where, tile, self.epoch))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} rank {self.rank} of {self.size}, {self.device}>"

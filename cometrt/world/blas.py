@@ -1,7 +1,9 @@
 """One BLAS thread while a host world is open.
 
 Every rank computes on a thread of its own, and BLAS gives other bits with another number of
-threads. The limit holds for the whole process and goes when the last world is closed.
+threads. The limit holds for the whole process and goes when the last world is closed. threadpoolctl
+lets one Python thread alone set it, the first, as long as that lives: so `spawn` sets it from the
+thread that calls it, which is the one that calls `connect` too, and not from its ranks' threads.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ FLAGS = (
     "plan_step",
 )
 _TEXT_BYTES = 480
+SLOW = "a rank that is only slow needs a longer timeout_sec"  # told with every expired deadline
 
 _PLACE = ("waiter", "peer", "tile", "chunk", "epoch", "expected", "found")
 FAILURE_NUMBERS = ("generation", "kind", "flag", *_PLACE)
@@ -55,6 +56,11 @@ class Failure:
             setattr(error, name, getattr(self, name))
         return error
 
+    def told(self) -> Failure:
+        """As other ranks read it."""
+        text = self.text.replace("this rank", f"rank {self.waiter}")
+        return dataclasses.replace(self, text=text)
+
     def write(self, record: Any, generation: int) -> None:
         """Into one board's slot; the generation last, it makes the record valid."""
         record["kind"] = KINDS.index(self.kind)
@@ -75,6 +81,18 @@ class Failure:
         )
 
 
+def failure_of(rank: int, error: BaseException, where: str, tile: int, epoch: int) -> Failure:
+    """That `rank` raised `error` and its peers need not wait for it; `where`: " in ..." or ""."""
+    if isinstance(error, CometError) and type(error) is not CometError:
+        text = str(error)  # it says itself which rank it tells of
+    elif isinstance(error, Exception):
+        text = f"rank {rank} raised {type(error).__name__}{where}: {error}"
+    else:  # SystemExit, Ctrl-C: no fault of the work that it ended
+        words = f": {error}" if str(error) else ""
+        text = f"rank {rank} exited ({type(error).__name__}{words})"
+    return Failure("raised", rank, text, peer=rank, tile=tile, epoch=epoch)
+
+
 @dataclasses.dataclass(frozen=True)
 class Wanted:
     """What a wait waits for: `flag`, set by rank `peer`, to reach `expected`."""
@@ -86,7 +104,8 @@ class Wanted:
     tile: int = -1
     chunk: int = -1
 
-    def failure(self, waiter: int, found: int, timeout_sec: float) -> Failure:
+    def expired(self, waiter: int, found: int, timeout_sec: float) -> Failure:
+        """The deadline of the wait has passed."""
         unit = {"partials_ready": "block of tokens", "plan_step": "step"}.get(self.flag, "tile")
         where = "" if self.tile < 0 else f"[{unit} {self.tile}"
         where += "" if self.tile < 0 else f", chunk {self.chunk}]" if self.chunk >= 0 else "]"
@@ -94,8 +113,15 @@ class Wanted:
         when = "" if self.epoch < 0 else f" in epoch {self.epoch}"
         text = (
             f"rank {waiter} waited {timeout_sec:g} s for {self.flag}{where} from {who}{when}: "
-            f"expected >= {self.expected}, found {found}"
+            f"expected >= {self.expected}, found {found}; {SLOW}"
         )
+        return self._failure(waiter, found, text)
+
+    def lost(self, waiter: int, found: int, reason: str) -> Failure:
+        """The peer will not come."""
+        return self._failure(waiter, found, f"{reason} ({self.flag} from rank {self.peer})")
+
+    def _failure(self, waiter: int, found: int, text: str) -> Failure:
         return Failure(
             kind="timeout",
             waiter=waiter,

@@ -1,11 +1,16 @@
-"""One process a rank on one host, under mpirun: memory from MPI shared windows."""
+"""One process a rank on one host, under mpirun: memory that the processes map.
+
+MPI brings the ranks together in `connect`. Nothing of it is used afterwards: no wait is without a
+deadline, and a world does not mind that MPI has been finalised.
+"""
 
 from __future__ import annotations
 
 import functools
-import logging
 import os
+import threading
 import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -14,40 +19,34 @@ from cometrt.errors import CometError, PeerTimeout
 from cometrt.specs import check_int, check_timeout
 from cometrt.world import ipc
 from cometrt.world.base import World
-from cometrt.world.failure import Wanted
+from cometrt.world.failure import SLOW, Wanted
 from cometrt.world.partitions import check_gpu
+from cometrt.world.reset import end_device_waits
+from cometrt.world.shared import share
 from cometrt.world.threads import check_device
-
-_log = logging.getLogger("cometrt")
-
-_LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 class MPIWorld(World):
     """A rank of `connect`."""
 
     def __init__(self, comm: Any, device: str, timeout_sec: float) -> None:
-        self._comm = comm
-        self._windows: list[Any] = []
+        """Collective; uses `comm`, whose ranks are all here, only for the boards."""
+        self._allgather_by_mpi = comm.allgather
+        self._fence = threading.Lock()
         super().__init__(comm.Get_rank(), comm.Get_size(), device, timeout_sec)
+        # Also when the script ends, or drops the world, without closing it.
+        self._left = weakref.finalize(self, _tell_left, self.board, os.getpid())
 
     def _allocate(self, nbytes: int) -> list[np.ndarray]:
-        from mpi4py import MPI
-
-        window = MPI.Win.Allocate_shared(nbytes, 1, comm=self._comm)
-        window.Lock_all(MPI.MODE_NOCHECK)  # lets Sync order accesses from now on
-        self._windows.append(window)
-        memories = []
-        for rank in range(self.size):
-            buffer: Any = window.Shared_query(rank)[0]
-            memories.append(np.frombuffer(buffer, np.uint8, count=nbytes))
-        memories[self.rank][:] = 0
-        self.fence()
-        self._comm.Barrier()  # every rank is in this call: nobody is missing
-        return memories
+        if self._num_allocations == 0:  # the boards themselves: no mailbox yet
+            return share(nbytes, self._allgather_by_mpi)
+        return share(nbytes, functools.partial(self.allgather, purpose="shared memory"))
 
     def fence(self) -> None:
-        self._windows[0].Sync()
+        # The first round's end is a release, the second's begin an acquire: nothing passes both.
+        for _ in range(2):
+            with self._fence:
+                pass
 
     def share_device_memory(self, pointer: int) -> list[int]:
         handles = self.allgather(ipc.handle_of(pointer), purpose="device memory")
@@ -65,27 +64,43 @@ class MPIWorld(World):
     def close_device_memory(self, pointer: int) -> None:
         ipc.close_handle(pointer)
 
-    def _free(self) -> None:
-        self.board["closing"][0] = 1
-        try:
-            for peer in range(self.size):
-                closing = self.boards[peer]["closing"]
-                wanted = Wanted("close", peer, 1)
-                self.wait(functools.partial(np.any, closing), wanted, even_if_stopped=True)
-                if closing[0] < 0:
-                    raise self._failure().error(f"rank {peer} left without closing: ")
-        except BaseException as error:
-            _log.warning("shared memory stays until the process ends: %s", error)
-            raise
+    def _leave(self) -> None:
+        self._left.detach()
+        self._close_together(1)
         if self.gpu:
             self.gpu.close_peers()
-        for window in self._windows:
-            window.Unlock_all()
-            window.Free()
-        self._windows.clear()  # a collective each: all ranks have let go of each other's memory
-        if self.gpu:
+            self._close_together(2)  # all ranks have let go of each other's memory
             self.gpu.close()
-        self._comm.Free()
+
+    def _leave_at_once(self) -> None:
+        """Mappings go with the process or the world; memory on GPUs stays: a peer may have it."""
+
+    def _close_together(self, step: int) -> None:
+        """Until all ranks have come to that step of closing; at once if one of them will not."""
+        self.board["closing"][0] = step
+
+        def come(peer: int) -> int:
+            closing = int(self.boards[peer]["closing"][0])
+            return step if closing < 0 else closing
+
+        def look() -> str:
+            if step == 1:  # peers' memory can still be read
+                end_device_waits(self, "has closed the world")
+            return ""
+
+        for peer in range(self.size):
+            wanted = Wanted("close", peer, step)
+            here = functools.partial(come, peer)
+            self.wait(here, wanted, even_if_stopped=True, absent=look)
+            if self.boards[peer]["closing"][0] < 0:
+                failure = self._failure()
+                first = failure.waiter if failure.kind == "raised" else peer
+                raise failure.error(f"rank {first} left without closing: ")
+
+
+def _tell_left(board: Any, process_id: int) -> None:
+    if os.getpid() == process_id:
+        board["closing"][0] = -1
 
 
 def connect(comm: Any, device: str, *, timeout_sec: float = 30.0, gpu: int | None = None) -> World:
@@ -100,9 +115,10 @@ def connect(comm: Any, device: str, *, timeout_sec: float = 30.0, gpu: int | Non
             communicator `comm` is, modulo the GPUs that it sees. It becomes the current GPU.
 
     Raises:
-        ValueError: for a wrong argument, ranks on several hosts, a launcher that belongs to
-            another MPI than mpi4py uses, or an MPI without full thread support. On all ranks, for a
-            wrong `gpu` on any of them, one that is no Hopper, or a driver that is too old.
+        ValueError: for a wrong argument, an MPI that is not initialised or has been finalised,
+            ranks on several hosts, a launcher that does not know the MPI that mpi4py uses, or an
+            MPI without full thread support. On all ranks, for a wrong `gpu` on any of them, one
+            that is no Hopper, or a driver that is too old.
         PeerTimeout: if a rank does not call it within timeout_sec. The communicator may not be
             used for `connect` again then.
     """
@@ -112,16 +128,13 @@ def connect(comm: Any, device: str, *, timeout_sec: float = 30.0, gpu: int | Non
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"connect needs mpi4py and an MPI library ({error})") from error
+    if not MPI.Is_initialized() or MPI.Is_finalized():
+        state = "has been finalised" if MPI.Is_initialized() else "is not initialised"
+        raise ValueError(f"comm must be of a running MPI (got one of an MPI that {state})")
     if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
         raise ValueError(f"comm must be an mpi4py intracommunicator (got {comm!r})")
-    for name in _LAUNCHER_SIZES:
-        launched = os.environ.get(name, "1")
-        if MPI.COMM_WORLD.Get_size() == 1 and launched.isdigit() and int(launched) > 1:
-            raise ValueError(
-                f"comm must hold the ranks of mpirun: it started {launched}, MPI.COMM_WORLD has 1; "
-                f"mpirun and mpi4py use different MPI libraries "
-                f"(mpi4py uses {MPI.Get_library_version().splitlines()[0]})"
-            )
+    if MPI.COMM_WORLD.Get_size() == 1:
+        _check_launched_alone(MPI.Get_library_version().splitlines()[0])
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise ValueError(
             "comm must come from an MPI initialised with MPI_THREAD_MULTIPLE "
@@ -129,17 +142,41 @@ def connect(comm: Any, device: str, *, timeout_sec: float = 30.0, gpu: int | Non
         )
     problem = _use_gpu(device, gpu, MPI.COMM_WORLD)
     own = _duplicate(comm, timeout_sec)
-    for rank, text in enumerate(own.allgather(problem)):
-        if text:
-            own.Free()
-            raise ValueError(f"{text} [rank {rank}]")
-    node = own.Split_type(MPI.COMM_TYPE_SHARED)
-    here = node.Get_size()
-    node.Free()
-    if here != own.Get_size():
+    try:
+        for rank, text in enumerate(own.allgather(problem)):
+            if text:
+                raise ValueError(f"{text} [rank {rank}]")
+        node = own.Split_type(MPI.COMM_TYPE_SHARED)
+        here = node.Get_size()
+        node.Free()
+        if here != own.Get_size():
+            raise ValueError(f"comm must have all ranks on one host (got {here} of {own.size})")
+        return MPIWorld(own, device, timeout_sec)
+    finally:
         own.Free()
-        raise ValueError(f"comm must have all ranks on one host (got {here} of {comm.Get_size()})")
-    return MPIWorld(own, device, timeout_sec)
+
+
+# Of launchers that start MPI, and of others.
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE")
+_OTHER_SIZES = ("SLURM_STEP_NUM_TASKS", "WORLD_SIZE")
+
+
+def _check_launched_alone(library: str) -> None:
+    """In a process that MPI takes for the only one.
+
+    Raises:
+        ValueError: if its launcher has started several.
+    """
+    sizes = {name: os.environ.get(name, "") for name in (*_MPI_SIZES, *_OTHER_SIZES)}
+    if "1" in [sizes[name] for name in _MPI_SIZES]:
+        return  # the others are of a launcher around this one
+    for name, size in sizes.items():
+        if size.isdigit() and int(size) > 1:
+            raise ValueError(
+                f"comm must hold the ranks of the launcher: it started {size}, MPI.COMM_WORLD has "
+                f"1; the launcher ({name}) and mpi4py use different MPI libraries. Use the mpirun "
+                f"of mpi4py's ({library}), or srun --mpi=... as that wants it"
+            )
 
 
 def _use_gpu(device: str, gpu: Any, everybody: Any) -> str:
@@ -192,7 +229,7 @@ def _duplicate(comm: Any, timeout_sec: float) -> Any:
         if time.monotonic() > deadline:
             raise PeerTimeout(
                 f"rank {comm.Get_rank()} waited {timeout_sec:g} s in connect: "
-                f"a rank of the communicator did not call it"
+                f"a rank of the communicator did not call it; {SLOW}"
             )
         time.sleep(1e-3)
     return own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import threading
@@ -15,6 +16,7 @@ import numpy as np
 from cometrt.errors import first_original
 from cometrt.specs import check_choice, check_int, check_timeout
 from cometrt.world.base import World
+from cometrt.world.blas import pin_blas_threads, unpin_blas_threads
 from cometrt.world.failure import Wanted
 from cometrt.world.link import LINKS, link_share
 from cometrt.world.partitions import (
@@ -28,12 +30,17 @@ from cometrt.world.partitions import (
 
 Result = TypeVar("Result")
 
+_SHORTEST_GRACE_SEC = 2.0
+_LOOK_SEC = 0.1  # how often `spawn` looks whether a rank has raised
+_WITHOUT_BOARDS: dict[str, Any] = {"even_if_stopped": True, "absent": str}  # of World.wait
+
 
 class _Process:
     """What the ranks of one `spawn` share: the memory each of them allocated."""
 
     def __init__(self, size: int, shares_gpu: bool) -> None:
         self.size, self.shares_gpu = size, shares_gpu
+        self.interrupted = False
         self.lock = threading.Lock()
         self.device_memory: list[Any] = []  # freed when no rank is left
         self.allocations: dict[int, dict[int, np.ndarray]] = {}  # by number, by rank
@@ -51,10 +58,13 @@ class ThreadWorld(World):
         with self._process.lock:
             ranks = self._process.allocations.setdefault(self._num_allocations, {})
             ranks[self.rank] = memory
-        first = self._num_allocations == 0  # the boards themselves: no board to look at yet
+        how = {} if self._num_allocations else _WITHOUT_BOARDS  # these come first
         for peer in range(self.size):
             wanted = Wanted("rendezvous", peer, 1)
-            self.wait(lambda p=peer: p in ranks, wanted, even_if_stopped=first)  # type: ignore[misc]
+            self.wait(functools.partial(ranks.__contains__, peer), wanted, **how)
+        with self._process.lock:  # every rank has taken all earlier ones
+            for number in [n for n in self._process.allocations if n < self._num_allocations]:
+                del self._process.allocations[number]
         return [ranks[rank] for rank in range(self.size)]
 
     def fence(self) -> None:
@@ -74,16 +84,14 @@ class ThreadWorld(World):
     def close_device_memory(self, pointer: int) -> None:
         pass  # of this process: freed with it
 
-    def _free(self) -> None:
+    def _leave(self) -> None:
+        self.board["closing"][0] = 1
+        self._leave_at_once()
+
+    def _leave_at_once(self) -> None:
         if self.gpu:
             self._process.device_memory.append(self.gpu)  # a peer may still be writing
             self.gpu.close()
-
-    def abandon(self, error: BaseException) -> None:
-        already = self._closed
-        super().abandon(error)
-        if not already:
-            self._free()
 
 
 def spawn(
@@ -112,7 +120,9 @@ def spawn(
     Raises:
         ValueError: for a wrong argument.
         PeerTimeout: if a rank's thread does not start within timeout_sec.
-        Exception: the first one that a rank raised; the others' waits end at once.
+        Exception: the first one that a rank raised. The others' waits end at once; a rank that is
+            in code of its own has timeout_sec more, at least two seconds, and is left behind then:
+            a daemon thread, which can do nothing more with its world.
     """
     ranks = check_int("ranks", ranks, minimum=1)
     timeout_sec = check_timeout(timeout_sec)
@@ -128,10 +138,13 @@ def spawn(
         if device != "cuda":
             raise ValueError(f"link must be None on device={device!r} (got {link!r})")
 
-    if device == "cuda" and ranks > 1:
-        with collector_at_rest():
+    at_rest = collector_at_rest() if device == "cuda" and ranks > 1 else contextlib.nullcontext()
+    pin_blas_threads()  # by this thread, which is there longest: see cometrt/world/blas.py
+    try:
+        with at_rest:
             return _run_ranks(fn, ranks, device, link, timeout_sec)
-    return _run_ranks(fn, ranks, device, link, timeout_sec)
+    finally:
+        unpin_blas_threads()
 
 
 @contextlib.contextmanager
@@ -166,6 +179,8 @@ def _run_ranks(
         try:
             with seats[rank]:
                 world = worlds[rank] = ThreadWorld(rank, process, device, timeout_sec)
+                if process.interrupted:  # before it was there to be abandoned
+                    raise KeyboardInterrupt
                 if link is not None:
                     world.link = link_share(link, num_sms(), gpu_sms())
                 results[rank] = fn(world)
@@ -181,20 +196,40 @@ def _run_ranks(
     ]
     for thread in threads:
         thread.start()
+    grace_sec = max(timeout_sec, _SHORTEST_GRACE_SEC)
     try:
-        for thread in threads:
-            thread.join()
-    except BaseException as error:  # Ctrl-C: let the ranks' waits end before leaving
-        for world in worlds:
-            if world is not None:
-                world.abandon(error)
+        while any(thread.is_alive() for thread in threads):
+            if errors and time.monotonic() > errors[0][0] + grace_sec:
+                break
+            for thread in threads:
+                thread.join(_LOOK_SEC / ranks)
+    except BaseException as error:  # Ctrl-C
+        process.interrupted = True
+        _abandon(worlds, error)
         raise
+    stuck = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
+    if stuck:
+        _abandon(worlds, errors[0][1])
+        for rank in stuck:
+            threads[rank].name = f"left behind: {threads[rank].name}"
     for memory in process.device_memory:
         with contextlib.suppress(Exception):  # what broke the device has been raised already
             memory.drain()
     if errors:
-        raise first_original(errors)
+        first = first_original(errors)
+        if stuck:
+            first.add_note(
+                f"ranks {stuck} have not ended {grace_sec:g} s later, and were left behind"
+            )
+        raise first
     return results
+
+
+def _abandon(worlds: list[ThreadWorld | None], error: BaseException) -> None:
+    """All that are still open: their ranks' waits end, and they begin nothing new."""
+    for world in worlds:
+        if world is not None:
+            world.abandon(error)
 
 
 def check_device(device: str) -> None:

@@ -19,7 +19,7 @@ def test_cases_orders_and_failures_in_one_launch(tmp_path):
 
 
 ABSENT = """
-import sys
+import time
 from mpi4py import MPI
 import cometrt
 if MPI.COMM_WORLD.Get_rank() == 0:
@@ -27,9 +27,10 @@ if MPI.COMM_WORLD.Get_rank() == 0:
         cometrt.connect(MPI.COMM_WORLD, device="host", timeout_sec=0.5)
     except cometrt.PeerTimeout as error:
         print("caught:", error, flush=True)
+        time.sleep(1)  # else mpirun may lose the line
         MPI.COMM_WORLD.Abort(3)
 else:
-    import time; time.sleep(60)
+    time.sleep(60)
 """
 
 

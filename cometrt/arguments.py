@@ -1,0 +1,94 @@
+"""What a layer's calls are given, checked before anything happens, and where their results go.
+
+Each function raises ValueError that names the argument, its value and the rule. `arrays` is of the
+world's device, of the form of `cometrt.arrays.HostArrays`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cometrt.arrays import HostArrays
+from cometrt.saved import Saved
+from cometrt.specs import Geometry, Gradients
+
+_FLOAT32 = np.dtype(np.float32)
+# Results by name: (array given or None, shape, dtypes, of which the first is that of a new one).
+Wanted = dict[str, tuple[Any, tuple[int, ...], tuple[np.dtype, ...]]]
+_IDS = (np.dtype(np.int32), np.dtype(np.int64))
+
+
+def check_forward(
+    arrays: HostArrays,
+    geometry: Geometry,
+    x: Any,
+    topk_ids: Any,
+    topk_weights: Any,
+    w_up: Any,
+    w_down: Any,
+) -> tuple[Any, ...]:
+    """Forward's arrays, as `arrays` has them."""
+    spec, dtypes = geometry.spec, (geometry.spec.numpy_dtype,)
+    x = arrays.check("x", x, (None, spec.hidden), dtypes)
+    if len(x) > spec.max_tokens:
+        raise ValueError(f"x must have at most max_tokens={spec.max_tokens} rows (got {len(x)})")
+    pairs = (len(x), spec.topk)
+    return (
+        x,
+        arrays.check("topk_ids", topk_ids, pairs, _IDS),
+        arrays.check("topk_weights", topk_weights, pairs, (_FLOAT32,)),
+        arrays.check("w_up", w_up, geometry.w_up_shape, dtypes),
+        arrays.check("w_down", w_down, geometry.w_down_shape, dtypes),
+    )
+
+
+def check_backward(
+    arrays: HostArrays, geometry: Geometry, dy: Any, kept: Saved, out: Any, accumulate: Any
+) -> tuple[Any, Wanted]:
+    """Backward's dy, as `arrays` has it, and its results, in the order of `Gradients`."""
+    spec, dtypes = geometry.spec, (geometry.spec.numpy_dtype,)
+    dy = arrays.check("dy", dy, (kept.num_tokens, spec.hidden), dtypes)
+    check_bool("accumulate", accumulate)
+    given = Gradients(None, None, None, None) if out is None else out
+    if not isinstance(given, tuple) or len(given) != len(Gradients._fields):
+        raise ValueError(f"out must be a cometrt.Gradients or None (got {type(out)!r})")
+    given = Gradients(*given)
+    if accumulate and (given.w_up is None or given.w_down is None):
+        raise ValueError("out must have w_up and w_down when accumulate=True (got None)")
+    weights, wide = (len(dy), spec.topk), (*dtypes, _FLOAT32)
+    return dy, {
+        "out.x": (given.x, dy.shape, dtypes),
+        "out.topk_weights": (given.topk_weights, weights, (_FLOAT32,)),
+        "out.w_up": (given.w_up, geometry.w_up_shape, wide),
+        "out.w_down": (given.w_down, geometry.w_down_shape, wide),
+    }
+
+
+def check_results(arrays: HostArrays, wanted: Wanted, buffer: tuple[int, int]) -> dict[str, Any]:
+    """Those of `wanted` that were given, as `arrays` has them. `buffer`: addresses [begin, end) of
+    the heap that peers read, where results may only take the place of the tokens they are of."""
+    given = {}
+    for name, (array, shape, dtypes) in wanted.items():
+        if array is not None:
+            given[name] = arrays.check(name, array, shape, dtypes, writable=True)
+            _check_place(name, arrays.address(given[name]), given[name].nbytes, *buffer)
+    return given
+
+
+def _check_place(name: str, first: int, nbytes: int, begin: int, end: int) -> None:
+    if not nbytes or first >= end or first + nbytes <= begin:
+        return
+    if name not in ("out", "out.x"):
+        raise ValueError(f"{name} must not lie in layer.buffer() (got a view of it)")
+    if first != begin:
+        raise ValueError(
+            f"{name} must begin where layer.buffer() begins, if it lies there "
+            f"(got a view that begins {first - begin:+} bytes from there)"
+        )
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False (got {value!r})")

@@ -1,0 +1,25 @@
+"""Arrays by name: what an executor allocates, and what `MoESpec.memory` counts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from cometrt.plan import PlanShape
+
+Buffers = dict[str, tuple[tuple[int, ...], np.dtype]]  # (shape, dtype)
+
+
+def plan_rows(shape: PlanShape) -> Buffers:
+    """Rows of the plan, [capacity, columns] with pads: x, z, a and o of the forward."""
+    geometry = shape.geometry
+    hidden, dtype = geometry.spec.hidden, geometry.spec.numpy_dtype
+    columns = {"x": hidden, "z": geometry.up_columns, "a": geometry.local_intermediate, "o": hidden}
+    return {name: ((shape.capacity, width), dtype) for name, width in columns.items()}
+
+
+def total_bytes(buffers: Buffers, unit: int = 1) -> int:
+    """Of all, each rounded up to a multiple of `unit`."""
+    sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in buffers.values())
+    return sum(-(-size // unit) * unit for size in sizes)

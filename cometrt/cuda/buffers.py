@@ -1,0 +1,109 @@
+"""The arrays of a layer on CUDA, by name: what it allocates, and what `MoESpec.memory` counts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cometrt.buffers import Buffers, plan_rows, total_bytes
+from cometrt.cuda.engine import layer_columns, turns_size
+from cometrt.cuda.fused import chunk_columns, fused_counters
+from cometrt.cuda.planner import planner_counters, planner_routing, planner_scratch, table_words
+from cometrt.kernels.params import traced_call_state_dtype
+from cometrt.plan import PlanShape
+from cometrt.saved import META_SHAPE
+
+_ALIGNMENT = 512  # bytes: of o within the memory of a and o
+_POOL_BYTES = 512  # CuPy's pool gives multiples of it
+_UINT8, _INT32, _INT64 = np.dtype(np.uint8), np.dtype(np.int32), np.dtype(np.int64)
+_FLOAT32 = np.dtype(np.float32)
+
+
+def num_counters(shape: PlanShape, mode: str) -> tuple[int, int]:
+    """32-bit words that a call counts up: the planner's, and the fused kernels'."""
+    return planner_counters(shape), fused_counters(shape) if mode == "fused" else 0
+
+
+def o_offset(shape: PlanShape) -> int:
+    """Bytes from a to o, which share an allocation."""
+    return total_bytes({"a": plan_rows(shape)["a"]}, _ALIGNMENT)
+
+
+def held(shape: PlanShape, mode: str) -> Buffers:
+    """What a layer has as long as it is open, besides its heap."""
+    words = {"counters": sum(num_counters(shape, mode))} | planner_scratch(shape)
+    buffers: Buffers = {name: ((count,), _INT32) for name, count in words.items()}
+    buffers |= {name: (routing, _INT32) for name, routing in planner_routing(shape).items()}
+    buffers["state"] = ((traced_call_state_dtype.itemsize,), _UINT8)
+    buffers["links"] = ((2,), _INT64)
+    up, down = layer_columns(shape)
+    if mode == "fused":
+        sizes = (
+            turns_size(shape.max_tiles, up),
+            turns_size(shape.max_tiles, down, chunk_columns(shape)),
+        )
+    elif shape.config.gemm == "engine":
+        parts = num_parts(shape, mode)
+        sizes = (
+            turns_size(shape.max_tiles, up, parts=parts),
+            turns_size(shape.max_tiles, down, parts=parts),
+        )
+    else:
+        return buffers
+    for name, (item_bytes, counts) in zip(("up", "down"), sizes, strict=True):
+        buffers[f"{name}_turns"] = ((item_bytes,), _UINT8)
+        buffers[f"{name}_turn_counts"] = ((counts,), _INT32)
+    return buffers
+
+
+def num_parts(shape: PlanShape, mode: str) -> int:
+    """Of layer0's order that have turns of their own."""
+    return shape.config.parts if mode == "chunked" else 1
+
+
+def forward_buffers(shape: PlanShape, mode: str, training: bool) -> Buffers:
+    """What a forward makes, in this order; a and o are one allocation, "a_and_o"."""
+    rows, spec = plan_rows(shape), shape.geometry.spec
+    buffers: Buffers = {}
+    if training and spec.save == "z":
+        buffers["saved_x"] = ((spec.max_tokens, spec.hidden), spec.numpy_dtype)
+    if training:
+        buffers["epoch"] = ((1,), _INT64)
+    buffers["tables"] = ((table_words(shape),), _INT32)
+    buffers["x_rows"] = rows["x"]
+    if training or (mode != "fused" and shape.config.gemm == "cublas"):
+        buffers["z"] = rows["z"]
+    buffers["a_and_o"] = ((o_offset(shape) + total_bytes({"o": rows["o"]}),), _UINT8)
+    return buffers
+
+
+def backward_buffers(shape: PlanShape) -> Buffers:
+    rows = plan_rows(shape)
+    buffers = {"dy_rows": rows["x"], "dx_rows": rows["x"], "dz": rows["z"], "weighted_a": rows["a"]}
+    buffers["da"] = (rows["a"][0], _FLOAT32)
+    buffers["dweight_rows"] = ((shape.capacity,), _FLOAT32)
+    if shape.geometry.spec.save == "z":
+        buffers["x_rows"] = rows["x"]
+    return buffers
+
+
+def residuals(shape: PlanShape) -> Buffers:
+    """`saved`, without the weights; meta is in the host's memory."""
+    made = forward_buffers(shape, "fused", training=True)
+    x = made["x_rows"] if shape.geometry.spec.save == "rows" else made["saved_x"]
+    kept = {name: made[name] for name in ("epoch", "z", "tables")}
+    return {"meta": (META_SHAPE, _INT64), "x": x} | kept
+
+
+def scratch_bytes(shape: PlanShape, mode: str, training: bool) -> int:
+    """What the layer holds, and the call that takes most takes besides its arguments, its results
+    and `saved`."""
+    layer = total_bytes(held(shape, mode), _POOL_BYTES)
+    forward = forward_buffers(shape, mode, training)
+    if not training:
+        return layer + total_bytes(forward, _POOL_BYTES)
+    kept = {"epoch", "z", "tables", "saved_x"}
+    if shape.geometry.spec.save == "rows":
+        kept.add("x_rows")
+    scratch = {name: buffer for name, buffer in forward.items() if name not in kept}
+    calls = scratch, backward_buffers(shape)
+    return layer + max(total_bytes(call, _POOL_BYTES) for call in calls)

@@ -1,0 +1,37 @@
+"""A layer's part of the heap, as CuPy's arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cometrt.heap import HeapEntry, SymmetricHeap
+
+
+class DeviceHeap(SymmetricHeap):
+    """One layer's arrays on every rank; this rank's as CuPy's."""
+
+    def own(self, name: str) -> Any:
+        """This rank's array; a view of it keeps its memory."""
+        import cupy as cp
+
+        entry, gpu = self.table[name], self._world.gpu
+        assert gpu is not None
+        memory = gpu.memory(self._world.segments.of(entry.segment, self._world.rank))
+        return cp.ndarray(entry.shape, entry.dtype, memory + entry.offset)
+
+    def place(self) -> tuple[int, int]:
+        """Addresses [begin, end) of this rank's heap of rows, which begins with x."""
+        return self.rows_place(self._address(self.table["x"]))
+
+    def out_of_heap(self, array: Any, name: str) -> Any:
+        """The array, or a copy of one that lies in the heap and not where it is to be put: publish
+        copies in parallel, and would read what it has overwritten."""
+        begin, end = self.place()
+        address = array.data.ptr
+        if address + array.nbytes <= begin or address >= end:
+            return array
+        return array if address == self._address(self.table[name]) else array.copy()
+
+    def _address(self, entry: HeapEntry) -> int:
+        own: int = self._world.segments.of(entry.segment, self._world.rank)
+        return own + entry.offset

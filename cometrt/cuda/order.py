@@ -1,0 +1,161 @@
+"""How the calls of a world follow each other, and how ranks of one process keep step."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from cometrt.cuda.report import report_of, tell_unspecified
+from cometrt.errors import CallNotBegun, CometError
+from cometrt.plan import PlanShape
+from cometrt.world import World
+
+
+class CallOrder:
+    """One layer's calls among those of its world.
+
+    Attributes:
+        ended: event at the end of the layer's last call.
+        captured: memory of calls in CUDA graphs, which outlives them.
+        report: the world's.
+    """
+
+    def __init__(self, world: World, shape: PlanShape, layer: int) -> None:
+        import cupy as cp
+
+        self._cp, self._world, self._layer = cp, world, layer
+        self.report = report_of(world)
+        self.report.add_layer(layer, shape)
+        self.ended = cp.cuda.Event(disable_timing=True)
+        self.captured: list[Any] = []
+        self._last_operation = ""
+
+    def synchronize(self) -> None:
+        """Wait for all calls of the world; raise what they have not raised yet."""
+        self._wait_for_calls()
+        self._raise_found()
+
+    def raise_pending(self) -> None:
+        """Raise what the device has found wrong so far, without waiting for it. Ranks that are
+        threads of one process do so together, where they meet before a call. Where the stream is
+        captured, later."""
+        if self._world.shares_process and self.report.kind != "stopped":
+            return
+        if not self._cp.cuda.get_current_stream().is_capturing():
+            self._raise_found()
+
+    def check_running(self, prefix: str) -> None:
+        """As `World.check_running`."""
+        try:
+            self._world.check_running(prefix)
+        except CometError as error:
+            if self._last_operation == "backward":
+                tell_unspecified(error)
+            raise
+
+    def _wait_for_calls(self) -> None:
+        gpu = self._world.gpu
+        if gpu is not None and gpu.last_call is not None:
+            gpu.last_call.synchronize()
+
+    def _raise_found(self) -> None:
+        error = self.report.error()
+        if error is not None:
+            raise error
+
+    def keep_for(self, layer: Any, executor: Any) -> weakref.finalize:
+        """When the layer is dropped, keep what its queued calls use until they have ended, and what
+        its graphs use as long as the world."""
+
+        def drop() -> None:
+            executor.give_up()
+            self.retire(executor)
+
+        finalizer = weakref.finalize(layer, drop)
+        finalizer.atexit = False
+        return finalizer
+
+    def retire(self, executor: Any) -> None:
+        """Keep what its queued calls use until they have ended."""
+        gpu = self._world.gpu
+        assert gpu is not None
+        gpu.retire(executor, None if self.captured else self.ended)
+
+    @contextlib.contextmanager
+    def guard(self, operation: str) -> Iterator[None]:
+        """Around all of a call: stops the world if this rank raises, also before anything is
+        launched."""
+        try:
+            yield
+        except CallNotBegun:
+            raise
+        except BaseException as error:
+            if operation == "backward":
+                tell_unspecified(error)
+            self.stop_world(error, operation)
+            raise
+
+    def stop_world(self, error: BaseException, operation: str) -> None:
+        """This rank raises in a call what its peers do not know of, while they wait for it: unless
+        they have told it, or it captures a graph."""
+        capturing = False
+        with contextlib.suppress(Exception):  # of a broken device
+            capturing = bool(self._cp.cuda.get_current_stream().is_capturing())
+        if not capturing and not self._world.stopped:
+            self._world.stop_for(error, f" in a {operation} of layer {self._layer}")
+
+    @contextlib.contextmanager
+    def launching(
+        self, operation: str, capturing: bool, buffers: tuple[Any, ...] = ()
+    ) -> Iterator[None]:
+        """Around a call's launches: calls of a world follow each other, whatever their streams.
+
+        Not so in a graph: its owner orders replays, and `buffers` are kept for them."""
+        gpu, stream = self._world.gpu, self._cp.cuda.get_current_stream()
+        assert gpu is not None
+        if capturing:
+            gpu.captured = True
+            yield
+            self.captured.append(buffers)
+            return
+        self._begin()
+        self._last_operation = operation
+        if gpu.last_call is not None:
+            stream.wait_event(gpu.last_call)
+        try:
+            yield
+        finally:  # what was launched before an error runs on
+            self.ended.record(stream)
+            gpu.last_call = self.ended
+        self.meet()
+
+    def _begin(self) -> None:
+        """Ranks that are threads of one process meet, and raise together what one of them has found
+        on its device: what stops nothing all find, sooner or later."""
+        world, report = self._world, self.report
+        if not world.shares_process:
+            return
+        kinds = world.allgather(report.kind, purpose="the start of a call")
+        if not any(kinds):
+            return
+        self._wait_for_calls()
+        self._cp.cuda.get_current_stream().synchronize()
+        error = report.error()
+        if error is None:
+            rank, kind = next((rank, kind) for rank, kind in enumerate(kinds) if kind)
+            error = CometError(
+                f"an earlier call failed on rank {rank} ({kind}), and not on this one"
+            )
+            error.relayed = True
+        raise CallNotBegun(error)
+
+    def meet(self) -> None:
+        """Where ranks are threads of one process, they meet before a call, after it, and before
+        what waits for a peer and comes after something that may wait for the whole device
+        (allocate, load a kernel): that could hold up a kernel that a peer's kernel waits for. On
+        GPUs of their own too: CUDA calls of one process wait for each other, and memory that
+        peers reach is given back only when they rest."""
+        if self._world.shares_process:
+            self._world.allgather(None, purpose="the end of a call")

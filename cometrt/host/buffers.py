@@ -1,0 +1,60 @@
+"""The arrays that calls on the host make."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cometrt.buffers import Buffers, plan_rows, total_bytes
+from cometrt.plan import PlanShape
+from cometrt.plan.tables import plan_table_shapes
+from cometrt.saved import META_SHAPE
+
+_FLOAT32, _INT32, _INT64 = (np.dtype(kind) for kind in (np.float32, np.int32, np.int64))
+
+
+def empty(buffers: Buffers) -> list[np.ndarray]:
+    """Uninitialised: only rows that the plan uses are ever touched."""
+    return [np.empty(shape, dtype) for shape, dtype in buffers.values()]
+
+
+def backward_rows(shape: PlanShape) -> Buffers:
+    rows = plan_rows(shape)
+    buffers = {"dy": rows["x"], "dx": rows["x"], "dz": rows["z"], "weighted_a": rows["a"]}
+    buffers["dweight"] = ((shape.capacity,), _FLOAT32)
+    if shape.geometry.spec.save == "z":
+        buffers["x"] = rows["x"]
+    return buffers
+
+
+def wide_weights(shape: PlanShape) -> Buffers:
+    """What weights are widened to in a call, and what their gradients are summed in."""
+    geometry = shape.geometry
+    return {"w_up": (geometry.w_up_shape, _FLOAT32), "w_down": (geometry.w_down_shape, _FLOAT32)}
+
+
+def residuals(shape: PlanShape) -> Buffers:
+    """`saved`, without the weights."""
+    spec, rows = shape.geometry.spec, plan_rows(shape)
+    buffers: Buffers = {"meta": (META_SHAPE, _INT64), "epoch": ((1,), _INT64)}
+    buffers["x"] = ((spec.max_tokens, spec.hidden), spec.numpy_dtype)
+    if spec.save == "rows":
+        buffers["x"] = rows["x"]
+    return buffers | {"z": rows["z"]} | _tables(shape)
+
+
+def scratch_bytes(shape: PlanShape, _mode: str, training: bool) -> int:
+    """Of the call that takes most, besides its arguments, its results and `saved`."""
+    forward, weights = plan_rows(shape), total_bytes(wide_weights(shape))
+    if not training:
+        return total_bytes(forward | _tables(shape)) + weights
+    kept = {"z", "x"} if shape.geometry.spec.save == "rows" else {"z"}
+    scratch = {name: buffer for name, buffer in forward.items() if name not in kept}
+    backward = total_bytes(backward_rows(shape)) + 2 * weights
+    return max(total_bytes(scratch) + weights, backward)
+
+
+def _tables(shape: PlanShape) -> Buffers:
+    return {
+        name: (table, _FLOAT32 if name == "row_weight" else _INT32)
+        for name, table in plan_table_shapes(shape).items()
+    }
