@@ -26,10 +26,10 @@ import numpy as np
 
 from benchmarks.files import machine, write
 from benchmarks.layer_cells import spread
-from cometrt.cuda.engine import GroupedGemm, group_of, order_turns
+from cometrt.cuda.engine import GroupedGemm, order_tiles, raster_group_of
 from cometrt.cuda.gemm import ExpertGemm
 from cometrt.models import MODELS
-from cometrt.world.partitions import seat, split_gpu
+from cometrt.world.partitions import split_gpu, use_partition
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 TOKENS = {"mixtral-8x7b": 8192, "phi-3.5-moe": 8192}  # others: 16384
@@ -82,15 +82,15 @@ class Groups:
             self.a[begin : begin + size] = random_bf16(int(size), inner)
 
     def real_rows(self) -> Any:
-        """Without pads, as other libraries want them."""
+        """Without padding, as other libraries want them."""
         parts = zip(self.tiles.offsets[:-1], self.sizes, strict=True)
         return cp.concatenate([self.a[begin : begin + size] for begin, size in parts])
 
 
 def engine_run(groups: Groups, b: Any, activation: str | None, write_z: bool) -> Any:
     gemm = GroupedGemm(activation, write_z=write_z)
-    group = GROUP or group_of(b.shape[2])
-    turns = order_turns(groups.tiles, gemm.column_tiles(b.shape[1]), group=group)
+    group = GROUP or raster_group_of(b.shape[2])
+    turns = order_tiles(groups.tiles, gemm.num_n_tiles(b.shape[1]), raster_group=group)
     rows, columns = len(groups.a), b.shape[1]
     out = cp.empty((rows, columns // 2 if activation else columns), BF16)
     z = cp.empty((rows, columns), BF16) if write_z else None
@@ -112,10 +112,10 @@ def partitions_run(groups: Groups, b: Any) -> Any:
         out = cp.empty((end - begin, b.shape[1]), BF16)
         tiles = tiles_of(groups.sizes[mine])
         cp.cuda.Device().synchronize()  # they are there before another stream reads them
-        with seat(part):
+        with use_partition(part):
             gemm = GroupedGemm(None)
-            columns = gemm.column_tiles(b.shape[1])
-            turns = order_turns(tiles, columns, group=group_of(b.shape[2]))
+            columns = gemm.num_n_tiles(b.shape[1])
+            turns = order_tiles(tiles, columns, raster_group=raster_group_of(b.shape[2]))
         jobs.append((part, gemm, a, b[mine], out, turns))
     cp.cuda.Device().synchronize()
     ended = [cp.cuda.Event(disable_timing=True) for _ in parts]
@@ -125,7 +125,7 @@ def partitions_run(groups: Groups, b: Any) -> Any:
         begin = current.record()
         for (part, gemm, a, b_part, out, turns), event in zip(jobs, ended, strict=True):
             part.stream.wait_event(begin)
-            with seat(part):
+            with use_partition(part):
                 for _ in range(REPEATS):
                     gemm(a, b_part, out, turns)
             event.record(part.stream)
@@ -308,10 +308,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--group", type=int, help="of the engine's order; default: its own")
+    parser.add_argument("--raster-group", type=int, help="of the engine's order; default: its own")
     args = parser.parse_args()
     global GROUP
-    GROUP = args.group
+    GROUP = args.raster_group
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     print(
         f"{'TFLOP/s':20s} engine  torch batchd  dense | /best /dense | skew, x torch | "

@@ -36,14 +36,14 @@ class Cell:
     tokens: int = 8192
     link: str | None = "h100"
     skew: float = 0.0
-    order: str = "waves"
+    order: str = "phases"
 
     def __str__(self) -> str:
         text = f"{self.model} W={self.ranks} TP={self.tp} T={self.tokens} link={self.link}"
         return (
             text
             + (f" skew={self.skew}" if self.skew else "")
-            + (f" {self.order}" if self.order != "waves" else "")
+            + (f" {self.order}" if self.order != "phases" else "")
         )
 
     @property
@@ -54,7 +54,7 @@ class Cell:
     def config(self) -> cometrt.TileConfig:
         """Of the fused layer."""
         chunk = 1024 if self.order == "columns" else 256
-        return cometrt.TileConfig(layer1_order=self.order, chunk=chunk)
+        return cometrt.TileConfig(order=self.order, n_chunk=chunk)
 
     @property
     def spec(self) -> cometrt.MoESpec:
@@ -120,7 +120,7 @@ def crossing_bytes(cell: Cell, ids: np.ndarray) -> int:
 
 
 def busiest_rank(cell: Cell, ids: np.ndarray) -> float:
-    """Rows of the rank that has most, over the mean; pads do not count."""
+    """Rows of the rank that has most, over the mean; padding do not count."""
     groups = cell.ranks // cell.tp
     rows = np.bincount((ids // (cell.spec.num_experts // groups)).ravel(), minlength=groups)
     return float(rows.max() / rows.mean())

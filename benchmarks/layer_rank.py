@@ -141,12 +141,12 @@ class Rank:
         self, cell: Cell, comm_sms: list[int | None], config: cometrt.TileConfig | None
     ) -> dict[str, cometrt.MoELayer]:
         # Others gain nothing by beginning with own tokens, and read weights twice for it.
-        make = functools.partial(cometrt.TileConfig, waves=1)
+        make = functools.partial(cometrt.TileConfig, num_phases=1)
         kinds = {"fused": ("fused", config), "sequential": ("sequential", make())}
         for parts in (2, 4):
             for sms in comm_sms:
                 name = f"chunked {parts}" + (f" by {sms}" if sms else "")
-                kinds[name] = "chunked", make(parts=parts, comm_sms=sms)
+                kinds[name] = "chunked", make(pipeline_chunks=parts, comm_sms=sms)
         return {
             name: cometrt.MoELayer(self.world, cell.spec, mode, config=config)
             for name, (mode, config) in kinds.items()

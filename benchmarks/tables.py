@@ -129,7 +129,7 @@ def _peers_row(name: str, cell: dict[str, Any], modelled: dict[str, Any]) -> str
         f"| {name} | {rate['fused']:.0f} | {rate['sequential']:.0f} | "
         f"{rate[best]:.0f} ({best.removeprefix('chunked ')}) | {nccl} | {rate['gemms']:.0f} | "
         f"{cell['speedup_over_sequential']:.2f} | {over_nccl} | {cell['efficiency']:.2f} | "
-        f"{_hidden(cell)} | {cell['config']['layer1_order']} | {twin} |"
+        f"{_hidden(cell)} | {cell['config']['order']} | {twin} |"
     )
 
 

@@ -10,8 +10,8 @@ from cometrt.specs import Geometry, MoESpec, check_choice
 from cometrt.tuner.cache import look_up
 from cometrt.world import World
 
-MOST_HIDDEN = 28672  # a row a warp of `dispatch` in the shared memory of an SM
-MOST_TOPK = 1024  # kMostReportedIds of kernels_cu/exchange/call.cuh
+MAX_HIDDEN = 28672  # a row a warp of `dispatch` in the shared memory of an SM
+MAX_TOPK = 1024  # kMostReportedIds of kernels_cu/exchange/call.cuh
 MODES = ("fused", "sequential", "chunked")
 
 
@@ -69,12 +69,12 @@ def check_layer(
         raise ValueError(f"config must be a TileConfig (got {type(config)!r})")
     if mode is not None:
         check_choice("mode", mode, MODES)
-    geometry, terms = Geometry(spec, rank, size), spec.topk + size
-    mode = mode or config.best_mode(device, terms)
-    config.check_on(device, mode, terms)
+    geometry, addends = Geometry(spec, rank, size), spec.topk + size
+    mode = mode or config.best_mode(device, addends)
+    config.check_on(device, mode, addends)
     if device == "cuda" and spec.dtype != "bfloat16":
         raise ValueError(f"dtype must be 'bfloat16' on device='cuda' (got {spec.dtype!r})")
-    for name, most in (("hidden", MOST_HIDDEN), ("topk", MOST_TOPK)):
+    for name, most in (("hidden", MAX_HIDDEN), ("topk", MAX_TOPK)):
         if device == "cuda" and getattr(spec, name) > most:
             raise ValueError(
                 f"{name} must be at most {most} on device='cuda' (got {getattr(spec, name)})"

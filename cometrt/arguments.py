@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from cometrt.arrays import HostArrays
-from cometrt.saved import Saved
+from cometrt.residuals import Residuals
 from cometrt.specs import Geometry, Gradients
 
 _FLOAT32 = np.dtype(np.float32)
 # Results by name: (array given or None, shape, dtypes, of which the first is that of a new one).
-Wanted = dict[str, tuple[Any, tuple[int, ...], tuple[np.dtype, ...]]]
+WantedResults = dict[str, tuple[Any, tuple[int, ...], tuple[np.dtype, ...]]]
 _IDS = (np.dtype(np.int32), np.dtype(np.int64))
 
 
@@ -45,8 +45,8 @@ def check_forward(
 
 
 def check_backward(
-    arrays: HostArrays, geometry: Geometry, dy: Any, kept: Saved, out: Any, accumulate: Any
-) -> tuple[Any, Wanted]:
+    arrays: HostArrays, geometry: Geometry, dy: Any, kept: Residuals, out: Any, accumulate: Any
+) -> tuple[Any, WantedResults]:
     """Backward's dy, as `arrays` has it, and its results, in the order of `Gradients`."""
     spec, dtypes = geometry.spec, (geometry.spec.numpy_dtype,)
     dy = arrays.check("dy", dy, (kept.num_tokens, spec.hidden), dtypes)
@@ -66,7 +66,9 @@ def check_backward(
     }
 
 
-def check_results(arrays: HostArrays, wanted: Wanted, buffer: tuple[int, int]) -> dict[str, Any]:
+def check_results(
+    arrays: HostArrays, wanted: WantedResults, buffer: tuple[int, int]
+) -> dict[str, Any]:
     """Those of `wanted` that were given, as `arrays` has them. `buffer`: addresses [begin, end) of
     the heap that peers read, where results may only take the place of the tokens they are of."""
     given = {}

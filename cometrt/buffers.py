@@ -12,7 +12,7 @@ Buffers = dict[str, tuple[tuple[int, ...], np.dtype]]  # (shape, dtype)
 
 
 def plan_rows(shape: PlanShape) -> Buffers:
-    """Rows of the plan, [capacity, columns] with pads: x, z, a and o of the forward."""
+    """Rows of the plan, [capacity, columns] with padding: x, z, a and o of the forward."""
     geometry = shape.geometry
     hidden, dtype = geometry.spec.hidden, geometry.spec.numpy_dtype
     columns = {"x": hidden, "z": geometry.up_columns, "a": geometry.local_intermediate, "o": hidden}

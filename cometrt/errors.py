@@ -50,7 +50,7 @@ class CapacityError(CometError):
     def build(cls, *, rank: int, need: int, capacity: int, enough: float) -> CapacityError:
         """`enough` is a capacity_factor that would have done."""
         error = cls(
-            f"rank {rank} needs {need} rows (pads included) but its capacity is {capacity}: "
+            f"rank {rank} needs {need} rows (padding included) but its capacity is {capacity}: "
             f"balance the router, or raise MoESpec.capacity_factor ({enough:.2f} is enough)"
         )
         error.rank, error.need, error.capacity = rank, need, capacity

@@ -11,7 +11,7 @@ import numpy as np
 
 from cometrt.agreement import agree
 from cometrt.arguments import (
-    Wanted,
+    WantedResults,
     check_backward,
     check_bool,
     check_forward,
@@ -22,7 +22,7 @@ from cometrt.errors import CallNotBegun
 from cometrt.host import HostExecutor
 from cometrt.memory import check_room
 from cometrt.plan import PlanShape, TileConfig
-from cometrt.saved import Saved
+from cometrt.residuals import Residuals
 from cometrt.specs import Geometry, Gradients, MoESpec
 from cometrt.trace import NullTracer, Recording, Tracer
 from cometrt.tuner.tune import tune
@@ -55,7 +55,7 @@ class MoELayer:
         spec: equal on all ranks.
         mode: "fused" (exchange and GEMMs overlap tile by tile), "sequential" (dispatch, GEMMs,
             combine one after the other; on the host the same bits), "chunked" (on "cuda": as
-            sequential, `config.parts` parts on two streams; a baseline), or None: the best that
+            sequential, `config.pipeline_chunks` parts on two streams; a baseline), or None: the best that
             `config` and the shape allow.
         config: tile sizes and layer1's order; None: what `tune` has found for such a layer on this
             machine (as rank 0 knows it), else what is shipped for it, else TileConfig().
@@ -185,7 +185,7 @@ class MoELayer:
                 gradients with accumulate, which are untouched, and `saved` may be used again.
         """
         with self._calling("layer.backward"), self._on(stream):
-            kept = Saved.unpack(
+            kept = Residuals.unpack(
                 saved,
                 shape=self._shape,
                 layer=self._layer,
@@ -203,7 +203,7 @@ class MoELayer:
                 kept.mark_used()
         return grads
 
-    def _results(self, operation: str, wanted: Wanted) -> list[Any]:
+    def _results(self, operation: str, wanted: WantedResults) -> list[Any]:
         """Where results go: what is given, or new memory. That is made last: wrong arguments are
         told before."""
         given = check_results(self._arrays, wanted, self._executor.buffer_place())

@@ -10,13 +10,13 @@ from cometrt.agreement import check_layer
 from cometrt.arguments import check_bool
 from cometrt.buffers import Buffers, total_bytes
 from cometrt.errors import CometError
-from cometrt.heap import heap_table, segment_bytes
+from cometrt.heap import heap_table, region_bytes
 from cometrt.host import buffers as host_buffers
 from cometrt.plan import PlanShape
 from cometrt.specs import MoESpec, check_choice, check_int
 from cometrt.world import World
-from cometrt.world.board import board_dtype
-from cometrt.world.layout import MAX_RANKS, control_dtype
+from cometrt.world.control_block import control_block_dtype
+from cometrt.world.layout import MAX_RANKS, device_control_block_dtype
 from cometrt.world.room import gpu_room, host_room
 
 
@@ -73,13 +73,13 @@ def memory_of_layer(
 def memory_of(shape: PlanShape, device: str, mode: str, training: bool) -> Memory:
     buffers = _buffers(device)
     geometry = shape.geometry
-    shared = control_dtype if device == "cuda" else board_dtype(geometry.size)
+    shared = device_control_block_dtype if device == "cuda" else control_block_dtype(geometry.size)
     weights: Buffers = {
         name: (array, geometry.spec.numpy_dtype)
         for name, array in (("w_up", geometry.w_up_shape), ("w_down", geometry.w_down_shape))
     }
     return Memory(
-        heap=sum(segment_bytes(heap_table(shape)).values()) + shared.itemsize,
+        heap=sum(region_bytes(heap_table(shape)).values()) + shared.itemsize,
         residuals=total_bytes(buffers.residuals(shape)) if training else 0,
         scratch=buffers.scratch_bytes(shape, mode, training),
         weights=total_bytes(weights),
@@ -111,7 +111,7 @@ def check_room(world: World, shape: PlanShape, mode: str) -> None:
         CometError: on all ranks alike, if it is too little on any of them.
     """
     memory = memory_of(shape, world.device, mode, training=False)
-    needed = world.segments.to_allocate(segment_bytes(heap_table(shape)))
+    needed = world.regions.to_allocate(region_bytes(heap_table(shape)))
     if world.device == "cuda":  # the host's scratch takes pages only as rows come
         needed += memory.scratch
         room = gpu_room()

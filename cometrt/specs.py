@@ -42,7 +42,7 @@ class MoESpec:
         save: what forward keeps for backward: "rows" (the gathered token rows) or "z" (only
             the pre-activations; backward pulls the token rows again).
         capacity_factor: a rank holds min(capacity_factor * W * max_tokens * K / EP,
-            W * max_tokens * min(K, E_l)) rows, and pads: up to block_m - 1 per local expert.
+            W * max_tokens * min(K, E_l)) rows, and padding: up to block_m - 1 per local expert.
             EP always suffices. With W ranks, EP = W / tp and E_l = E / EP.
 
     Raises:

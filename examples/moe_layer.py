@@ -1,7 +1,7 @@
 """One MoE layer of a known model, scaled down, forward and backward, checked.
 
 mpirun -n 4 python -m mpi4py examples/moe_layer.py --model mixtral-8x7b --scale 16
-mpirun -n 4 python -m mpi4py examples/moe_layer.py --model qwen2-moe --tp 2 --layer1-order columns
+mpirun -n 4 python -m mpi4py examples/moe_layer.py --model qwen2-moe --tp 2 --order columns
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--save", choices=["rows", "z"], default="rows")
     parser.add_argument("--mode", choices=["fused", "sequential"], help="default: the best")
     add_device_option(parser)
-    parser.add_argument("--layer1-order", choices=["waves", "columns"], default="waves")
+    parser.add_argument("--order", choices=["phases", "columns"], default="phases")
     parser.add_argument("--skew", type=float, default=0.0, help="spread of the router's bias")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trace", metavar="FILE.json", help="write a Chrome trace")
@@ -64,7 +64,7 @@ def main() -> None:
     logits = rng.standard_normal((args.tokens, spec.num_experts)) + bias
     ids, topk_weights = cometrt.router.softmax_topk(logits, spec.topk)
 
-    config = cometrt.TileConfig(layer1_order=args.layer1_order)
+    config = cometrt.TileConfig(order=args.order)
     with cometrt.connect(comm, device=pick_device(args.device)) as world:
         inputs = to_device(world, x, ids, topk_weights, w_up, w_down)
         dy_there = to_device(world, dy)[0]

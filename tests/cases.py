@@ -32,7 +32,7 @@ class Case:
     dtype: str = "bfloat16"
     shard_columns: int = 48  # I_s; block_n is 32
     save: str = "rows"
-    order: str = "waves"
+    order: str = "phases"
     mode: str | None = None
     seed: int = 0
     gemm: str = "cublas"  # on "cuda"; the engine has M-tiles of 128
@@ -63,9 +63,9 @@ class Case:
             block_m=16 if self.gemm == "cublas" else 128,
             block_n=32,
             block_tokens=8,
-            layer1_order=self.order,
-            waves=3 if self.seed else 2,
-            chunk=32 if self.gemm == "cublas" else 256,
+            order=self.order,
+            num_phases=3 if self.seed else 2,
+            n_chunk=32 if self.gemm == "cublas" else 256,
             gemm=self.gemm,
         )
 
@@ -253,7 +253,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 def tolerance(dtype: str) -> float:
     """bf16: x, z, a, o, the partial sums and y each round by up to 2^-9; fp32: sums of up to
-    a few hundred terms, each rounding by 2^-24."""
+    a few hundred addends, each rounding by 2^-24."""
     return {"bfloat16": 1e-2, "float32": 3e-6}[dtype]
 
 

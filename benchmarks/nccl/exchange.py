@@ -113,10 +113,10 @@ class NcclForward:
         for column, rank in enumerate(others):
             back[leaving[rank], column] = ~np.arange(begin, begin + len(leaving[rank]))
             begin += len(leaving[rank])
-        terms = np.concatenate([rows[own], back], axis=1).astype(np.int32)
+        addends = np.concatenate([rows[own], back], axis=1).astype(np.int32)
         ones = np.ones(back.shape, np.float32)
         self._sums = (
-            cp.asarray(terms),
+            cp.asarray(addends),
             cp.asarray(np.concatenate([pair_weights[own], ones], axis=1)),
         )
         self._engine, geometry = layer._executor._engine, shape.geometry
@@ -136,11 +136,11 @@ class NcclForward:
         self._add_rows(self.y, self._o, self._leaving, *self._sums)
 
     def _add_rows(self, out: Any, a: Any, b: Any, sources: Any, weights: Any) -> None:
-        rows, terms = sources.shape
+        rows, addends = sources.shape
         if rows:
             pointers = [array.data.ptr for array in (out, a, b, sources)]
             pointers.append(0 if weights is None else weights.data.ptr)
-            numbers = map(np.int32, (rows, terms, out.shape[1]))
+            numbers = map(np.int32, (rows, addends, out.shape[1]))
             self._add((8 * num_sms(),), 256, *map(np.uint64, pointers), *numbers)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from cometrt.buffers import Buffers, plan_rows, total_bytes
-from cometrt.cuda.engine import layer_columns, turns_size
-from cometrt.cuda.fused import chunk_columns, fused_counters
+from cometrt.cuda.engine import layer_n_tiles, tile_order_size
+from cometrt.cuda.fused import fused_counters, tiles_of_n_chunk
 from cometrt.cuda.planner import planner_counters, planner_routing, planner_scratch, table_words
-from cometrt.kernels.params import traced_call_state_dtype
+from cometrt.kernels.params import traced_exchange_state_dtype
 from cometrt.plan import PlanShape
-from cometrt.saved import META_SHAPE
+from cometrt.residuals import META_SHAPE
 
 _ALIGNMENT = 512  # bytes: of o within the memory of a and o
 _POOL_BYTES = 512  # CuPy's pool gives multiples of it
@@ -33,19 +33,19 @@ def held(shape: PlanShape, mode: str) -> Buffers:
     words = {"counters": sum(num_counters(shape, mode))} | planner_scratch(shape)
     buffers: Buffers = {name: ((count,), _INT32) for name, count in words.items()}
     buffers |= {name: (routing, _INT32) for name, routing in planner_routing(shape).items()}
-    buffers["state"] = ((traced_call_state_dtype.itemsize,), _UINT8)
+    buffers["state"] = ((traced_exchange_state_dtype.itemsize,), _UINT8)
     buffers["links"] = ((2,), _INT64)
-    up, down = layer_columns(shape)
+    up, down = layer_n_tiles(shape)
     if mode == "fused":
         sizes = (
-            turns_size(shape.max_tiles, up),
-            turns_size(shape.max_tiles, down, chunk_columns(shape)),
+            tile_order_size(shape.max_tiles, up),
+            tile_order_size(shape.max_tiles, down, tiles_of_n_chunk(shape)),
         )
     elif shape.config.gemm == "engine":
-        parts = num_parts(shape, mode)
+        parts = num_pipeline_chunks(shape, mode)
         sizes = (
-            turns_size(shape.max_tiles, up, parts=parts),
-            turns_size(shape.max_tiles, down, parts=parts),
+            tile_order_size(shape.max_tiles, up, parts=parts),
+            tile_order_size(shape.max_tiles, down, parts=parts),
         )
     else:
         return buffers
@@ -55,9 +55,9 @@ def held(shape: PlanShape, mode: str) -> Buffers:
     return buffers
 
 
-def num_parts(shape: PlanShape, mode: str) -> int:
+def num_pipeline_chunks(shape: PlanShape, mode: str) -> int:
     """Of layer0's order that have turns of their own."""
-    return shape.config.parts if mode == "chunked" else 1
+    return shape.config.pipeline_chunks if mode == "chunked" else 1
 
 
 def forward_buffers(shape: PlanShape, mode: str, training: bool) -> Buffers:

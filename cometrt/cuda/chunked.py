@@ -14,30 +14,32 @@ from __future__ import annotations
 from typing import Any
 
 from cometrt.cuda.experts import EngineExperts
-from cometrt.cuda.rows import RowMovers
-from cometrt.kernels.params import Record
+from cometrt.cuda.row_kernels import RowKernels
+from cometrt.kernels.params import ParamStruct
 from cometrt.plan import PlanShape
-from cometrt.world.partitions import num_sms, side_stream
+from cometrt.world.partitions import auxiliary_stream, num_sms
 
 
 class ChunkedForward:
     """One layer's; its launches follow publish and prepare."""
 
-    def __init__(self, shape: PlanShape, experts: EngineExperts, rows: RowMovers) -> None:
-        """experts, rows: made for `shape.config.parts`."""
+    def __init__(self, shape: PlanShape, experts: EngineExperts, rows: RowKernels) -> None:
+        """experts, rows: made for `shape.config.pipeline_chunks`."""
         import cupy as cp
 
         config = shape.config
-        self._experts, self._rows, self._parts = experts, rows, config.parts
-        self._side = side_stream()
+        self._experts, self._rows, self._parts = experts, rows, config.pipeline_chunks
+        self._side = auxiliary_stream()
         self._comm_sms = comm_sms(num_sms(), config.comm_sms)
         self._compute_sms = num_sms() - self._comm_sms
-        self._pulled = [cp.cuda.Event(disable_timing=True) for _ in range(config.parts)]
-        self._multiplied = [cp.cuda.Event(disable_timing=True) for _ in range(config.parts)]
+        self._pulled = [cp.cuda.Event(disable_timing=True) for _ in range(config.pipeline_chunks)]
+        self._multiplied = [
+            cp.cuda.Event(disable_timing=True) for _ in range(config.pipeline_chunks)
+        ]
         self._pushed = cp.cuda.Event(disable_timing=True)
 
     def __call__(
-        self, call: Record, x_rows: Any, w_up: Any, w_down: Any, z: Any, a: Any, o: Any
+        self, call: ParamStruct, x_rows: Any, w_up: Any, w_down: Any, z: Any, a: Any, o: Any
     ) -> None:
         import cupy as cp
 
@@ -64,7 +66,7 @@ class ChunkedForward:
         self._pushed.record(side)
         rows.push(call, 0)
         main.wait_event(self._pushed)
-        rows.add_up(call)
+        rows.home_reduce(call)
 
 
 def comm_sms(sms: int, wanted: int | None) -> int:

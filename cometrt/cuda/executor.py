@@ -22,26 +22,26 @@ from typing import Any
 
 from cometrt.buffers import plan_rows
 from cometrt.cuda import buffers
-from cometrt.cuda.calls import Calls, set_tables, set_words
 from cometrt.cuda.chunked import ChunkedForward
+from cometrt.cuda.exchange_params import ExchangeParamsBuilder, set_fields, set_tables
 from cometrt.cuda.experts import CublasExperts, EngineExperts, RowsOnHost
 from cometrt.cuda.fused import FusedForward
 from cometrt.cuda.graphs import CallGraphs
 from cometrt.cuda.heap import DeviceHeap
 from cometrt.cuda.order import CallOrder
 from cometrt.cuda.planner import DevicePlanner
-from cometrt.cuda.rows import RowMovers
+from cometrt.cuda.row_kernels import RowKernels
 from cometrt.cuda.trace import recorded_by
 from cometrt.kernels.launch import load_kernels
 from cometrt.kernels.params import (
-    Record,
-    call_state_dtype,
-    pace_record,
-    traced_call_state_dtype,
-    turns_params,
+    ParamStruct,
+    exchange_state_dtype,
+    link_params,
+    tile_order_params_dtype,
+    traced_exchange_state_dtype,
 )
 from cometrt.plan import PlanShape
-from cometrt.saved import Saved
+from cometrt.residuals import Residuals
 from cometrt.specs import Gradients
 from cometrt.trace import Recording, Tracer
 from cometrt.world import World
@@ -63,23 +63,23 @@ class CudaExecutor:
         sizes = buffers.num_counters(shape, mode)
         self._counters = cp.zeros(sum(sizes), cp.uint32)
         self._planner = DevicePlanner(shape, self._counters[: sizes[0]])
-        self._state = cp.zeros(traced_call_state_dtype.itemsize, cp.uint8)
+        self._state = cp.zeros(traced_exchange_state_dtype.itemsize, cp.uint8)
         self._publish, self._agree, self._finish = load_kernels(
             "protocol/publish.cu", "publish", "agree", "finish"
         )
         self._links = cp.zeros(2, cp.uint64)  # clocks of what comes and of what leaves
         clocks = self._links.data.ptr
-        self._pull_pace, self._push_pace = (
-            pace_record(clock, world.link) for clock in (clocks, clocks + 8)
+        self._dispatch_link, self._combine_link = (
+            link_params(clock, world.link) for clock in (clocks, clocks + 8)
         )
-        parts, positions = buffers.num_parts(shape, mode), self._planner.block_order_idx
-        rows = RowMovers(shape, self._pull_pace, self._push_pace, positions, parts)
-        self._pull, self._push, self._add_up = rows.pull, rows.push, rows.add_up
+        parts, positions = buffers.num_pipeline_chunks(shape, mode), self._planner.block_order_idx
+        rows = RowKernels(shape, self._dispatch_link, self._combine_link, positions, parts)
+        self._pull, self._push, self._home_reduce = rows.pull, rows.push, rows.home_reduce
         self._cublas = CublasExperts(shape)
         self._engine = self._fused = self._chunked = None
         if mode == "fused":
             counters, ok = self._counters[sizes[0] :], self._ok_address()
-            self._fused = FusedForward(shape, self._pull_pace, self._push_pace, counters, ok)
+            self._fused = FusedForward(shape, self._dispatch_link, self._combine_link, counters, ok)
         elif shape.config.gemm == "engine":
             self._engine = EngineExperts(shape, parts, self._ok_address())
         if mode == "chunked":
@@ -88,7 +88,7 @@ class CudaExecutor:
         self._order = CallOrder(world, shape, layer)
         self.ended, self.captured = self._order.ended, self._order.captured
         self._rows_on_host = RowsOnHost(shape.geometry.local_experts, self._state)
-        self._calls = Calls(world, shape, self._heap, layer)
+        self._calls = ExchangeParamsBuilder(world, shape, self._heap, layer)
         self._num_sms, self._rows = num_sms(), plan_rows(shape)
         self._forward_buffers = {
             training: buffers.forward_buffers(shape, mode, training) for training in (False, True)
@@ -151,7 +151,7 @@ class CudaExecutor:
         graph = None
         if self._fused is not None and not capturing:
             arrays = [0 if array is None else array.data.ptr for array in (*given, *made)]
-            state = self._calls.state_of_world()
+            state = self._calls.world_pointers()
             key = (len(x), ids.dtype.itemsize, scratch.ptr, *arrays, *state)
             graph = self.graphs.find(key, launch)
         with self._order.launching("forward", capturing, (x, ids, weights, *made, scratch)):
@@ -161,7 +161,7 @@ class CudaExecutor:
                 graph.launch(cp.cuda.get_current_stream())
         if not training:
             return None
-        return Saved.pack(
+        return Residuals.pack(
             shape=self._shape,
             layer=self._layer,
             num_tokens=len(x),
@@ -186,7 +186,7 @@ class CudaExecutor:
         )
         call.fields["weighted"] = 1
         call.fields["ids_are_64"] = ids.dtype.itemsize == 8
-        set_words(
+        set_fields(
             call,
             x=x.data.ptr,
             ids=ids.data.ptr,
@@ -203,7 +203,7 @@ class CudaExecutor:
             partial_rows=o.data.ptr,
         )
         call.fields["num_counters"] = self._counters.size
-        set_tables(call, self._planner.call_tables(tables))
+        set_tables(call, self._planner.exchange_tables(tables))
         if self._fused is not None:
             self._fused_forward(call, self._fused, w_up, w_down, (tables, x_rows, z, a, o))
         else:
@@ -211,23 +211,28 @@ class CudaExecutor:
         self._end(call)
 
     def _fused_forward(
-        self, call: Record, fused: FusedForward, w_up: Any, w_down: Any, buffers: tuple[Any, ...]
+        self,
+        call: ParamStruct,
+        fused: FusedForward,
+        w_up: Any,
+        w_down: Any,
+        buffers: tuple[Any, ...],
     ) -> None:
         tables, x_rows, z, a, o = buffers
-        set_words(call, **{name: part.data.ptr for name, part in fused.counters.items()})
+        set_fields(call, **{name: part.data.ptr for name, part in fused.counters.items()})
         self._publish((self._num_sms,), _PUBLISH_THREADS, call)
-        self._planner.prepare(call, tables, fused.up_turns, fused.down_turns, self._pull_pace)
+        self._planner.prepare(call, tables, fused.up_order, fused.down_order, self._dispatch_link)
         fused.layer0(call, x_rows, w_up, z, a)
         fused.layer1(call, a, w_down, o)
 
     def _sequential_forward(
-        self, call: Record, w_up: Any, w_down: Any, buffers: tuple[Any, ...]
+        self, call: ParamStruct, w_up: Any, w_down: Any, buffers: tuple[Any, ...]
     ) -> None:
         tables, x_rows, z, a, o = buffers
         engine = self._engine
-        up, down = (engine.up_turns, engine.down_turns) if engine else (_NO_TURNS, _NO_TURNS)
+        up, down = (engine.up_order, engine.down_order) if engine else (_NO_ORDER, _NO_ORDER)
         self._publish((self._num_sms,), _PUBLISH_THREADS, call)
-        self._planner.prepare(call, tables, up, down, self._pull_pace)
+        self._planner.prepare(call, tables, up, down, self._dispatch_link)
         if self._chunked is not None:
             self._chunked(call, x_rows, w_up, w_down, z, a, o)
             return
@@ -244,7 +249,7 @@ class CudaExecutor:
             self._combine(call, self._order.meet)
 
     def backward(
-        self, dy: Any, saved: Saved, *, out: Gradients, accumulate: bool, tracer: Tracer
+        self, dy: Any, saved: Residuals, *, out: Gradients, accumulate: bool, tracer: Tracer
     ) -> bool:
         """Fill `out`. False if it did nothing, behind a call that failed."""
         if self._cp.cuda.get_current_stream().is_capturing():
@@ -254,7 +259,7 @@ class CudaExecutor:
         with self._order.guard("backward"):
             return self._backward(dy, saved, out, accumulate)
 
-    def _backward(self, dy: Any, saved: Saved, out: Gradients, accumulate: bool) -> bool:
+    def _backward(self, dy: Any, saved: Residuals, out: Gradients, accumulate: bool) -> bool:
         cp, planner = self._cp, self._planner
         dy = self._heap.out_of_heap(dy, "dy")
         (tables,) = saved.tables
@@ -269,7 +274,7 @@ class CudaExecutor:
             "backward", len(dy), self._state.data.ptr, self._order.report.address
         )
         call.fields["weighted"] = 0
-        set_words(
+        set_fields(
             call,
             x=saved.x.data.ptr if pulls_again else 0,
             dy=dy.data.ptr,
@@ -281,7 +286,7 @@ class CudaExecutor:
             partial_rows=dx_rows.data.ptr,
             dweight_rows=dweight_rows.data.ptr,
         )
-        set_tables(call, planner.call_tables(tables))
+        set_tables(call, planner.exchange_tables(tables))
         with self._order.launching("backward", capturing=False):
             self._publish((self._num_sms,), _PUBLISH_THREADS, call)
             self._agree((1,), _THREADS, call)
@@ -294,7 +299,7 @@ class CudaExecutor:
                 return False
             self._pull(call)
             if pulls_again:  # before the first partial of dx leaves
-                set_words(call, pull_offset=self._heap.table["x"].offset, rows=x_rows.data.ptr)
+                set_fields(call, pull_offset=self._heap.table["x"].offset, rows=x_rows.data.ptr)
                 self._pull(call)
             self._cublas.grad_rows(
                 saved, rows, dy_rows, da, dz, weighted_a, dweight_rows, dx_rows, plan
@@ -357,18 +362,18 @@ class CudaExecutor:
         """As `CallOrder.stop_world`."""
         self._order.stop_world(error, operation)
 
-    def _end(self, call: Record) -> None:
+    def _end(self, call: ParamStruct) -> None:
         self._finish((self._num_sms,), _THREADS, call)
 
-    def _combine(self, call: Record, between: Callable[[], None]) -> None:
+    def _combine(self, call: ParamStruct, between: Callable[[], None]) -> None:
         """Push, then `between`, which covers the exchange, then add up at home."""
         self._push(call)
         between()
-        self._add_up(call)
+        self._home_reduce(call)
 
     def _ok_address(self) -> int:
         """Of CallState.ok, by which a GEMM knows that there is something to do."""
-        return int(self._state.data.ptr) + call_state_dtype.fields["ok"][1]  # type: ignore[index]
+        return int(self._state.data.ptr) + exchange_state_dtype.fields["ok"][1]  # type: ignore[index]
 
 
-_NO_TURNS = Record(turns_params)
+_NO_ORDER = ParamStruct(tile_order_params_dtype)

@@ -8,11 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from cometrt.cuda.engine import GroupedGemm, layer_columns, layer_groups, new_turns, turns_record
+from cometrt.cuda.engine import (
+    GroupedGemm,
+    layer_n_tiles,
+    layer_raster_groups,
+    new_tile_order,
+    tile_order_params,
+)
 from cometrt.cuda.gemm import ExpertGemm
 from cometrt.cuda.report import pinned
 from cometrt.kernels.launch import load_kernels
-from cometrt.kernels.params import Record, activation_params, call_state_dtype, geometry_record
+from cometrt.kernels.params import (
+    ParamStruct,
+    activation_params_dtype,
+    exchange_state_dtype,
+    geometry_params,
+)
 from cometrt.plan import Plan, PlanShape
 from cometrt.specs import Gradients
 from cometrt.world.partitions import num_sms
@@ -26,24 +37,26 @@ class EngineExperts:
 
     Args:
         parts: of layer0's order; each may be a launch of its own.
-        ok: as for `gemm_record`.
+        ok: as for `new_gemm_params`.
 
     Attributes:
-        up_turns, down_turns: how the planner orders tiles for it: a TurnsParams each.
+        up_order, down_order: how the planner orders tiles for it: a TurnsParams each.
     """
 
     def __init__(self, shape: PlanShape, parts: int = 1, ok: int = 0) -> None:
         activation = shape.geometry.spec.activation
         self._up = {z: GroupedGemm(activation, write_z=z, ok=ok) for z in (False, True)}
         self._down = GroupedGemm(ok=ok)
-        up, down = layer_columns(shape)
-        up_group, down_group = layer_groups(shape)
-        up_turns = new_turns(shape.max_tiles, up, parts=parts)
-        down_turns = new_turns(shape.max_tiles, down, parts=parts)
-        self._up_parts = [up_turns.part(index) for index in range(parts)]
-        self._down_parts = [down_turns.part(index) for index in range(parts)]
-        self.up_turns = turns_record(up_turns, up, group=up_group)
-        self.down_turns = turns_record(down_turns, down, backwards=True, group=down_group)
+        up, down = layer_n_tiles(shape)
+        up_group, down_group = layer_raster_groups(shape)
+        up_order = new_tile_order(shape.max_tiles, up, parts=parts)
+        down_order = new_tile_order(shape.max_tiles, down, parts=parts)
+        self._up_parts = [up_order.part(index) for index in range(parts)]
+        self._down_parts = [down_order.part(index) for index in range(parts)]
+        self.up_order = tile_order_params(up_order, up, raster_group=up_group)
+        self.down_order = tile_order_params(
+            down_order, down, backwards=True, raster_group=down_group
+        )
 
     def forward(self, x_rows: Any, w_up: Any, w_down: Any, z: Any, a: Any, o: Any) -> None:
         """z (None: not written), a and o from the rows of x, when the turns are made."""
@@ -67,21 +80,21 @@ class RowsOnHost:
     """
 
     def __init__(self, local_experts: int, state: Any) -> None:
-        self._state, self._verdict = state, pinned(call_state_dtype)
+        self._state, self._status = state, pinned(exchange_state_dtype)
         self._offsets = pinned(np.dtype(np.int32), local_experts + 1)
 
     def __call__(self, plan: Any) -> Rows:
-        """Waits for the verdict: rows [begin, end) of each expert; empty if the call is over."""
+        """Waits for the status: rows [begin, end) of each expert; empty if the call is over."""
         import cupy as cp
 
         runtime, stream = cp.cuda.runtime, cp.cuda.get_current_stream()
         kind = runtime.memcpyDeviceToHost
-        for target, source in ((self._verdict, self._state), (self._offsets, plan.expert_offsets)):
+        for target, source in ((self._status, self._state), (self._offsets, plan.expert_offsets)):
             runtime.memcpyAsync(
                 target.ctypes.data, source.data.ptr, target.nbytes, kind, stream.ptr
             )
         stream.synchronize()
-        if not self._verdict["ok"][0]:
+        if not self._status["ok"][0]:
             return []
         return [(int(a), int(b)) for a, b in itertools.pairwise(self._offsets)]
 
@@ -141,8 +154,8 @@ class CublasExperts:
             self._gemm(form, a[begin:end], weights[expert], c[begin:end])
 
     def _run(self, kernel: Any, plan: Any, **arrays: Any) -> None:
-        params = Record(activation_params)
-        params.fields["g"] = geometry_record(self._shape)
+        params = ParamStruct(activation_params_dtype)
+        params.fields["g"] = geometry_params(self._shape)
         arrays |= {"expert_offsets": plan.expert_offsets, "row_weight": plan.row_weight}
         for name, array in arrays.items():
             params.fields[name] = array.data.ptr

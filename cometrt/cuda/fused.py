@@ -12,16 +12,16 @@ from cometrt.cuda.engine import (
     THREADS,
     gemm_arguments,
     gemm_grid,
-    gemm_record,
-    layer_columns,
-    layer_groups,
-    new_turns,
-    turns_record,
+    layer_n_tiles,
+    layer_raster_groups,
+    new_gemm_params,
+    new_tile_order,
+    tile_order_params,
 )
 from cometrt.kernels.launch import Kernel, load_kernels
-from cometrt.kernels.params import Argument, Record
+from cometrt.kernels.params import KernelArgument, ParamStruct
 from cometrt.plan import PlanShape
-from cometrt.plan.turns import BLOCK_N
+from cometrt.plan.tile_order import BLOCK_N
 
 # sizeof(Memory) of fused/layer0.cu and fused/layer1.cu
 _LAYER0_BYTES = SHARED_BYTES + 6 * 4096 + 128
@@ -32,7 +32,7 @@ _NUM_ARRIVALS = 3  # kNumArrivals of exchange/call.cuh
 
 
 def _counter_words(shape: PlanShape) -> dict[str, int]:
-    num_chunks = shape.config.num_chunks(shape.geometry.spec.hidden)
+    num_chunks = shape.config.num_n_chunks(shape.geometry.spec.hidden)
     return {
         "tile_filled": shape.max_tiles,
         "tile_done": shape.max_tiles * num_chunks,
@@ -46,9 +46,9 @@ def fused_counters(shape: PlanShape) -> int:
     return sum(_counter_words(shape).values())
 
 
-def chunk_columns(shape: PlanShape) -> int:
+def tiles_of_n_chunk(shape: PlanShape) -> int:
     """Column tiles of layer1 that make a chunk."""
-    return -(-shape.config.chunks(shape.geometry.spec.hidden)[0][1] // BLOCK_N)
+    return -(-shape.config.n_chunks(shape.geometry.spec.hidden)[0][1] // BLOCK_N)
 
 
 class FusedKernels(NamedTuple):
@@ -60,42 +60,53 @@ class FusedForward:
     """One layer's two launches.
 
     Args:
-        pull_pace, push_pace: of `pace_record`, for what comes and what leaves.
+        dispatch_link, combine_link: of `link_params`, for what comes and what leaves.
         counters: [fused_counters(shape)] uint32, zero whenever a call begins.
         ok: address of the call's CallState.ok.
 
     Attributes:
-        up_turns, down_turns: how the planner orders tiles for it: a TurnsParams each.
+        up_order, down_order: how the planner orders tiles for it: a TurnsParams each.
         grid: of both launches.
         kernels: what is launched; of `load_kernels`.
         counters: by field of Call.
     """
 
     def __init__(
-        self, shape: PlanShape, pull_pace: Record, push_pace: Record, counters: Any, ok: int
+        self,
+        shape: PlanShape,
+        dispatch_link: ParamStruct,
+        combine_link: ParamStruct,
+        counters: Any,
+        ok: int,
     ) -> None:
         geometry, config, spec = shape.geometry, shape.config, shape.geometry.spec
         self._gated, width = spec.gated, geometry.local_intermediate
-        groups, (up, down), chunk = layer_groups(shape), layer_columns(shape), chunk_columns(shape)
+        groups, (up, down), chunk = (
+            layer_raster_groups(shape),
+            layer_n_tiles(shape),
+            tiles_of_n_chunk(shape),
+        )
         turns = (
-            new_turns(shape.max_tiles, up),
-            new_turns(shape.max_tiles, down, chunk),
+            new_tile_order(shape.max_tiles, up),
+            new_tile_order(shape.max_tiles, down, chunk),
         )
         self._turns = turns
-        self.up_turns = turns_record(turns[0], up, group=groups[0])
-        self.down_turns = turns_record(turns[1], down, backwards=True, chunk=chunk, group=groups[1])
-        self._up_params = gemm_record(turns[0], spec.hidden, width, ok)
-        self._down_params = gemm_record(turns[1], width, spec.hidden, ok)
+        self.up_order = tile_order_params(turns[0], up, raster_group=groups[0])
+        self.down_order = tile_order_params(
+            turns[1], down, backwards=True, n_chunk=chunk, raster_group=groups[1]
+        )
+        self._up_params = new_gemm_params(turns[0], spec.hidden, width, ok)
+        self._down_params = new_gemm_params(turns[1], width, spec.hidden, ok)
         self._activation = list(ACTIVATIONS).index(spec.activation)
         self.kernels = self.load_kernels()
         self.counters, begin = {}, 0
         for name, words in _counter_words(shape).items():
             self.counters[name] = counters[begin : begin + words]
             begin += words
-        self._pull_pace, self._push_pace = pull_pace, push_pace
+        self._dispatch_link, self._combine_link = dispatch_link, combine_link
         self.grid = gemm_grid()
-        self._num_comm0 = Argument(num_movers(config.num_comm0, self.grid[0]))
-        self._num_comm1 = Argument(num_movers(config.num_comm1, self.grid[0]))
+        self._num_comm0 = KernelArgument(num_comm_ctas(config.dispatch_ctas, self.grid[0]))
+        self._num_comm1 = KernelArgument(num_comm_ctas(config.combine_ctas, self.grid[0]))
 
     def load_kernels(self, *, trace: bool = False) -> FusedKernels:
         """Before any of them waits for a peer."""
@@ -109,23 +120,23 @@ class FusedForward:
         layer1.allow_shared(_LAYER1_BYTES)
         return FusedKernels(tuple(layer0), layer1)
 
-    def layer0(self, call: Record, x_rows: Any, w_up: Any, z: Any, a: Any) -> None:
+    def layer0(self, call: ParamStruct, x_rows: Any, w_up: Any, z: Any, a: Any) -> None:
         """Pull x into its rows and multiply: a, and z unless it is None."""
         arguments = gemm_arguments(self._up_params, x_rows, w_up, a, z, gated=self._gated)
         kernel = self.kernels.layer0[z is not None]
-        pace, num_comm = self._pull_pace, self._num_comm0
+        pace, num_comm = self._dispatch_link, self._num_comm0
         kernel(self.grid, THREADS, call, *arguments, pace, num_comm, shared_bytes=_LAYER0_BYTES)
 
-    def layer1(self, call: Record, a: Any, w_down: Any, o: Any) -> None:
+    def layer1(self, call: ParamStruct, a: Any, w_down: Any, o: Any) -> None:
         """Multiply, push partial rows, and add up at home: waits for peers."""
         arguments = gemm_arguments(self._down_params, a, w_down, o, None, gated=False)
-        pace, num_comm = self._push_pace, self._num_comm1
+        pace, num_comm = self._combine_link, self._num_comm1
         self.kernels.layer1(
             self.grid, THREADS, call, *arguments, pace, num_comm, shared_bytes=_LAYER1_BYTES
         )
 
 
-def num_movers(num_comm: int | None, grid: int) -> np.int32:
+def num_comm_ctas(num_comm: int | None, grid: int) -> np.int32:
     """CTAs of a launch of `grid` whose movers work. Ranks may have grids of different size, so a
     config that asks for more than there are means all, and is no error."""
     return np.int32(grid if num_comm is None else min(num_comm, grid))

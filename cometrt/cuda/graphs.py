@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from cometrt.world.partitions import side_stream
+from cometrt.world.partitions import auxiliary_stream
 
 _log = logging.getLogger("cometrt")
 
 _MOST = 64  # calls that are remembered
-_STREAM = 1  # of side_stream: work is never queued there, not by anyone
+_STREAM = 1  # of auxiliary_stream: work is never queued there, not by anyone
 _capturing = threading.Lock()  # threads may share that stream
 
 
@@ -61,7 +61,7 @@ def _capture(launch: Callable[[], None]) -> Any:
     """On a stream of its own: what others queue on the caller's meanwhile is not the call's."""
     import cupy as cp
 
-    stream = side_stream(_STREAM)
+    stream = auxiliary_stream(_STREAM)
     with _capturing, stream:
         stream.begin_capture()
         try:

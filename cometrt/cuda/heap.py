@@ -16,7 +16,7 @@ class DeviceHeap(SymmetricHeap):
 
         entry, gpu = self.table[name], self._world.gpu
         assert gpu is not None
-        memory = gpu.memory(self._world.segments.of(entry.segment, self._world.rank))
+        memory = gpu.memory(self._world.regions.of(entry.region, self._world.rank))
         return cp.ndarray(entry.shape, entry.dtype, memory + entry.offset)
 
     def place(self) -> tuple[int, int]:
@@ -33,5 +33,5 @@ class DeviceHeap(SymmetricHeap):
         return array if address == self._address(self.table[name]) else array.copy()
 
     def _address(self, entry: HeapEntry) -> int:
-        own: int = self._world.segments.of(entry.segment, self._world.rank)
+        own: int = self._world.regions.of(entry.region, self._world.rank)
         return own + entry.offset

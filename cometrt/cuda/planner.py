@@ -12,12 +12,12 @@ import numpy as np
 
 from cometrt.kernels.launch import load_kernels
 from cometrt.kernels.params import (
-    CALL_TABLES,
+    EXCHANGE_TABLES,
     PLAN_OUTPUTS,
-    Record,
-    geometry_record,
-    plan_params,
-    plan_progress,
+    ParamStruct,
+    geometry_params,
+    plan_params_dtype,
+    plan_progress_dtype,
 )
 from cometrt.plan import Plan, PlanShape
 from cometrt.plan.tables import plan_table_shapes
@@ -48,7 +48,7 @@ def _counter_words(shape: PlanShape) -> dict[str, int]:
     """32-bit words of each array that must be zero when the kernel begins."""
     geometry = shape.geometry
     words = {
-        "progress": plan_progress.itemsize // 4,
+        "progress": plan_progress_dtype.itemsize // 4,
         "counts": geometry.size * geometry.spec.num_experts,
         "token_counts": geometry.size * geometry.ep,
     }
@@ -95,10 +95,10 @@ def planner_counters(shape: PlanShape) -> int:
 def _shared_words(shape: PlanShape) -> int:
     """What the greediest phase takes of shared memory: place_rows, make_tiles or make_bases."""
     geometry, spec = shape.geometry, shape.geometry.spec
-    waves = len(shape.config.last_distances(geometry.size))
+    num_phases = len(shape.config.last_distances(geometry.size))
     return max(
         (5 + spec.tp) * spec.num_experts + _CHUNK * geometry.size,
-        (geometry.size + waves + 2) * geometry.local_experts,
+        (geometry.size + num_phases + 2) * geometry.local_experts,
         geometry.size * geometry.ep,
     )
 
@@ -142,14 +142,14 @@ class DevicePlanner:
         fields, offsets = self._params, self._offsets
         self._outputs = slice(*(fields.place(PLAN_OUTPUTS[i][1]) + (i != 0) for i in (0, -1)))
         self._output_bytes = np.array([4 * offsets[name] for name, _ in PLAN_OUTPUTS], np.uint64)
-        self._table_bytes = np.array([4 * offsets[name] for name in CALL_TABLES], np.uint64)
+        self._table_bytes = np.array([4 * offsets[name] for name in EXCHANGE_TABLES], np.uint64)
         self._tables_at = fields.place("tables")
 
-    def _new_params(self) -> Record:
+    def _new_params(self) -> ParamStruct:
         """All but where the plan is written."""
-        record = Record(plan_params)
+        record = ParamStruct(plan_params_dtype)
         params = record.fields
-        params["g"] = geometry_record(self._shape)
+        params["g"] = geometry_params(self._shape)
         routing = {"ids": self.ids, "weights": self.weights, "num_tokens": self._num_tokens}
         for name, array in (routing | self._scratch).items():
             params[name] = array.data.ptr
@@ -172,16 +172,18 @@ class DevicePlanner:
             arrays[name] = table.view(cp.float32) if name == "row_weight" else table
         return Plan(**arrays)
 
-    def call_tables(self, tables: Any) -> np.ndarray:
-        """Addresses of the tables in CALL_TABLES."""
+    def exchange_tables(self, tables: Any) -> np.ndarray:
+        """Addresses of the tables in EXCHANGE_TABLES."""
         return self._table_bytes + np.uint64(tables.data.ptr)
 
-    def prepare(self, call: Record, tables: Any, up: Record, down: Record, pace: Record) -> None:
+    def prepare(
+        self, call: ParamStruct, tables: Any, up: ParamStruct, down: ParamStruct, pace: ParamStruct
+    ) -> None:
         """Wait for all ranks' routing, make the plan in `tables` and the turns of both GEMMs, all
         on the current stream.
 
         Args:
-            up, down: of `turns_record`; without memory for items, no turns are made.
+            up, down: of `tile_order_params`; without memory for items, no turns are made.
         """
         self._point_to(tables)
         arguments = (call, self._params, up, down, pace)
@@ -217,4 +219,6 @@ class DevicePlanner:
         return (0xFFFF - (packed & 0xFFFF), packed >> 16) if packed else None
 
     def _read(self, name: str) -> np.uint64:
-        return self.progress.get()[: plan_progress.itemsize].view(plan_progress)[name][0]
+        return self.progress.get()[: plan_progress_dtype.itemsize].view(plan_progress_dtype)[name][
+            0
+        ]

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from cometrt.errors import CometError, PeerTimeout
-from cometrt.kernels.params import MOST_REPORTED_IDS, call_report_dtype
+from cometrt.kernels.params import MAX_REPORTED_IDS, exchange_report_dtype
 from cometrt.plan import PlanShape
 from cometrt.plan.reference import too_many_rows
 from cometrt.plan.routing import wrong_pair
 from cometrt.world import World
-from cometrt.world.failure import FLAGS, KINDS, Failure, Wanted
-from cometrt.world.layout import control_dtype
+from cometrt.world.failure import FLAGS, KINDS, Failure, WaitTarget
+from cometrt.world.layout import device_control_block_dtype
 
 OPERATIONS = ("", "forward", "backward")  # numbers on the wire
 REPORTS = ("", "routing", "no forward", "stopped", "stale graph")  # ReportKind of exchange/call.cuh
@@ -47,9 +47,9 @@ class Report:
 
         self._world_of, self._cp = weakref.ref(world), cp
         self._shapes: dict[int, PlanShape] = {}  # by layer
-        self._calls = pinned(call_report_dtype, _NUM_REPORTS)
+        self._calls = pinned(exchange_report_dtype, _NUM_REPORTS)
         self.address = int(self._calls.ctypes.data)
-        self._control = pinned(control_dtype)
+        self._control = pinned(device_control_block_dtype)
 
     def add_layer(self, layer: int, shape: PlanShape) -> None:
         """Of whose calls kernels may report from now on."""
@@ -103,7 +103,7 @@ class Report:
         if found["wrong_pair"]:
             token, k = divmod(int(~found["wrong_pair"]), spec.topk)
             rank, token = divmod(token, spec.max_tokens)
-            ids = found["wrong_ids"][: min(spec.topk, MOST_REPORTED_IDS)]
+            ids = found["wrong_ids"][: min(spec.topk, MAX_REPORTED_IDS)]
             return wrong_pair(rank, token, k, ids, float(found["wrong_weight"]), spec)
         packed = int(found["largest_need"])
         return too_many_rows(0xFFFF - (packed & 0xFFFF), packed >> 16, shape)
@@ -135,7 +135,7 @@ class Report:
             )
             failure = Failure("mismatch", int(record["waiter"]), text, epoch=epoch)
         else:
-            wanted = Wanted(
+            wanted = WaitTarget(
                 FLAGS[int(record["flag"])],
                 int(record["peer"]),
                 int(record["expected"]),

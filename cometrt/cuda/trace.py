@@ -13,7 +13,7 @@ from cometrt.cuda.fused import FusedForward
 from cometrt.kernels.params import (
     TRACE_LANES,
     trace_lane_dtype,
-    traced_call_state_dtype,
+    traced_exchange_state_dtype,
 )
 from cometrt.trace import Event, Recording
 
@@ -28,7 +28,7 @@ KINDS = (  # role, name, flag; numbers of EventKind
     ("comm", "wait", "partials_ready"),
     ("comm", "wait", "link"),
 )
-_AT = traced_call_state_dtype.fields["trace"][1]  # type: ignore[index]
+_AT = traced_exchange_state_dtype.fields["trace"][1]  # type: ignore[index]
 
 
 @contextlib.contextmanager

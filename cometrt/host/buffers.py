@@ -7,7 +7,7 @@ import numpy as np
 from cometrt.buffers import Buffers, plan_rows, total_bytes
 from cometrt.plan import PlanShape
 from cometrt.plan.tables import plan_table_shapes
-from cometrt.saved import META_SHAPE
+from cometrt.residuals import META_SHAPE
 
 _FLOAT32, _INT32, _INT64 = (np.dtype(kind) for kind in (np.float32, np.int32, np.int64))
 

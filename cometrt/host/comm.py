@@ -22,7 +22,7 @@ def pull_rows(ex: Exchange, name: str, rows: np.ndarray) -> None:
     plan, config, spec = ex.plan, ex.shape.config, ex.shape.geometry.spec
     filled, me = ex.tile_filled[name], ex.world.rank
     row_bytes = spec.hidden * rows.dtype.itemsize
-    for position, tile in enumerate(plan.layer0_tiles()):
+    for position, tile in enumerate(plan.dispatch_order()):
         tokens = plan.pulls_of(position)
         sources = tokens // spec.max_tokens
         remote = int((sources != me).sum())
@@ -32,9 +32,9 @@ def pull_rows(ex: Exchange, name: str, rows: np.ndarray) -> None:
         }
         with ex.step("comm", "pull", tile, **moved):
             begin = tile * config.block_m
-            pads = begin + np.flatnonzero(plan.row_pair[begin : begin + config.block_m] < 0)
-            rows[pads] = 0
-            filled[tile] += len(pads)
+            padding = begin + np.flatnonzero(plan.row_pair[begin : begin + config.block_m] < 0)
+            rows[padding] = 0
+            filled[tile] += len(padding)
             for source in np.unique(sources):
                 part = tokens[sources == source]
                 pulled = ex.heap.array(name, int(source))[part - source * spec.max_tokens]
@@ -60,11 +60,11 @@ def combine(
     so that partial sums are under way meanwhile, add up at home. With `dweight_rows` [capacity]
     each row's weight gradient goes home with the first chunk.
     """
-    for chunk in range(len(ex.chunks)):
+    for chunk in range(len(ex.n_chunks)):
         _reduce_and_push(ex, rows, chunk, weighted, dweight_rows if chunk == 0 else None)
         if chunk > 0:
             _reduce_at_home(ex, rows, out, chunk - 1, weighted)
-    _reduce_at_home(ex, rows, out, len(ex.chunks) - 1, weighted)
+    _reduce_at_home(ex, rows, out, len(ex.n_chunks) - 1, weighted)
     if dweight_rows is not None:
         me, max_tokens = ex.world.rank, ex.shape.geometry.spec.max_tokens
         _send_dweight(ex, me, me * max_tokens + np.arange(len(out)), dweight_rows)
@@ -93,7 +93,7 @@ def _reduce_and_push(
 ) -> None:
     """Releases partials_ready at each home; acquires tile_done."""
     plan, me = ex.plan, ex.world.rank
-    begin, end = ex.chunks[chunk]
+    begin, end = ex.n_chunks[chunk]
     for home, block, tokens in plan.pushes(ex.shape):
         token_rows = plan.pair_row[tokens]
         _wait_rows(ex, token_rows, chunk)
@@ -117,7 +117,7 @@ def _reduce_at_home(
     plan, me, size = ex.plan, ex.world.rank, ex.shape.config.block_tokens
     first_token = me * ex.shape.geometry.spec.max_tokens
     staging = ex.heap.array("staging")
-    begin, end = ex.chunks[chunk]
+    begin, end = ex.n_chunks[chunk]
     for first in range(0, len(out), size):
         last = min(first + size, len(out))
         token_rows = plan.pair_row[first_token + first : first_token + last]

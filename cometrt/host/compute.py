@@ -31,7 +31,7 @@ def up_tiles(
 
     a is computed from the rounded z, so that backward finds the same bits.
     """
-    for tile in ex.plan.layer0_tiles():
+    for tile in ex.plan.dispatch_order():
         ex.wait_filled("x", tile)
         with ex.step("compute", "up", tile):
             rows, expert = _rows(ex, tile)
@@ -60,7 +60,7 @@ def down_dgrad_tiles(
 
     dweight = <da', a>, dz = dact(z, weight * da'), weighted_a = weight * a.
     """
-    for tile in ex.plan.layer0_tiles():
+    for tile in ex.plan.dispatch_order():
         ex.wait_filled("dy", tile)
         with ex.step("compute", "down dgrad", tile):
             rows, expert = _rows(ex, tile)
@@ -118,8 +118,8 @@ def _output_tiles(
     operand: Callable[[int, slice], np.ndarray],
 ) -> None:
     """out = a b with b = operand(expert, columns), chunk by chunk, farthest source first."""
-    for chunk, (begin, end) in enumerate(ex.chunks):
-        for tile in ex.plan.layer1_tiles():
+    for chunk, (begin, end) in enumerate(ex.n_chunks):
+        for tile in ex.plan.combine_order():
             with ex.step("compute", name, tile):
                 rows, expert = _rows(ex, tile)
                 a_tile = a[rows].astype(np.float32)

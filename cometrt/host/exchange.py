@@ -16,8 +16,8 @@ from cometrt.plan import Plan, PlanShape
 from cometrt.plan.routing import RoutingTables
 from cometrt.trace import Tracer
 from cometrt.world import World
-from cometrt.world.board import value_of
-from cometrt.world.failure import Failure, Wanted
+from cometrt.world.control_block import value_of
+from cometrt.world.failure import Failure, WaitTarget
 from cometrt.world.whereabouts import meeting
 
 _CALL = ("operation", "layer", "forward_epoch", "epoch", "spec_hash")  # equal on all ranks
@@ -29,7 +29,7 @@ class Exchange:
 
     Attributes:
         tile_filled: name of what is pulled -> [max_tiles] rows of each M-tile that are in
-            place, pads too. Written by comm, waited on by compute.
+            place, padding too. Written by comm, waited on by compute.
         tile_done: [max_tiles, chunks] finished N-tiles. Written by compute, waited on by comm.
     """
 
@@ -41,9 +41,9 @@ class Exchange:
         self.world, self.heap, self.shape, self.layer = world, heap, shape, layer
         self.tracer = tracer
         spec = shape.geometry.spec
-        self.chunks = shape.config.chunks(spec.hidden)
+        self.n_chunks = shape.config.n_chunks(spec.hidden)
         self.tile_filled = {name: np.zeros(shape.max_tiles, np.int64) for name in ("x", "dy")}
-        self.tile_done = np.zeros((shape.max_tiles, len(self.chunks)), np.int64)
+        self.tile_done = np.zeros((shape.max_tiles, len(self.n_chunks)), np.int64)
         self._at: dict[str, tuple[str, int]] = {}
         self.epoch = world.next_epoch()
 
@@ -90,18 +90,18 @@ class Exchange:
                 forward_epoch,
                 num_tokens,
             )
-            for board in self.world.boards:
-                board["header"][parity, self.world.rank] = header
+            for control_block in self.world.control_blocks:
+                control_block["header"][parity, self.world.rank] = header
             self.world.fence()
             for peer in self.shape.geometry.ring():
-                self.world.boards[peer]["source_ready"][self.world.rank] = self.epoch
+                self.world.control_blocks[peer]["source_ready"][self.world.rank] = self.epoch
         with self.step("compute", "wait", flag="source_ready"):
-            ready = self.world.board["source_ready"]
+            ready = self.world.control_block["source_ready"]
             for source in self.shape.geometry.ring():
-                wanted = Wanted("source_ready", source, self.epoch, self.epoch)
+                wanted = WaitTarget("source_ready", source, self.epoch, self.epoch)
                 misplaced = functools.partial(meeting, self.world, source)
                 self.world.wait(value_of(ready, source), wanted, misplaced=misplaced)
-        headers = self.world.board["header"][parity]
+        headers = self.world.control_block["header"][parity]
         self._check_headers(headers)
         return [int(tokens) for tokens in headers["num_tokens"]]
 
@@ -156,7 +156,7 @@ class Exchange:
 
     def wait_done(self, tiles: np.ndarray, chunk: int) -> None:
         """Comm: until every N-tile of that chunk is stored, for each of the M-tiles."""
-        num_n_tiles = len(self.shape.config.n_tiles(*self.chunks[chunk]))
+        num_n_tiles = len(self.shape.config.n_tiles(*self.n_chunks[chunk]))
         for tile in tiles:
             self._wait_own("comm", "tile_done", self.tile_done, (int(tile), chunk), num_n_tiles)
 
@@ -166,7 +166,9 @@ class Exchange:
         index = (contributor, block, chunk)
         if ready[index] < self.epoch:
             with self.step("comm", "wait", block, flag="partials_ready"):
-                wanted = Wanted("partials_ready", contributor, self.epoch, self.epoch, block, chunk)
+                wanted = WaitTarget(
+                    "partials_ready", contributor, self.epoch, self.epoch, block, chunk
+                )
                 self.world.wait(value_of(ready, index), wanted)
         else:
             self.world.fence()
@@ -177,7 +179,7 @@ class Exchange:
         if counter[index] >= expected:
             return
         chunk = index[1] if len(index) > 1 else -1
-        wanted = Wanted(flag, self.world.rank, expected, self.epoch, index[0], chunk)
+        wanted = WaitTarget(flag, self.world.rank, expected, self.epoch, index[0], chunk)
         with self.step(role, "wait", index[0], flag=flag):
             self.world.wait(value_of(counter, index), wanted)
 

@@ -15,7 +15,7 @@ from cometrt.host.buffers import backward_rows, empty, wide_weights
 from cometrt.host.exchange import Exchange
 from cometrt.plan import Plan, PlanShape
 from cometrt.plan.reference import make_plan
-from cometrt.saved import Saved
+from cometrt.residuals import Residuals
 from cometrt.specs import Gradients
 from cometrt.trace import Recording, Tracer
 from cometrt.world import World
@@ -85,7 +85,7 @@ class HostExecutor:
         )
         if not training:
             return None
-        return Saved.pack(
+        return Residuals.pack(
             shape=self._shape,
             layer=self._layer,
             num_tokens=len(x),
@@ -100,7 +100,7 @@ class HostExecutor:
         )
 
     def backward(
-        self, dy: np.ndarray, saved: Saved, *, out: Gradients, accumulate: bool, tracer: Tracer
+        self, dy: np.ndarray, saved: Residuals, *, out: Gradients, accumulate: bool, tracer: Tracer
     ) -> bool:
         """Fill `out`; weight gradients only once the exchange has succeeded."""
         ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
@@ -140,7 +140,7 @@ class HostExecutor:
         """As `close`, without raising what calls have found."""
         self._heap.close()
 
-    def _backward(self, ex: Exchange, dy: np.ndarray, saved: Saved, out: Gradients) -> None:
+    def _backward(self, ex: Exchange, dy: np.ndarray, saved: Residuals, out: Gradients) -> None:
         ex.plan, pull_x = Plan(*saved.tables), self._shape.geometry.spec.save == "z"
         payloads = {"dy": dy} | ({"x": saved.x[: len(dy)]} if pull_x else {})
         comm.clear_dweight(ex, len(dy))

@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 from cometrt.errors import CometError
+from cometrt.kernels.constants import MACROS
 
 _log = logging.getLogger("cometrt")
 
@@ -90,7 +91,8 @@ def compile_cubin(source: Path, defines: tuple[tuple[str, int], ...] = ()) -> Cu
         CometError: where NVRTC or CUDA's headers are missing, or with the compiler's log.
         OSError: where neither the cache nor a temporary folder can be written.
     """
-    options = _OPTIONS + tuple(f"-D{name}={value}" for name, value in defines)
+    macros = [(f"COMETRT_{name}", value) for name, value in MACROS.items()]
+    options = _OPTIONS + tuple(f"-D{name}={value}" for name, value in (*macros, *defines))
     text = source.read_text()
     key = hashlib.sha256(
         repr((source.name, text, options, _nvrtc_version(), _sources_digest())).encode()

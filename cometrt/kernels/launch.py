@@ -11,7 +11,7 @@ import numpy as np
 from cometrt.errors import CometError
 from cometrt.kernels.compiler import compile_cubin, kernels_folder
 from cometrt.kernels.driver import driver_function
-from cometrt.kernels.params import Argument
+from cometrt.kernels.params import KernelArgument
 
 
 class Kernel:
@@ -32,17 +32,21 @@ class Kernel:
         self._shared_bytes = 0
 
     def __call__(
-        self, grid: tuple[int], block: int, *arguments: Argument | np.generic, shared_bytes: int = 0
+        self,
+        grid: tuple[int],
+        block: int,
+        *arguments: KernelArgument | np.generic,
+        shared_bytes: int = 0,
     ) -> None:
         """Launch on CuPy's current stream: by the driver itself, which takes half of what CuPy's
-        way does. Scalars that never change are best made an Argument once.
+        way does. Scalars that never change are best made an KernelArgument once.
 
         Raises:
             CometError: where the driver refuses it.
         """
         if shared_bytes > self._shared_bytes:
             self.allow_shared(shared_bytes)
-        values = [a if isinstance(a, Argument) else Argument(a) for a in arguments]
+        values = [a if isinstance(a, KernelArgument) else KernelArgument(a) for a in arguments]
         pointers = (ctypes.c_void_p * len(values))(*[value.address for value in values])
         error = self._launch(
             self._handle, grid[0], 1, 1, block, 1, 1, shared_bytes,

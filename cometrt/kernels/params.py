@@ -11,8 +11,8 @@ import numpy as np
 
 from cometrt.activations import ACTIVATIONS
 from cometrt.plan import Plan, PlanShape
-from cometrt.plan.turns import work_item_dtype
-from cometrt.world.layout import control_dtype, header_dtype, record_dtype, world_dtype
+from cometrt.plan.tile_order import work_tile_dtype
+from cometrt.world.layout import device_control_block_dtype, header_dtype, record_dtype, world_dtype
 from cometrt.world.link import Link
 
 geometry_dtype = np.dtype(
@@ -36,7 +36,7 @@ PLAN_OUTPUTS = [
     (field.name, _PLAN_OUTPUTS.get(field.name, field.name)) for field in dataclasses.fields(Plan)
 ]
 
-plan_params = np.dtype(
+plan_params_dtype = np.dtype(
     [("g", geometry_dtype)]
     + [
         (name, np.uint64)
@@ -52,12 +52,14 @@ plan_params = np.dtype(
 )
 
 # Numbers of lists and steps: kNumLists and kNumSteps of plan/plan.cuh.
-plan_progress = np.dtype(
+plan_progress_dtype = np.dtype(
     [(name, np.uint64) for name in "wrong_pair largest_need".split()]
     + [("queue_heads", np.uint32, 7), ("done", np.uint32, 5)]
 )
-call_state_dtype = np.dtype([(name, np.uint32) for name in "ticket status ok reported".split()])
-traced_call_state_dtype = np.dtype([*call_state_dtype.descr, ("trace", np.uint64)], align=True)
+exchange_state_dtype = np.dtype([(name, np.uint32) for name in "ticket status ok reported".split()])
+traced_exchange_state_dtype = np.dtype(
+    [*exchange_state_dtype.descr, ("trace", np.uint64)], align=True
+)
 TRACE_LANES, _EVENTS_OF_LANE = 15, 511  # kTraceLanes, kEventsOfLane of common/trace.cuh
 trace_event_dtype = np.dtype(
     [(name, np.uint64) for name in "begin_ns end_ns".split()]
@@ -73,30 +75,32 @@ trace_lane_dtype = np.dtype(
         ("events", trace_event_dtype, (_EVENTS_OF_LANE,)),
     ]
 )
-MOST_REPORTED_IDS = 1024  # kMostReportedIds of exchange/call.cuh
-call_report_dtype = np.dtype(
+MAX_REPORTED_IDS = 1024  # kMostReportedIds of exchange/call.cuh
+exchange_report_dtype = np.dtype(
     [("kind", np.uint64), ("epoch", np.uint64), ("layer", np.int64), ("operation", np.int64)]
     + [(name, np.uint64) for name in "wrong_pair largest_need".split()]
-    + [("wrong_weight", np.float32), ("wrong_ids", np.int32, (MOST_REPORTED_IDS + 1,))]
+    + [("wrong_weight", np.float32), ("wrong_ids", np.int32, (MAX_REPORTED_IDS + 1,))]
 )
 HEAP_OFFSETS = {  # field of Call -> array of the heap
     "x_offset": "x",
     "dy_offset": "dy",
-    "ids_offset": "ids0",  # and ids1: in the same place of the other segment
+    "ids_offset": "ids0",  # and ids1: in the same place of the other region
     "weights_offset": "weights0",
     "staging_offset": "staging",
     "dweight_offset": "dweight",
     "partials_offset": "partials_ready",
 }
-CALL_TABLES = (
+EXCHANGE_TABLES = (
     "expert_offsets expert_rows row_weight pair_row pull_tokens pull_offsets send_tokens "
     "send_offsets send_base push_blocks num_blocks staging_row staging_base"
 ).split()
-call_dtype = np.dtype(
+exchange_params_dtype = np.dtype(
     [("world", world_dtype), ("g", geometry_dtype)]
     + [
         (name, np.int32)
-        for name in ("num_n_chunks num_tokens ids_are_64 weighted n_chunk_columns num_counters").split()
+        for name in (
+            "num_n_chunks num_tokens ids_are_64 weighted n_chunk_columns num_counters"
+        ).split()
     ]
     + [(name, np.uint64) for name in HEAP_OFFSETS]
     + [(name, np.int64) for name in "operation layer spec_hash".split()]
@@ -105,13 +109,13 @@ call_dtype = np.dtype(
         for name in (
             *"forward_epoch state report x dy ids weights saved_epoch saved_x".split(),
             *"all_ids all_weights progress".split(),
-            *CALL_TABLES,
+            *EXCHANGE_TABLES,
             *"pull_offset rows partial_rows out dweight_rows out_dweight".split(),
             *"counters tile_filled tile_done queue_heads arrivals".split(),
         )
     ]
 )
-activation_params = np.dtype(
+activation_params_dtype = np.dtype(
     [("g", geometry_dtype)]
     + [(name, np.uint64) for name in "expert_offsets row_weight z a da dz dweight_rows".split()]
 )
@@ -119,11 +123,11 @@ problem_dtype = np.dtype(
     [(name, np.uint64) for name in "out z".split()]
     + [(name, np.int32) for name in "num_k_blocks num_columns".split()]
 )
-gemm_params = np.dtype(
+gemm_params_dtype = np.dtype(
     [(name, np.uint64) for name in "work_tiles num_steps progress ok".split()]
     + [("problems", problem_dtype, (1,))]
 )
-pace_dtype = np.dtype(
+emulated_link_dtype = np.dtype(
     [(name, np.uint64) for name in "free_at_ns femtoseconds_per_byte latency_ns".split()]
 )
 planned_tiles_dtype = np.dtype(
@@ -132,42 +136,44 @@ planned_tiles_dtype = np.dtype(
         for name in "tile_order num_tiles tile_expert expert_offsets expert_rows".split()
     ]
 )
-turns_params = np.dtype(
+tile_order_params_dtype = np.dtype(
     [(name, np.uint64) for name in "work_tiles num_steps progress".split()]
     + [
         (name, np.int32)
         for name in "num_n_tiles backwards n_chunk raster_group num_pipeline_chunks max_steps".split()
     ]
 )
-part_dtype = np.dtype([("block_order_idx", np.uint64), ("index", np.int32), ("count", np.int32)])
+pipeline_chunk_dtype = np.dtype(
+    [("block_order_idx", np.uint64), ("index", np.int32), ("count", np.int32)]
+)
 
 # struct in kernels_cu -> (header, mirror)
 MIRRORS = {
     "Geometry": ("common/geometry.cuh", geometry_dtype),
-    "PlanParams": ("plan/plan.cuh", plan_params),
-    "PlanProgress": ("protocol/plan_progress.cuh", plan_progress),
+    "PlanParams": ("plan/plan.cuh", plan_params_dtype),
+    "PlanProgress": ("protocol/plan_progress_dtype.cuh", plan_progress_dtype),
     "Header": ("protocol/control_block.cuh", header_dtype),
     "FailureRecord": ("protocol/control_block.cuh", record_dtype),
-    "ControlBlock": ("protocol/control_block.cuh", control_dtype),
+    "ControlBlock": ("protocol/control_block.cuh", device_control_block_dtype),
     "World": ("protocol/control_block.cuh", world_dtype),
-    "ExchangeState": ("protocol/exchange_params.cuh", call_state_dtype),
-    "TracedExchangeState": ("protocol/exchange_params.cuh", traced_call_state_dtype),
+    "ExchangeState": ("protocol/exchange_params.cuh", exchange_state_dtype),
+    "TracedExchangeState": ("protocol/exchange_params.cuh", traced_exchange_state_dtype),
     "TraceEvent": ("common/trace.cuh", trace_event_dtype),
     "TraceLane": ("common/trace.cuh", trace_lane_dtype),
-    "ExchangeReport": ("protocol/exchange_params.cuh", call_report_dtype),
-    "ExchangeParams": ("protocol/exchange_params.cuh", call_dtype),
-    "WorkTile": ("scheduler/work_tile.cuh", work_item_dtype),
+    "ExchangeReport": ("protocol/exchange_params.cuh", exchange_report_dtype),
+    "ExchangeParams": ("protocol/exchange_params.cuh", exchange_params_dtype),
+    "WorkTile": ("scheduler/work_tile.cuh", work_tile_dtype),
     "Problem": ("gemm/tile.cuh", problem_dtype),
-    "GemmParams": ("gemm/tile.cuh", gemm_params),
-    "EmulatedLink": ("protocol/emulated_link.cuh", pace_dtype),
+    "GemmParams": ("gemm/tile.cuh", gemm_params_dtype),
+    "EmulatedLink": ("protocol/emulated_link.cuh", emulated_link_dtype),
     "PlannedTiles": ("scheduler/tile_order.cuh", planned_tiles_dtype),
-    "TileOrderParams": ("scheduler/tile_order.cuh", turns_params),
-    "PipelineChunk": ("scheduler/pipeline_chunk.cuh", part_dtype),
-    "ActivationParams": ("sequential/activation.cuh", activation_params),
+    "TileOrderParams": ("scheduler/tile_order.cuh", tile_order_params_dtype),
+    "PipelineChunk": ("scheduler/pipeline_chunk.cuh", pipeline_chunk_dtype),
+    "ActivationParams": ("sequential/activation.cuh", activation_params_dtype),
 }
 
 
-class Argument:
+class KernelArgument:
     """What kernels take by value. Launches copy it: it may be changed and passed again.
 
     Args:
@@ -182,7 +188,7 @@ class Argument:
         self.address = int(self.value.ctypes.data)
 
 
-class Record(Argument):
+class ParamStruct(KernelArgument):
     """A struct.
 
     Attributes:
@@ -201,9 +207,9 @@ class Record(Argument):
         return int(self.fields.dtype.fields[name][1]) // 8
 
 
-def pace_record(free_at_ns: int, link: Link | None) -> Record:
+def link_params(free_at_ns: int, link: Link | None) -> ParamStruct:
     """A Pace; free_at_ns: address of the link's clock on the device."""
-    record = Record(pace_dtype)
+    record = ParamStruct(emulated_link_dtype)
     if link is not None:
         record.fields["free_at_ns"] = free_at_ns
         record.fields["femtoseconds_per_byte"] = link.femtoseconds_per_byte
@@ -211,15 +217,15 @@ def pace_record(free_at_ns: int, link: Link | None) -> Record:
     return record
 
 
-def part_record(block_order_idx: int, index: int, count: int) -> Record:
+def pipeline_chunk_params(block_order_idx: int, index: int, count: int) -> ParamStruct:
     """A Part; block_order_idx: address of the planner's table, which only parts of several need."""
-    record = Record(part_dtype)
+    record = ParamStruct(pipeline_chunk_dtype)
     record.fields["block_order_idx"] = block_order_idx
     record.fields["index"], record.fields["count"] = index, count
     return record
 
 
-def geometry_record(shape: PlanShape) -> np.ndarray:
+def geometry_params(shape: PlanShape) -> np.ndarray:
     """The Geometry of one rank's layer."""
     geometry, config, spec = shape.geometry, shape.config, shape.geometry.spec
     record = np.zeros(1, geometry_dtype)

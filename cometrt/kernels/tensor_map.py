@@ -11,7 +11,7 @@ import numpy as np
 
 from cometrt.errors import CometError
 from cometrt.kernels.driver import driver_function
-from cometrt.kernels.params import Argument
+from cometrt.kernels.params import KernelArgument
 
 _BFLOAT16 = 9  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
 _SWIZZLE_128B = 3
@@ -19,7 +19,7 @@ _L2_PROMOTION_256B = 3
 _MAP_BYTES = 128
 
 
-def encode(pointer: int, shape: tuple[int, ...], box: tuple[int, ...]) -> Argument:
+def encode(pointer: int, shape: tuple[int, ...], box: tuple[int, ...]) -> KernelArgument:
     """The map of a C-contiguous bf16 array on the device, read in boxes; a kernel argument.
 
     Args:
@@ -39,7 +39,7 @@ def encode(pointer: int, shape: tuple[int, ...], box: tuple[int, ...]) -> Argume
     error = _encode_tiled()(address + start, _BFLOAT16, len(shape), pointer, *form)
     if error:
         raise CometError(f"no tensor map for shape {shape}, box {box}: CUDA error {error}")
-    return Argument(room[start : start + _MAP_BYTES].view(f"V{_MAP_BYTES}"))
+    return KernelArgument(room[start : start + _MAP_BYTES].view(f"V{_MAP_BYTES}"))
 
 
 @functools.lru_cache(maxsize=1024)

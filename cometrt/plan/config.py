@@ -1,42 +1,42 @@
-"""How a layer is cut into tiles, blocks and chunks: one frozen, printable record."""
+"""How a layer is cut into tiles, token blocks and N-chunks: one frozen, printable record."""
 
 from __future__ import annotations
 
 import dataclasses
 
+from cometrt.kernels.constants import BLOCK_M, BLOCK_N, MAX_ADDENDS
 from cometrt.specs import ALIGNMENT, check_choice, check_int
 
-LAYER1_ORDERS = ("waves", "columns")
+ORDERS = ("phases", "columns")
 GEMMS = ("engine", "cublas")
-MOST_TERMS = 128  # kMostTerms of kernels_cu/fused/row_sums.cuh
-ENGINE_BLOCK_M, ENGINE_BLOCK_N = 128, 256  # BLOCK_M, BLOCK_N of kernels_cu/gemm/tile.cuh
+MODES = ("fused", "sequential", "chunked")
 
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
-    """Tile sizes and the order of layer1, equal on all ranks.
+    """Tile sizes and orders, equal on all ranks. No setting but block_m changes a result's bits.
 
     Args:
-        block_m: rows of an M-tile; every expert's first row is aligned to it.
-        block_n: output columns of one GEMM tile on the host; the last tile of a row of tiles may be
+        block_m: rows of an M-tile. Every expert's first row is a multiple of it.
+        block_n: output columns of an N-tile on the host. The last N-tile of a row of tiles may be
             narrower. The engine of "cuda" always has 256.
-        block_tokens: tokens of one reduce-and-push item.
-        layer1_order: "waves" (whole rows, layer0's order backwards) or "columns" (COMET's: the
-            same walk, but chunk after chunk of H).
-        waves: groups of sources, by ring distance, whose tiles follow each other in layer0 (and
-            backwards in layer1): this rank itself, then even groups; 1: all sources together. Few
-            of them read weights seldom, many wait for nobody far away.
-        group: N-tiles that all M-tiles of an expert take before its next N-tiles, in the engine, an
-            even number; None: as many as the cache can keep (`plan.turns.best_group`).
-        chunk: columns of H that are reduced and pushed together in "columns"; a multiple of
-            block_n, and on "cuda" in mode "fused" of 256.
-        parts: of layer0's order in mode "chunked", the baseline of two streams: what is pulled,
-            multiplied and pushed one behind the other.
-        comm_sms: SMs that move rows beside a GEMM in mode "chunked", an even number; None: about
-            an eighth.
+        block_tokens: tokens of a token block, the unit that is reduced and pushed.
+        order: order of the down GEMM's tiles. "phases": whole rows, in the dispatch order
+            backwards. "columns" (COMET's): that walk once for each N-chunk of H.
+        num_phases: number of phases in the dispatch order. A tile belongs to the phase of its
+            farthest row. 1: one phase. n >= 2: local tiles, then n - 1 equal groups of remote
+            ranks, nearest first. More phases start sooner and read each expert's weights once per
+            phase.
+        raster_group: N-tiles that all M-tiles of an expert take before its next N-tiles; even.
+            None: as many as the L2 cache can hold (`plan.tile_order.best_raster_group`).
+        n_chunk: columns of H that are reduced and pushed together in order "columns"; a multiple
+            of block_n, and on "cuda" in mode "fused" of 256.
         gemm: on "cuda", "engine" (kernels_cu/gemm; block_m is 128 then) or "cublas".
-        num_comm0, num_comm1: CTAs of the fused layer0 and layer1 whose mover warps work; None, or
-            more than a launch has: all of them. Changes when rows move, never a result's bits.
+        pipeline_chunks: pieces of the dispatch order in mode "chunked". While one is multiplied,
+            the next is pulled and the last is pushed.
+        comm_sms: SMs that move rows beside a GEMM in mode "chunked"; even. None: about an eighth.
+        dispatch_ctas, combine_ctas: CTAs whose comm warps work, in the fused kernels
+            dispatch_gemm and gemm_combine. None, or more than a launch has: all of them.
 
     Raises:
         ValueError: naming the argument, its value and the rule.
@@ -45,96 +45,102 @@ class TileConfig:
     block_m: int = 128
     block_n: int = 128
     block_tokens: int = 64
-    layer1_order: str = "waves"
-    waves: int = 2
-    group: int | None = None
-    chunk: int = 256
+    order: str = "phases"
+    num_phases: int = 2
+    raster_group: int | None = None
+    n_chunk: int = 256
     gemm: str = "engine"
-    parts: int = 2
+    pipeline_chunks: int = 2
     comm_sms: int | None = None
-    num_comm0: int | None = None
-    num_comm1: int | None = None
+    dispatch_ctas: int | None = None
+    combine_ctas: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("block_m", "block_n", "block_tokens", "chunk", "waves", "parts"):
+        counts = ("block_m", "block_n", "block_tokens", "n_chunk", "num_phases", "pipeline_chunks")
+        for name in counts:
             object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=1))
-        for name in ("group", "num_comm0", "num_comm1", "comm_sms"):
+        for name in ("raster_group", "dispatch_ctas", "combine_ctas", "comm_sms"):
             if (value := getattr(self, name)) is not None:
-                even = name in ("group", "comm_sms")
+                even = name in ("raster_group", "comm_sms")
                 object.__setattr__(self, name, check_int(name, value, minimum=2 if even else 1))
                 if even and value % 2:
                     raise ValueError(f"{name} must be even (got {value})")
-        check_choice("layer1_order", self.layer1_order, LAYER1_ORDERS)
+        check_choice("order", self.order, ORDERS)
         check_choice("gemm", self.gemm, GEMMS)
         if self.block_n % ALIGNMENT:
             raise ValueError(f"block_n must be a multiple of {ALIGNMENT} (got {self.block_n})")
-        if self.chunk % self.block_n:
+        if self.n_chunk % self.block_n:
             raise ValueError(
-                f"chunk must be a multiple of block_n={self.block_n} (got {self.chunk})"
+                f"n_chunk must be a multiple of block_n={self.block_n} (got {self.n_chunk})"
             )
 
-    def best_mode(self, device: str, terms: int) -> str:
-        """What mode=None means; `terms` as for `check_on`."""
-        if device == "cuda" and (self.gemm != "engine" or terms > MOST_TERMS):
-            return "sequential"
-        return "fused"
+    def best_mode(self, device: str, addends: int) -> str:
+        """What mode=None means; `addends` as for `check_on`."""
+        for mode in MODES:
+            try:
+                self.check_on(device, mode, addends)
+            except ValueError:
+                continue
+            return mode
+        return MODES[0]  # which says what is wrong
 
-    def check_on(self, device: str, mode: str, terms: int) -> None:
-        """Raise ValueError for what that device's kernels cannot do.
+    def check_on(self, device: str, mode: str, addends: int) -> None:
+        """Whether a device can run a mode with this config: the one place that says so.
 
         Args:
-            terms: most that are added for one token: topk and the number of ranks.
+            addends: most rows and partial rows that are added for one token: topk + ranks.
+
+        Raises:
+            ValueError: naming the field, its value and the rule.
         """
-        if mode == "chunked":
-            if device != "cuda":
-                raise ValueError(
-                    f"mode must be 'fused' or 'sequential' on device={device!r} (got {mode!r})"
-                )
-            if self.gemm != "engine":
-                raise ValueError(f"gemm must be 'engine' in mode 'chunked' (got {self.gemm!r})")
-        if device == "cuda" and mode == "fused":
-            if terms > MOST_TERMS:
-                raise ValueError(
-                    f"topk + ranks must be at most {MOST_TERMS} on device='cuda' in mode 'fused' "
-                    f"(got {terms})"
-                )
-            if self.gemm != "engine":
-                raise ValueError(
-                    f"gemm must be 'engine' on device='cuda' in mode 'fused' (got {self.gemm!r})"
-                )
-            if self.layer1_order == "columns" and self.chunk % ENGINE_BLOCK_N:
-                raise ValueError(
-                    f"chunk must be a multiple of {ENGINE_BLOCK_N} on device='cuda' in mode "
-                    f"'fused' (got {self.chunk})"
-                )
-        if device == "cuda" and self.gemm == "engine" and self.block_m != ENGINE_BLOCK_M:
+        check_choice("mode", mode, MODES)
+        on_cuda, engine = device == "cuda", self.gemm == "engine"
+        if mode == "chunked" and not on_cuda:
             raise ValueError(
-                f"block_m must be {ENGINE_BLOCK_M} on device='cuda' with gemm='engine' "
+                f"mode must be 'fused' or 'sequential' on device={device!r} (got {mode!r})"
+            )
+        if mode == "fused" and on_cuda and addends > MAX_ADDENDS:
+            raise ValueError(
+                f"topk + ranks must be at most {MAX_ADDENDS} on device='cuda' in mode 'fused' "
+                f"(got {addends})"
+            )
+        if mode != "sequential" and on_cuda and not engine:
+            raise ValueError(
+                f"gemm must be 'engine' on device='cuda' in mode {mode!r} (got {self.gemm!r})"
+            )
+        columns = self.order == "columns"
+        if mode == "fused" and on_cuda and columns and self.n_chunk % BLOCK_N:
+            raise ValueError(
+                f"n_chunk must be a multiple of {BLOCK_N} on device='cuda' in mode 'fused' "
+                f"(got {self.n_chunk})"
+            )
+        if on_cuda and engine and self.block_m != BLOCK_M:
+            raise ValueError(
+                f"block_m must be {BLOCK_M} on device='cuda' with gemm='engine' "
                 f"(got {self.block_m})"
             )
 
     def last_distances(self, size: int) -> list[int]:
-        """The largest ring distance of each wave, among that many ranks."""
-        groups = min(self.waves, size) - 1
+        """The largest ring distance of each phase, among that many ranks."""
+        groups = min(self.num_phases, size) - 1
         if groups == 0:
             return [size - 1]
-        return [0] + [-(-wave * (size - 1) // groups) for wave in range(1, groups + 1)]
+        return [0] + [-(-phase * (size - 1) // groups) for phase in range(1, groups + 1)]
 
-    def num_chunks(self, hidden: int) -> int:
+    def num_n_chunks(self, hidden: int) -> int:
+        return 1 if self.order == "phases" else -(-hidden // self.n_chunk)
+
+    def n_chunks(self, hidden: int) -> list[tuple[int, int]]:
         """Column ranges of H that are reduced and pushed together."""
-        return 1 if self.layer1_order == "waves" else -(-hidden // self.chunk)
-
-    def chunks(self, hidden: int) -> list[tuple[int, int]]:
-        """Those ranges."""
-        width = hidden if self.layer1_order == "waves" else self.chunk
+        width = hidden if self.order == "phases" else self.n_chunk
         return _ranges(hidden, width)
 
     def n_tiles(self, begin: int, end: int) -> list[tuple[int, int]]:
-        """Column ranges of the GEMM tiles that cover [begin, end)."""
+        """Column ranges of the N-tiles that cover [begin, end), on the host."""
         return [(begin + lo, begin + hi) for lo, hi in _ranges(end - begin, self.block_n)]
 
     def token_blocks(self, max_tokens: int) -> int:
-        """Most blocks of tokens that one rank sends to one home."""
+        """Most token blocks that one rank sends to one home."""
         return -(-max_tokens // self.block_tokens)
 
 

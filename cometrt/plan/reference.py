@@ -139,8 +139,8 @@ class _RankTiles:
         index = np.arange(len(expert)) - first_tile[expert]
         last_row = np.minimum((index + 1) * block_m, rows[expert]) - 1
         distance = (upto[:, expert] <= last_row).sum(axis=0)  # of the tile's last row
-        wave = np.searchsorted(shape.config.last_distances(size), distance)
-        order = np.lexsort((index, expert, wave))
+        phase = np.searchsorted(shape.config.last_distances(size), distance)
+        order = np.lexsort((index, expert, phase))
         position = np.empty_like(order)
         position[order] = np.arange(len(order))
         return _RankTiles(
@@ -180,7 +180,7 @@ def _check_capacity(ranks: list[_RankTiles], shape: PlanShape) -> None:
 
 
 def too_many_rows(rank: int, need: int, shape: PlanShape) -> CapacityError:
-    # The capacity has room for as many pads as there can be, besides what the factor says.
+    # The capacity has room for as many padding as there can be, besides what the factor says.
     rows = need - shape.geometry.local_experts * (shape.config.block_m - 1)
     enough = math.ceil(100 * (rows / shape.balanced_rows)) / 100
     return CapacityError.build(rank=rank, need=need, capacity=shape.capacity, enough=enough)

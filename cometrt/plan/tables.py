@@ -32,8 +32,8 @@ class PlanShape:
         experts, block_m = self.geometry.local_experts, self.config.block_m
         if experts * block_m > _LARGEST:
             raise ValueError(
-                f"num_experts must keep the pads of a rank below 2**31 "
-                f"(got {experts} experts a rank, each with up to {block_m - 1} pads)"
+                f"num_experts must keep the padding of a rank below 2**31 "
+                f"(got {experts} experts a rank, each with up to {block_m - 1} padding)"
             )
         if pairs > _LARGEST or self.capacity > _LARGEST:
             raise ValueError(
@@ -57,7 +57,7 @@ class PlanShape:
 
     @property
     def capacity(self) -> int:
-        """Rows a rank holds: capacity_factor times the balanced count, plus pads; a multiple
+        """Rows a rank holds: capacity_factor times the balanced count, plus padding; a multiple
         of block_m, at most the worst case."""
         spec, block_m = self.geometry.spec, self.config.block_m
         local_experts = self.geometry.local_experts
@@ -96,7 +96,7 @@ class Plan:
 
     Rows, sorted by (local expert, ring distance of the source, token):
         expert_offsets [E_l + 1]: first row of each expert, a multiple of block_m; last, the end.
-        expert_rows [E_l]: real rows of each expert; the rest up to the next offset are pads.
+        expert_rows [E_l]: real rows of each expert; the rest up to the next offset are padding.
         row_pair [capacity]: pair of each row, -1 for a pad.
         row_weight [capacity] float32: router weight of each row, 0 for a pad.
         pair_row [W * max_tokens, K]: row of each pair that is computed here.
@@ -151,15 +151,15 @@ class Plan:
 
     @property
     def num_rows(self) -> int:
-        """Rows in use, pads included."""
+        """Rows in use, padding included."""
         return int(self.expert_offsets[-1])
 
-    def layer0_tiles(self) -> list[int]:
+    def dispatch_order(self) -> list[int]:
         return [int(tile) for tile in self.tile_order[: self.num_tiles[0]]]
 
-    def layer1_tiles(self) -> list[int]:
+    def combine_order(self) -> list[int]:
         """Layer0's order backwards: farthest source first, local tokens last."""
-        return self.layer0_tiles()[::-1]
+        return self.dispatch_order()[::-1]
 
     def pulls_of(self, position: int) -> np.ndarray:
         """Global tokens that the `position`-th tile of layer0 is the first to need."""

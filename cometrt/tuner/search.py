@@ -16,7 +16,7 @@ _log = logging.getLogger("cometrt")
 _PASSES = 2
 _GAIN = 0.01  # of the time: what changes less is taken for noise
 _CHUNKS = (512, 1024, 2048)  # columns
-_WAVES = (1, 2, 4)
+_NUM_PHASES = (1, 2, 4)
 _PARTS = (2, 4, 8)  # one CTA in so many moves rows
 
 Change = dict[str, Any]  # fields of a TileConfig
@@ -29,11 +29,11 @@ def candidates(base: TileConfig, spec: MoESpec, size: int, sms: int) -> list[lis
     out.
     """
     chunks = [chunk for chunk in _CHUNKS if chunk < spec.hidden]
-    orders: list[Change] = [{"layer1_order": "waves", "chunk": base.chunk}]
-    orders += [{"layer1_order": "columns", "chunk": chunk} for chunk in chunks]
+    orders: list[Change] = [{"order": "phases", "n_chunk": base.n_chunk}]
+    orders += [{"order": "columns", "n_chunk": chunk} for chunk in chunks]
     distances = {  # of equal ones the base's stays
-        tuple(TileConfig(waves=waves).last_distances(size)): {"waves": waves}
-        for waves in (*_WAVES, size, base.waves)
+        tuple(TileConfig(num_phases=num_phases).last_distances(size)): {"num_phases": num_phases}
+        for num_phases in (*_NUM_PHASES, size, base.num_phases)
     }
     grid = sms // 2 * 2  # at most
     square = max(2, math.isqrt(sms // 2) // 2 * 2)  # about as many columns as rows at one time
@@ -42,18 +42,18 @@ def candidates(base: TileConfig, spec: MoESpec, size: int, sms: int) -> list[lis
     return [
         orders,
         list(distances.values()),
-        [{"group": value} for value in groups],
-        [{"num_comm1": value} for value in movers],
-        [{"num_comm0": value} for value in movers],
+        [{"raster_group": value} for value in groups],
+        [{"combine_ctas": value} for value in movers],
+        [{"dispatch_ctas": value} for value in movers],
     ]
 
 
-def legal(base: TileConfig, change: Change, terms: int) -> TileConfig | None:
-    """The changed config, or None where the fused kernels cannot do it; terms: as for
+def legal(base: TileConfig, change: Change, addends: int) -> TileConfig | None:
+    """The changed config, or None where the fused kernels cannot do it; addends: as for
     `TileConfig.check_on`."""
     try:
         config = dataclasses.replace(base, **change)
-        config.check_on("cuda", "fused", terms)
+        config.check_on("cuda", "fused", addends)
     except ValueError:
         return None
     return config
@@ -62,7 +62,7 @@ def legal(base: TileConfig, change: Change, terms: int) -> TileConfig | None:
 def search(
     base: TileConfig,
     settings: list[list[Change]],
-    terms: int,
+    addends: int,
     time: Callable[[TileConfig], float],
 ) -> tuple[TileConfig, float]:
     """Coordinate descent from `base`: the best of each setting's candidates, all others kept.
@@ -79,7 +79,7 @@ def search(
         before = best
         for changes in settings:
             for change in changes:
-                config = legal(best, change, terms)
+                config = legal(best, change, addends)
                 if config is None or config in found:
                     continue
                 found[config] = time(config)

@@ -1,7 +1,7 @@
 """A world: ranks that meet, share memory, wait for each other with deadlines, and stop together.
 
-Each rank owns one *board* (flags, headers, failure records, a mailbox) and any number of named
-*segments*; every rank can read and write every board and segment. A subclass only says where
+Each rank owns one *control block* (flags, headers, failure records, a mailbox) and any number of named
+*regions*; every rank can read and write every control block and region. A subclass only says where
 that memory comes from (`_allocate`), how to order accesses to it (`fence`) and how a rank leaves.
 """
 
@@ -22,13 +22,13 @@ import numpy as np
 
 from cometrt.specs import check_timeout
 from cometrt.world.blas import pin_blas_threads, unpin_blas_threads
-from cometrt.world.board import board_dtype
-from cometrt.world.failure import KINDS, Failure, Wanted, failure_of
+from cometrt.world.collectives import allgather
+from cometrt.world.control_block import control_block_dtype
+from cometrt.world.failure import KINDS, Failure, WaitTarget, failure_of
 from cometrt.world.link import Link
-from cometrt.world.meetings import allgather
 from cometrt.world.one_call import OneCall
+from cometrt.world.regions import Regions
 from cometrt.world.reset import reset
-from cometrt.world.segments import Segments
 from cometrt.world.whereabouts import elsewhere
 
 if TYPE_CHECKING:
@@ -56,14 +56,14 @@ class World(abc.ABC):
         round: meetings so far, likewise.
         generation: the time between two resets that this rank is in, from 1.
         one_call: held during each call of the world or of a layer.
-        segments: the memory that peers reach.
+        regions: the memory that peers reach.
     """
 
     def __init__(self, rank: int, size: int, device: str, timeout_sec: float) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.timeout_sec = check_timeout(timeout_sec)
         self.epoch = 0
-        self.round = 0
+        self.sequence = 0
         self.num_layers = 0
         self.generation = 1
         self._num_allocations = 0
@@ -71,12 +71,12 @@ class World(abc.ABC):
         self._process_id = os.getpid()
         self._stop_lock, self._end_lock = threading.Lock(), threading.Lock()
         self.one_call = OneCall()
-        self.segments = Segments(self)
+        self.regions = Regions(self)
         self.gpu: DeviceMemory | None = None
         self.link: Link | None = None
-        dtype = board_dtype(size)
-        self.boards = [memory.view(dtype)[0] for memory in self._allocate(dtype.itemsize)]
-        self.board["generation"][0] = self.generation
+        dtype = control_block_dtype(size)
+        self.control_blocks = [memory.view(dtype)[0] for memory in self._allocate(dtype.itemsize)]
+        self.control_block["generation"][0] = self.generation
         pin_blas_threads()
         try:
             # Tells this world from others, in what outlives it.
@@ -121,8 +121,8 @@ class World(abc.ABC):
         return False
 
     @property
-    def board(self) -> Any:
-        return self.boards[self.rank]
+    def control_block(self) -> Any:
+        return self.control_blocks[self.rank]
 
     def allocate(self, nbytes: int) -> list[Any]:
         """Collective: zeroed memory of every rank on the world's device, in rank order: bytes, or
@@ -142,7 +142,7 @@ class World(abc.ABC):
     def wait(
         self,
         read: Callable[[], Any],
-        wanted: Wanted,
+        wanted: WaitTarget,
         *,
         even_if_stopped: bool = False,
         misplaced: Callable[[], str] = str,
@@ -153,7 +153,7 @@ class World(abc.ABC):
         Args:
             even_if_stopped: whether to wait in a stopped world too; nothing of it stops the world.
             misplaced: how the peer has called something else, or "".
-            absent: how the peer has gone and will not come, or ""; None: as its board says.
+            absent: how the peer has gone and will not come, or ""; None: as its control block says.
 
         Raises:
             PeerTimeout: after timeout_sec, or when the peer is absent; the world is stopped.
@@ -191,14 +191,14 @@ class World(abc.ABC):
         if self._is_forked():
             return
         with self._stop_lock:
-            if int(self.board["failure"][self.rank]["generation"]) == self.generation:
+            if int(self.control_block["failure"][self.rank]["generation"]) == self.generation:
                 return
             _log.error("rank %d stops the world: %s", self.rank, failure.text)
-            for board in self.boards:
-                failure.write(board["failure"][self.rank], self.generation)
+            for control_block in self.control_blocks:
+                failure.write(control_block["failure"][self.rank], self.generation)
             self.fence()
-            for board in self.boards:
-                board["abort"][0] = max(int(board["abort"][0]), self.generation)
+            for control_block in self.control_blocks:
+                control_block["abort"][0] = max(int(control_block["abort"][0]), self.generation)
             if self.gpu:
                 self.gpu.abort(self.generation)
 
@@ -225,13 +225,13 @@ class World(abc.ABC):
     @property
     def stopped(self) -> bool:
         """Whether a rank has stopped the world since its last reset, as far as this host knows."""
-        return int(self.board["abort"][0]) >= self.generation
+        return int(self.control_block["abort"][0]) >= self.generation
 
     def _failure(self) -> Failure:
         """The record that explains most: raised, mismatch, timeout; this rank's own first."""
         records = [
             Failure.read(record)
-            for record in self.board["failure"]
+            for record in self.control_block["failure"]
             if int(record["generation"]) >= self.generation
         ] or [Failure("timeout", self.rank, "it has said no reason")]
         return min(records, key=lambda f: (KINDS.index(f.kind), f.waiter != self.rank, f.waiter))
@@ -252,7 +252,7 @@ class World(abc.ABC):
 
     def next_epoch(self) -> int:
         self.epoch += 1
-        self.board["epoch"][0] = self.epoch
+        self.control_block["epoch"][0] = self.epoch
         return self.epoch
 
     def barrier(self) -> None:
@@ -292,13 +292,13 @@ class World(abc.ABC):
             try:
                 if self.gpu:
                     self.gpu.drain()
-                    self.board["epoch"][0] = self.gpu.read_epochs([self.rank])[0]
+                    self.control_block["epoch"][0] = self.gpu.read_epochs([self.rank])[0]
                 self._leave()
             except BaseException as error:
                 self._tell_left(error)
                 raise
             finally:
-                self.segments.clear()
+                self.regions.clear()
 
     def __enter__(self) -> World:
         return self
@@ -340,7 +340,7 @@ class World(abc.ABC):
             if not self.stopped:  # else the others know already, and from the source
                 self.stop_for(error)
         finally:
-            self.board["closing"][0] = -1
+            self.control_block["closing"][0] = -1
 
     def stop_for(self, error: BaseException, where: str = "", tile: int = -1) -> None:
         """Stop the world because this rank raised `error`; peers get it as PeerTimeout."""

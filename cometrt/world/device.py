@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cometrt.world.layout import MAX_RANKS, control_dtype
+from cometrt.world.layout import MAX_RANKS, device_control_block_dtype
 
 if TYPE_CHECKING:
     from cometrt.world.base import World
@@ -31,7 +31,7 @@ def _copy_stream(device_id: int) -> Any:
 
 
 class DeviceMemory:
-    """Segments on the device, and the control block, which is one of them.
+    """Regions on the device, and the control block, which is one of them.
 
     Attributes:
         control: address of each rank's control block.
@@ -60,7 +60,7 @@ class DeviceMemory:
         self.report: Any = None
         _reached_by_peers.add(self)
         self.captured = False
-        self.control = self.allocate(control_dtype.itemsize)
+        self.control = self.allocate(device_control_block_dtype.itemsize)
         self._control_field("generation").set(np.array([world.generation], np.uint64))
         cupy.cuda.get_current_stream().synchronize()
 
@@ -122,7 +122,7 @@ class DeviceMemory:
 
         runtime = cupy.cuda.runtime
         self._generation[0] = generation
-        offset = control_dtype.fields["abort"][1] + 8 * self._world.rank  # type: ignore[index]
+        offset = device_control_block_dtype.fields["abort"][1] + 8 * self._world.rank  # type: ignore[index]
         for pointer in self.control:
             runtime.memcpyAsync(
                 pointer + offset,
@@ -157,7 +157,7 @@ class DeviceMemory:
         import cupy
 
         runtime = cupy.cuda.runtime
-        offset = control_dtype.fields["epoch"][1]  # type: ignore[index]
+        offset = device_control_block_dtype.fields["epoch"][1]  # type: ignore[index]
         for rank in ranks:
             runtime.memcpyAsync(
                 self._epochs[rank:].ctypes.data,
@@ -187,7 +187,7 @@ class DeviceMemory:
         stream = cupy.cuda.get_current_stream()
         if self.last_call is not None:
             stream.wait_event(self.last_call)
-        offset = control_dtype.fields["held"][1]  # type: ignore[index]
+        offset = device_control_block_dtype.fields["held"][1]  # type: ignore[index]
         (self._control + offset).memset_async(0, 8, stream)
         self.last_call = stream.record(cupy.cuda.Event(disable_timing=True))
         self.last_call.synchronize()  # whatever stream the next call is on
@@ -216,5 +216,5 @@ class DeviceMemory:
         import cupy
 
         cupy.cuda.get_current_stream().synchronize()
-        offset = control_dtype.fields[name][1]  # type: ignore[index]
+        offset = device_control_block_dtype.fields[name][1]  # type: ignore[index]
         return cupy.ndarray((1,), cupy.uint64, self._control + offset)

@@ -1,4 +1,4 @@
-"""Why a world stopped: one record, written into every rank's board, read by all."""
+"""Why a world stopped: one record, written into every rank's control block, read by all."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Failure:
         return dataclasses.replace(self, text=text)
 
     def write(self, record: Any, generation: int) -> None:
-        """Into one board's slot; the generation last, it makes the record valid."""
+        """Into one control block's slot; the generation last, it makes the record valid."""
         record["kind"] = KINDS.index(self.kind)
         record["flag"] = FLAGS.index(self.flag)
         for name in _PLACE:
@@ -94,7 +94,7 @@ def failure_of(rank: int, error: BaseException, where: str, tile: int, epoch: in
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class WaitTarget:
     """What a wait waits for: `flag`, set by rank `peer`, to reach `expected`."""
 
     flag: str

@@ -20,7 +20,7 @@ header_dtype = np.dtype(
 # On the device: comm/world.cuh.
 MAX_RANKS = 64  # kMaxRanks of comm/world.cuh
 record_dtype = np.dtype([(name, np.int64) for name in FAILURE_NUMBERS])
-control_dtype = np.dtype(
+device_control_block_dtype = np.dtype(
     [
         ("source_ready", np.uint64, MAX_RANKS),
         ("header", header_dtype, (2, MAX_RANKS)),

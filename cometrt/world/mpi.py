@@ -19,7 +19,7 @@ from cometrt.errors import CometError, PeerTimeout
 from cometrt.specs import check_int, check_timeout
 from cometrt.world import ipc
 from cometrt.world.base import World
-from cometrt.world.failure import SLOW, Wanted
+from cometrt.world.failure import SLOW, WaitTarget
 from cometrt.world.partitions import check_gpu
 from cometrt.world.reset import end_device_waits
 from cometrt.world.shared import share
@@ -30,15 +30,15 @@ class MPIWorld(World):
     """A rank of `connect`."""
 
     def __init__(self, comm: Any, device: str, timeout_sec: float) -> None:
-        """Collective; uses `comm`, whose ranks are all here, only for the boards."""
+        """Collective; uses `comm`, whose ranks are all here, only for the control_blocks."""
         self._allgather_by_mpi = comm.allgather
         self._fence = threading.Lock()
         super().__init__(comm.Get_rank(), comm.Get_size(), device, timeout_sec)
         # Also when the script ends, or drops the world, without closing it.
-        self._left = weakref.finalize(self, _tell_left, self.board, os.getpid())
+        self._left = weakref.finalize(self, _tell_left, self.control_block, os.getpid())
 
     def _allocate(self, nbytes: int) -> list[np.ndarray]:
-        if self._num_allocations == 0:  # the boards themselves: no mailbox yet
+        if self._num_allocations == 0:  # the control blocks themselves: no mailbox yet
             return share(nbytes, self._allgather_by_mpi)
         return share(nbytes, functools.partial(self.allgather, purpose="shared memory"))
 
@@ -77,10 +77,10 @@ class MPIWorld(World):
 
     def _close_together(self, step: int) -> None:
         """Until all ranks have come to that step of closing; at once if one of them will not."""
-        self.board["closing"][0] = step
+        self.control_block["closing"][0] = step
 
         def come(peer: int) -> int:
-            closing = int(self.boards[peer]["closing"][0])
+            closing = int(self.control_blocks[peer]["closing"][0])
             return step if closing < 0 else closing
 
         def look() -> str:
@@ -89,18 +89,18 @@ class MPIWorld(World):
             return ""
 
         for peer in range(self.size):
-            wanted = Wanted("close", peer, step)
+            wanted = WaitTarget("close", peer, step)
             here = functools.partial(come, peer)
             self.wait(here, wanted, even_if_stopped=True, absent=look)
-            if self.boards[peer]["closing"][0] < 0:
+            if self.control_blocks[peer]["closing"][0] < 0:
                 failure = self._failure()
                 first = failure.waiter if failure.kind == "raised" else peer
                 raise failure.error(f"rank {first} left without closing: ")
 
 
-def _tell_left(board: Any, process_id: int) -> None:
+def _tell_left(control_block: Any, process_id: int) -> None:
     if os.getpid() == process_id:
-        board["closing"][0] = -1
+        control_block["closing"][0] = -1
 
 
 def connect(comm: Any, device: str, *, timeout_sec: float = 30.0, gpu: int | None = None) -> World:

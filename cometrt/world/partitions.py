@@ -84,62 +84,64 @@ def _new_stream(context: Any) -> Any:
     return cupy.cuda.Stream.from_external(_StreamHandle(int(handle), context))
 
 
-def side_stream(number: int = 0) -> Any:
+def auxiliary_stream(number: int = 0) -> Any:
     """Another stream on the SMs that this thread's kernels run on, of several by number. Made when
     first asked for (each takes one of the few hardware queues) and kept as long as the process.
     Threads without a partition share theirs."""
     import cupy
 
-    partition = getattr(_seats, "partition", None)
+    partition = getattr(_current, "partition", None)
     if partition is None:
         partition = _whole_gpu(cupy.cuda.Device().id)
     key = (partition.device_id, partition.stream.ptr, number)
-    if key not in _side_streams:
-        _side_streams[key] = _new_stream(partition.context)
-    return _side_streams[key]
+    if key not in _auxiliary_streams:
+        _auxiliary_streams[key] = _new_stream(partition.context)
+    return _auxiliary_streams[key]
 
 
-_side_streams: dict[tuple[int, int, int], Any] = {}  # by device, the partition's stream, number
+_auxiliary_streams: dict[
+    tuple[int, int, int], Any
+] = {}  # by device, the partition's stream, number
 
 
 @contextlib.contextmanager
-def seat(partition: Partition) -> Iterator[None]:
+def use_partition(partition: Partition) -> Iterator[None]:
     """Within it this thread works on the partition's device and stream."""
     import cupy
 
-    before = getattr(_seats, "partition", None)
+    before = getattr(_current, "partition", None)
     with cupy.cuda.Device(partition.device_id), partition.stream:
-        _seats.partition = partition
+        _current.partition = partition
         try:
             yield
         finally:
-            _seats.partition = before
+            _current.partition = before
 
 
 @contextlib.contextmanager
-def _rank_seat(partition: Partition) -> Iterator[None]:
-    """As `seat`, until the partition's work is done."""
-    with seat(partition):
+def _rank_partition(partition: Partition) -> Iterator[None]:
+    """As `use_partition`, until the partition's work is done."""
+    with use_partition(partition):
         try:
             yield
         finally:
             partition.stream.synchronize()
 
 
-_seats = threading.local()
+_current = threading.local()
 _MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
 _ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled: by an earlier spawn, or by CuPy
 
 
 def ranks_share_gpu(ranks: int, link: str | None) -> bool:
-    """Whether `gpu_seats` makes them partitions: a modelled link lies between those alone."""
+    """Whether `rank_partitions` makes them partitions: a modelled link lies between those alone."""
     import cupy
 
     enough = cupy.cuda.runtime.getDeviceCount() >= ranks
     return ranks > 1 and (link is not None or not enough)
 
 
-def gpu_seats(ranks: int, *, share: bool) -> list[contextlib.AbstractContextManager[None]]:
+def rank_partitions(ranks: int, *, share: bool) -> list[contextlib.AbstractContextManager[None]]:
     """For each rank's thread: a partition of the first GPU, or a GPU of its own.
 
     Raises:
@@ -151,7 +153,7 @@ def gpu_seats(ranks: int, *, share: bool) -> list[contextlib.AbstractContextMana
         partitions = [_whole_gpu(device_id) for device_id in range(ranks)]
         for device_id in range(ranks):
             _reach_peers(device_id, ranks)
-    return [_rank_seat(partition) for partition in partitions]
+    return [_rank_partition(partition) for partition in partitions]
 
 
 def _reach_peers(device_id: int, ranks: int) -> None:
@@ -205,7 +207,7 @@ def check_gpu(device_id: int) -> None:
 
 def num_sms() -> int:
     """SMs that this thread's kernels run on."""
-    partition = getattr(_seats, "partition", None)
+    partition = getattr(_current, "partition", None)
     return partition.num_sms if partition is not None else gpu_sms()
 
 

@@ -17,14 +17,14 @@ from cometrt.errors import first_original
 from cometrt.specs import check_choice, check_int, check_timeout
 from cometrt.world.base import World
 from cometrt.world.blas import pin_blas_threads, unpin_blas_threads
-from cometrt.world.failure import Wanted
+from cometrt.world.failure import WaitTarget
 from cometrt.world.link import LINKS, link_share
 from cometrt.world.partitions import (
     check_driver,
     check_gpu,
-    gpu_seats,
     gpu_sms,
     num_sms,
+    rank_partitions,
     ranks_share_gpu,
 )
 
@@ -60,7 +60,7 @@ class ThreadWorld(World):
             ranks[self.rank] = memory
         how = {} if self._num_allocations else _WITHOUT_BOARDS  # these come first
         for peer in range(self.size):
-            wanted = Wanted("rendezvous", peer, 1)
+            wanted = WaitTarget("rendezvous", peer, 1)
             self.wait(functools.partial(ranks.__contains__, peer), wanted, **how)
         with self._process.lock:  # every rank has taken all earlier ones
             for number in [n for n in self._process.allocations if n < self._num_allocations]:
@@ -85,7 +85,7 @@ class ThreadWorld(World):
         pass  # of this process: freed with it
 
     def _leave(self) -> None:
-        self.board["closing"][0] = 1
+        self.control_block["closing"][0] = 1
         self._leave_at_once()
 
     def _leave_at_once(self) -> None:
@@ -168,7 +168,9 @@ def _run_ranks(
     on_host = device == "host"
     for gpu in [] if on_host else [0] if shares_gpu else range(ranks):
         check_gpu(gpu)
-    seats = [contextlib.nullcontext()] * ranks if on_host else gpu_seats(ranks, share=shares_gpu)
+    seats = (
+        [contextlib.nullcontext()] * ranks if on_host else rank_partitions(ranks, share=shares_gpu)
+    )
     process = _Process(ranks, shares_gpu)
     results: list[Any] = [None] * ranks
     errors: list[tuple[float, BaseException]] = []

@@ -1,4 +1,4 @@
-"""Where a peer is that does not come: what its board says, in words for users.
+"""Where a peer is that does not come: what its control block says, in words for users.
 
 Each function returns a text, or nothing where it does not hold. What a peer did before it went
 shows only after a fence: a caller looks again then whether what it waits for has come.
@@ -16,7 +16,7 @@ _EXCHANGES = ("layer.forward", "layer.backward")
 
 def gone(world: World, peer: int) -> str:
     """The peer has closed or left the world, and comes to nothing any more."""
-    closing = int(world.boards[peer]["closing"][0])
+    closing = int(world.control_blocks[peer]["closing"][0])
     if not closing:
         return ""
     return _text(world, peer, "has closed the world" if closing > 0 else "has left the world")
@@ -24,14 +24,14 @@ def gone(world: World, peer: int) -> str:
 
 def elsewhere(world: World, peer: int) -> str:
     """The peer has gone, or waits for this rank in ``world.reset()``."""
-    if int(world.boards[peer]["reset_request"][0]) > world.generation:
+    if int(world.control_blocks[peer]["reset_request"][0]) > world.generation:
         return _text(world, peer, "called world.reset()")
     return gone(world, peer)
 
 
 def meeting(world: World, peer: int) -> str:
     """This rank waits for the peer in an exchange, and the peer has gone to a meeting."""
-    if int(world.boards[peer]["round"][0]) <= world.round:
+    if int(world.control_blocks[peer]["sequence"][0]) <= world.sequence:
         return ""
     text = _text(world, peer, "went to a meeting (a layer made, a barrier)")
     return f"ranks called different things: {text}"
@@ -39,7 +39,7 @@ def meeting(world: World, peer: int) -> str:
 
 def exchanging(world: World, peer: int) -> str:
     """This rank waits for the peer in a meeting, and the peer has gone on to an exchange."""
-    epoch = int(world.boards[peer]["epoch"][0])
+    epoch = int(world.control_blocks[peer]["epoch"][0])
     if epoch <= world.epoch:
         return ""
     return (
@@ -55,7 +55,7 @@ def ordinal(number: int) -> str:
 
 
 def _text(world: World, peer: int, did: str) -> str:
-    calls = int(world.boards[peer]["epoch"][0])
+    calls = int(world.control_blocks[peer]["epoch"][0])
     if world.one_call.name in _EXCHANGES:
         here = f"is in its {ordinal(max(world.epoch, calls + 1))} call"
     else:

@@ -26,8 +26,9 @@ enum EventKind : u16 {
 
 // A CTA's lanes: first threads of its first five warps, then their second ones, and so on. Warp 0
 // loads, 2 and 3 move rows, and in the end 0 and 1 too, 4 is_elected for all that multiply.
-constexpr int kTracedWarps = 5, kTraceLanes = 3 * kTracedWarps;
-constexpr int kEventsOfLane = 511;
+constexpr int kTracedWarps = 5, kTraceLanes = COMETRT_TRACE_LANES;
+constexpr int kEventsOfLane = COMETRT_TRACE_EVENTS;
+static_assert(kTraceLanes == 3 * kTracedWarps);
 
 // Mirrored, as is TraceLane, in cometrt/kernels/params.py.
 struct alignas(16) TraceEvent {

@@ -83,6 +83,9 @@ struct Roles {
 
 }  // namespace
 
+// Dynamic shared memory, which the host reads from the compiled file.
+extern "C" __constant__ const int shared_bytes = sizeof(Memory);
+
 // Grid: an even number of CTAs, of which any number may be resident: CTAs take tiles and pulls as
 // they come. As many dispatch warps work as `num_comm` CTAs have, the first that arrive. They wait
 // for no tile, so that one of them is enough for every tile to get its rows.

@@ -80,6 +80,9 @@ struct Roles {
 
 }  // namespace
 
+// Dynamic shared memory, which the host reads from the compiled file.
+extern "C" __constant__ const int shared_bytes = sizeof(Memory);
+
 // Grid: as in dispatch_gemm. As many combine warps work, and as many helpers, as `num_comm` CTAs
 // have; ranks may differ. All make progress: tiles wait for no combine warp; a push waits for tiles
 // of this rank; a home sum waits for pushes of its N-chunk, which every warp of every rank comes to

@@ -14,7 +14,8 @@ constexpr int kSumColumns = 1024;                 // of one row, in a stage
 constexpr int kSumStages = 3, kRowsPerStage = 2;  // one stage is added while the others load
 constexpr int kVectors = kSumColumns / 256;       // of eight columns, a lane
 constexpr int kVectorsAhead = TRACE ? 2 : 3;      // a trace leaves no registers for more
-constexpr int kMaxAddends = 128;  // of a batch of tokens; a token has topk + ranks at most
+constexpr int kMaxAddends =
+    COMETRT_MAX_ADDENDS;  // of a batch of tokens; a token has topk + ranks at most
 constexpr int kAddendsPerLane = kMaxAddends / 32;
 constexpr int kRowsAtOnce = 8;  // of a token: their loads are issued together
 

@@ -32,6 +32,9 @@ struct Roles {
 
 }  // namespace
 
+// Dynamic shared memory, which the host reads from the compiled file.
+extern "C" __constant__ const int shared_bytes = sizeof(Shared);
+
 // Grid: an even number of CTAs, at most as many as run at once. Dynamic shared memory: Shared.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     grouped_gemm(const __grid_constant__ GemmParams p, const __grid_constant__ TensorMap a_map,

@@ -5,7 +5,8 @@
 
 namespace cometrt {
 
-constexpr int kTokenTile = 128;  // tokens that a block counts or places: one a thread
+constexpr int kTokenTile =
+    COMETRT_TOKEN_TILE;  // tokens that a block counts or places: one a thread
 constexpr int kWarps = kTokenTile / 32;
 constexpr u32 kNever = 0xffffffffu;
 constexpr int kPairsAtOnce = 8, kRowsAtOnce = 4;

@@ -27,7 +27,7 @@ using namespace cometrt;
 
 namespace {
 
-constexpr int kBlocksPerSm = 6;               // as many as get by without spills
+constexpr int kBlocksPerSm = COMETRT_PLAN_BLOCKS_PER_SM;
 constexpr u64 kPlanAloneNs = 10000000000ull;  // the deadline of `plan`, which has no world
 
 // What a block's threads share.
@@ -188,7 +188,7 @@ struct PlanOfCall {
   __device__ bool wait(PlanStep step, const u32* flag, u32 count) const {
     return wait_until(
         params.world, {kPlanStep, params.world.rank, step, -1}, params.world.epoch(), count,
-        [&] { return load_acquire_gpu(flag); }, 2);
+        [&] { return load_acquire_gpu(flag); }, COMETRT_PLAN_PATIENCE);
   }
   // Of each GEMM's order. Every share reads the whole plan and writes a part of the list.
   __device__ int num_order_shares() const {

@@ -5,7 +5,7 @@
 
 namespace cometrt {
 
-constexpr int kMaxRanks = 64;
+constexpr int kMaxRanks = COMETRT_MAX_RANKS;
 
 struct Header {
   long long epoch, operation, layer, spec_hash, forward_epoch, num_tokens;

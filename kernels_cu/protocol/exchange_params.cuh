@@ -34,9 +34,10 @@ struct TracedExchangeState : ExchangeState {
 // Numbers of REPORTS in cometrt/cuda/report.py.
 enum ReportKind : u64 { kNothing, kWrongRouting, kNoForward, kStopped, kStaleGraph };
 
-constexpr int kNumReports = 2;  // the first for calls that hold later ones, the second for others
+constexpr int kNumReports =
+    COMETRT_NUM_REPORTS;  // the first for calls that hold later ones, the second for others
 
-constexpr int kMostReportedIds = 1024;
+constexpr int kMaxTopk = COMETRT_MAX_TOPK;
 
 // In the host's memory, kNumReports for all layers of a world: the first call that failed since the
 // host last read it; then the host sets `kind` to 0 again. Mirrored by call_report_dtype.
@@ -46,11 +47,12 @@ struct ExchangeReport {
   long long layer, operation;
   u64 wrong_pair, largest_need;  // as PlanProgress has them
   float wrong_weight;
-  int wrong_ids[kMostReportedIds + 1];  // of the pair's token, [topk]
+  int wrong_ids[kMaxTopk + 1];  // of the pair's token, [topk]
 };
 
 // Roles that a launch argument limits. The first warps that arrive take them.
 enum Arrivals : int { kPullers, kCombiners, kHelpers, kNumArrivals };
+static_assert(kNumArrivals == COMETRT_NUM_ARRIVALS);
 
 struct ExchangeParams {
   World world;

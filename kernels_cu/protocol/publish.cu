@@ -6,6 +6,7 @@ using namespace cometrt;
 
 namespace {
 
+constexpr int kPublishThreads = 512, kThreads = 256;
 constexpr int kVectorsAtOnce = 4;  // loads that are issued together
 
 // By all threads of the grid; a multiple of 16 bytes.
@@ -100,7 +101,7 @@ __device__ void write_report(const ExchangeParams& params, ReportKind kind) {
     if (plan.wrong_pair != 0) {
       const long long pair = ~plan.wrong_pair, first = pair / params.g.topk * params.g.topk;
       report.wrong_weight = params.all_weights[pair];
-      for (int k = 0; k < min(params.g.topk, kMostReportedIds); ++k) {
+      for (int k = 0; k < min(params.g.topk, kMaxTopk); ++k) {
         report.wrong_ids[k] = params.all_ids[first + k];
       }
     }
@@ -166,7 +167,8 @@ __device__ void publish_share(const ExchangeParams& params, u64 epoch) {
 // no block waits for another. An inert call writes nothing there: peers that go on for a while may
 // still read what the last one published. If the world stops meanwhile, the call is inert as soon
 // as one warp has seen it. `prepare` (forward) and `agree` (backward) acquire source_ready.
-extern "C" __global__ void publish(const __grid_constant__ ExchangeParams params) {
+extern "C" __global__ void __launch_bounds__(kPublishThreads)
+    publish(const __grid_constant__ ExchangeParams params) {
   __shared__ u32 before;
   const u64 epoch = params.world.epoch() + 1;
   ExchangeStatus status = Standing(params).status(params);
@@ -184,7 +186,8 @@ extern "C" __global__ void publish(const __grid_constant__ ExchangeParams params
 }
 
 // One CTA: waits for all ranks, and sets `ok` if all make the same call. Acquires source_ready.
-extern "C" __global__ void agree(const __grid_constant__ ExchangeParams params) {
+extern "C" __global__ void __launch_bounds__(kThreads)
+    agree(const __grid_constant__ ExchangeParams params) {
   if (params.state->status != kActive) return;
   for (int s = threadIdx.x; s < params.world.size; s += blockDim.x) wait_source(params, s);
   __syncthreads();
@@ -194,7 +197,8 @@ extern "C" __global__ void agree(const __grid_constant__ ExchangeParams params) 
 // The end of an exchange. If the call failed or was inert, or the world has stopped, its results
 // are NaN and the host gets a report. Each block decides for itself, since the world may stop
 // meanwhile; the first that writes NaN reports.
-extern "C" __global__ void finish(const __grid_constant__ ExchangeParams params) {
+extern "C" __global__ void __launch_bounds__(kThreads)
+    finish(const __grid_constant__ ExchangeParams params) {
   __shared__ bool failed;
   if (threadIdx.x == 0) {
     const bool stopped = params.world.stopped();

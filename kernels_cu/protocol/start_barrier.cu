@@ -4,7 +4,7 @@
 
 using namespace cometrt;
 
-extern "C" __global__ void start_barrier(const u64* open, u64 timeout_ns) {
+extern "C" __global__ void __launch_bounds__(1) start_barrier(const u64* open, u64 timeout_ns) {
   const u64 deadline = global_timer_ns() + timeout_ns;
   while (load_acquire_sys(open) == 0 && global_timer_ns() < deadline) __nanosleep(1000);
 }

@@ -6,8 +6,9 @@
 
 namespace cometrt {
 
-constexpr int BLOCK_M = 128, BLOCK_N = 256, BLOCK_K = 64;
-constexpr int kClusterSize = 2;
+// From cometrt/kernels/constants.py, as all COMETRT_ macros.
+constexpr int BLOCK_M = COMETRT_BLOCK_M, BLOCK_N = COMETRT_BLOCK_N, BLOCK_K = COMETRT_BLOCK_K;
+constexpr int kClusterSize = COMETRT_CLUSTER_SIZE;
 
 // What a CTA loads of an operand: one multicast half for both CTAs, or both halves for itself
 // alone.
@@ -19,7 +20,7 @@ struct WorkTile {
   int m_tile;  // -1: this CTA has nothing to do, while its neighbour has
   int n_tile;
   int expert;
-  u16 rows;  // of the M-tile, without padding
+  u16 rows;    // of the M-tile, without padding
   u16 packed;  // Half of A in bits 0 and 1, of B in bits 2 and 3; its problem from bit 4 on
 
   __device__ u32 a() const { return packed & 3; }

@@ -13,7 +13,7 @@ using namespace cometrt;
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kPullWarps = 4;
+constexpr int kPullWarps = COMETRT_PULL_WARPS;
 constexpr int kPushThreads = 768;  // fill an SM, so that a GEMM beside them gets whole SMs
 constexpr int kVectorsAtOnce = 4;  // of eight columns, a lane
 

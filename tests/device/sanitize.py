@@ -42,11 +42,11 @@ else:
     for ranks in RANKS:
         if ranks[0] == ranks_wanted:
             for mode, save, order, gemm in (
-                ("fused", "rows", "waves", "engine"),
+                ("fused", "rows", "phases", "engine"),
                 ("fused", "z", "columns", "engine"),
-                ("sequential", "rows", "waves", "engine"),
+                ("sequential", "rows", "phases", "engine"),
                 ("sequential", "z", "columns", "cublas"),
-                ("chunked", "rows", "waves", "engine"),
+                ("chunked", "rows", "phases", "engine"),
             ):
                 case = Case(ranks, "skewed", save=save, order=order, mode=mode, gemm=gemm)
                 spawn_case(case, 1, "cuda")

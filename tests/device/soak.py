@@ -40,7 +40,7 @@ REPORT_SEC = 10
 class Model:
     """A shape of layer with its weights, equal on all ranks."""
 
-    def __init__(self, name, size, seed, *, order, waves=2, tp=1, **shape):
+    def __init__(self, name, size, seed, *, order, num_phases=2, tp=1, **shape):
         self.name, tp = name, tp if size % tp == 0 else 1
         self.spec = spec = cometrt.MoESpec(
             num_experts=4 * size // tp,
@@ -48,7 +48,7 @@ class Model:
             capacity_factor=4.0 * size,  # every routing fits
             **shape,
         )
-        self.config = cometrt.TileConfig(block_tokens=16, layer1_order=order, waves=waves)
+        self.config = cometrt.TileConfig(block_tokens=16, order=order, num_phases=num_phases)
         rng = np.random.default_rng(seed)
         self.weights = [
             (rng.standard_normal(s, np.float32) / np.sqrt(s[2])).astype(spec.numpy_dtype)
@@ -65,8 +65,8 @@ def make_models(size):
     shape = {"hidden": 528, "intermediate": 144, "topk": 3, "max_tokens": 150}
     wide = {"hidden": 2064, "intermediate": 96, "topk": 4, "max_tokens": 100}
     return [
-        Model("waves", size, 0, order="waves", **shape),
-        Model("columns", size, 1, order="columns", waves=3, **shape),
+        Model("phases", size, 0, order="phases", **shape),
+        Model("columns", size, 1, order="columns", num_phases=3, **shape),
         Model("wide", size, 2, order="columns", tp=2, **wide),
     ]
 

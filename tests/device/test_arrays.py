@@ -241,16 +241,16 @@ def test_saved_fits_a_layer_whose_config_says_only_who_does_what_when():
         _, saved = rank.forward()
         shape = rank.layer._shape
         for change in (
-            {"num_comm0": 1}, {"num_comm1": 2}, {"group": 2}, {"layer1_order": "columns"},
-            {"chunk": 512}, {"parts": 4}, {"comm_sms": 4},
+            {"dispatch_ctas": 1}, {"combine_ctas": 2}, {"raster_group": 2}, {"order": "columns"},
+            {"n_chunk": 512}, {"pipeline_chunks": 4}, {"comm_sms": 4},
         ):  # fmt: skip
             config = dataclasses.replace(CASE.config, **change)
             assert dataclasses.replace(shape, config=config).digest == shape.digest
-        for change in ({"block_m": 16}, {"block_tokens": 4}, {"waves": 1}):
+        for change in ({"block_m": 16}, {"block_tokens": 4}, {"num_phases": 1}):
             config = dataclasses.replace(CASE.config, **change)
             assert dataclasses.replace(shape, config=config).digest != shape.digest
         rank.layer._shape = dataclasses.replace(
-            shape, config=dataclasses.replace(CASE.config, num_comm0=1, num_comm1=2)
+            shape, config=dataclasses.replace(CASE.config, dispatch_ctas=1, combine_ctas=2)
         )
         again = rank.layer.backward(rank.dy, saved)
         rank.layer.synchronize()

@@ -52,7 +52,7 @@ def test_every_routing(ranks, parts):
     compare(Case(ranks, gemm="engine"), parts, ROUTINGS)
 
 
-@pytest.mark.parametrize("order", ["waves", "columns"])
+@pytest.mark.parametrize("order", ["phases", "columns"])
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 1), (4, 1), (4, 4)], ids=str)
 def test_many_tiles(ranks, parts, order, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 from cometrt.activations import ACTIVATIONS, activate
 from cometrt.kernels.compiler import compile_cubin, kernels_folder
-from cometrt.plan.turns import make_turns, work_item_dtype
+from cometrt.plan.tile_order import make_tile_order, work_tile_dtype
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +38,7 @@ def tiles_of(rows, seed=0):
     tables = {name: np.asarray(table, np.int32) for name, table in tables.items()}
     return types.SimpleNamespace(
         **tables,
-        layer0_tiles=lambda: [int(tile) for tile in order],
+        dispatch_order=lambda: [int(tile) for tile in order],
         num_rows=int(offsets[-1]),
     )
 
@@ -60,16 +60,16 @@ def on_gpu(tiles):
     tuple(np.random.default_rng(s).integers(0, 700, 40)) for s in range(3)] + [(300,) * 700],
     ids=lambda rows: f"{len(rows)}experts{sum(rows)}rows")  # fmt: skip
 def test_turns_are_those_of_numpy(rows, columns, group, parts, backwards, chunk):
-    from cometrt.cuda.engine import order_turns
+    from cometrt.cuda.engine import order_tiles
 
     tiles = tiles_of(rows, seed=len(rows))
-    how = {"backwards": backwards, "chunk": chunk, "group": group}
-    all_turns = order_turns(on_gpu(tiles), columns, parts=parts, **how)
+    how = {"backwards": backwards, "n_chunk": chunk, "raster_group": group}
+    all_turns = order_tiles(on_gpu(tiles), columns, parts=parts, **how)
     for index in range(parts):
-        expected = make_turns(tiles, columns, part=(index, parts), **how)
+        expected = make_tile_order(tiles, columns, part=(index, parts), **how)
         turns = all_turns.part(index)
         assert turns.counts.tolist() == [len(expected), 0, 0]
-        found = turns.items.get().view(work_item_dtype).reshape(-1, 2)[: len(expected)]
+        found = turns.items.get().view(work_tile_dtype).reshape(-1, 2)[: len(expected)]
         assert (found == expected).all()
 
 
@@ -100,10 +100,10 @@ class Problem:
         self.z = cp.full((len(a), parts * columns), np.nan, bf16)
 
     def run(self, write_z):
-        from cometrt.cuda.engine import GroupedGemm, order_turns
+        from cometrt.cuda.engine import GroupedGemm, order_tiles
 
         gemm = GroupedGemm(self.activation, write_z=write_z)
-        turns = order_turns(on_gpu(self.tiles), gemm.column_tiles(self.b.shape[1]))
+        turns = order_tiles(on_gpu(self.tiles), gemm.num_n_tiles(self.b.shape[1]))
         self.out.fill(np.nan)
         self.z.fill(np.nan)
         gemm(self.a, self.b, self.out, turns, z=self.z if write_z else None)
@@ -117,7 +117,7 @@ class Problem:
                 assert np.isnan(array.astype(np.float32)).all()
                 continue
             assert np.isnan(array[used:].astype(np.float32)).all(), f"{name} beyond the tiles"
-            assert (array[:used][~self.real[:used]] == 0).all(), f"pads of {name}"
+            assert (array[:used][~self.real[:used]] == 0).all(), f"padding of {name}"
         if self.activation is None:
             assert error_of(out[self.real], self.z64[self.real]) < 3e-3
             return
@@ -166,11 +166,11 @@ def test_results_leave_while_the_next_tile_is_multiplied(inner):
 
 
 def test_turns_serve_many_launches():
-    from cometrt.cuda.engine import GroupedGemm, order_turns
+    from cometrt.cuda.engine import GroupedGemm, order_tiles
 
     problem = Problem((200, 77, 400), 272, 192, None)
     gemm = GroupedGemm()
-    turns = order_turns(on_gpu(problem.tiles), gemm.column_tiles(problem.b.shape[1]))
+    turns = order_tiles(on_gpu(problem.tiles), gemm.num_n_tiles(problem.b.shape[1]))
     first = problem.run(False)[0].tobytes()
     for _ in range(20):
         problem.out.fill(np.nan)
@@ -198,12 +198,12 @@ def test_partitions(count):
     # Of 32, 16 and 8 SMs on a GPU of 132: all busy at once.
     import cupy as cp
 
-    from cometrt.world.partitions import seat, split_gpu
+    from cometrt.world.partitions import split_gpu, use_partition
 
     problem = Problem((300, 20, 700), 400, 528, None)
     cp.cuda.Device().synchronize()
     for part in split_gpu(count):
-        with seat(part):
+        with use_partition(part):
             problem.check(False)
 
 

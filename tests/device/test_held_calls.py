@@ -229,13 +229,13 @@ def test_a_late_abort_of_an_old_generation_hides_no_newer_one():
     def fn(world):
         import cupy
 
-        from cometrt.world.layout import control_dtype
+        from cometrt.world.layout import device_control_block_dtype
 
         rank = Rank(world, inputs, CASE.spec, CASE.config, "fused")
         rank.step()
         for _ in range(3):
             world.reset()
-        address = world.gpu.control[world.rank] + control_dtype.fields["abort"][1]
+        address = world.gpu.control[world.rank] + device_control_block_dtype.fields["abort"][1]
         memory = cupy.cuda.UnownedMemory(address, 8 * 64, world)
         aborts = cupy.ndarray((64,), cupy.uint64, cupy.cuda.MemoryPointer(memory, 0))
         aborts[:4] = world.generation - 1  # late ones of the last generation stop nothing

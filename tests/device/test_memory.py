@@ -54,8 +54,8 @@ def test_memory_is_what_is_allocated(mode, gemm, save):
         _, saved = rank.forward(out=y)
         _, backward, _ = used_by(lambda: rank.layer.backward(rank.dy, saved, out=grads))
         rank.layer.synchronize()
-        segments = ("data", "flags", "routing0", "routing1")
-        heap = sum(world.segments.nbytes(name) for name in segments)
+        regions = ("data", "flags", "routing0", "routing1")
+        heap = sum(world.regions.nbytes(name) for name in regions)
         *arrays, _, _ = saved
         return held, inference, forward - kept, backward, heap, sum(a.nbytes for a in arrays)
 
@@ -77,16 +77,16 @@ def test_memory_goes_with_the_layers_that_needed_it(ranks):
 
     def fn(world):
         rank = Rank(world, inputs, case.spec, case.config, "fused")
-        small, view = world.segments.nbytes("data"), rank.layer.buffer()[:2]
+        small, view = world.regions.nbytes("data"), rank.layer.buffer()[:2]
         view[...] = 5
         for _ in range(3):
             layer = cometrt.MoELayer(world, large, config=case.config)
-            assert world.segments.nbytes("data") > 100 * small
+            assert world.regions.nbytes("data") > 100 * small
             rank.step()
             layer.close()
             again = cometrt.MoELayer(world, case.spec, config=case.config)
-            assert world.segments.nbytes("data") == small
-            assert len(world.gpu._own) == 5  # the control block and four segments
+            assert world.regions.nbytes("data") == small
+            assert len(world.gpu._own) == 5  # the control block and four regions
             rank.step()
             again.close()
         assert (view == 5).all()

@@ -122,7 +122,7 @@ class ModelCase(Case):
 
     @property
     def config(self):
-        return cometrt.TileConfig(block_m=128, block_tokens=32, layer1_order=self.order, chunk=256)
+        return cometrt.TileConfig(block_m=128, block_tokens=32, order=self.order, n_chunk=256)
 
 
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 1), (4, 1), (4, 2), (8, 1)], ids=str)
@@ -140,7 +140,7 @@ def test_scaled_models(model, factor, ranks, mode, monkeypatch):
 
     This.model, This.factor = model, factor
     mode, _, order = mode.partition("-")
-    case = This(ranks, mode=mode, order=order or "waves")
+    case = This(ranks, mode=mode, order=order or "phases")
     monkeypatch.setattr(cases, "HIDDEN", case.spec.hidden)
     monkeypatch.setattr(cases, "TOPK", case.spec.topk)
     monkeypatch.setattr(cases, "MAX_TOKENS", 96)

@@ -46,7 +46,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(RANKS < 2, reason="needs two G
 
 TP = sorted({tp for tp in (1, 2, RANKS) if RANKS and RANKS % tp == 0})
 _TURNS = itertools.cycle(
-    itertools.product(ACTIVATIONS, [16, 48, 80], ["rows", "z"], ["waves", "columns"], [0, 1])
+    itertools.product(ACTIVATIONS, [16, 48, 80], ["rows", "z"], ["phases", "columns"], [0, 1])
 )
 CASES = [
     Case((RANKS, tp), routing, activation, "bfloat16", columns, save, order, mode, seed, gemm)
@@ -92,9 +92,9 @@ def test_fused_has_the_bits_of_sequential(tp):
         move, mine = on_device(world), np.random.default_rng(1 + world.rank)
         weights = [move(w) for w in cometrt.shard_weights(*model, world.rank, RANKS, spec)]
         layers = [
-            cometrt.MoELayer(world, spec, mode, config=cometrt.TileConfig(layer1_order=order))
+            cometrt.MoELayer(world, spec, mode, config=cometrt.TileConfig(order=order))
             for mode, order in (
-                ("sequential", "waves"), ("fused", "waves"), ("fused", "columns"),
+                ("sequential", "phases"), ("fused", "phases"), ("fused", "columns"),
             )
         ]  # fmt: skip
         for tokens in (1500, 1, 700, 0 if world.rank == LAST else 1024):

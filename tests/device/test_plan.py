@@ -28,7 +28,7 @@ def random_case(seed):
     config = TileConfig(
         block_m=int(rng.choice([1, 16, 64, 128, 256])),
         block_tokens=int(rng.choice([1, 8, 64])),
-        waves=int(rng.choice([1, 2, 3, 4, 99])),
+        num_phases=int(rng.choice([1, 2, 3, 4, 99])),
     )
     size = ep * tp
     num_tokens = rng.integers(0, max_tokens + 1, size) * (rng.random(size) < 0.85)
@@ -137,7 +137,7 @@ def test_many_pairs_a_token_and_many_ranks(size, tp, experts, topk):
     ids[rng.random(ids.shape) < 0.2] = -1
     weights = rng.random(ids.shape, dtype=np.float32)
     tables = RoutingTables(ids, weights, rng.integers(0, 201, size).astype(np.int32))
-    shape = PlanShape(Geometry(spec, size // 2, size), TileConfig(block_m=64, waves=3))
+    shape = PlanShape(Geometry(spec, size // 2, size), TileConfig(block_m=64, num_phases=3))
     _, plan = device_plan(tables, shape)
     assert_equal(plan, make_plan(tables, shape))
 

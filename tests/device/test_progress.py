@@ -39,7 +39,7 @@ class Holder:
         self._open, self._here = np.frombuffer(self._memory, np.int32, 2).reshape(2, 1)
         self._kernel = cupy.RawKernel(_HOLD, "hold")
         self._kernel.max_dynamic_shared_size_bytes = _SM_BYTES
-        self._stream = partitions.side_stream(7)
+        self._stream = partitions.auxiliary_stream(7)
         with self.holding(2):  # loaded now
             pass
 
@@ -99,7 +99,7 @@ def test_other_kernels_hold_sms(ranks, mode, left):
 def test_a_stream_of_fewer_sms(parts, num_comm):
     # Several tiles an expert, several blocks of tokens, as many CTAs as the whole GPU has SMs.
     spec = cometrt.MoESpec(hidden=512, intermediate=256, num_experts=16, topk=4, max_tokens=2000)
-    config = cometrt.TileConfig(num_comm0=num_comm, num_comm1=num_comm)
+    config = cometrt.TileConfig(dispatch_ctas=num_comm, combine_ctas=num_comm)
     rng = np.random.default_rng(0)
 
     def fn(world):

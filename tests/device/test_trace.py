@@ -9,14 +9,14 @@ import cometrt
 from cometrt.plan import PlanShape
 from cometrt.plan.reference import make_plan
 from cometrt.plan.routing import RoutingTables
-from cometrt.plan.turns import BLOCK_N, column_tiles
+from cometrt.plan.tile_order import BLOCK_N, num_n_tiles
 from cometrt.specs import Geometry
 from tests.cases import Case, make_inputs, on_device, on_host
 
 pytestmark = pytest.mark.gpu
 
 
-def case_of(size, order="waves"):
+def case_of(size, order="phases"):
     return Case((size, 1), order=order, mode="fused", gemm="engine", shard_columns=272)
 
 
@@ -53,7 +53,7 @@ def plans_of(case, inputs):
         yield shape, make_plan(RoutingTables(ids, weights, tokens), shape)
 
 
-@pytest.mark.parametrize("order", ["waves", "columns"])
+@pytest.mark.parametrize("order", ["phases", "columns"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_tile_block_and_row_is_recorded_and_changes_nothing(size, order):
     case = case_of(size, order)
@@ -66,8 +66,8 @@ def test_every_tile_block_and_row_is_recorded_and_changes_nothing(size, order):
     for rank, (shape, plan) in enumerate(plans_of(case, inputs)):
         spec = case.spec
         events = [e for e in timeline.events if e.rank == rank]
-        tiles = plan.layer0_tiles()
-        up = column_tiles(shape.geometry.local_intermediate, gated=spec.gated)
+        tiles = plan.dispatch_order()
+        up = num_n_tiles(shape.geometry.local_intermediate, gated=spec.gated)
         for name, columns in (("up", up), ("down", -(-spec.hidden // BLOCK_N))):
             found = sorted((e.tile, e.column) for e in events if e.name == name)
             assert found == sorted(itertools.product(map(int, tiles), range(columns))), name
@@ -76,9 +76,9 @@ def test_every_tile_block_and_row_is_recorded_and_changes_nothing(size, order):
         crossing = int(((experts == rank).any(axis=1) & (source != rank)).sum())
         for name in ("pull", "reduce and push"):
             assert timeline.link_bytes(rank, name) == 2 * crossing * spec.hidden, name
-        chunks = range(len(case.config.chunks(spec.hidden)))
+        chunks = range(len(case.config.n_chunks(spec.hidden)))
         blocks = range(case.config.token_blocks(len(inputs.ids[rank])))
-        # A block is added up in as many batches as its terms need.
+        # A block is added up in as many batches as its addends need.
         found = {(e.tile, e.column) for e in events if e.name == "reduce at home"}
         assert found == set(itertools.product(blocks, chunks))
     check_times(timeline)

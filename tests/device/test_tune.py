@@ -16,7 +16,7 @@ from tests.device.test_failures import Rank
 
 pytestmark = pytest.mark.gpu
 COLUMNS = cometrt.TileConfig(
-    layer1_order="columns", chunk=256, waves=3, group=4, num_comm0=1, num_comm1=2
+    order="columns", n_chunk=256, num_phases=3, raster_group=4, dispatch_ctas=1, combine_ctas=2
 )
 
 
@@ -33,7 +33,7 @@ def bits(rank):
     return on_host(y).tobytes()
 
 
-@pytest.mark.parametrize("order", ["waves", "columns"])
+@pytest.mark.parametrize("order", ["phases", "columns"])
 @pytest.mark.parametrize("ranks", [(1, 1), (4, 1), (4, 2)], ids=str)
 def test_num_comm_changes_no_bits(ranks, order, monkeypatch):
     monkeypatch.setattr(cases, "HIDDEN", 2560)  # ten chunks; rows in two pieces
@@ -42,7 +42,9 @@ def test_num_comm_changes_no_bits(ranks, order, monkeypatch):
 
     def fn(world):
         counts = [(None, None), (1, 1), (2, 2), (10**6, 10**6), (1, None), (None, 1)]
-        configs = [dataclasses.replace(case.config, num_comm0=a, num_comm1=b) for a, b in counts]
+        configs = [
+            dataclasses.replace(case.config, dispatch_ctas=a, combine_ctas=b) for a, b in counts
+        ]
         rank = Rank(world, inputs, case.spec, configs[0], case.mode)
         layers = [rank.layer]
         layers += [cometrt.MoELayer(world, case.spec, config=config) for config in configs[1:]]
@@ -88,7 +90,7 @@ def test_tune_chooses_keeps_and_stays_right(ranks, given, cache_file):
 def choose(monkeypatch, config):
     """Only `config` is tried, and taken."""
     monkeypatch.setattr(
-        "cometrt.tuner.tune.search", lambda base, settings, terms, time: (config, time(config))
+        "cometrt.tuner.tune.search", lambda base, settings, addends, time: (config, time(config))
     )
 
 

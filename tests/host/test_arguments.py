@@ -60,16 +60,16 @@ def test_specs_are_hashable_and_take_numpy_integers():
         ({"block_m": 0}, "block_m must be an integer >= 1 (got 0)"),
         ({"block_n": 24}, "block_n must be a multiple of 16 (got 24)"),
         ({"block_tokens": 1.5}, "block_tokens must be an integer >= 1 (got 1.5)"),
-        ({"layer1_order": "rows"}, "layer1_order must be one of waves, columns (got 'rows')"),
-        ({"block_n": 64, "chunk": 96}, "chunk must be a multiple of block_n=64 (got 96)"),
-        ({"waves": 0}, "waves must be an integer >= 1 (got 0)"),
-        ({"group": 0}, "group must be an integer >= 2 (got 0)"),
-        ({"group": 3}, "group must be even (got 3)"),
-        ({"parts": 0}, "parts must be an integer >= 1 (got 0)"),
+        ({"order": "rows"}, "order must be one of phases, columns (got 'rows')"),
+        ({"block_n": 64, "n_chunk": 96}, "n_chunk must be a multiple of block_n=64 (got 96)"),
+        ({"num_phases": 0}, "num_phases must be an integer >= 1 (got 0)"),
+        ({"raster_group": 0}, "raster_group must be an integer >= 2 (got 0)"),
+        ({"raster_group": 3}, "raster_group must be even (got 3)"),
+        ({"pipeline_chunks": 0}, "pipeline_chunks must be an integer >= 1 (got 0)"),
         ({"comm_sms": 1}, "comm_sms must be an integer >= 2 (got 1)"),
         ({"comm_sms": 5}, "comm_sms must be even (got 5)"),
-        ({"num_comm0": 0}, "num_comm0 must be an integer >= 1 (got 0)"),
-        ({"num_comm1": 2.0}, "num_comm1 must be an integer >= 1 (got 2.0)"),
+        ({"dispatch_ctas": 0}, "dispatch_ctas must be an integer >= 1 (got 0)"),
+        ({"combine_ctas": 2.0}, "combine_ctas must be an integer >= 1 (got 2.0)"),
     ],
 )
 def test_tile_config(change, message):
@@ -78,19 +78,19 @@ def test_tile_config(change, message):
 
 
 @pytest.mark.parametrize(
-    ("change", "terms", "message"),
+    ("change", "addends", "message"),
     [
         ({"gemm": "cublas"}, 10, "gemm must be 'engine' on device='cuda' in mode 'fused'"),
-        ({"layer1_order": "columns", "chunk": 384}, 10, "chunk must be a multiple of 256"),
+        ({"order": "columns", "n_chunk": 384}, 10, "n_chunk must be a multiple of 256"),
         ({"block_m": 64}, 10, "block_m must be 128 on device='cuda' with gemm='engine' (got 64)"),
         ({}, 129, "topk + ranks must be at most 128 on device='cuda' in mode 'fused' (got 129)"),
     ],
 )
-def test_what_kernels_cannot_do(change, terms, message):
+def test_what_kernels_cannot_do(change, addends, message):
     config = cometrt.TileConfig(**change)
     with pytest.raises(ValueError, match=re.escape(message)):
-        config.check_on("cuda", "fused", terms)
-    config.check_on("host", "fused", terms)
+        config.check_on("cuda", "fused", addends)
+    config.check_on("host", "fused", addends)
 
 
 def test_chunked_is_for_the_engine_on_cuda():

@@ -98,8 +98,8 @@ def test_without_any_folder_a_temporary_one_serves_with_one_warning(
     check_whole(cubin)
     assert compile_cubin(source) == cubin
     assert cache.load(cache.cache_file(), KEY) is None
-    cache.store(cache.cache_file(), KEY, TileConfig(waves=3), 1.0)
-    assert cache.load(cache.cache_file(), KEY) == TileConfig(waves=3)
+    cache.store(cache.cache_file(), KEY, TileConfig(num_phases=3), 1.0)
+    assert cache.load(cache.cache_file(), KEY) == TileConfig(num_phases=3)
     assert compiled == ["k.cu"]
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
     assert str(cubin.path.parent) in caplog.text
@@ -259,12 +259,12 @@ def test_ranks_replace_a_torn_file_together(source, compiled):
 
 def test_torn_tuned_configs_are_passed_over_and_replaced(tmp_path, caplog):
     path = tmp_path / "tuned.json"
-    cache.store(path, KEY, TileConfig(waves=3), 1.0)
+    cache.store(path, KEY, TileConfig(num_phases=3), 1.0)
     whole = path.read_bytes()
     for torn in (*(whole[:n] for n in range(0, len(whole) - 2, 7)), bytes(len(whole))):
         path.write_bytes(torn)
         caplog.clear()
         assert cache.load(path, KEY) is None
         assert len(caplog.records) == 1
-        cache.store(path, KEY, TileConfig(waves=3), 1.0)
+        cache.store(path, KEY, TileConfig(num_phases=3), 1.0)
         assert path.read_bytes() == whole

@@ -110,9 +110,9 @@ def on_ranks(fn, ranks=2, shares_gpu=True):
 
 
 def grow(world, nbytes, owner):
-    """References to the memory of both segments."""
-    world.segments.fit(owner, {"data": nbytes, "flags": 64})
-    places = [world.segments.of(name, world.rank) for name in ("data", "flags")]
+    """References to the memory of both regions."""
+    world.regions.fit(owner, {"data": nbytes, "flags": 64})
+    places = [world.regions.of(name, world.rank) for name in ("data", "flags")]
     return [weakref.ref(world.gpu.memory(place).mem) for place in places]
 
 
@@ -126,11 +126,11 @@ def test_outgrown_memory_is_freed_and_no_other(cuda, shares_gpu):
         assert [first[0]() is None, first[1]() is None] == [True, False]
         assert (second[0]().bytes == 0xFF).all()  # poisoned until it is written
         assert (second[1]().bytes == 0).all()
-        world.segments.forget(large)
+        world.regions.forget(large)
         third = grow(world, 1000, small)
         gc.collect()
         assert second[0]() is None
-        assert world.segments.nbytes("data") == 1000
+        assert world.regions.nbytes("data") == 1000
         assert len(world.gpu._own) == 3  # with the control block
         assert len(world.gpu._opened) == 3
         return third[0]() is not None

@@ -14,7 +14,7 @@ from cometrt.cuda.trace import KINDS
 from cometrt.kernels import compiler
 from cometrt.kernels.compiler import compile_cubin, kernels_folder
 from cometrt.kernels.params import MIRRORS, TRACE_LANES, trace_lane_dtype
-from cometrt.plan.config import MOST_TERMS
+from cometrt.plan.config import MAX_ADDENDS
 from tests.launch import ROOT
 from tests.machine_code import ACTIVATED, builds, machine_code
 
@@ -132,7 +132,7 @@ def test_traces_are_read_as_they_are_written():
 
 def test_the_most_terms_of_a_token_are_those_of_the_kernel():
     source = (kernels_folder() / "fused" / "row_sums.cuh").read_text()
-    assert f"kMaxAddends = {MOST_TERMS};" in source
+    assert f"kMaxAddends = {MAX_ADDENDS};" in source
 
 
 def test_local_memory_is_reported(tmp_path):

@@ -28,7 +28,7 @@ PARAMETERS = {
     "dtype": ["bfloat16", "float32"],
     "shard_columns": [16, 48, 80],
     "save": ["rows", "z"],
-    "order": ["waves", "columns"],
+    "order": ["phases", "columns"],
     "mode": ["fused", "sequential"],
     "seed": [0, 1],
 }
@@ -114,7 +114,7 @@ def test_inference_gives_the_same_y_and_saves_nothing():
 def test_default_tiles_and_a_hidden_size_that_is_not_a_multiple_of_them():
     case = Case((4, 1))
     inputs = make_inputs(case)
-    for config in (None, cometrt.TileConfig(layer1_order="columns", block_n=32, chunk=32)):
+    for config in (None, cometrt.TileConfig(order="columns", block_n=32, n_chunk=32)):
 
         def run(world, config=config):
             w_up, w_down = cometrt.shard_weights(

@@ -36,10 +36,10 @@ def test_heap_residuals_and_weights_are_what_is_allocated(case):
         rank = Rank(world, case, [inputs])
         rank.forward(0)
         *kept, w_up, w_down = rank.saved[0]
-        segments = ("data", "flags", "routing0", "routing1")
+        regions = ("data", "flags", "routing0", "routing1")
         return (
-            sum(world.segments.of(name, world.rank).nbytes for name in segments)
-            + world.board.nbytes,
+            sum(world.regions.of(name, world.rank).nbytes for name in regions)
+            + world.control_block.nbytes,
             sum(array.nbytes for array in kept),
             w_up.nbytes + w_down.nbytes,
         )
@@ -179,8 +179,8 @@ def test_huge_layers_are_refused_before_anything_is_allocated(change, message):
 
 
 def test_the_heaps_of_all_ranks_are_compared_with_what_is_available(monkeypatch):
-    board = cometrt.spawn(lambda world: world.board.nbytes, 2)[0]
-    needed = 2 * (SPEC.memory(2, device="host").heap - board)
+    control_block = cometrt.spawn(lambda world: world.control_block.nbytes, 2)[0]
+    needed = 2 * (SPEC.memory(2, device="host").heap - control_block)
     total = room.host_room().total
 
     def fn(world):
@@ -233,13 +233,13 @@ def test_the_host_says_what_it_has_within_the_limits_of_a_container(monkeypatch)
 
 
 class Memory:
-    """Segments of one rank that are still there."""
+    """Regions of one rank that are still there."""
 
     def __init__(self, world):
         self._world, self._seen = world, []
 
     def look(self):
-        self._seen.append(weakref.ref(self._world.segments.of("data", self._world.rank)))
+        self._seen.append(weakref.ref(self._world.regions.of("data", self._world.rank)))
 
     def alive(self):
         gc.collect()
@@ -254,11 +254,11 @@ def test_memory_goes_with_the_layers_that_needed_it(how):
 
     def fn(world):
         rank, seen = Rank(world, case, [inputs]), Memory(world)
-        small = world.segments.nbytes("data")
+        small = world.regions.nbytes("data")
         seen.look()
         layer = cometrt.MoELayer(world, large)
         seen.look()
-        assert world.segments.nbytes("data") > small
+        assert world.regions.nbytes("data") > small
         rank.forward(0)
         if how == "close":
             layer.close()
@@ -270,7 +270,7 @@ def test_memory_goes_with_the_layers_that_needed_it(how):
         world.barrier()
         other = cometrt.MoELayer(world, case.spec, config=case.config)
         seen.look()
-        assert world.segments.nbytes("data") == small
+        assert world.regions.nbytes("data") == small
         assert (view == 5).all()  # as long as there is a view of it, memory stays
         rank.forward(0)
         del view

@@ -118,7 +118,7 @@ def test_a_rank_that_plans_late_reads_the_tables_of_its_own_epoch():
 @pytest.mark.parametrize("seed", range(4))
 def test_random_delays_do_not_change_a_bit(seed):
     ranks = [(4, 1), (4, 2), (3, 3), (5, 1)][seed]
-    case = Case(ranks, save=["rows", "z"][seed % 2], order=["waves", "columns"][seed // 2])
+    case = Case(ranks, save=["rows", "z"][seed % 2], order=["phases", "columns"][seed // 2])
     batches, order = batches_of(case, 2, ("skewed", "one_token")), "f0 f1 b0 b1"
     calm = run_orders(case, batches, order)
     late = run_orders(case, batches, order, lambda rank: jitter(10 * seed + rank, 0.004))

@@ -137,7 +137,7 @@ def script(ranks, *arguments, timeout_sec=240):
     ("ranks", "options"),
     [
         (4, "--model mixtral-8x7b --scale 64 --skew 1"),
-        (4, "--model qwen2-moe --tp 2 --layer1-order columns --save z"),
+        (4, "--model qwen2-moe --tp 2 --order columns --save z"),
         (2, "--model phi-3.5-moe --scale 64 --dtype float32 --mode sequential"),
         (1, "--model deepseek-v3 --scale 64 --tokens 40"),
     ],

@@ -36,7 +36,7 @@ def routings(draw):
     config = TileConfig(
         block_m=draw(st.sampled_from([1, 4, 16])),
         block_tokens=draw(st.sampled_from([1, 3, 8])),
-        waves=draw(st.sampled_from([1, 2, 3, 99])),
+        num_phases=draw(st.sampled_from([1, 2, 3, 99])),
     )
     size, seed = ep * tp, draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
@@ -111,9 +111,9 @@ def test_orders_are_permutations_and_serve_near_sources_first(case):
     spec, config, size, _ = case
     shapes, plans = plans_of(case)
     for shape, plan in zip(shapes, plans, strict=True):
-        order = plan.layer0_tiles()
+        order = plan.dispatch_order()
         assert sorted(order) == list(range(plan.num_rows // config.block_m))
-        assert plan.layer1_tiles() == order[::-1]
+        assert plan.combine_order() == order[::-1]
         keys = []
         for tile in order:
             pairs = plan.row_pair[tile * config.block_m : (tile + 1) * config.block_m]
@@ -123,8 +123,8 @@ def test_orders_are_permutations_and_serve_near_sources_first(case):
             expert = plan.tile_expert[tile]
             assert plan.expert_offsets[expert] <= tile * config.block_m
             assert tile * config.block_m < plan.expert_offsets[expert + 1]
-            wave = np.searchsorted(config.last_distances(size), distance)
-            keys.append((wave, expert, tile))
+            phase = np.searchsorted(config.last_distances(size), distance)
+            keys.append((phase, expert, tile))
         assert keys == sorted(keys)
 
 
@@ -136,7 +136,7 @@ def test_each_needed_token_is_pulled_once_before_the_first_tile_that_needs_it(ca
     for shape, plan in zip(shapes, plans, strict=True):
         needed = set(np.flatnonzero((plan.pair_row >= 0).any(axis=1)))
         arrived: set[int] = set()
-        for position, tile in enumerate(plan.layer0_tiles()):
+        for position, tile in enumerate(plan.dispatch_order()):
             pulls = [int(t) for t in plan.pulls_of(position)]
             assert not arrived & set(pulls)
             arrived |= set(pulls)
@@ -184,7 +184,7 @@ def test_blocks_leave_in_the_order_in_which_layer1_finishes_them(case):
     spec, config, _size, _ = case
     shapes, plans = plans_of(case)
     for shape, plan in zip(shapes, plans, strict=True):
-        place = {tile: p for p, tile in enumerate(plan.layer1_tiles())}
+        place = {tile: p for p, tile in enumerate(plan.combine_order())}
         ready, sent = [], []
         for home, block, tokens in plan.pushes(shape):
             rows = plan.pair_row[tokens]
@@ -205,7 +205,7 @@ def test_a_source_is_complete_once_its_wave_is(case):
     spec, config, _, _ = case
     shapes, plans = plans_of(case)
     for shape, plan in zip(shapes, plans, strict=True):
-        for tile in plan.layer1_tiles():
+        for tile in plan.combine_order():
             pairs = plan.row_pair[tile * config.block_m : (tile + 1) * config.block_m]
             for pair in pairs[pairs >= 0]:
                 source = split_pair(pair, spec)[0]
@@ -264,10 +264,10 @@ def test_balanced_routing_fits_a_capacity_factor_of_one():
         assert make_plan(tables, shape).expert_rows.sum() == 64
 
 
-@pytest.mark.parametrize(("order", "chunks"), [("waves", 1), ("columns", 3)])
+@pytest.mark.parametrize(("order", "chunks"), [("phases", 1), ("columns", 3)])
 def test_chunks_and_n_tiles_cover_all_columns_once(order, chunks):
-    config = TileConfig(block_n=32, chunk=64, layer1_order=order)
-    ranges = config.chunks(144)
+    config = TileConfig(block_n=32, n_chunk=64, order=order)
+    ranges = config.n_chunks(144)
     assert len(ranges) == chunks
     columns = [c for lo, hi in ranges for a, b in config.n_tiles(lo, hi) for c in range(a, b)]
     assert columns == list(range(144))

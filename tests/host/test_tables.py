@@ -96,7 +96,7 @@ def test_the_table_of_peers(benchmarks, tmp_path, monkeypatch):
         "best_chunked": "chunked 2",
         "speedup_over_sequential": 2.0,
         "efficiency": 0.8,
-        "config": {"layer1_order": "columns"},
+        "config": {"order": "columns"},
     }
     alone = cell | {"tflops": rates, "hidden_share": 0.4}
     twin = {"tflops": {"fused": 450.0, "gemms": 600.0}, "speedup_over_sequential": 1.5}

@@ -11,7 +11,7 @@ import pytest
 
 import cometrt
 from cometrt.cuda import trials
-from cometrt.cuda.fused import num_movers
+from cometrt.cuda.fused import num_comm_ctas
 from cometrt.specs import Geometry
 from cometrt.tuner import cache, search, tune
 from cometrt.tuner.cache import Key, load, look_up, store
@@ -19,7 +19,7 @@ from cometrt.world.link import link_share
 
 SPEC = cometrt.MoESpec(hidden=2048, intermediate=768, num_experts=16, topk=4, max_tokens=1000)
 KEY = Key("a GPU", 16, 8, 8, 1, 2048, 768, 16, 4, 1024, "bfloat16", "h100")
-FOUND = cometrt.TileConfig(layer1_order="columns", chunk=512, group=8, num_comm0=3)
+FOUND = cometrt.TileConfig(order="columns", n_chunk=512, raster_group=8, dispatch_ctas=3)
 
 
 @pytest.fixture(autouse=True)
@@ -93,8 +93,8 @@ def test_a_file_that_is_not_one_is_passed_over_and_replaced(text, tmp_path, capl
 
 @pytest.mark.parametrize(
     "entry",
-    [7, {}, {"config": None}, {"config": {"waves": 0}}, {"config": {"of_another_version": 1}},
-     {"config": {"chunk": "512"}}, {"config": {"layer1_order": "columns", "chunk": 384}},
+    [7, {}, {"config": None}, {"config": {"num_phases": 0}}, {"config": {"of_another_version": 1}},
+     {"config": {"n_chunk": "512"}}, {"config": {"order": "columns", "n_chunk": 384}},
      {"config": {"gemm": "cublas"}}],
 )  # fmt: skip
 def test_an_entry_that_cannot_be_used_is_passed_over(entry, caplog):
@@ -116,8 +116,8 @@ def test_the_users_file_comes_before_the_shipped_one(monkeypatch, tmp_path):
     monkeypatch.setattr(cache, "SHIPPED", shipped)
     world = fake_world()
     assert look_up(world, SPEC, None) is None
-    store(shipped, KEY, cometrt.TileConfig(group=6), 1.0)
-    assert look_up(world, SPEC, None) == cometrt.TileConfig(group=6)
+    store(shipped, KEY, cometrt.TileConfig(raster_group=6), 1.0)
+    assert look_up(world, SPEC, None) == cometrt.TileConfig(raster_group=6)
     store(cache.cache_file(), KEY, FOUND, 1.0)
     assert look_up(world, SPEC, "fused") == FOUND
     assert look_up(world, SPEC, "sequential") is look_up(world, SPEC, "chunked") is None
@@ -135,15 +135,18 @@ def test_all_ranks_use_what_rank_0_finds(monkeypatch):
     # On the host nothing is looked up: as if it were.
     monkeypatch.setattr(
         "cometrt.agreement.look_up",
-        lambda world, spec, mode: cometrt.TileConfig(waves=3 + world.rank),
+        lambda world, spec, mode: cometrt.TileConfig(num_phases=3 + world.rank),
     )
 
     def fn(world):
         spec = dataclasses.replace(SPEC, max_tokens=8)
-        assert cometrt.MoELayer(world, spec, config=cometrt.TileConfig(waves=7)).config.waves == 7
+        assert (
+            cometrt.MoELayer(world, spec, config=cometrt.TileConfig(num_phases=7)).config.num_phases
+            == 7
+        )
         return cometrt.MoELayer(world, spec).config
 
-    assert cometrt.spawn(fn, 4) == [cometrt.TileConfig(waves=3)] * 4
+    assert cometrt.spawn(fn, 4) == [cometrt.TileConfig(num_phases=3)] * 4
 
 
 # ---- candidates and the search -------------------------------------------------------------------
@@ -161,24 +164,24 @@ def test_candidates_are_legal_few_and_different(size, sms, hidden):
         assert None not in configs
         assert base in configs
         assert len(set(configs)) == len(configs)
-        walks = {(c.layer1_order, len(c.chunks(hidden))) for c in configs}
-        assert len(walks) == (len(configs) if "layer1_order" in changes[0] else 1)
-        waves = {tuple(c.last_distances(size)) for c in configs}
-        assert len(waves) == (len(configs) if "waves" in changes[0] else 1)
+        walks = {(c.order, len(c.n_chunks(hidden))) for c in configs}
+        assert len(walks) == (len(configs) if "order" in changes[0] else 1)
+        num_phases = {tuple(c.last_distances(size)) for c in configs}
+        assert len(num_phases) == (len(configs) if "num_phases" in changes[0] else 1)
 
 
 def test_illegal_changes_are_not_tried():
     base = cometrt.TileConfig()
-    assert search.legal(base, {"layer1_order": "columns", "chunk": 384}, 8) is None
+    assert search.legal(base, {"order": "columns", "n_chunk": 384}, 8) is None
     assert search.legal(base, {"gemm": "cublas"}, 8) is None
-    assert search.legal(base, {"group": 0}, 8) is None
+    assert search.legal(base, {"raster_group": 0}, 8) is None
     assert search.legal(base, {}, 257) is None
 
 
 @pytest.mark.parametrize(
     "best",
-    [{}, {"waves": 1}, {"num_comm0": 4, "num_comm1": 2}, {"layer1_order": "columns", "chunk": 1024},
-     {"layer1_order": "columns", "chunk": 512, "waves": 4, "group": 4, "num_comm1": 8}],
+    [{}, {"num_phases": 1}, {"dispatch_ctas": 4, "combine_ctas": 2}, {"order": "columns", "n_chunk": 1024},
+     {"order": "columns", "n_chunk": 512, "num_phases": 4, "raster_group": 4, "combine_ctas": 8}],
 )  # fmt: skip
 def test_the_search_finds_the_best_where_settings_are_independent(best):
     base = cometrt.TileConfig()
@@ -204,7 +207,14 @@ def test_what_gains_less_than_noise_is_not_taken():
 
 
 def test_num_comm_is_at_most_the_grid():
-    assert [int(num_movers(n, 16)) for n in (None, 1, 15, 16, 17, 132)] == [16, 1, 15, 16, 16, 16]
+    assert [int(num_comm_ctas(n, 16)) for n in (None, 1, 15, 16, 17, 132)] == [
+        16,
+        1,
+        15,
+        16,
+        16,
+        16,
+    ]
 
 
 # ---- all ranks together --------------------------------------------------------------------------
@@ -218,9 +228,11 @@ class FakeTrials:
 
     def time(self, config):
         rank = self.world.rank
-        if FakeTrials.fails == (rank, config.layer1_order):
+        if FakeTrials.fails == (rank, config.order):
             raise MemoryError("no room")
-        mine = 1.0 + 0.1 * (config.group != 2 + 6 * (rank % 2)) - 0.2 * (config.waves == 8)
+        mine = (
+            1.0 + 0.1 * (config.raster_group != 2 + 6 * (rank % 2)) - 0.2 * (config.num_phases == 8)
+        )
         return max(self.world.allgather(mine))
 
     def executor(self, config):
@@ -241,7 +253,7 @@ def test_all_ranks_choose_the_same_and_rank_0_keeps_it(monkeypatch):
     monkeypatch.setattr(trials, "Trials", FakeTrials)
     FakeTrials.fails = None
     results = cometrt.spawn(run_tune, 8)
-    best = cometrt.TileConfig(waves=8)
+    best = cometrt.TileConfig(num_phases=8)
     assert results == [(best, ("executor of", best))] * 8
     key = dataclasses.replace(KEY, tokens=8, link="none")
     assert load(cache.cache_file(), key) == best
@@ -260,7 +272,7 @@ def test_a_rank_that_fails_ends_the_trials_of_all(monkeypatch):
         world.barrier()
         return run_tune(world)[0]
 
-    assert set(cometrt.spawn(fn, 8)) == {cometrt.TileConfig(waves=8)}
+    assert set(cometrt.spawn(fn, 8)) == {cometrt.TileConfig(num_phases=8)}
 
 
 def test_wrong_arguments_of_one_rank_are_raised_on_all(monkeypatch):

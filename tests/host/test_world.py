@@ -7,7 +7,7 @@ import pytest
 import threadpoolctl
 
 import cometrt
-from cometrt.world.failure import Wanted
+from cometrt.world.failure import WaitTarget
 from cometrt.world.threads import ThreadWorld, collector_at_rest
 from tests.cases import Case, check_case, make_inputs
 from tests.faults import at
@@ -72,7 +72,7 @@ def test_a_peer_that_went_on_between_two_reads_is_not_misplaced():
             values.pop(0)
             return "it has begun the next exchange"
 
-        wanted = Wanted("rendezvous", 0, 1)
+        wanted = WaitTarget("rendezvous", 0, 1)
         world.wait(read, wanted, misplaced=misplaced)
         with pytest.raises(cometrt.MismatchError, match="it has begun"):
             world.wait(lambda: 0, wanted, misplaced=lambda: "it has begun")
@@ -146,10 +146,10 @@ def test_a_failure_from_before_a_reset_cannot_stop_the_world_after_it():
 
     def fn(world):
         rank = Rank(world, CASE, [inputs])
-        generation = int(world.board["generation"][0])
+        generation = int(world.control_block["generation"][0])
         world.reset()
-        for board in world.boards:  # what a rank that woke up late would write
-            board["abort"][0] = generation
+        for control_block in world.control_blocks:  # what a rank that woke up late would write
+            control_block["abort"][0] = generation
         world.barrier()
         rank.forward(0)
         return rank.backward(0)

@@ -21,22 +21,22 @@ CASES = [
     Case(ranks, routing, activation, dtype, columns, save, order, mode, seed)
     for seed, (ranks, routing, activation, dtype, columns, save, order, mode) in enumerate(
         [
-            ((4, 1), "uniform", "swiglu", "bfloat16", 48, "rows", "waves", "fused"),
+            ((4, 1), "uniform", "swiglu", "bfloat16", 48, "rows", "phases", "fused"),
             ((4, 2), "uniform", "geglu", "bfloat16", 80, "z", "columns", "fused"),
             ((4, 4), "uniform", "silu", "float32", 16, "rows", "columns", "fused"),
-            ((4, 1), "skewed", "gelu", "float32", 80, "z", "waves", "fused"),
-            ((4, 2), "skewed", "relu", "bfloat16", 16, "rows", "waves", "sequential"),
+            ((4, 1), "skewed", "gelu", "float32", 80, "z", "phases", "fused"),
+            ((4, 2), "skewed", "relu", "bfloat16", 16, "rows", "phases", "sequential"),
             ((4, 1), "one_expert", "relu2", "bfloat16", 48, "rows", "columns", "fused"),
-            ((4, 2), "one_expert", "swiglu", "float32", 48, "z", "waves", "fused"),
+            ((4, 2), "one_expert", "swiglu", "float32", 48, "z", "phases", "fused"),
             ((4, 1), "empty_rank", "swiglu", "bfloat16", 48, "z", "columns", "sequential"),
-            ((4, 2), "empty_rank", "gelu", "bfloat16", 80, "rows", "waves", "fused"),
-            ((4, 1), "idle_experts", "geglu", "bfloat16", 48, "rows", "waves", "fused"),
-            ((4, 1), "all_dropped", "swiglu", "bfloat16", 16, "z", "waves", "fused"),
+            ((4, 2), "empty_rank", "gelu", "bfloat16", 80, "rows", "phases", "fused"),
+            ((4, 1), "idle_experts", "geglu", "bfloat16", 48, "rows", "phases", "fused"),
+            ((4, 1), "all_dropped", "swiglu", "bfloat16", 16, "z", "phases", "fused"),
             ((4, 4), "all_dropped", "relu", "float32", 48, "rows", "columns", "fused"),
-            ((4, 1), "one_token", "swiglu", "bfloat16", 48, "rows", "waves", "fused"),
+            ((4, 1), "one_token", "swiglu", "bfloat16", 48, "rows", "phases", "fused"),
             ((4, 2), "one_token", "silu", "float32", 48, "z", "columns", "fused"),
-            ((4, 1), "at_home", "swiglu", "bfloat16", 48, "rows", "waves", "fused"),
-            ((4, 4), "at_home", "relu2", "float32", 80, "z", "waves", "fused"),
+            ((4, 1), "at_home", "swiglu", "bfloat16", 48, "rows", "phases", "fused"),
+            ((4, 4), "at_home", "relu2", "float32", 80, "z", "phases", "fused"),
         ]
     )
 ]

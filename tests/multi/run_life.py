@@ -164,8 +164,8 @@ def little_room():
 
     with connect() as world:
         found = memory.host_room()
-        board = world.board.dtype.itemsize
-        needed = CASE.spec.memory(SIZE, device="host", config=CASE.config).heap - board
+        control_block = world.control_block.dtype.itemsize
+        needed = CASE.spec.memory(SIZE, device="host", config=CASE.config).heap - control_block
         few = Room("this host", int(2.5 * needed), found.total)
         memory.host_room = lambda: few if world.rank == 2 else found
         error = caught(cometrt.MoELayer, world, CASE.spec, config=CASE.config)
@@ -221,7 +221,7 @@ def device_memory_of_all_is_closed():
 
 
 def kernels_that_wait_for_a_rank_that_closes():
-    """They look at no board: the rank that closes ends their waits."""
+    """They look at no control block: the rank that closes ends their waits."""
     world, begin = connect(), time.monotonic()
     world.gpu = Gpu([9, 10, 10])
     if world.rank == 0:

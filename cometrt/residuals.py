@@ -19,7 +19,7 @@ META_SHAPE = (len(_META),)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Saved:
+class Residuals:
     """The tuple with names; `meta` is shared with it, so that a use is seen by both."""
 
     meta: np.ndarray
@@ -53,7 +53,7 @@ class Saved:
     @staticmethod
     def unpack(
         saved: Any, *, shape: PlanShape, layer: int, world: int, num_tables: int, generation: int
-    ) -> Saved:
+    ) -> Residuals:
         """Check that it is this layer's, on this rank, and not used yet.
 
         Raises:
@@ -90,7 +90,7 @@ class Saved:
         if found["used"]:
             raise ValueError("saved must be used for one backward only (it has had its backward)")
         epoch, x, z = saved[1:4]
-        return Saved(meta, epoch, x, z, tuple(saved[4:-2]), saved[-2], saved[-1])
+        return Residuals(meta, epoch, x, z, tuple(saved[4:-2]), saved[-2], saved[-1])
 
     @property
     def num_tokens(self) -> int:

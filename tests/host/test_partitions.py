@@ -51,7 +51,7 @@ def cuda(monkeypatch):
         monkeypatch.setitem(sys.modules, "cupy", cupy)
         monkeypatch.setattr(partitions, "_whole_gpu", lambda device_id: device_id)
         monkeypatch.setattr(partitions, "split_gpu", lambda ranks: [0] * ranks)
-        monkeypatch.setattr(partitions, "_rank_seat", lambda partition: partition)
+        monkeypatch.setattr(partitions, "_rank_partition", lambda partition: partition)
         return runtime
 
     return install
@@ -66,13 +66,13 @@ def test_ranks_share_a_gpu_only_if_they_must_or_a_link_is_modelled(cuda, gpus, r
     cuda(gpus)
     assert partitions.ranks_share_gpu(ranks, link) is share
     expected = [0] * ranks if share else list(range(ranks))
-    assert partitions.gpu_seats(ranks, share=share) == expected
+    assert partitions.rank_partitions(ranks, share=share) == expected
 
 
 def test_all_pairs_reach_each_other_and_again_is_no_error(cuda):
     runtime = cuda(3)
     for _ in range(2):
-        partitions.gpu_seats(3, share=False)
+        partitions.rank_partitions(3, share=False)
     assert sorted(runtime.enabled) == [(a, b) for a in range(3) for b in range(3) if a != b]
     assert runtime.current == 0
 
@@ -80,11 +80,11 @@ def test_all_pairs_reach_each_other_and_again_is_no_error(cuda):
 def test_what_cannot_be_reached_is_told(cuda):
     cuda(2, reachable=False)
     with pytest.raises(CometError, match="GPU 0 cannot reach the memory of GPU 1"):
-        partitions.gpu_seats(2, share=False)
+        partitions.rank_partitions(2, share=False)
 
 
 def test_other_errors_of_cuda_are_not_swallowed(cuda):
     runtime = cuda(1)
     with pytest.raises(Runtime.CUDARuntimeError):
-        partitions.gpu_seats(2, share=False)
+        partitions.rank_partitions(2, share=False)
     assert not runtime.enabled

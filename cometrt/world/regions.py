@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _KEPT_ZERO = "flags"  # holds epochs; everything else is poisoned
 
 
-class Segments:
+class Regions:
     """One rank's view of them.
 
     Attributes:
@@ -30,11 +30,11 @@ class Segments:
         self._memory: dict[str, list[Any]] = {}  # by rank
         self._bytes: dict[str, int] = {}
         self._needs: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
-        self._numbers: dict[str, int] = {}  # of the allocation that each segment is
+        self._numbers: dict[str, int] = {}  # of the allocation that each region is
         self.version = 0
 
     def of(self, name: str, rank: int) -> Any:
-        """Bytes of one rank's segment, on "cuda" its address on this rank's device; look it up
+        """Bytes of one rank's region, on "cuda" its address on this rank's device; look it up
         at each call, it may have moved."""
         return self._memory[name][rank]
 
@@ -42,12 +42,12 @@ class Segments:
         return self._bytes[name]
 
     def to_allocate(self, needs: dict[str, int]) -> int:
-        """Bytes of the segments that `fit` would make new, as far as this rank knows."""
+        """Bytes of the regions that `fit` would make new, as far as this rank knows."""
         wanted = self._wanted([*self._needs.values(), needs])
         return sum(n for name, n in wanted.items() if n != self._bytes.get(name))
 
     def fit(self, owner: Any, needs: dict[str, int]) -> None:
-        """Collective: give every segment the size that open owners need.
+        """Collective: give every region the size that open owners need.
 
         What changes is new, zeroed memory; nothing is carried over.
 
@@ -79,7 +79,7 @@ class Segments:
         world = self._world
         mine = self._wanted(list(self._needs.values()))
         state = (mine, self._bytes, self._numbers, world._num_allocations)
-        ranks = world.allgather(state, purpose="segments")
+        ranks = world.allgather(state, purpose="regions")
         wanted = self._wanted([sizes for sizes, *_ in ranks])
         world._num_allocations = max(count for *_, count in ranks)
         agreed = {}  # sizes of memory that all ranks have; a failure may have left some without

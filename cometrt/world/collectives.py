@@ -1,4 +1,4 @@
-"""Meetings of all ranks on the host: everyone's value to everyone, in rounds of mail."""
+"""Meetings of all ranks on the host: everyone's value to everyone, in rounds of message."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cometrt.errors import MismatchError
-from cometrt.world.board import MAIL_BYTES, value_of
-from cometrt.world.failure import Failure, Wanted
+from cometrt.world.control_block import MESSAGE_BYTES, value_of
+from cometrt.world.failure import Failure, WaitTarget
 from cometrt.world.whereabouts import exchanging
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ def allgather(world: World, value: Any, purpose: str) -> list[Any]:
     """As `World.allgather`."""
     world.check_running()
     payload = pickle.dumps((purpose, value))
-    parts = _exchange(world, len(payload), payload[:MAIL_BYTES])
+    parts = _exchange(world, len(payload), payload[:MESSAGE_BYTES])
     longest = max(total for total, _ in parts)
     pieces = [[piece] for _, piece in parts]
-    for begin in range(MAIL_BYTES, longest, MAIL_BYTES):
-        more = _exchange(world, len(payload), payload[begin : begin + MAIL_BYTES])
+    for begin in range(MESSAGE_BYTES, longest, MESSAGE_BYTES):
+        more = _exchange(world, len(payload), payload[begin : begin + MESSAGE_BYTES])
         for rank, (_, piece) in enumerate(more):
             pieces[rank].append(piece)
     messages = [
@@ -43,17 +43,18 @@ def allgather(world: World, value: Any, purpose: str) -> list[Any]:
 
 
 def _exchange(world: World, total: int, piece: bytes) -> list[tuple[int, bytes]]:
-    """One round of mail. A rank is at most one round ahead: two parities are enough."""
-    world.round += 1
-    parity, board = world.round & 1, world.board
-    board["mail_bytes"][parity] = total
-    board["mail"][parity, : len(piece)] = np.frombuffer(piece, np.uint8)
+    """One round of message. A rank is at most one round ahead: two parities are enough."""
+    world.sequence += 1
+    parity, control_block = world.sequence & 1, world.control_block
+    control_block["message_bytes"][parity] = total
+    control_block["message"][parity, : len(piece)] = np.frombuffer(piece, np.uint8)
     world.fence()
-    board["round"][0] = world.round
+    control_block["sequence"][0] = world.sequence
     for peer in range(world.size):
-        wanted = Wanted("rendezvous", peer, world.round)
+        wanted = WaitTarget("rendezvous", peer, world.sequence)
         misplaced = functools.partial(exchanging, world, peer)
-        world.wait(value_of(world.boards[peer]["round"]), wanted, misplaced=misplaced)
+        world.wait(value_of(world.control_blocks[peer]["sequence"]), wanted, misplaced=misplaced)
     return [
-        (int(peer["mail_bytes"][parity]), peer["mail"][parity].tobytes()) for peer in world.boards
+        (int(peer["message_bytes"][parity]), peer["message"][parity].tobytes())
+        for peer in world.control_blocks
     ]

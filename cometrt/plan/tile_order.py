@@ -19,33 +19,36 @@ from cometrt.plan.tables import Plan
 BLOCK_M, BLOCK_N = ENGINE_BLOCK_M, ENGINE_BLOCK_N
 _KEPT_BYTES = 20 << 20  # of the cache, for weights that are read again
 
-work_item_dtype = np.dtype(
+work_tile_dtype = np.dtype(
     [
         ("m_tile", np.int32),  # M-tile; -1: nothing to do
         ("n_tile", np.int32),  # N-tile
         ("expert", np.int32),
-        ("rows", np.uint16),  # of the M-tile, without pads
-        ("packed", np.uint16),  # multicast halves of A in bits 0 and 1, of B in 2 and 3; its problem from 4
+        ("rows", np.uint16),  # of the M-tile, without padding
+        (
+            "packed",
+            np.uint16,
+        ),  # multicast halves of A in bits 0 and 1, of B in 2 and 3; its problem from 4
     ]
 )
 
 
-def column_tiles(columns: int, *, gated: bool) -> int:
+def num_n_tiles(columns: int, *, gated: bool) -> int:
     """N-tiles of a result of that many columns; a gated tile has half, from gate and from up."""
     return -(-columns // (BLOCK_N // 2 if gated else BLOCK_N))
 
 
-def most_turns(max_tiles: int, num_columns: int, chunk: int | None = None) -> int:
-    """Turns of the worst order: every M-tile alone, in every walk over a chunk."""
-    return max_tiles * sum(-(-len(part) // 2) for part in _pieces(range(num_columns), chunk))
+def max_cluster_steps(max_tiles: int, num_columns: int, n_chunk: int | None = None) -> int:
+    """Cluster steps of the worst order: every M-tile alone, in every walk over a chunk."""
+    return max_tiles * sum(-(-len(part) // 2) for part in _pieces(range(num_columns), n_chunk))
 
 
-def part_begin(num_tiles: int, index: int, count: int) -> int:
+def pipeline_chunk_begin(num_tiles: int, index: int, count: int) -> int:
     """The first position of the index-th of `count` even parts of layer0's order."""
     return num_tiles * index // count
 
 
-def best_group(num_sms: int, gpu_sms: int, inner: int) -> int:
+def best_raster_group(num_sms: int, gpu_sms: int, inner: int) -> int:
     """Column tiles that a stretch of one expert's M-tiles takes before the next ones; even.
 
     What all SMs compute at one time should be about as many rows as columns: then they read the
@@ -61,13 +64,13 @@ def best_group(num_sms: int, gpu_sms: int, inner: int) -> int:
     return max(2, max(square, min(kept, 2 * square)) // 2 * 2)
 
 
-def make_turns(
+def make_tile_order(
     plan: Plan,
     num_columns: int,
     *,
     backwards: bool = False,
-    chunk: int | None = None,
-    group: int | None = None,
+    n_chunk: int | None = None,
+    raster_group: int | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> np.ndarray:
     """The specification of kernels_cu/schedule/turns.cu.
@@ -79,25 +82,29 @@ def make_turns(
 
     Args:
         plan: made with block_m = 128.
-        num_columns: of `column_tiles`.
+        num_columns: of `num_n_tiles`.
         backwards: walk the order from its end.
         chunk: walk all of it once for each so many column tiles; None: once for all.
-        group: column tiles of a group, within a chunk; even; see `best_group`. None: all of them.
+        group: column tiles of a group, within a chunk; even; see `best_raster_group`. None: all of them.
         part: index and number of even parts, in layer0's order; only this one's tiles.
 
     Returns:
-        [turns, 2] of work_item_dtype.
+        [turns, 2] of work_tile_dtype.
     """
-    order = plan.layer0_tiles()
+    order = plan.dispatch_order()
     index, count = part
-    order = order[part_begin(len(order), index, count) : part_begin(len(order), index + 1, count)]
+    order = order[
+        pipeline_chunk_begin(len(order), index, count) : pipeline_chunk_begin(
+            len(order), index + 1, count
+        )
+    ]
     order = order[::-1] if backwards else order
     items: list[tuple[int, ...]] = []
-    for columns in _pieces(range(num_columns), chunk):
+    for columns in _pieces(range(num_columns), n_chunk):
         for expert, tiles in itertools.groupby(order, key=lambda tile: int(plan.tile_expert[tile])):
-            for some_tiles, some_columns in _walk(plan, expert, list(tiles), columns, group):
+            for some_tiles, some_columns in _walk(plan, expert, list(tiles), columns, raster_group):
                 items += _turn(plan, expert, some_tiles, some_columns)
-    return np.array(items, work_item_dtype).reshape(-1, 2)
+    return np.array(items, work_tile_dtype).reshape(-1, 2)
 
 
 def _pieces(columns: range, size: int | None) -> list[range]:
@@ -111,13 +118,13 @@ def _rows(plan: Plan, expert: int, tile: int) -> int:
 
 
 def _walk(
-    plan: Plan, expert: int, tiles: list[int], columns: range, group: int | None
+    plan: Plan, expert: int, tiles: list[int], columns: range, raster_group: int | None
 ) -> Iterator[tuple[list[int], range]]:
     """M-tiles and column tiles of each turn of a stretch."""
     large = [tile for tile in tiles if _rows(plan, expert, tile) > BLOCK_M // 2]
     pairs = [large[i : i + 2] for i in range(0, len(large) - 1, 2)]
     paired = [tile for pair in pairs for tile in pair]
-    for some in _pieces(columns, group):
+    for some in _pieces(columns, raster_group):
         for pair in pairs:
             for column in _pieces(some, 1):
                 yield pair, column

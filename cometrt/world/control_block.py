@@ -1,4 +1,4 @@
-"""A rank's board: the small memory by which ranks see each other."""
+"""A rank's control block: the small memory by which ranks see each other."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from cometrt.world.failure import failure_dtype
 from cometrt.world.layout import header_dtype
 
-MAIL_BYTES = 1 << 16
+MESSAGE_BYTES = 1 << 16
 
 
-def board_dtype(size: int) -> np.dtype:
-    """One rank's board. The comment says who writes a field; its owner reads it, unless said."""
+def control_block_dtype(size: int) -> np.dtype:
+    """One rank's control_block. The comment says who writes a field; its owner reads it, unless said."""
     return np.dtype(
         [
             ("source_ready", np.int64, size),  # [s]: rank s
@@ -25,9 +25,9 @@ def board_dtype(size: int) -> np.dtype:
             ("epoch", np.int64, 1),  # the owner; all read, in reset
             ("reset_request", np.int64, 1),  # the owner; all read
             ("closing", np.int64, 1),  # the owner, -1 if it will not come; all read
-            ("round", np.int64, 1),  # the owner; all read
-            ("mail_bytes", np.int64, 2),  # [round parity]: the owner; all read
-            ("mail", np.uint8, (2, MAIL_BYTES)),  # likewise
+            ("sequence", np.int64, 1),  # the owner; all read
+            ("message_bytes", np.int64, 2),  # [round parity]: the owner; all read
+            ("message", np.uint8, (2, MESSAGE_BYTES)),  # likewise
         ]
     )
 

@@ -6,13 +6,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cometrt.plan.turns import (
+from cometrt.plan.tile_order import (
     BLOCK_M,
-    best_group,
-    column_tiles,
-    make_turns,
-    most_turns,
-    part_begin,
+    best_raster_group,
+    make_tile_order,
+    max_cluster_steps,
+    num_n_tiles,
+    pipeline_chunk_begin,
 )
 
 
@@ -27,7 +27,7 @@ def plans(draw):
         tile_expert=expert,
         expert_offsets=np.concatenate([[0], np.cumsum(num_tiles)]) * BLOCK_M,
         expert_rows=np.array(rows),
-        layer0_tiles=lambda: order,
+        dispatch_order=lambda: order,
     )
 
 
@@ -39,9 +39,9 @@ def plans(draw):
     st.sampled_from([None, 2, 4]),
 )
 def test_turns(plan, columns, backwards, chunk, group):
-    how = {"backwards": backwards, "chunk": chunk, "group": group}
-    turns = make_turns(plan, columns, **how)
-    assert len(turns) <= most_turns(len(plan.tile_expert), columns, chunk)
+    how = {"backwards": backwards, "n_chunk": chunk, "raster_group": group}
+    turns = make_tile_order(plan, columns, **how)
+    assert len(turns) <= max_cluster_steps(len(plan.tile_expert), columns, chunk)
     walks = [item // (chunk or columns) for item in turns[:, 0]["n_tile"].tolist()]
     assert walks == sorted(walks)
     done = [(i["m_tile"], i["n_tile"]) for turn in turns for i in turn if i["m_tile"] >= 0]
@@ -61,7 +61,7 @@ def test_turns(plan, columns, backwards, chunk, group):
             of_a = [0, 1] if item["rows"] > BLOCK_M // 2 else [0]
             assert halves == {"m_tile": of_a, "n_tile": [0, 1]}
     # The plan's order is kept from expert to expert.
-    order = plan.layer0_tiles()[::-1] if backwards else plan.layer0_tiles()
+    order = plan.dispatch_order()[::-1] if backwards else plan.dispatch_order()
     first_walk = turns[:, 0][[walk == 0 for walk in walks]] if len(turns) else turns[:, 0]
     starts = list(dict.fromkeys(first_walk["expert"].tolist()))
     assert starts == list(dict.fromkeys(plan.tile_expert[order].tolist()))
@@ -86,9 +86,9 @@ def test_two_tiles_read_less_than_two():
         tile_expert=np.zeros(8, int),
         expert_offsets=np.array([0, 1024]),
         expert_rows=np.array([1024]),
-        layer0_tiles=lambda: list(range(8)),
+        dispatch_order=lambda: list(range(8)),
     )
-    turns = make_turns(plan, 6)
+    turns = make_tile_order(plan, 6)
     assert (turns["m_tile"] >= 0).all()
     loads = turns["packed"].astype(int)
     halves_of = np.array([0, 1, 1, 2])
@@ -103,21 +103,21 @@ def test_two_tiles_read_less_than_two():
     st.booleans(),
 )
 def test_parts_are_stretches_of_the_order(plan, columns, parts, backwards):
-    order = plan.layer0_tiles()
-    begins = [part_begin(len(order), index, parts) for index in range(parts + 1)]
+    order = plan.dispatch_order()
+    begins = [pipeline_chunk_begin(len(order), index, parts) for index in range(parts + 1)]
     assert (begins[0], begins[-1]) == (0, len(order))
     most = -(-len(order) // parts)
     for index in range(parts):
         tiles = order[begins[index] : begins[index + 1]]
         assert most - 1 <= len(tiles) <= most
-        turns = make_turns(plan, columns, backwards=backwards, part=(index, parts))
-        assert len(turns) <= most_turns(most, columns)
+        turns = make_tile_order(plan, columns, backwards=backwards, part=(index, parts))
+        assert len(turns) <= max_cluster_steps(most, columns)
         done = [(i["m_tile"], i["n_tile"]) for turn in turns for i in turn if i["m_tile"] >= 0]
         assert sorted(done) == sorted((tile, c) for tile in tiles for c in range(columns))
 
 
 def test_sizes():
-    assert column_tiles(1408, gated=True) == 11
-    assert column_tiles(1408, gated=False) == 6
-    assert [best_group(sms, 132, 2048) for sms in (1, 8, 16, 32, 132)] == [2, 2, 2, 4, 16]
-    assert [best_group(sms, 132, 14336) for sms in (16, 132)] == [2, 8]
+    assert num_n_tiles(1408, gated=True) == 11
+    assert num_n_tiles(1408, gated=False) == 6
+    assert [best_raster_group(sms, 132, 2048) for sms in (1, 8, 16, 32, 132)] == [2, 2, 2, 4, 16]
+    assert [best_raster_group(sms, 132, 14336) for sms in (16, 132)] == [2, 8]
