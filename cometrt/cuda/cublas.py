@@ -110,8 +110,7 @@ class CublasExperts:
         table_offsets: byte offset of each of a plan's tables, by name.
         meet: threads of one process call it between what may wait for the whole device (cuBLAS
             loads its kernels when it first needs them) and a kernel that waits for a peer.
-        launches: gets "cublas_forward", "cublas_dgrad" and "cublas_wgrad"; has the layer's row
-            kernels.
+        kernels: gets "cublas_forward", "cublas_dgrad" and "cublas_wgrad".
     """
 
     def __init__(
@@ -120,19 +119,19 @@ class CublasExperts:
         state: int,
         table_offsets: dict[str, int],
         meet: Callable[[], None],
-        launches: Launches,
+        kernels: Launches,
     ) -> None:
         from cupy.cuda import runtime
 
         self._shape, self._geometry, self._gemm = shape, shape.geometry, CublasGemm()
         self._runtime, self._state, self._table_offsets = runtime, state, table_offsets
-        self.meet, self.launches = meet, launches
+        self.meet = meet
         self._status = pinned(exchange_state_dtype)
         self._offsets = pinned(np.dtype(np.int32), shape.geometry.local_experts + 1)
         self._activate, self._activate_backward = load_kernels(
             "sequential/activation.cu", "activate", "activate_backward"
         )
-        launches |= {
+        kernels |= {
             "cublas_forward": self._forward,
             "cublas_dgrad": self._dgrad,
             "cublas_wgrad": self._wgrad,
@@ -265,20 +264,18 @@ class CublasExperts:
 class CublasForward:
     """The sequential forward, GEMMs by cuBLAS."""
 
-    orders = None  # cuBLAS has its own
-
     def __init__(self, experts: CublasExperts) -> None:
         self._experts = experts
 
-    def launch(self, stream: int, params: ParamStruct, call: Call) -> bool:
-        experts, launches = self._experts, self._experts.launches
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> bool:
+        experts = self._experts
         rows = experts.rows(stream, call)
         if rows:
-            launches["dispatch"](stream, params)
-            launches["cublas_forward"](stream, call, rows)
-            launches["push"](stream, params)
+            kernels["dispatch"](stream, params)
+            kernels["cublas_forward"](stream, call, rows)
+            kernels["push"](stream, params)
             experts.meet()
-            launches["home_reduce"](stream, params)
+            kernels["home_reduce"](stream, params)
         return bool(rows)
 
 
@@ -288,20 +285,20 @@ class CublasBackward:
     def __init__(self, experts: CublasExperts, builder: ExchangeParamsBuilder) -> None:
         self._experts, self._builder = experts, builder
 
-    def launch(self, stream: int, params: ParamStruct, call: Call) -> bool:
-        experts, launches = self._experts, self._experts.launches
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> bool:
+        experts = self._experts
         rows = experts.rows(stream, call)
         if not rows:
             if not call.accumulate:
                 experts.spoil_gradients(stream, call)
             return False
-        launches["dispatch"](stream, params)
+        kernels["dispatch"](stream, params)
         if "saved_x" in call.at:  # save="z": before the first partial row of dx leaves
             self._builder.pull_x(params, call)
-            launches["dispatch"](stream, params)
-        launches["cublas_dgrad"](stream, call, rows)
-        launches["push"](stream, params)
-        launches["cublas_wgrad"](stream, call, rows)
+            kernels["dispatch"](stream, params)
+        kernels["cublas_dgrad"](stream, call, rows)
+        kernels["push"](stream, params)
+        kernels["cublas_wgrad"](stream, call, rows)
         experts.meet()
-        launches["home_reduce"](stream, params)
+        kernels["home_reduce"](stream, params)
         return True

@@ -36,17 +36,17 @@ class FusedForward:
 
     Args:
         ok: address of ExchangeState.ok.
-        launches: gets "dispatch_gemm" and "gemm_combine".
+        kernels: gets "dispatch_gemm" and "gemm_combine".
 
     Attributes:
         orders: TileOrderParams of the up and the down GEMM.
         num_ctas: of both launches.
     """
 
-    def __init__(self, shape: PlanShape, links: Links, ok: int, launches: Launches) -> None:
+    def __init__(self, shape: PlanShape, links: Links, ok: int, kernels: Launches) -> None:
         geometry, config, spec = shape.geometry, shape.config, shape.geometry.spec
         width, experts = geometry.local_intermediate, geometry.local_experts
-        self._links, self._launches, self._activation = links, launches, spec.activation
+        self._links, self._activation = links, spec.activation
         self._tile_orders = up, down = layer_orders(shape, n_chunk=n_chunk_tiles(shape))
         self.orders = up.params, down.params
         self._up = GemmArguments(
@@ -57,7 +57,7 @@ class FusedForward:
         self._dispatch_ctas = num_comm_ctas(config.dispatch_ctas, self.num_ctas)
         self._combine_ctas = num_comm_ctas(config.combine_ctas, self.num_ctas)
         self._kernels = self.load()
-        launches |= {"dispatch_gemm": self._dispatch_gemm, "gemm_combine": self._gemm_combine}
+        kernels |= {"dispatch_gemm": self._dispatch_gemm, "gemm_combine": self._gemm_combine}
 
     def load(self, *, trace: bool = False) -> dict[str, Kernel]:
         """Its kernels, which record themselves if `trace`. Before any kernel waits for a peer."""
@@ -77,9 +77,9 @@ class FusedForward:
         before, self._kernels = self._kernels, kernels
         return before
 
-    def launch(self, stream: int, params: ParamStruct, call: Call) -> bool:
-        self._launches["dispatch_gemm"](stream, params, call)
-        self._launches["gemm_combine"](stream, params, call)
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> bool:
+        kernels["dispatch_gemm"](stream, params, call)
+        kernels["gemm_combine"](stream, params, call)
         return True
 
     def _dispatch_gemm(self, stream: int, params: ParamStruct, call: Call) -> None:

@@ -39,12 +39,54 @@ from cometrt.world import World
 from cometrt.world.partitions import num_sms
 
 _NO_ORDER = ParamStruct(tile_order_params_dtype)
+_OK_OFFSET = exchange_state_dtype.fields["ok"][1]  # type: ignore[index]
+
+
+class ProtocolKernels:
+    """What every call begins and ends with.
+
+    Args:
+        orders: TileOrderParams of the up and the down GEMM, which `prepare` fills.
+        kernels: gets "publish", "prepare", "agree" and "finish".
+    """
+
+    def __init__(
+        self,
+        planner: DevicePlanner,
+        orders: tuple[ParamStruct, ParamStruct],
+        links: Links,
+        kernels: Launches,
+    ) -> None:
+        self._planner, self._orders, self._links = planner, orders, links
+        self._num_sms = num_sms()
+        self._publish, self._agree, self._finish = load_kernels(
+            "protocol/publish.cu", "publish", "agree", "finish"
+        )
+        kernels |= {
+            "publish": self._launch_publish,
+            "prepare": self._launch_prepare,
+            "agree": self._launch_agree,
+            "finish": self._launch_finish,
+        }
+
+    def _launch_publish(self, stream: int, params: ParamStruct) -> None:
+        self._publish(stream, self._num_sms, params)
+
+    def _launch_prepare(self, stream: int, params: ParamStruct, call: Call) -> None:
+        tables, link = call.at["tables"], self._links.dispatch
+        self._planner.prepare(stream, params, tables, self._orders, link)
+
+    def _launch_agree(self, stream: int, params: ParamStruct, _call: Call) -> None:
+        self._agree(stream, 1, params)
+
+    def _launch_finish(self, stream: int, params: ParamStruct) -> None:
+        self._finish(stream, self._num_sms, params)
 
 
 class Path(Protocol):
     """What a mode launches between the plan and the end of a call."""
 
-    def launch(self, stream: int, params: ParamStruct, call: Call) -> bool:
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> bool:
         """False where the host knows that the call does nothing, behind one that failed."""
 
 
@@ -57,7 +99,8 @@ class CallQueue:
 
     Attributes:
         kernels: the layer's launches, by name. Every launch goes through it: a test or a benchmark
-            may put a function of its own around one, or in its place.
+            may put a function of its own around one, or in its place. Nothing in it refers to it,
+            so that a dropped layer frees its memory at once.
         planner: makes the plans.
         state: ExchangeState of the running call, as bytes.
         fused: the path of mode "fused", or None.
@@ -78,8 +121,8 @@ class CallQueue:
         planner_words, fused_words = buffers.num_counters(shape, mode)
         counters = cp.zeros(planner_words + fused_words, cp.uint32)
         self.state = cp.zeros(traced_exchange_state_dtype.itemsize, cp.uint8)
-        self._num_sms, self._links = num_sms(), Links(world.link)
-        self.planner = DevicePlanner(shape, counters[:planner_words], self._links.macros)
+        links = Links(world.link)
+        self.planner = DevicePlanner(shape, counters[:planner_words], links.macros)
         fixed = {
             "state": int(self.state.data.ptr),
             "report": report,
@@ -102,39 +145,24 @@ class CallQueue:
             num_counters=counters.size,
             table_offsets=self.planner.offsets_of(EXCHANGE_TABLES),
         )
-        self._publish, self._agree, self._finish = load_kernels(
-            "protocol/publish.cu", "publish", "agree", "finish"
-        )
-        self.kernels: Launches = {
-            "publish": self._launch_publish,
-            "prepare": self._launch_prepare,
-            "agree": self._launch_agree,
-            "finish": self._launch_finish,
-        }
-        self.fused: FusedForward | None = None
-        self._paths = self._make_paths(shape, mode, meet)
-
-    def _make_paths(self, shape: PlanShape, mode: str, meet: Callable[[], None]) -> dict[str, Path]:
-        kernels, state = self.kernels, int(self.state.data.ptr)
-        ok = state + exchange_state_dtype.fields["ok"][1]  # type: ignore[index]
+        self.kernels: Launches = {}
+        kernels, ok = self.kernels, fixed["state"] + _OK_OFFSET
         chunks = buffers.num_pipeline_chunks(shape, mode)
-        RowKernels(shape, self._links, kernels, self.planner.block_order_idx, chunks)
-        cublas = CublasExperts(shape, state, self.planner.table_offsets, meet, kernels)
-        self._orders = _NO_ORDER, _NO_ORDER
+        RowKernels(shape, links, kernels, self.planner.block_order_idx, chunks)
+        cublas = CublasExperts(shape, fixed["state"], self.planner.table_offsets, meet, kernels)
+        self.fused: FusedForward | None = None
         forward: Path
+        orders = _NO_ORDER, _NO_ORDER
         if mode == "fused":
-            forward = self.fused = FusedForward(shape, self._links, ok, kernels)
-            self._orders = self.fused.orders
+            forward = self.fused = FusedForward(shape, links, ok, kernels)
+            orders = self.fused.orders
         elif shape.config.gemm == "cublas":
             forward = CublasForward(cublas)
         else:
-            gemms = ExpertGemms(shape, ok, kernels, chunks)
-            self._orders = gemms.orders
-            if mode == "chunked":
-                forward = ChunkedForward(shape, gemms, kernels)
-            else:
-                forward = SequentialForward(gemms, kernels)
-        return {"forward": forward, "backward": CublasBackward(cublas, self._params)}
+            orders = ExpertGemms(shape, ok, kernels, chunks).orders
+            forward = ChunkedForward(shape.config) if mode == "chunked" else SequentialForward()
+        ProtocolKernels(self.planner, orders, links, kernels)
+        self._paths = {"forward": forward, "backward": CublasBackward(cublas, self._params)}
 
     def enqueue(self, stream: int, call: Call) -> bool:
         """Queue a call on a raw stream. It allocates nothing, meets no other rank's host, and
@@ -146,23 +174,10 @@ class CallQueue:
         params, kernels = self._params.begin(call), self.kernels
         kernels["publish"](stream, params)
         kernels["prepare" if call.operation == "forward" else "agree"](stream, params, call)
-        ran = self._paths[call.operation].launch(stream, params, call)
+        ran = self._paths[call.operation].launch(kernels, stream, params, call)
         kernels["finish"](stream, params)
         return ran
 
     def depends_on(self) -> tuple[float, ...]:
         """What a call's launches depend on besides the call."""
         return self._params.world_state()
-
-    def _launch_publish(self, stream: int, params: ParamStruct) -> None:
-        self._publish(stream, self._num_sms, params)
-
-    def _launch_prepare(self, stream: int, params: ParamStruct, call: Call) -> None:
-        tables, link = call.at["tables"], self._links.dispatch
-        self.planner.prepare(stream, params, tables, self._orders, link)
-
-    def _launch_agree(self, stream: int, params: ParamStruct, _call: Call) -> None:
-        self._agree(stream, 1, params)
-
-    def _launch_finish(self, stream: int, params: ParamStruct) -> None:
-        self._finish(stream, self._num_sms, params)

@@ -21,7 +21,7 @@ class RowKernels:
 
     Args:
         links: what the launches take for the link between ranks.
-        launches: gets "dispatch", "push" and "home_reduce".
+        kernels: gets "dispatch", "push" and "home_reduce".
         block_order_idx: address of the planner's table; needed for several chunks.
         pipeline_chunks: how many there are.
     """
@@ -30,7 +30,7 @@ class RowKernels:
         self,
         shape: PlanShape,
         links: Links,
-        launches: Launches,
+        kernels: Launches,
         block_order_idx: int = 0,
         pipeline_chunks: int = 1,
     ) -> None:
@@ -47,7 +47,7 @@ class RowKernels:
         lanes = max(1, min(32, _STAGE_BYTES // row_bytes // PULL_WARPS))
         self._lanes = KernelArgument(np.int32(lanes))
         self._dispatch = dispatch.with_shared(PULL_WARPS * lanes * row_bytes)
-        launches |= {
+        kernels |= {
             "dispatch": self._launch_dispatch,
             "push": self._launch_push,
             "home_reduce": self._launch_home_reduce,

@@ -7,7 +7,7 @@ from cometrt.cuda.engine import GemmArguments, gemm_ctas, gemm_kernel, layer_ord
 from cometrt.cuda.exchange_params import Call
 from cometrt.cuda.types import Launches
 from cometrt.kernels.params import ParamStruct
-from cometrt.plan import PlanShape
+from cometrt.plan import PlanShape, TileConfig
 from cometrt.world.partitions import auxiliary_stream, num_sms
 
 
@@ -16,7 +16,7 @@ class ExpertGemms:
 
     Args:
         ok: address of ExchangeState.ok.
-        launches: gets "up" and "down".
+        kernels: gets "up" and "down".
         pipeline_chunks: how many; each may be a launch of its own.
 
     Attributes:
@@ -24,7 +24,7 @@ class ExpertGemms:
     """
 
     def __init__(
-        self, shape: PlanShape, ok: int, launches: Launches, pipeline_chunks: int = 1
+        self, shape: PlanShape, ok: int, kernels: Launches, pipeline_chunks: int = 1
     ) -> None:
         geometry, spec = shape.geometry, shape.geometry.spec
         width, experts, rows = geometry.local_intermediate, geometry.local_experts, shape.capacity
@@ -44,7 +44,7 @@ class ExpertGemms:
         ]
         self._up_kernels = [gemm_kernel(spec.activation, write_z) for write_z in (False, True)]
         self._down_kernel = gemm_kernel(None, False)
-        launches |= {"up": self._launch_up, "down": self._launch_down}
+        kernels |= {"up": self._launch_up, "down": self._launch_down}
 
     def _launch_up(self, stream: int, call: Call, chunk: int = 0, sms: int | None = None) -> None:
         """a, and z in training, from x_rows; on so many SMs (None: all)."""
@@ -60,22 +60,14 @@ class ExpertGemms:
 
 
 class SequentialForward:
-    """One launch after the other.
+    """One launch after the other, of ExpertGemms and RowKernels."""
 
-    Args:
-        launches: has those of `gemms` and of the layer's RowKernels.
-    """
-
-    def __init__(self, gemms: ExpertGemms, launches: Launches) -> None:
-        self.orders, self._launches = gemms.orders, launches
-
-    def launch(self, stream: int, params: ParamStruct, call: Call) -> bool:
-        launches = self._launches
-        launches["dispatch"](stream, params)
-        launches["up"](stream, call)
-        launches["down"](stream, call)
-        launches["push"](stream, params)
-        launches["home_reduce"](stream, params)
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> bool:
+        kernels["dispatch"](stream, params)
+        kernels["up"](stream, call)
+        kernels["down"](stream, call)
+        kernels["push"](stream, params)
+        kernels["home_reduce"](stream, params)
         return True
 
 
@@ -91,12 +83,10 @@ class ChunkedForward:
     each chunk. GEMMs leave SMs to the kernels that move rows beside them.
     """
 
-    def __init__(self, shape: PlanShape, gemms: ExpertGemms, launches: Launches) -> None:
-        """As for `SequentialForward`; gemms are made for `shape.config.pipeline_chunks`."""
+    def __init__(self, config: TileConfig) -> None:
         import cupy as cp
 
-        config, count = shape.config, shape.config.pipeline_chunks
-        self.orders, self._launches, self._count = gemms.orders, launches, count
+        self._count = count = config.pipeline_chunks
         self._auxiliary = int(auxiliary_stream().ptr)
         self._comm_sms = comm_sms(num_sms(), config.comm_sms)
         self._gemm_sms = num_sms() - self._comm_sms
@@ -104,31 +94,31 @@ class ChunkedForward:
         self._multiplied = [cp.cuda.Event(disable_timing=True) for _ in range(count)]
         self._pushed = cp.cuda.Event(disable_timing=True)
 
-    def launch(self, stream: int, params: ParamStruct, call: Call) -> bool:
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> bool:
         from cupy.cuda.runtime import eventRecord as record
         from cupy.cuda.runtime import streamWaitEvent as wait
 
-        launches, other, last = self._launches, self._auxiliary, self._count - 1
-        launches["dispatch"](stream, params, 0)
+        other, last = self._auxiliary, self._count - 1
+        kernels["dispatch"](stream, params, 0)
         record(self._dispatched[0].ptr, stream)
         wait(other, self._dispatched[0].ptr)
         for chunk in range(1, self._count):
-            launches["dispatch"](other, params, chunk, self._comm_sms)
+            kernels["dispatch"](other, params, chunk, self._comm_sms)
             record(self._dispatched[chunk].ptr, other)
         for chunk in range(self._count):
             if chunk > 0:
                 wait(stream, self._dispatched[chunk].ptr)
-            launches["up"](stream, call, chunk, self._gemm_sms if chunk < last else None)
+            kernels["up"](stream, call, chunk, self._gemm_sms if chunk < last else None)
         for chunk in reversed(range(self._count)):
-            launches["down"](stream, call, chunk, self._gemm_sms if chunk < last else None)
+            kernels["down"](stream, call, chunk, self._gemm_sms if chunk < last else None)
             if chunk > 0:
                 record(self._multiplied[chunk].ptr, stream)
                 wait(other, self._multiplied[chunk].ptr)
-                launches["push"](other, params, chunk, self._comm_sms)
+                kernels["push"](other, params, chunk, self._comm_sms)
         record(self._pushed.ptr, other)
-        launches["push"](stream, params, 0)
+        kernels["push"](stream, params, 0)
         wait(stream, self._pushed.ptr)
-        launches["home_reduce"](stream, params)
+        kernels["home_reduce"](stream, params)
         return True
 
 

@@ -32,7 +32,8 @@ geometry_dtype = np.dtype(
 # Scratch and results of the planner, in the order of PlanParams.
 PLAN_SCRATCH = (
     "token_tile_counts counts token_counts list_start pair_list rank_rows rank_num_tiles "
-    "rank_order rank_tile_order_idx run_counts run_starts column_tokens block_order_idx first_order_idx"
+    "rank_order rank_tile_order_idx run_counts run_starts column_tokens block_order_idx "
+    "first_order_idx"
 ).split()
 _PLAN_OUTPUTS = {"num_tiles": "out_num_tiles", "num_tokens": "out_num_tokens"}
 PLAN_OUTPUTS = [

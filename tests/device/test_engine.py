@@ -51,7 +51,7 @@ def on_gpu(tiles):
 
 
 @pytest.mark.parametrize(
-    ("backwards", "chunk"), [(False, None), (True, None), (True, 1), (True, 2), (True, 3)]
+    ("backwards", "n_chunk"), [(False, None), (True, None), (True, 1), (True, 2), (True, 3)]
 )
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("group", [None, 2, 4])
