@@ -13,20 +13,20 @@ import cometrt
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
     """Add --device to a script's options."""
-    help_text = "where the layer runs; auto: on a GPU if there is one"
+    help_text = "where the layer runs; auto: on a Hopper GPU if there is one"
     parser.add_argument(
         "--device", choices=["auto", "host", "cuda"], default="auto", help=help_text
     )
 
 
 def pick_device(wanted: str) -> str:
-    """ "host" or "cuda" for a value of --device."""
+    """The device, "host" or "cuda", that a value of --device means."""
     if wanted != "auto":
         return wanted
     try:
         import cupy
 
-        return "cuda" if cupy.cuda.runtime.getDeviceCount() else "host"
+        return "cuda" if cupy.cuda.Device(0).compute_capability == "90" else "host"  # Hopper
     except Exception:  # no CuPy, no driver, no GPU
         return "host"
 
