@@ -1,4 +1,4 @@
-"""What the example scripts share: weights from a seed, and the check against the reference."""
+"""What the examples share: the choice of the device, random weights, the check of the results."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ import cometrt
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
-    help_text = "where the layer runs; auto: on a GPU if there is one"
+    """Add --device to a script's options."""
+    help_text = "where the layer runs; auto: on a Hopper GPU if there is one"
     parser.add_argument(
         "--device", choices=["auto", "host", "cuda"], default="auto", help=help_text
     )
 
 
 def pick_device(wanted: str) -> str:
+    """The device, "host" or "cuda", that a value of --device means."""
     if wanted != "auto":
         return wanted
     try:
         import cupy
 
-        return "cuda" if cupy.cuda.runtime.getDeviceCount() else "host"
+        return "cuda" if cupy.cuda.Device(0).compute_capability == "90" else "host"  # Hopper
     except Exception:  # no CuPy, no driver, no GPU
         return "host"
 
 
 def to_device(world: cometrt.World, *arrays: np.ndarray) -> list[Any]:
-    """The arrays where the world's layers want them."""
+    """NumPy arrays as the world's layers take them: as they are, or copied to the GPU."""
     if world.device == "host":
         return list(arrays)
     import cupy
@@ -39,11 +41,12 @@ def to_device(world: cometrt.World, *arrays: np.ndarray) -> list[Any]:
 
 
 def to_host(*arrays: Any) -> list[np.ndarray]:
+    """NumPy or CuPy arrays as NumPy arrays."""
     return [array if isinstance(array, np.ndarray) else array.get() for array in arrays]
 
 
 def random_weights(spec: cometrt.MoESpec, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """w_up [E, 2I, H] and w_down [E, H, I] of the whole model, the same on every rank."""
+    """Random w_up [E, 2I, H] and w_down [E, H, I] of the whole model, the same on every rank."""
     rng = np.random.default_rng(seed)
     rows = (2 if spec.gated else 1) * spec.intermediate
     w_up = rng.standard_normal((spec.num_experts, rows, spec.hidden), np.float32)
@@ -62,10 +65,17 @@ def errors_against_reference(
     y: np.ndarray,
     grads: cometrt.Gradients,
 ) -> dict[str, float]:
-    """||found - expected|| / ||expected|| of every result of this rank.
+    """Relative error ||found - expected|| / ||expected|| of each of this rank's results.
 
-    Each rank runs the reference over its own tokens and all experts; the weight gradients of
-    all ranks' tokens are then added up.
+    Each rank runs the reference over its own tokens and all experts. Weight gradients are sums
+    over the tokens of all ranks, so MPI adds them up before they are compared.
+
+    Args:
+        comm: the mpi4py communicator of the world.
+        weights: w_up and w_down of the whole model, of `random_weights`.
+        inputs: this rank's x [T, H], ids [T, K] and router weights [T, K].
+        dy: what backward was given, [T, H].
+        y, grads: what the layer returned on this rank.
     """
     from mpi4py import MPI
 
@@ -88,12 +98,15 @@ def errors_against_reference(
 
 
 def tolerance(spec: cometrt.MoESpec) -> float:
-    """bf16 rounds z, a, o, the partial sums and the results by up to 2^-9 each."""
+    """The largest relative error of a right result.
+
+    bfloat16 rounds z, a, o, the partial sums and the results by up to 2^-9 each.
+    """
     return 1e-2 if spec.dtype == "bfloat16" else 1e-5
 
 
 def stop_if_wrong(comm: Any, errors: dict[str, float], spec: cometrt.MoESpec) -> None:
-    """Exit with status 1, on all ranks, if any rank's result is off."""
+    """End the script on all ranks, with status 1, if a result of any rank is wrong."""
     wrong = comm.allreduce(not max(errors.values()) < tolerance(spec))
     if wrong:
         sys.exit(f"rank {comm.Get_rank()}: wrong results: {errors}")

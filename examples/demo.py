@@ -1,8 +1,9 @@
 """Real text through a Mixture-of-Experts layer on four ranks, checked, with its timeline.
 
-The bytes of Python's own standard library are the tokens: each is embedded by a fixed random
-table plus its position and routed by a softmax top-8 router over 128 experts, so that the load
-is as uneven as text is. The layer has qwen3-30b-a3b's experts and top-k, and smaller widths.
+The tokens are bytes of Python's own standard library. A fixed random table embeds each byte, and
+its position is added. A softmax router chooses 8 of 128 experts for each token. Text repeats
+itself, so some experts get many more tokens than others. The layer has the number of experts and
+the top-k of qwen3-30b-a3b, and smaller widths.
 
 mpirun -n 4 python -m mpi4py examples/demo.py        (or: make demo)
 """
@@ -31,7 +32,7 @@ from cometrt.models import scaled_spec
 
 
 def standard_library(num_bytes: int) -> np.ndarray:
-    """The first bytes of the standard library's sources, file after file by name."""
+    """The first bytes of the standard library's source files, in the order of their names."""
     text = b""
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
         text += path.read_bytes()
@@ -41,7 +42,7 @@ def standard_library(num_bytes: int) -> np.ndarray:
 
 
 def positions(num_tokens: int, hidden: int) -> np.ndarray:
-    """Sinusoids, as in "Attention Is All You Need", 3.5; [T, H]."""
+    """[T, H]: sine and cosine of each position, as in "Attention Is All You Need", 3.5."""
     rate = 10000.0 ** (-np.arange(0, hidden, 2) / hidden)
     angle = np.arange(num_tokens)[:, None] * rate
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
@@ -61,9 +62,9 @@ def main() -> None:
         "qwen3-30b-a3b", args.scale, max_tokens=args.tokens, capacity_factor=float(size)
     )
     text = standard_library(size * args.tokens + 1)
-    mine = text[rank * args.tokens : (rank + 1) * args.tokens + 1]  # and the byte after them
+    mine = text[rank * args.tokens : (rank + 1) * args.tokens + 1]  # and one more, to predict
 
-    fixed = np.random.default_rng(0)
+    fixed = np.random.default_rng(0)  # the same on every rank
     table = fixed.standard_normal((256, spec.hidden))
     router = fixed.standard_normal((spec.hidden, spec.num_experts)) / np.sqrt(spec.hidden)
     x = (table[mine[:-1]] + positions(args.tokens, spec.hidden)).astype(spec.numpy_dtype)
@@ -83,7 +84,8 @@ def main() -> None:
                 f"{args.tokens} bytes of the standard library each",
                 flush=True,
             )
-        # Once to warm up, once recorded. The loss pulls y towards the next byte's embedding.
+        # Two rounds: the first warms up, the second is kept. The loss is half the squared distance
+        # of y from the embedding of the next byte, so its gradient dy is their difference.
         for _ in range(2):
             world.barrier()
             with cometrt.trace.record(layer) as recording:
@@ -104,11 +106,12 @@ def main() -> None:
 
 
 def report(comm, spec, ids, seconds, timeline, error, out) -> None:
-    """Print on rank 0 what each rank did and what the whole did; draw the timeline."""
+    """Print on rank 0 what each rank did and how full the experts were; draw the timeline."""
     rank, size = comm.Get_rank(), comm.Get_size()
     all_ids = np.concatenate(comm.allgather(ids))
     experts = spec.num_experts // size
-    # A token crosses once to each other rank that it needs: x and dy there, y and dx back.
+    # A token crosses the link once to each other rank that has one of its experts: x in forward
+    # and dy in backward. Partial sums of y and dx come back, which are as large.
     source = np.repeat(np.arange(size), [len(rows) for rows in comm.allgather(ids)])
     here = (all_ids // experts == rank).any(axis=1) & (source != rank)
     crossing = 2 * int(here.sum()) * spec.hidden * spec.numpy_dtype.itemsize / 1e6
@@ -129,7 +132,7 @@ def report(comm, spec, ids, seconds, timeline, error, out) -> None:
         f"{load.idle} of {spec.num_experts} idle"
     )
     print("every result agrees with the float64 reference")
-    if timeline.hidden_share != timeline.hidden_share:  # NaN
+    if timeline.hidden_share != timeline.hidden_share:  # it is NaN
         print("hidden share: unknown (nothing crossed, or on CUDA not in a fused forward)")
         return
     print(
@@ -139,7 +142,7 @@ def report(comm, spec, ids, seconds, timeline, error, out) -> None:
     print(f"where the time of each role went:\n{timeline.waits()}")
     out.mkdir(parents=True, exist_ok=True)
     timeline.save_json(out / "timeline.json")
-    calls = "one forward"  # a backward on CUDA is not traced
+    calls = "one forward"  # on CUDA a backward is not recorded
     if timeline.seconds(0, "wgrad"):
         calls += ", then one backward,"
     title = f"{calls} on {size} ranks: {timeline.hidden_share:.0%} hidden"

@@ -1,4 +1,7 @@
-"""One MoE layer of a known model, scaled down, forward and backward, checked.
+"""One Mixture-of-Experts layer of a known model, scaled down: forward and backward, checked.
+
+Tokens, weights and routing are random. Each call is timed, and the results of the last one are
+compared with the float64 reference.
 
 mpirun -n 4 python -m mpi4py examples/moe_layer.py --model mixtral-8x7b --scale 16
 mpirun -n 4 python -m mpi4py examples/moe_layer.py --model qwen2-moe --tp 2 --order columns
@@ -26,7 +29,10 @@ from cometrt.models import MODELS, scaled_spec
 
 
 def share(timeline: cometrt.trace.Timeline) -> str:
-    """As text; "unknown share" where nothing crossed, or on CUDA where it is not fused."""
+    """The hidden share as text.
+
+    It is unknown where no row crossed between ranks, and on CUDA where the forward is not fused.
+    """
     hidden = timeline.hidden_share
     return "unknown share" if hidden != hidden else f"{hidden:.0%}"
 
@@ -42,7 +48,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=["fused", "sequential"], help="default: the best")
     add_device_option(parser)
     parser.add_argument("--order", choices=["phases", "columns"], default="phases")
-    parser.add_argument("--skew", type=float, default=0.0, help="spread of the router's bias")
+    parser.add_argument("--skew", type=float, default=0.0, help="how unequal experts are loaded")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trace", metavar="FILE.json", help="write a Chrome trace")
     args = parser.parse_args()

@@ -1,8 +1,9 @@
-"""Train a byte model whose hidden layer is a MoE layer, in plain NumPy, on several ranks.
+"""Train a small model with a Mixture-of-Experts layer, in plain NumPy, on several ranks.
 
-Next-byte prediction on the sources of Python's standard library: the embeddings of the last
-two bytes, one MoE layer with a residual connection, a linear head. Experts live on their
-ranks; embedding, router and head are replicated and their gradients summed over the ranks.
+The model predicts the next byte of the source files of Python's standard library. It adds the
+embeddings of the last two bytes, runs one MoE layer with a residual connection, and ends in a
+linear head. Each rank holds its own experts. Embedding, router and head are the same on every
+rank, so their gradients are summed over the ranks.
 
 mpirun -n 4 python -m mpi4py examples/train_bytes.py
 """
@@ -20,7 +21,7 @@ import cometrt
 
 
 class Adam:
-    """Adam (arXiv 1412.6980) on fp32 master copies, updated in place."""
+    """Adam (arXiv 1412.6980). It updates fp32 parameters in place."""
 
     def __init__(self, parameters: list[np.ndarray], rate: float) -> None:
         self.parameters, self.rate, self.step = parameters, rate, 0
@@ -66,7 +67,7 @@ def main() -> None:
     replicated, local = Adam([embed, router, head], args.rate), Adam(list(experts), args.rate)
 
     text = standard_library(1 << 18)
-    order = np.random.default_rng(100 + rank)  # every rank reads other places
+    order = np.random.default_rng(100 + rank)  # each rank reads its own places of the text
     with cometrt.connect(comm, device="host") as world:
         layer = cometrt.MoELayer(world, spec)
         losses = []
@@ -84,6 +85,7 @@ def main() -> None:
             probability = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
             loss = -np.log(probability[np.arange(tokens), target]).mean()
 
+            # Backward: the head, the layer with its router, then the embeddings.
             dscores = probability
             dscores[np.arange(tokens), target] -= 1
             dscores /= tokens * size
