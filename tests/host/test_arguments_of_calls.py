@@ -150,12 +150,40 @@ def test_saved_is_flat_of_fixed_shape_and_good_for_one_backward():
             assert saved[-2] is w_up
             assert saved[-1] is w_down
             shapes.append(tuple((array.shape, str(array.dtype)) for array in saved))
+            specs = layer.residuals(tokens)
+            assert tuple((of.shape, str(of.dtype)) for of in specs) == shapes[-1]
+            assert not saved[0].flags.writeable  # what a caller carries is all there is
             layer.backward(inputs.dy[r][:tokens], saved)
             with pytest.raises(ValueError, match="saved must be used for one backward only"):
                 layer.backward(inputs.dy[r][:tokens], saved)
 
+        assert [of.name for of in specs[:4]] == ["meta", "epoch", "x", "z"]
+        for tokens, rule in ((-1, ">= 0"), (41, "at most max_tokens=40"), (1.5, "integer")):
+            with pytest.raises(ValueError, match=f"num_tokens must be .*{rule}"):
+                layer.residuals(tokens)
+
     cometrt.spawn(fn, 2)
     assert len(set(shapes)) == 1
+
+
+def test_copies_of_saved_count_as_one_use():
+    inputs = make_inputs(CASE)
+
+    def fn(world):
+        r = world.rank
+        weights = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, 2, CASE.spec)
+        layer = cometrt.MoELayer(world, CASE.spec, config=CASE.config)
+        tokens = inputs.x[r], inputs.ids[r], inputs.weights[r]
+        first, second = (layer.forward(*tokens, *weights)[1] for _ in range(2))
+        copy = tuple(array.copy() for array in first)
+        one = layer.backward(inputs.dy[r], copy)
+        with pytest.raises(ValueError, match="saved must be used for one backward only"):
+            layer.backward(inputs.dy[r], first)
+        other = layer.backward(inputs.dy[r], list(second))
+        for a, b in zip(one, other, strict=True):
+            assert a.tobytes() == b.tobytes()
+
+    cometrt.spawn(fn, 2)
 
 
 def test_closed_layers_and_worlds_refuse_calls():

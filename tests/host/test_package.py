@@ -167,6 +167,15 @@ def test_demo(tmp_path):
     assert (tmp_path / "timeline.json").stat().st_size > 1000
 
 
+def test_timeline_example(tmp_path):
+    pytest.importorskip("matplotlib")
+    for options in ("--device host", "--rank 1"):
+        picture = tmp_path / f"{options[2:4]}.png"
+        options = f"{options} --scale 16 --tokens 32 --out {picture}"
+        script(2, "examples/timeline.py", *options.split())
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_example_stops_with_an_error_when_a_result_is_wrong(tmp_path):
     (tmp_path / "wrong.py").write_text(
         "import sys, runpy\n"
