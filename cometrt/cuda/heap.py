@@ -1,4 +1,4 @@
-"""A layer's part of the heap, as CuPy's arrays."""
+"""A layer's arrays in the symmetric heap, as CuPy arrays."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cometrt.heap import HeapEntry, SymmetricHeap
 
 
 class DeviceHeap(SymmetricHeap):
-    """One layer's arrays on every rank; this rank's as CuPy's."""
+    """One layer's arrays on every rank. This rank's are CuPy arrays."""
 
     def own(self, name: str) -> Any:
         """This rank's array; a view of it keeps its memory."""
@@ -24,8 +24,8 @@ class DeviceHeap(SymmetricHeap):
         return self.rows_place(self._address(self.table["x"]))
 
     def out_of_heap(self, array: Any, name: str) -> Any:
-        """The array, or a copy of one that lies in the heap and not where it is to be put: publish
-        copies in parallel, and would read what it has overwritten."""
+        """The array, or a copy if it lies in the heap at another place than its own: `publish`
+        copies into the heap in parallel, and would read what it has overwritten."""
         begin, end = self.place()
         address = array.data.ptr
         if address + array.nbytes <= begin or address >= end:

@@ -1,4 +1,4 @@
-"""How the calls of a world follow each other, and how ranks of one process keep step."""
+"""The order of a world's calls on the device, and where ranks of one process meet."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class CallOrder:
 
     def raise_pending(self) -> None:
         """Raise what the device has found wrong so far, without waiting for it. Ranks that are
-        threads of one process do so together, where they meet before a call. Where the stream is
-        captured, later."""
+        threads of one process raise together, in the meeting before a call. A stream that is being
+        captured raises nothing."""
         if self._world.shares_process and self.report.kind != "stopped":
             return
         if not self._cp.cuda.get_current_stream().is_capturing():
@@ -66,8 +66,8 @@ class CallOrder:
             raise error
 
     def keep_for(self, layer: Any, executor: Any) -> weakref.finalize:
-        """When the layer is dropped, keep what its queued calls use until they have ended, and what
-        its graphs use as long as the world."""
+        """Once the layer is dropped, keep the memory of its queued calls until they have ended, and
+        the memory of its graphs as long as the world."""
 
         def drop() -> None:
             executor.give_up()
@@ -78,15 +78,14 @@ class CallOrder:
         return finalizer
 
     def retire(self, executor: Any) -> None:
-        """Keep what its queued calls use until they have ended."""
+        """Keep the memory of its queued calls until they have ended."""
         gpu = self._world.gpu
         assert gpu is not None
         gpu.retire(executor, None if self.captured else self.ended)
 
     @contextlib.contextmanager
     def guard(self, operation: str) -> Iterator[None]:
-        """Around all of a call: stops the world if this rank raises, also before anything is
-        launched."""
+        """Around all of a call: stops the world if this rank raises, also before a launch."""
         try:
             yield
         except CallNotBegun:
@@ -98,8 +97,8 @@ class CallOrder:
             raise
 
     def stop_world(self, error: BaseException, operation: str) -> None:
-        """This rank raises in a call what its peers do not know of, while they wait for it: unless
-        they have told it, or it captures a graph."""
+        """End the wait of peers for this rank, which raises in a call. Nothing is done where the
+        error came from them, or where this rank captures a graph."""
         capturing = False
         with contextlib.suppress(Exception):  # of a broken device
             capturing = bool(self._cp.cuda.get_current_stream().is_capturing())
@@ -110,9 +109,8 @@ class CallOrder:
     def launching(
         self, operation: str, capturing: bool, buffers: tuple[Any, ...] = ()
     ) -> Iterator[None]:
-        """Around a call's launches: calls of a world follow each other, whatever their streams.
-
-        Not so in a graph: its owner orders replays, and `buffers` are kept for them."""
+        """Around a call's launches: the calls of a world run one after the other, on any streams.
+        The replays of a captured call are ordered by their owner; `buffers` are kept for them."""
         gpu, stream = self._world.gpu, self._cp.cuda.get_current_stream()
         assert gpu is not None
         if capturing:
@@ -126,14 +124,15 @@ class CallOrder:
             stream.wait_event(gpu.last_call)
         try:
             yield
-        finally:  # what was launched before an error runs on
+        finally:  # launches before an error still run
             self.ended.record(stream)
             gpu.last_call = self.ended
         self.meet()
 
     def _begin(self) -> None:
-        """Ranks that are threads of one process meet, and raise together what one of them has found
-        on its device: what stops nothing all find, sooner or later."""
+        """Ranks that are threads of one process meet. If one of them has found an error on its
+        device, all raise: an error that does not stop the world is found by all, at its own time.
+        """
         world, report = self._world, self.report
         if not world.shares_process:
             return
@@ -152,10 +151,10 @@ class CallOrder:
         raise CallNotBegun(error)
 
     def meet(self) -> None:
-        """Where ranks are threads of one process, they meet before a call, after it, and before
-        what waits for a peer and comes after something that may wait for the whole device
-        (allocate, load a kernel): that could hold up a kernel that a peer's kernel waits for. On
-        GPUs of their own too: CUDA calls of one process wait for each other, and memory that
-        peers reach is given back only when they rest."""
+        """Ranks that are threads of one process meet: before and after each call, and before a
+        launch that waits for a peer if the host has done something that may wait for the device
+        (allocating, loading a kernel). Otherwise it could wait for a kernel that waits for this
+        rank. This holds on GPUs of their own too: CUDA calls of one process wait for each other,
+        and memory that peers reach is freed only while they are idle."""
         if self._world.shares_process:
             self._world.allgather(None, purpose="the end of a call")

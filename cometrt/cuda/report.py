@@ -1,4 +1,4 @@
-"""What kernels leave behind for the host: how calls ended, and what stopped the world."""
+"""Errors that kernels report to the host: how calls failed, and what stopped the world."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def report_of(world: World) -> Report:
 
 
 class Report:
-    """The first call of a world that went wrong since the host last looked.
+    """The first failed call of a world since the host last looked.
 
-    Where nothing stopped the world, all ranks find it; calls that a rank has queued behind it do
-    nothing, until the host has raised the error: so all ranks, which come to it at different times,
-    have made the same calls then.
+    An error that does not stop the world (wrong routing, too many rows) is found by all ranks, each
+    at its own time. Until a rank's host has raised it, later calls of that rank do nothing: so all
+    ranks have made the same calls when they go on.
 
     Attributes:
         address: of the CallReports, in memory of the host that kernels write to.
@@ -51,7 +51,7 @@ class Report:
         self._control = pinned(device_control_block_dtype)
 
     def add_layer(self, layer: int, shape: PlanShape) -> None:
-        """Of whose calls kernels may report from now on."""
+        """Kernels may report on its calls from now on."""
         self._shapes[layer] = shape
 
     def clear(self) -> None:
@@ -64,8 +64,8 @@ class Report:
         return REPORTS[next((int(kind) for kind in self._calls["kind"] if kind), 0)]
 
     def error(self) -> CometError | None:
-        """What went wrong first since this was last asked, as far as the device has come. After it
-        later calls do something again."""
+        """The first error since the last call of this method, as far as the device has come.
+        Later calls run again after it."""
         for report in self._calls:
             if report["kind"]:
                 error = self._error_of(report)
@@ -108,7 +108,7 @@ class Report:
         return too_many_rows(0xFFFF - (packed & 0xFFFF), packed >> 16, shape)
 
     def _stop_found(self, world: World) -> CometError | None:
-        """What stopped the world on the device, told to the hosts too."""
+        """The error that stopped the world on the device. The hosts' part of it is stopped too."""
         cp = self._cp
         assert world.gpu is not None
         stream = cp.cuda.get_current_stream()
@@ -150,7 +150,7 @@ class Report:
 
 
 def pinned(dtype: np.dtype, count: int = 1) -> np.ndarray:
-    """Zeroed memory of the host that kernels reach by the same address, until it is dropped."""
+    """Zeroed pinned memory of the host; kernels reach it by the same address."""
     import cupy as cp
 
     memory = cp.cuda.alloc_pinned_memory(dtype.itemsize * count)
@@ -160,7 +160,7 @@ def pinned(dtype: np.dtype, count: int = 1) -> np.ndarray:
 
 
 def tell_unspecified(error: BaseException | None) -> None:
-    """To be raised for a backward: it may have written some of the weights' gradients."""
+    """Add to a PeerTimeout of a backward that it may have written some weight gradients."""
     if isinstance(error, PeerTimeout) and not str(error).endswith(_UNSPECIFIED):
         error.args = (str(error) + _UNSPECIFIED,)
 

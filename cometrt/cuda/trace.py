@@ -1,4 +1,4 @@
-"""What the fused kernels record of themselves: kernels_cu/common/trace.cuh."""
+"""Events that the fused kernels record while they run; see kernels_cu/common/trace.cuh."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _AT = traced_exchange_state_dtype.fields["trace"][1]  # type: ignore[index]
 def recorded_by(
     recording: Recording, fused: FusedForward, state: Any, ended: Any
 ) -> Iterator[None]:
-    """Within it the kernels of `fused` record themselves; then their events are the recording's.
+    """Within it the kernels of `fused` record events; at its end the recording gets them.
 
-    Kernels are loaded when it is entered: no peer's kernel waits for this rank then, since what
-    was called before has been launched by all, and the next call begins with a meeting.
+    Kernels are loaded when it is entered. No peer's kernel waits for this rank then: all ranks have
+    launched the calls before, and the next call begins with a meeting.
 
     Args:
         state: the layer's CallState, as bytes on the device.
@@ -59,7 +59,7 @@ def recorded_by(
 
 
 class DeviceTrace:
-    """From its making to its `end`, kernels that record do so into its memory.
+    """Memory that recording kernels write to, until `end`.
 
     Args:
         state: as for `recorded_by`.
@@ -89,12 +89,12 @@ class DeviceTrace:
 
 
 def events_of(lanes: np.ndarray, rank: int) -> list[Event]:
-    """What `DeviceTrace.end` returns, as events. Warns of those that found no room."""
+    """Events of the lanes that `DeviceTrace.end` returns. Warns where some did not fit."""
     room = trace_lane_dtype["events"].shape[0]
     dropped = int(np.maximum(lanes["num_events"].astype(np.int64) - room, 0).sum())
     if dropped:
         warnings.warn(
-            f"{dropped} events of rank {rank} found no room (there are {room} a thread): "
+            f"{dropped} events of rank {rank} did not fit (a thread has room for {room}): "
             "record fewer calls at once",
             stacklevel=2,
         )

@@ -46,7 +46,7 @@ class Trials:
         self._inputs = _random_inputs(geometry) if inputs is None else inputs
         self._y = cp.empty_like(self._inputs[0])
         self._events = cp.cuda.Event(), cp.cuda.Event()
-        self._gate = Gate(world.timeout_sec)
+        self._barrier = StartBarrier(world.timeout_sec)
 
     def executor(self, config: TileConfig) -> CudaExecutor:
         """Collective."""
@@ -62,7 +62,7 @@ class Trials:
         # All ranks have met in the last trial's allgather, and meet again before this one's first
         # launch: no kernel waits for a peer while memory is allocated.
         executor = self.executor(config)
-        executor.graphs.enabled = False  # none is to be made behind the gate
+        executor.graphs.enabled = False  # nothing may be captured behind the barrier
         try:
             return self._time(executor)
         except BaseException:
@@ -78,15 +78,15 @@ class Trials:
         world.barrier()
         times = []
         for _ in range(_ROUNDS):
-            # The host may be slower than the device, and ranks that share a GPU meet on the host in
-            # each call: so the device begins when all is queued. Ranks do not leave their gates at
-            # once, but end the first call together: it is not timed.
-            self._gate.close()
+            # The device begins when the host has queued all calls: the host may be slower, and
+            # ranks that share a GPU meet on the host in each call. Ranks do not leave the barrier
+            # at the same time, but end the first call together; it is not timed.
+            self._barrier.close()
             try:
                 self.calls(executor)
                 world.barrier()
             finally:
-                self._gate.open()
+                self._barrier.open()
             end.synchronize()
             times.append(cp.cuda.get_elapsed_time(begin, end) / _CALLS)
         executor.synchronize()
@@ -108,8 +108,9 @@ class Trials:
         end.record()
 
 
-class Gate:
-    """What is queued behind `close` begins after `open`, or when timeout_sec have passed."""
+class StartBarrier:
+    """Holds the current stream: work queued behind `close` begins after `open`, or after
+    timeout_sec."""
 
     def __init__(self, timeout_sec: float) -> None:
         import cupy as cp
@@ -120,7 +121,7 @@ class Gate:
         (self._kernel,) = load_kernels("protocol/start_barrier.cu", "start_barrier")
 
     def close(self) -> None:
-        """What was queued behind the last one must have ended."""
+        """The work behind the last `close` must have ended."""
         self._flag[0] = 0
         address = np.uint64(self._memory.ptr)
         self._kernel(current_stream(), 1, address, self._timeout_ns)

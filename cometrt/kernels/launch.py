@@ -1,4 +1,4 @@
-"""The one place where kernels are loaded and launched."""
+"""Loading and launching kernels: nothing else in the package does either."""
 
 from __future__ import annotations
 
