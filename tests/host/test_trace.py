@@ -170,7 +170,7 @@ def test_what_kernels_have_recorded_becomes_events():
 
 def test_events_without_room_are_counted():
     room = trace_lane_dtype["events"].shape[0]
-    with pytest.warns(UserWarning, match=r"3 events of rank 0 found no room"):
+    with pytest.warns(UserWarning, match=r"3 events of rank 0 did not fit"):
         events = events_of(lanes_of({(0, 4): room + 3}, {}), 0)
     assert len(events) == room
 
