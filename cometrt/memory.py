@@ -6,14 +6,14 @@ import dataclasses
 from types import ModuleType
 from typing import Any
 
-from cometrt.agreement import check_layer
 from cometrt.arguments import check_bool
 from cometrt.buffers import Buffers, total_bytes
 from cometrt.errors import CometError
 from cometrt.heap import heap_table, region_bytes
 from cometrt.host import buffers as host_buffers
-from cometrt.plan import PlanShape
-from cometrt.specs import MoESpec, check_choice, check_int
+from cometrt.legality import check_layer
+from cometrt.plan import PlanShape, TileConfig
+from cometrt.specs import Geometry, MoESpec, check_choice, check_int
 from cometrt.world import World
 from cometrt.world.control_block import control_block_dtype
 from cometrt.world.layout import MAX_RANKS, device_control_block_dtype
@@ -66,7 +66,8 @@ def memory_of_layer(
             f"ranks_per_node must be None or all ranks, {size}: they are on one host "
             f"(got {ranks_per_node})"
         )
-    shape, mode = check_layer(spec, 0, size, device, mode, config)
+    mode = check_layer(spec, size, device, mode, config)
+    shape = PlanShape(Geometry(spec, 0, size), config or TileConfig())
     return memory_of(shape, device, mode, training)
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from cometrt.kernels.constants import BLOCK_M, BLOCK_N, MAX_ADDENDS
 from cometrt.specs import ALIGNMENT, check_choice, check_int
 
 ORDERS = ("phases", "columns")
 GEMMS = ("engine", "cublas")
-MODES = ("fused", "sequential", "chunked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,52 +70,6 @@ class TileConfig:
         if self.n_chunk % self.block_n:
             raise ValueError(
                 f"n_chunk must be a multiple of block_n={self.block_n} (got {self.n_chunk})"
-            )
-
-    def best_mode(self, device: str, addends: int) -> str:
-        """What mode=None means; `addends` as for `check_on`."""
-        for mode in MODES:
-            try:
-                self.check_on(device, mode, addends)
-            except ValueError:
-                continue
-            return mode
-        return MODES[0]  # which says what is wrong
-
-    def check_on(self, device: str, mode: str, addends: int) -> None:
-        """Whether a device can run a mode with this config: the one place that says so.
-
-        Args:
-            addends: most rows and partial rows that are added for one token: topk + ranks.
-
-        Raises:
-            ValueError: naming the field, its value and the rule.
-        """
-        check_choice("mode", mode, MODES)
-        on_cuda, engine = device == "cuda", self.gemm == "engine"
-        if mode == "chunked" and not on_cuda:
-            raise ValueError(
-                f"mode must be 'fused' or 'sequential' on device={device!r} (got {mode!r})"
-            )
-        if mode == "fused" and on_cuda and addends > MAX_ADDENDS:
-            raise ValueError(
-                f"topk + ranks must be at most {MAX_ADDENDS} on device='cuda' in mode 'fused' "
-                f"(got {addends})"
-            )
-        if mode != "sequential" and on_cuda and not engine:
-            raise ValueError(
-                f"gemm must be 'engine' on device='cuda' in mode {mode!r} (got {self.gemm!r})"
-            )
-        columns = self.order == "columns"
-        if mode == "fused" and on_cuda and columns and self.n_chunk % BLOCK_N:
-            raise ValueError(
-                f"n_chunk must be a multiple of {BLOCK_N} on device='cuda' in mode 'fused' "
-                f"(got {self.n_chunk})"
-            )
-        if on_cuda and engine and self.block_m != BLOCK_M:
-            raise ValueError(
-                f"block_m must be {BLOCK_M} on device='cuda' with gemm='engine' "
-                f"(got {self.block_m})"
             )
 
     def last_distances(self, size: int) -> list[int]:

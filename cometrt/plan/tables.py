@@ -16,8 +16,6 @@ import numpy as np
 from cometrt.plan.config import TileConfig
 from cometrt.specs import Geometry, digest
 
-_LARGEST = 2**31 - 1  # tables hold numbers of pairs and rows in 32 bits
-
 
 @dataclasses.dataclass(frozen=True)
 class PlanShape:
@@ -25,21 +23,6 @@ class PlanShape:
 
     geometry: Geometry
     config: TileConfig
-
-    def __post_init__(self) -> None:
-        spec, size = self.geometry.spec, self.geometry.size
-        pairs = size * spec.max_tokens * spec.topk
-        experts, block_m = self.geometry.local_experts, self.config.block_m
-        if experts * block_m > _LARGEST:
-            raise ValueError(
-                f"num_experts must keep the padding of a rank below 2**31 "
-                f"(got {experts} experts a rank, each with up to {block_m - 1} padding)"
-            )
-        if pairs > _LARGEST or self.capacity > _LARGEST:
-            raise ValueError(
-                f"max_tokens must keep the pairs of all ranks, and the rows of one, below 2**31 "
-                f"(got {size} * {spec.max_tokens} * topk {spec.topk} = {pairs} pairs)"
-            )
 
     @functools.cached_property
     def digest(self) -> int:

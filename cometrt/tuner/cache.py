@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cometrt.kernels.compiler import cache_folder, replace_files
+from cometrt.legality import check_layer
 from cometrt.plan import TileConfig
 from cometrt.specs import Geometry, MoESpec
 from cometrt.world import World
@@ -86,7 +87,7 @@ def look_up(world: World, spec: MoESpec, mode: str | None) -> TileConfig | None:
         config = load(path, key)
         try:
             if config is not None:
-                config.check_on("cuda", "fused", spec.topk + world.size)
+                check_layer(spec, world.size, "cuda", "fused", config)
                 return config
         except ValueError as error:
             _log.warning("%s: the config for %s is passed over: %s", path, key, error)

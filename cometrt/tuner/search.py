@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from cometrt.legality import check_layer
 from cometrt.plan import TileConfig
 from cometrt.specs import MoESpec
 
@@ -48,12 +49,11 @@ def candidates(base: TileConfig, spec: MoESpec, size: int, sms: int) -> list[lis
     ]
 
 
-def legal(base: TileConfig, change: Change, addends: int) -> TileConfig | None:
-    """The changed config, or None where the fused kernels cannot do it; addends: as for
-    `TileConfig.check_on`."""
+def legal(base: TileConfig, change: Change, spec: MoESpec, size: int) -> TileConfig | None:
+    """The changed config, or None if the fused kernels cannot run it for this spec and W=size."""
     try:
         config = dataclasses.replace(base, **change)
-        config.check_on("cuda", "fused", addends)
+        check_layer(spec, size, "cuda", "fused", config)
     except ValueError:
         return None
     return config
@@ -62,7 +62,8 @@ def legal(base: TileConfig, change: Change, addends: int) -> TileConfig | None:
 def search(
     base: TileConfig,
     settings: list[list[Change]],
-    addends: int,
+    spec: MoESpec,
+    size: int,
     time: Callable[[TileConfig], float],
 ) -> tuple[TileConfig, float]:
     """Coordinate descent from `base`: the best of each setting's candidates, all others kept.
@@ -79,7 +80,7 @@ def search(
         before = best
         for changes in settings:
             for change in changes:
-                config = legal(best, change, addends)
+                config = legal(best, change, spec, size)
                 if config is None or config in found:
                     continue
                 found[config] = time(config)

@@ -52,7 +52,7 @@ def tune(
         sms = min(world.allgather(num_sms(), purpose="tune"))
         trials = Trials(world, geometry, layer, inputs, training)
         settings = candidates(base, spec, world.size, sms)
-        best, ms = search(base, settings, spec.topk + world.size, trials.time)
+        best, ms = search(base, settings, spec, world.size, trials.time)
         if world.rank == 0:
             store(cache_file(), key_of(world, spec), best, ms)
         world.barrier()  # whoever makes a layer from here on finds it

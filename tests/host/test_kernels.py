@@ -13,8 +13,8 @@ from cometrt.cuda import engine, fused
 from cometrt.cuda.trace import KINDS
 from cometrt.kernels import compiler
 from cometrt.kernels.compiler import compile_cubin, kernels_folder
+from cometrt.kernels.constants import MAX_ADDENDS
 from cometrt.kernels.params import MIRRORS, TRACE_LANES, trace_lane_dtype
-from cometrt.plan.config import MAX_ADDENDS
 from tests.launch import ROOT
 from tests.machine_code import ACTIVATED, builds, machine_code
 

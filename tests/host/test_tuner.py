@@ -12,6 +12,7 @@ import pytest
 import cometrt
 from cometrt.cuda import trials
 from cometrt.cuda.fused import num_comm_ctas
+from cometrt.legality import check_layer
 from cometrt.specs import Geometry
 from cometrt.tuner import cache, search, tune
 from cometrt.tuner.cache import Key, load, look_up, store
@@ -128,7 +129,7 @@ def test_the_shipped_file_is_one(caplog):
     entries = cache._entries(cache.SHIPPED)
     assert not caplog.records
     for entry in entries.values():
-        cometrt.TileConfig(**entry["config"]).check_on("cuda", "fused", 2)
+        check_layer(SPEC, 8, "cuda", "fused", cometrt.TileConfig(**entry["config"]))
 
 
 def test_all_ranks_use_what_rank_0_finds(monkeypatch):
@@ -160,7 +161,7 @@ def test_candidates_are_legal_few_and_different(size, sms, hidden):
     settings = search.candidates(base, spec, size, sms)
     assert sum(map(len, settings)) <= 20
     for changes in settings:
-        configs = [search.legal(base, change, spec.topk + size) for change in changes]
+        configs = [search.legal(base, change, spec, size) for change in changes]
         assert None not in configs
         assert base in configs
         assert len(set(configs)) == len(configs)
@@ -172,16 +173,27 @@ def test_candidates_are_legal_few_and_different(size, sms, hidden):
 
 def test_illegal_changes_are_not_tried():
     base = cometrt.TileConfig()
-    assert search.legal(base, {"order": "columns", "n_chunk": 384}, 8) is None
-    assert search.legal(base, {"gemm": "cublas"}, 8) is None
-    assert search.legal(base, {"raster_group": 0}, 8) is None
-    assert search.legal(base, {}, 257) is None
+    assert search.legal(base, {}, SPEC, 8) == base
+    assert search.legal(base, {"order": "columns", "n_chunk": 384}, SPEC, 8) is None
+    assert search.legal(base, {"gemm": "cublas"}, SPEC, 8) is None
+    assert search.legal(base, {"raster_group": 0}, SPEC, 8) is None
+    assert search.legal(base, {}, dataclasses.replace(SPEC, num_experts=125), 125) is None
+
+
+def test_the_search_times_no_illegal_config():
+    changes = [{"order": "columns", "n_chunk": n_chunk} for n_chunk in (384, 512)]
+    timed = []
+    search.search(
+        cometrt.TileConfig(), [changes], SPEC, 8, lambda config: timed.append(config) or 1.0
+    )
+    assert [config.n_chunk for config in timed] == [256, 512]
 
 
 @pytest.mark.parametrize(
     "best",
-    [{}, {"num_phases": 1}, {"dispatch_ctas": 4, "combine_ctas": 2}, {"order": "columns", "n_chunk": 1024},
-     {"order": "columns", "n_chunk": 512, "num_phases": 4, "raster_group": 4, "combine_ctas": 8}],
+    [{}, {"num_phases": 1}, {"dispatch_ctas": 4, "combine_ctas": 2},
+     {"order": "columns", "n_chunk": 1024}, {"order": "columns", "n_chunk": 512, "num_phases": 4,
+      "raster_group": 4, "combine_ctas": 8}],
 )  # fmt: skip
 def test_the_search_finds_the_best_where_settings_are_independent(best):
     base = cometrt.TileConfig()
@@ -194,7 +206,7 @@ def test_the_search_finds_the_best_where_settings_are_independent(best):
         return 1.0 + sum(0.1 for name, value in wanted.items() if found[name] != value)
 
     settings = search.candidates(base, SPEC, 8, 16)
-    config, ms = search.search(base, settings, 12, time)
+    config, ms = search.search(base, settings, SPEC, 8, time)
     assert config == dataclasses.replace(base, **best)
     assert ms == time(config)
     assert len(timed) - 1 == len(set(timed)) <= 40
@@ -203,7 +215,7 @@ def test_the_search_finds_the_best_where_settings_are_independent(best):
 def test_what_gains_less_than_noise_is_not_taken():
     base = cometrt.TileConfig()
     settings = search.candidates(base, SPEC, 8, 16)
-    assert search.search(base, settings, 12, lambda c: 1.0 - 0.005 * (c != base))[0] == base
+    assert search.search(base, settings, SPEC, 8, lambda c: 1.0 - 0.005 * (c != base))[0] == base
 
 
 def test_num_comm_is_at_most_the_grid():
