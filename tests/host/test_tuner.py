@@ -79,17 +79,33 @@ def test_what_is_stored_is_found_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"format": "another 7", "entries": {}}', b"\xff\xfe",
-     '{"format": "cometrt tuner 1", "entries": []}'],
+    ["", "{", "[]", "{}", '{"format": "cometrt tuner 1", "entries": {}}', b"\xff\xfe",
+     '{"schema": 1, "entries": {}}', '{"schema": 3, "entries": {}}', '{"schema": 2}',
+     '{"schema": "2", "entries": {}}', '{"schema": 2, "entries": []}'],
 )  # fmt: skip
-def test_a_file_that_is_not_one_is_passed_over_and_replaced(text, tmp_path, caplog):
-    path = tmp_path / "tuned.json"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+def test_a_file_of_another_schema_is_ignored_until_tune_replaces_it(text, caplog):
+    path, data = cache.cache_file(), text if isinstance(text, bytes) else text.encode()
+    path.write_bytes(data)
     with caplog.at_level(logging.WARNING, "cometrt"):
-        assert load(path, KEY) is None
-    assert "passed over" in caplog.text
+        for _ in range(3):
+            assert look_up(fake_world(), SPEC, None) is None
+    assert len(caplog.records) == 1
+    assert f"{path} is ignored" in caplog.text
+    assert path.read_bytes() == data
     store(path, KEY, FOUND, 1.0)
+    assert len(caplog.records) == 1
     assert load(path, KEY) == FOUND
+    assert json.loads(path.read_text())["schema"] == 2
+
+
+def test_entries_of_another_schema_are_not_used(caplog):
+    """Not even where they would be legal today: a field may have changed its meaning."""
+    path = cache.cache_file()
+    store(path, KEY, FOUND, 1.0)
+    old = json.loads(path.read_text()) | {"schema": 1}
+    path.write_text(json.dumps(old))
+    assert look_up(fake_world(), SPEC, None) is None
+    assert "schema must be 2 (got 1)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -98,18 +114,18 @@ def test_a_file_that_is_not_one_is_passed_over_and_replaced(text, tmp_path, capl
      {"config": {"n_chunk": "512"}}, {"config": {"order": "columns", "n_chunk": 384}},
      {"config": {"gemm": "cublas"}}],
 )  # fmt: skip
-def test_an_entry_that_cannot_be_used_is_passed_over(entry, caplog):
+def test_an_entry_that_cannot_be_used_is_ignored(entry, caplog):
     path = cache.cache_file()
-    path.write_text(json.dumps({"format": "cometrt tuner 1", "entries": {str(KEY): entry}}))
+    path.write_text(json.dumps({"schema": 2, "entries": {str(KEY): entry}}))
     with caplog.at_level(logging.WARNING, "cometrt"):
         assert look_up(fake_world(), SPEC, None) is None
-    assert "passed over" in caplog.text
+    assert "is ignored" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     store(tmp_path / "file" / "tuned.json", KEY, FOUND, 1.0)
-    assert "is not kept" in caplog.text
+    assert "is not stored" in caplog.text
 
 
 def test_the_users_file_comes_before_the_shipped_one(monkeypatch, tmp_path):
@@ -125,11 +141,21 @@ def test_the_users_file_comes_before_the_shipped_one(monkeypatch, tmp_path):
     assert look_up(fake_world(device="host"), SPEC, None) is None
 
 
-def test_the_shipped_file_is_one(caplog):
-    entries = cache._entries(cache.SHIPPED)
+def test_all_shipped_entries_can_be_used(caplog, monkeypatch):
+    """`look_up` gives every entry of the shipped file to the layer that it is for."""
+    entries = json.loads(cache.SHIPPED.read_text())["entries"]
+    assert entries
+    for text, entry in entries.items():
+        of = dict(item.split("=") for item in text.split(", "))
+        sizes = ("hidden", "intermediate", "num_experts", "topk", "tp")
+        spec = cometrt.MoESpec(**{n: int(of[n]) for n in sizes}, max_tokens=int(of["tokens"]))
+        monkeypatch.setattr(cache, "gpu_name", lambda of=of: of["gpu"])
+        monkeypatch.setattr(cache, "num_sms", lambda of=of: int(of["sms"]))
+        world = fake_world(size=int(of["ranks"]), link=None)
+        config = look_up(world, spec, None)
+        assert dataclasses.asdict(config) == entry["config"]
+        check_layer(spec, world.size, "cuda", "fused", config)
     assert not caplog.records
-    for entry in entries.values():
-        check_layer(SPEC, 8, "cuda", "fused", cometrt.TileConfig(**entry["config"]))
 
 
 def test_all_ranks_use_what_rank_0_finds(monkeypatch):
