@@ -1,4 +1,4 @@
-"""How much memory a layer takes, and whether it is there: asked before anything is allocated."""
+"""Memory that a layer needs, computed from its shapes, and a check that it is available."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from cometrt.world.room import gpu_room, host_room
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes that one layer takes on each rank: of the GPU's memory on "cuda", else of the host's.
+    """Bytes that one layer needs on each rank: GPU memory on "cuda", host memory on "host".
 
     Attributes:
-        heap: what peers reach. The layers of a world share it: it is that of the largest.
-        residuals: what a forward keeps for its backward, without the weights: `saved`.
-        scratch: what the layer holds between calls, and the most that a call takes besides: the
-            rows of a plan; on the host also weights and their gradients in float32. Not counted:
-            arguments, results, and what is small beside these (a tile, the planning on the host).
-        weights: w_up and w_down, which are the caller's; their gradients take as much again.
+        heap: memory that peers read and write. All layers of a world share one heap, whose size
+            is that of the largest layer.
+        residuals: `saved` of one forward, without the weights; 0 without training.
+        scratch: arrays that the layer keeps between calls, and the most that any call allocates
+            besides: row arrays, and on the host the weights and their gradients in float32.
+            Arguments, results and small temporaries are not counted.
+        weights: w_up and w_down, which the caller owns. Their gradients need the same again.
     """
 
     heap: int
@@ -40,7 +41,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Of a call while one forward waits for its backward."""
+        """Sum of the four: what a call needs while one forward waits for its backward."""
         return self.heap + self.residuals + self.scratch + self.weights
 
 
@@ -56,7 +57,8 @@ def memory_of_layer(
 ) -> Memory:
     """As `MoESpec.memory`."""
     check_choice("device", device, ("host", "cuda"))
-    size = check_int("size", size, minimum=1, maximum=MAX_RANKS if device == "cuda" else _MOST)
+    maximum = MAX_RANKS if device == "cuda" else _MAX_HOST_RANKS
+    size = check_int("size", size, minimum=1, maximum=maximum)
     check_bool("training", training)
     if (
         ranks_per_node is not None
@@ -72,6 +74,7 @@ def memory_of_layer(
 
 
 def memory_of(shape: PlanShape, device: str, mode: str, training: bool) -> Memory:
+    """The memory of a legal layer."""
     buffers = _buffers(device)
     geometry = shape.geometry
     shared = device_control_block_dtype if device == "cuda" else control_block_dtype(geometry.size)
@@ -95,10 +98,10 @@ def _buffers(device: str) -> ModuleType:
     return buffers
 
 
-_MOST = 1 << 16  # ranks on the host: more than a host has use for
+_MAX_HOST_RANKS = 1 << 16  # an upper bound that keeps sizes computable
 
-# What makes each part large.
-_DRIVERS = {
+# The fields of the spec that determine each part, for the error messages.
+_FIELDS = {
     "heap": "max_tokens hidden topk",
     "scratch": "max_tokens topk capacity_factor hidden intermediate num_experts",
     "weights": "num_experts hidden intermediate",
@@ -106,40 +109,40 @@ _DRIVERS = {
 
 
 def check_room(world: World, shape: PlanShape, mode: str) -> None:
-    """Collective: compare what a layer takes at least, without training, with what is there.
+    """Collective: check that the memory a layer needs without training is available.
 
     Raises:
-        CometError: on all ranks alike, if it is too little on any of them.
+        CometError: the same on all ranks, if any host or GPU has too little.
     """
     memory = memory_of(shape, world.device, mode, training=False)
     needed = world.regions.to_allocate(region_bytes(heap_table(shape)))
-    if world.device == "cuda":  # the host's scratch takes pages only as rows come
+    if world.device == "cuda":  # on the host, scratch takes a page only when a row is written
         needed += memory.scratch
         room = gpu_room()
     else:
         room = host_room()
     ranks = world.allgather((needed, room), purpose="MoELayer")
     spec = shape.geometry.spec
-    for place in dict.fromkeys(room.place for _, room in ranks):  # in one order on all ranks
+    for place in dict.fromkeys(room.place for _, room in ranks):  # the same order on all ranks
         there = [(needed, room) for needed, room in ranks if room.place == place]
         needed, available = sum(n for n, _ in there), min(room.available for _, room in there)
         total = min(room.total for _, room in there)
         if memory.total > total:
-            parts = {name: getattr(memory, name) for name in _DRIVERS}
+            parts = {name: getattr(memory, name) for name in _FIELDS}
             part = max(parts, key=lambda name: parts[name])
             sizes = ", ".join(f"{name} {size:,}" for name, size in parts.items())
             raise CometError(
                 f"a layer of this spec takes {memory.total:,} bytes on each rank ({sizes}), "
-                f"{place} has {total:,}: mostly {part}, by {_values(spec, part)}"
+                f"{place} has {total:,}; the largest part is {part}, from {_values(spec, part)}"
             )
         if needed > available:
             part = "heap and scratch" if world.device == "cuda" else "heap"
             raise CometError(
                 f"the {part} of a layer of this spec takes {needed:,} bytes on the {len(there)} "
-                f"ranks of {place} together, where {available:,} are available: by "
-                f"{_values(spec, 'scratch' if world.device == 'cuda' else 'heap')}"
+                f"ranks of {place} together, where {available:,} are available; the size follows "
+                f"from {_values(spec, 'scratch' if world.device == 'cuda' else 'heap')}"
             )
 
 
 def _values(spec: MoESpec, part: str) -> str:
-    return ", ".join(f"{name}={getattr(spec, name)}" for name in _DRIVERS[part].split())
+    return ", ".join(f"{name}={getattr(spec, name)}" for name in _FIELDS[part].split())
