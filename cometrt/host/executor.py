@@ -1,4 +1,4 @@
-"""Forward and backward of one layer on the host: which phase each role runs, over what."""
+"""`HostExecutor`: forward and backward of one layer on "host"."""
 
 from __future__ import annotations
 
@@ -22,22 +22,26 @@ from cometrt.world import World
 
 
 class HostExecutor:
-    """mode "fused": both roles at once. "sequential": dispatch, GEMMs, combine, one after the
-    other; the same bits."""
+    """Runs the calls of one layer in NumPy.
+
+    mode="fused" runs both roles at the same time. mode="sequential" runs dispatch, GEMMs and
+    combine one after the other, with the same bits.
+    """
 
     def __init__(self, world: World, shape: PlanShape, layer: int, mode: str) -> None:
         """Collective."""
         self._world, self._shape, self._layer = world, shape, layer
-        self.num_tables = len(dataclasses.fields(Plan))  # of a plan, in `saved`
+        self.num_tables = len(dataclasses.fields(Plan))  # arrays of the plan in `saved`
         self._overlapped = mode == "fused"
         self._heap = SymmetricHeap(world, shape)
-        self.generation = 0  # a forward that has returned has its backward, also after a reset
+        self.generation = 0  # constant: `saved` stays valid after a reset
 
     def buffer(self) -> np.ndarray:
+        """The heap array x [max_tokens, H] of this rank."""
         return self._heap.array("x")
 
     def buffer_place(self) -> tuple[int, int]:
-        """Addresses [begin, end) of this rank's heap of rows, which begins with `buffer`."""
+        """Addresses [begin, end) of this rank's region "data", which begins with `buffer()`."""
         return self._heap.rows_place(self.buffer().ctypes.data)
 
     def forward(
@@ -71,7 +75,7 @@ class HostExecutor:
         with ex.step("compute", "plan"):
             ex.plan = make_plan(ex.read_routing(num_tokens), self._shape)
         pulls_again = training and self._shape.geometry.spec.save == "z"
-        tokens = self._own_tokens(x) if pulls_again else None  # now: `out` may be x itself
+        tokens = self._own_tokens(x) if pulls_again else None  # before `out`, which may be x
         x_rows, z, a, o = empty(plan_rows(self._shape))
         up, down = compute.ExpertWeights(w_up), compute.ExpertWeights(w_down)
         ex.run(
@@ -102,7 +106,11 @@ class HostExecutor:
     def backward(
         self, dy: np.ndarray, saved: Residuals, *, out: Gradients, accumulate: bool, tracer: Tracer
     ) -> bool:
-        """Fill `out`; weight gradients only once the exchange has succeeded."""
+        """Fill `out`. Weight gradients are written only after the exchange has succeeded.
+
+        Returns:
+            True: the call ran, and `saved` is used up.
+        """
         ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
         w_up, w_down = empty(wide_weights(self._shape))
         wide = out._replace(w_up=w_up, w_down=w_down)
@@ -113,31 +121,32 @@ class HostExecutor:
         return True
 
     def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
-        """Nothing: spans are told as they end."""
+        """No-op: the tracer records each step itself."""
         return contextlib.nullcontext()
 
-    def keep_for(self, layer: Any) -> None:
-        """A call that has returned uses nothing."""
+    def keep_for(self, layer: object) -> None:
+        """No-op: a call that has returned uses no memory any more."""
 
     def raise_pending(self) -> None:
-        """Nothing: a call has raised what it has to when it returns."""
+        """No-op: a call raises its errors before it returns."""
 
     def check_running(self, prefix: str) -> None:
         """As `World.check_running`."""
         self._world.check_running(prefix)
 
     def stop_world(self, error: BaseException, operation: str) -> None:
-        """This rank raises what its peers do not know of."""
+        """Stop the world because of an error outside of an exchange."""
         self._world.stop_for(error, f" in a {operation} of layer {self._layer}")
 
     def synchronize(self) -> None:
-        """Every call has ended, and has raised, when it returns."""
+        """No-op: a call has ended when it returns."""
 
     def close(self) -> None:
+        """Release the layer's claim on the heap."""
         self._heap.close()
 
     def give_up(self) -> None:
-        """As `close`, without raising what calls have found."""
+        """As `close`, after an error."""
         self._heap.close()
 
     def _backward(self, ex: Exchange, dy: np.ndarray, saved: Residuals, out: Gradients) -> None:
@@ -152,7 +161,7 @@ class HostExecutor:
 
         def pull() -> None:
             comm.pull_rows(ex, "dy", dy_rows)
-            if pull_x:  # before the last partial of dx leaves: then the home may overwrite x
+            if pull_x:  # before `combine`: a home may overwrite x once it has all partial dx rows
                 comm.pull_rows(ex, "x", x_rows)
 
         def down_dgrad() -> None:

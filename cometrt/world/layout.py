@@ -1,4 +1,4 @@
-"""Records that ranks leave in each other's memory, on the host and, the same, on the device."""
+"""Layouts of the records in shared memory. Those of the device mirror structs in kernels_cu."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ header_dtype = np.dtype(
         ("operation", np.int64),
         ("layer", np.int64),
         ("spec_hash", np.int64),
-        ("forward_epoch", np.int64),  # backward: the forward that it belongs to
+        ("forward_epoch", np.int64),  # in backward: the epoch of its forward; else 0
         ("num_tokens", np.int64),
     ]
 )

@@ -34,7 +34,7 @@ ALLOWED = {
 # Within world/ helpers name the type of the World that calls them.
 TYPES_ONLY = {("world.collectives", "world.base"), ("world.device", "world.base"),
               ("world.regions", "world.base"), ("world.reset", "world.base"),
-              ("world.whereabouts", "world.base")}  # fmt: skip
+              ("world.peer_status", "world.base"), ("world.wait", "world.base")}  # fmt: skip
 
 Imports = dict[str, set[str]]  # module -> modules that it imports, both below cometrt
 
