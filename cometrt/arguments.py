@@ -6,37 +6,37 @@ HostArrays or CudaArrays of the world's device.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from cometrt.arrays import HostArrays
 from cometrt.residuals import Residuals
 from cometrt.specs import Geometry, Gradients
+from cometrt.types import Array, Arrays
 
 _FLOAT32 = np.dtype(np.float32)
 # Name of a result: (the caller's array or None, shape, allowed dtypes). A new array gets the first.
-WantedResults = dict[str, tuple[Any, tuple[int, ...], tuple[np.dtype, ...]]]
+WantedResults = dict[str, tuple[object, tuple[int, ...], tuple[np.dtype, ...]]]
 _IDS = (np.dtype(np.int32), np.dtype(np.int64))
 
 
 def check_forward(
-    arrays: HostArrays,
+    arrays: Arrays,
     geometry: Geometry,
-    x: Any,
-    topk_ids: Any,
-    topk_weights: Any,
-    w_up: Any,
-    w_down: Any,
-) -> tuple[Any, ...]:
+    x: object,
+    topk_ids: object,
+    topk_weights: object,
+    w_up: object,
+    w_down: object,
+) -> tuple[Array, Array, Array, Array, Array]:
     """Forward's five arrays in the device's array type: x, ids, weights, w_up, w_down."""
     spec, dtypes = geometry.spec, (geometry.spec.numpy_dtype,)
-    x = arrays.check("x", x, (None, spec.hidden), dtypes)
-    if len(x) > spec.max_tokens:
-        raise ValueError(f"x must have at most max_tokens={spec.max_tokens} rows (got {len(x)})")
-    pairs = (len(x), spec.topk)
+    tokens: Array = arrays.check("x", x, (None, spec.hidden), dtypes)
+    if len(tokens) > spec.max_tokens:
+        raise ValueError(
+            f"x must have at most max_tokens={spec.max_tokens} rows (got {len(tokens)})"
+        )
+    pairs = (len(tokens), spec.topk)
     return (
-        x,
+        tokens,
         arrays.check("topk_ids", topk_ids, pairs, _IDS),
         arrays.check("topk_weights", topk_weights, pairs, (_FLOAT32,)),
         arrays.check("w_up", w_up, geometry.w_up_shape, dtypes),
@@ -45,11 +45,11 @@ def check_forward(
 
 
 def check_backward(
-    arrays: HostArrays, geometry: Geometry, dy: Any, kept: Residuals, out: Any, accumulate: Any
-) -> tuple[Any, WantedResults]:
+    arrays: Arrays, geometry: Geometry, dy: object, kept: Residuals, out: object, accumulate: object
+) -> tuple[Array, WantedResults]:
     """Backward's dy in the device's array type, and its results in the order of `Gradients`."""
     spec, dtypes = geometry.spec, (geometry.spec.numpy_dtype,)
-    dy = arrays.check("dy", dy, (kept.num_tokens, spec.hidden), dtypes)
+    gradient: Array = arrays.check("dy", dy, (kept.num_tokens, spec.hidden), dtypes)
     check_bool("accumulate", accumulate)
     given = Gradients(None, None, None, None) if out is None else out
     if not isinstance(given, tuple) or len(given) != len(Gradients._fields):
@@ -57,9 +57,9 @@ def check_backward(
     given = Gradients(*given)
     if accumulate and (given.w_up is None or given.w_down is None):
         raise ValueError("out must have w_up and w_down when accumulate=True (got None)")
-    pairs, weight_dtypes = (len(dy), spec.topk), (*dtypes, _FLOAT32)
-    return dy, {
-        "out.x": (given.x, dy.shape, dtypes),
+    pairs, weight_dtypes = (len(gradient), spec.topk), (*dtypes, _FLOAT32)
+    return gradient, {
+        "out.x": (given.x, gradient.shape, dtypes),
         "out.topk_weights": (given.topk_weights, pairs, (_FLOAT32,)),
         "out.w_up": (given.w_up, geometry.w_up_shape, weight_dtypes),
         "out.w_down": (given.w_down, geometry.w_down_shape, weight_dtypes),
@@ -67,15 +67,15 @@ def check_backward(
 
 
 def check_results(
-    arrays: HostArrays, wanted: WantedResults, buffer: tuple[int, int]
-) -> dict[str, Any]:
+    arrays: Arrays, wanted: WantedResults, buffer: tuple[int, int]
+) -> dict[str, Array]:
     """Check the result arrays that the caller gave, and convert them to the device's array type.
 
     Args:
         buffer: addresses [begin, end) of the heap memory that holds `layer.buffer()`. Peers read
             it. Only y and dx may lie there, and only at its begin, over their own tokens.
     """
-    given = {}
+    given: dict[str, Array] = {}
     for name, (array, shape, dtypes) in wanted.items():
         if array is not None:
             given[name] = arrays.check(name, array, shape, dtypes, writable=True)
@@ -95,6 +95,8 @@ def _check_overlap(name: str, first: int, nbytes: int, begin: int, end: int) -> 
         )
 
 
-def check_bool(name: str, value: Any) -> None:
+def check_bool(name: str, value: object) -> bool:
+    """`value` as a bool. Raise a ValueError if it is neither True nor False."""
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{name} must be True or False (got {value!r})")
+    return bool(value)

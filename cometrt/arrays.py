@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import numpy as np
 
 from cometrt.specs import check_unmasked
+from cometrt.types import Array
 
 
 class HostArrays:
@@ -16,12 +16,12 @@ class HostArrays:
     def check(
         self,
         name: str,
-        array: Any,
+        array: object,
         shape: tuple[int | None, ...],
         dtypes: tuple[np.dtype, ...],
         *,
         writable: bool = False,
-    ) -> Any:
+    ) -> np.ndarray:
         """Check an argument and return it as a NumPy array that shares its memory.
 
         Args:
@@ -41,19 +41,19 @@ class HostArrays:
             raise ValueError(f"{name} must be writable (got a read-only array)")
         return array
 
-    def address(self, array: Any) -> int:
+    def address(self, array: np.ndarray) -> int:
         return int(array.ctypes.data)
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return np.empty(shape, dtype)
 
-    def stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+    def stream(self, stream: object) -> contextlib.AbstractContextManager[None]:
         if stream is not None:
             raise ValueError(f"stream must be None on device='host' (got {stream!r})")
         return contextlib.nullcontext()
 
 
-def _from_dlpack(name: str, array: Any) -> np.ndarray:
+def _from_dlpack(name: str, array: object) -> np.ndarray:
     if not hasattr(array, "__dlpack__"):
         raise ValueError(
             f"{name} must be a numpy.ndarray on device='host' (got {type(array)!r}), "
@@ -71,7 +71,7 @@ def _from_dlpack(name: str, array: Any) -> np.ndarray:
 
 
 def check_form(
-    name: str, array: Any, shape: tuple[int | None, ...], dtypes: tuple[np.dtype, ...]
+    name: str, array: Array, shape: tuple[int | None, ...], dtypes: tuple[np.dtype, ...]
 ) -> None:
     """Raise a ValueError unless dtype and shape are as required and the array is C-contiguous."""
     if array.dtype not in dtypes:

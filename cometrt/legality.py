@@ -37,13 +37,11 @@ def check_layer(spec: object, size: int, device: str, mode: object, config: obje
     config = TileConfig() if config is None else config
     if not isinstance(config, TileConfig):
         raise ValueError(f"config must be a TileConfig (got {type(config)!r})")
-    if mode is not None:
-        check_choice("mode", mode, MODES)
+    modes = MODES if mode is None else (check_choice("mode", mode, MODES),)
     shape = PlanShape(Geometry(spec, 0, size), config)
     broken = _broken_table_rule(shape) or _broken_device_rule(shape, device)
     if broken:
         raise ValueError(broken)
-    modes = MODES if mode is None else (str(mode),)
     problems = [_broken_mode_rule(shape, device, candidate) for candidate in modes]
     for candidate, problem in zip(modes, problems, strict=True):
         if not problem:

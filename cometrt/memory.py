@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from types import ModuleType
-from typing import Any
 
 from cometrt.arguments import check_bool
 from cometrt.buffers import Buffers, total_bytes
@@ -47,19 +46,19 @@ class Memory:
 
 def memory_of_layer(
     spec: MoESpec,
-    size: Any,
+    size: object,
     *,
-    device: Any,
-    mode: Any,
-    config: Any,
-    training: Any,
-    ranks_per_node: Any,
+    device: object,
+    mode: object,
+    config: TileConfig | None,
+    training: object,
+    ranks_per_node: object,
 ) -> Memory:
     """As `MoESpec.memory`."""
-    check_choice("device", device, ("host", "cuda"))
+    device = check_choice("device", device, ("host", "cuda"))
     maximum = MAX_RANKS if device == "cuda" else _MAX_HOST_RANKS
     size = check_int("size", size, minimum=1, maximum=maximum)
-    check_bool("training", training)
+    training = check_bool("training", training)
     if (
         ranks_per_node is not None
         and check_int("ranks_per_node", ranks_per_node, minimum=1) != size
@@ -123,8 +122,8 @@ def check_room(world: World, shape: PlanShape, mode: str) -> None:
         room = host_room()
     ranks = world.allgather((needed, room), purpose="MoELayer")
     spec = shape.geometry.spec
-    for place in dict.fromkeys(room.place for _, room in ranks):  # the same order on all ranks
-        there = [(needed, room) for needed, room in ranks if room.place == place]
+    for owner in dict.fromkeys(room.owner for _, room in ranks):  # the same order on all ranks
+        there = [(needed, room) for needed, room in ranks if room.owner == owner]
         needed, available = sum(n for n, _ in there), min(room.available for _, room in there)
         total = min(room.total for _, room in there)
         if memory.total > total:
@@ -133,13 +132,13 @@ def check_room(world: World, shape: PlanShape, mode: str) -> None:
             sizes = ", ".join(f"{name} {size:,}" for name, size in parts.items())
             raise CometError(
                 f"a layer of this spec takes {memory.total:,} bytes on each rank ({sizes}), "
-                f"{place} has {total:,}; the largest part is {part}, from {_values(spec, part)}"
+                f"{owner} has {total:,}; the largest part is {part}, from {_values(spec, part)}"
             )
         if needed > available:
             part = "heap and scratch" if world.device == "cuda" else "heap"
             raise CometError(
                 f"the {part} of a layer of this spec takes {needed:,} bytes on the {len(there)} "
-                f"ranks of {place} together, where {available:,} are available; the size follows "
+                f"ranks of {owner} together, where {available:,} are available; the size follows "
                 f"from {_values(spec, 'scratch' if world.device == 'cuda' else 'heap')}"
             )
 

@@ -212,13 +212,13 @@ class Gradients(NamedTuple):
     w_down: Any
 
 
-def digest(*values: Any) -> int:
+def digest(*values: object) -> int:
     """63-bit hash of the values' reprs, the same on every platform."""
     text = repr(values).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
 
-def check_int(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
+def check_int(name: str, value: object, *, minimum: int, maximum: int | None = None) -> int:
     """`value` as an int. Raise a ValueError if it is no integer or out of range."""
     rule = (
         f"an integer >= {minimum}" if maximum is None else f"an integer in [{minimum}, {maximum}]"
@@ -231,7 +231,7 @@ def check_int(name: str, value: Any, *, minimum: int, maximum: int | None = None
     return number
 
 
-def check_unmasked(name: str, array: Any) -> None:
+def check_unmasked(name: str, array: object) -> None:
     """Raise a ValueError for a masked array: NumPy would silently drop its mask."""
     if isinstance(array, np.ma.MaskedArray):
         raise ValueError(
@@ -239,12 +239,14 @@ def check_unmasked(name: str, array: Any) -> None:
         )
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """`value` as a str. Raise a ValueError if it is none of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)} (got {value!r})")
+    return value
 
 
-def check_positive(name: str, value: Any) -> float:
+def check_positive(name: str, value: object) -> float:
     """`value` as a float. Raise a ValueError unless it is finite and > 0."""
     try:
         number = float(value) if isinstance(value, numbers.Real) else math.nan
@@ -255,7 +257,8 @@ def check_positive(name: str, value: Any) -> float:
     return number
 
 
-def check_timeout(timeout_sec: Any) -> float:
+def check_timeout(timeout_sec: object) -> float:
+    """`timeout_sec` as a float. Raise a ValueError if Python's locks cannot wait that long."""
     number = check_positive("timeout_sec", timeout_sec)
     if number > threading.TIMEOUT_MAX:
         raise ValueError(f"timeout_sec must be at most {threading.TIMEOUT_MAX:.0f} (got {number})")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -103,16 +102,16 @@ def _held(geometry: Geometry) -> tuple[slice, slice]:
     )
 
 
-def _check_spec(spec: Any) -> None:
+def _check_spec(spec: object) -> None:
     if not isinstance(spec, MoESpec):
         raise ValueError(f"spec must be a cometrt.MoESpec (got {type(spec)!r})")
 
 
-def _check_pair(geometry: Geometry, pair: Any, first: Any) -> None:
+def _check_pair(geometry: Geometry, pair: object, first: tuple[np.ndarray, np.ndarray]) -> None:
     """Check a rank's pair against its geometry and the dtypes of rank 0's pair."""
-    rank, is_list = geometry.rank, isinstance(pair, (list, tuple))
-    if not is_list or len(pair) != 2:
-        got = f"{len(pair)} items" if is_list else repr(type(pair))
+    rank = geometry.rank
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        got = f"{len(pair)} items" if isinstance(pair, (list, tuple)) else repr(type(pair))
         raise ValueError(f"shards[{rank}] must be a pair (w_up, w_down) (got {got})")
     shapes = geometry.w_up_shape, geometry.w_down_shape
     for index, (array, shape) in enumerate(zip(pair, shapes, strict=True)):

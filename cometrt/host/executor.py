@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any
 
 import numpy as np
 
@@ -55,7 +54,7 @@ class HostExecutor:
         training: bool,
         out: np.ndarray,
         tracer: Tracer,
-    ) -> tuple[Any, ...] | None:
+    ) -> tuple[np.ndarray, ...] | None:
         ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
         with ex.guard("compute"):
             return self._forward(ex, x, ids, weights, w_up, w_down, training, out)
@@ -70,7 +69,7 @@ class HostExecutor:
         w_down: np.ndarray,
         training: bool,
         out: np.ndarray,
-    ) -> tuple[Any, ...] | None:
+    ) -> tuple[np.ndarray, ...] | None:
         num_tokens = ex.publish("forward", {"x": x}, len(x), ids=ids, weights=weights)
         with ex.step("compute", "plan"):
             ex.plan = make_plan(ex.read_routing(num_tokens), self._shape)

@@ -72,13 +72,24 @@ class Recording:
 
     def gather(self) -> Timeline:
         """Collective: the timeline of all ranks' events, equal on every rank."""
-        mine = [tuple(event) for event in self.events]
+        mine: list[tuple[Any, ...]] = [tuple(event) for event in self.events]
         ranks = self.world.allgather(mine, purpose="timeline")
         return Timeline([Event(*event) for events in ranks for event in events])
 
 
+class Traceable(Protocol):
+    """What `record` needs of a MoELayer."""
+
+    world: World
+    tracer: Tracer
+
+    def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
+        """Record events of the device's kernels within the context."""
+        ...
+
+
 @contextlib.contextmanager
-def record(layer: Any) -> Iterator[Recording]:
+def record(layer: Traceable) -> Iterator[Recording]:
     """Record the layer's calls on this rank, from entering until leaving the context.
 
     On "cuda" entering may compile and load kernels, and leaving waits for the calls.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from cometrt.errors import CapacityError, MismatchError, PeerTimeout, RoutingError
+from cometrt.executor import Executor
 from cometrt.plan import TileConfig
 from cometrt.specs import Geometry
 from cometrt.tuner.cache import cache_file, key_of, store
 from cometrt.tuner.search import candidates, search
+from cometrt.types import Array
 from cometrt.world import World
 from cometrt.world.partitions import num_sms
 
@@ -20,10 +20,10 @@ def tune(
     geometry: Geometry,
     layer: int,
     base: TileConfig,
-    inputs: tuple[Any, ...] | None,
+    inputs: tuple[Array, ...] | None,
     training: bool,
     problem: str,
-) -> tuple[TileConfig, Any]:
+) -> tuple[TileConfig, Executor | None]:
     """Collective, on "cuda", after this rank's calls have ended: see `MoELayer.tune`.
 
     Args:

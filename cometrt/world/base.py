@@ -14,7 +14,7 @@ import secrets
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsInt, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from cometrt.world.device import DeviceMemory
 
 _log = logging.getLogger("cometrt")
+
+Value = TypeVar("Value")
 
 
 class World(abc.ABC):
@@ -119,7 +121,7 @@ class World(abc.ABC):
         return False
 
     @property
-    def control_block(self) -> Any:
+    def control_block(self) -> np.void:
         """This rank's control block."""
         return self.control_blocks[self.rank]
 
@@ -143,7 +145,7 @@ class World(abc.ABC):
 
     def wait(
         self,
-        read: Callable[[], Any],
+        read: Callable[[], SupportsInt],
         target: WaitTarget,
         *,
         even_if_stopped: bool = False,
@@ -249,7 +251,7 @@ class World(abc.ABC):
         with self.one_call.hold("world.barrier", inner=True):
             self.allgather(None, purpose="barrier")
 
-    def allgather(self, value: Any, *, purpose: str = "allgather") -> list[Any]:
+    def allgather(self, value: Value, *, purpose: str = "allgather") -> list[Value]:
         """Collective: the values of all ranks, in rank order.
 
         Args:

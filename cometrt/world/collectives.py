@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -16,8 +16,10 @@ from cometrt.world.peer_status import in_exchange
 if TYPE_CHECKING:
     from cometrt.world.base import World
 
+Value = TypeVar("Value")
 
-def allgather(world: World, value: Any, purpose: str) -> list[Any]:
+
+def allgather(world: World, value: Value, purpose: str) -> list[Value]:
     """As `World.allgather`. A long value takes several messages."""
     world.check_running()
     payload = pickle.dumps((purpose, value))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import SupportsInt
 
 import numpy as np
 
@@ -36,6 +36,6 @@ def control_block_dtype(size: int) -> np.dtype:
     )
 
 
-def value_of(flags: np.ndarray, index: int | tuple[int, ...] = 0) -> Callable[[], Any]:
+def value_of(flags: np.ndarray, index: int | tuple[int, ...] = 0) -> Callable[[], SupportsInt]:
     """A function that reads one flag anew at each call, for `World.wait`."""
     return lambda: flags[index]

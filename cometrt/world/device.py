@@ -207,7 +207,7 @@ class DeviceMemory:
         self.last_call = stream.record(cupy.cuda.Event(disable_timing=True))
         self.last_call.synchronize()  # the next call may use another stream
 
-    def retire(self, kept: Any, event: Any) -> None:
+    def retire(self, kept: object, event: Any) -> None:
         """Keep an object that kernels use until `event` completes; None: as long as the world."""
         self._retired.append((event, kept))
         self._drop_retired()

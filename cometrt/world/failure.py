@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
@@ -61,7 +60,7 @@ class Failure:
         text = self.text.replace("this rank", f"rank {self.waiter}")
         return dataclasses.replace(self, text=text)
 
-    def write(self, record: Any, generation: int) -> None:
+    def write(self, record: np.void, generation: int) -> None:
         """Write the record. The generation, which makes it valid, is written last."""
         record["kind"] = KINDS.index(self.kind)
         record["flag"] = FLAGS.index(self.flag)
@@ -72,7 +71,7 @@ class Failure:
         record["generation"] = generation
 
     @staticmethod
-    def read(record: Any) -> Failure:
+    def read(record: np.void) -> Failure:
         return Failure(
             kind=KINDS[int(record["kind"])],
             flag=FLAGS[int(record["flag"])],

@@ -30,7 +30,7 @@ class Regions:
         self._world = weakref.proxy(world)
         self._memory: dict[str, list[Any]] = {}  # [rank]
         self._bytes: dict[str, int] = {}
-        self._needs: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
+        self._needs: weakref.WeakKeyDictionary[object, dict[str, int]] = weakref.WeakKeyDictionary()
         self._numbers: dict[str, int] = {}  # the allocation number of each region's memory
         self.version = 0
 
@@ -50,7 +50,7 @@ class Regions:
         wanted = self._wanted([*self._needs.values(), needs])
         return sum(n for name, n in wanted.items() if n != self._bytes.get(name))
 
-    def fit(self, owner: Any, needs: dict[str, int]) -> None:
+    def fit(self, owner: object, needs: dict[str, int]) -> None:
         """Collective: resize the regions to what all open owners need.
 
         A region that changes its size is new memory; its contents are not copied.
@@ -69,7 +69,7 @@ class Regions:
                 world.stop_for(error, " in allocating shared memory")
             raise
 
-    def forget(self, owner: Any) -> None:
+    def forget(self, owner: object) -> None:
         """Drop the owner's claim."""
         self._needs.pop(owner, None)
 

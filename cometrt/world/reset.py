@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, SupportsInt
 
 from cometrt.world.control_block import value_of
 from cometrt.world.failure import WaitTarget
@@ -49,7 +49,7 @@ def _requested(world: World, peer: int) -> bool:
     return requests[peer] >= int(world.control_block["reset_request"][0])
 
 
-def _wait(world: World, read: Callable[[], Any], peer: int, expected: int) -> None:
+def _wait(world: World, read: Callable[[], SupportsInt], peer: int, expected: int) -> None:
     def lost() -> str:
         end_device_waits(world, "called world.reset()")
         return gone(world, peer)

@@ -19,9 +19,9 @@ _CGROUPS = (
 
 
 class Room(NamedTuple):
-    """Bytes of memory. `place` names the host or the GPU, alike on all ranks that share it."""
+    """Bytes of memory. `owner` names the host or the GPU, alike on all ranks that share it."""
 
-    place: str
+    owner: str
     available: int
     total: int
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, SupportsInt
 
 from cometrt.world.failure import Failure, WaitTarget
 from cometrt.world.peer_status import gone_or_resetting
@@ -18,7 +18,7 @@ _MIN_PAUSE_SEC, _MAX_PAUSE_SEC = 50e-6, 1e-3  # between two reads
 
 def wait(
     world: World,
-    read: Callable[[], Any],
+    read: Callable[[], SupportsInt],
     target: WaitTarget,
     even_if_stopped: bool,
     mismatch: Callable[[], str],

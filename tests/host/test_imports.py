@@ -14,7 +14,7 @@ import cometrt
 
 # Low to high. A package stands for its modules, unless a module is listed by itself.
 LAYERS = (
-    {"errors", "activations", "kernels.constants"},
+    {"errors", "activations", "types", "kernels.constants"},
     {"specs"},
     {"models", "reference", "router", "weights", "arrays"},
     {"plan"},
