@@ -10,12 +10,13 @@ from cometrt.buffers import Buffers, total_bytes
 from cometrt.errors import CometError
 from cometrt.heap import heap_table, region_bytes
 from cometrt.host import buffers as host_buffers
+from cometrt.kernels.constants import MAX_RANKS
 from cometrt.legality import check_layer
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.specs import Geometry, MoESpec, check_choice, check_int
 from cometrt.world import World
 from cometrt.world.control_block import control_block_dtype
-from cometrt.world.layout import MAX_RANKS, device_control_block_dtype
+from cometrt.world.layout import device_control_block_dtype
 from cometrt.world.room import gpu_room, host_room
 
 

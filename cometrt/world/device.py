@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cometrt.world.layout import MAX_RANKS, device_control_block_dtype
+from cometrt.kernels.constants import MAX_RANKS
+from cometrt.world.layout import device_control_block_dtype
 
 if TYPE_CHECKING:
     from cometrt.world.base import World

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from cometrt.kernels.constants import MAX_RANKS
 from cometrt.world.failure import FAILURE_NUMBERS
 
 header_dtype = np.dtype(
@@ -17,8 +18,7 @@ header_dtype = np.dtype(
     ]
 )
 
-# On the device: comm/world.cuh.
-MAX_RANKS = 64  # kMaxRanks of comm/world.cuh
+# On the device, mirrored by kernels_cu/protocol/control_block.cuh.
 record_dtype = np.dtype([(name, np.int64) for name in FAILURE_NUMBERS])
 device_control_block_dtype = np.dtype(
     [
