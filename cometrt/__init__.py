@@ -1,11 +1,11 @@
-"""Mixture-of-Experts layers whose token exchange hides under the expert GEMMs.
+"""Mixture-of-Experts layers that overlap the token exchange with the expert GEMMs.
 
     world = cometrt.connect(MPI.COMM_WORLD, device="host")
     layer = cometrt.MoELayer(world, cometrt.MoESpec(...))
     y, saved = layer.forward(x, topk_ids, topk_weights, w_up, w_down)
     grads = layer.backward(dy, saved)
 
-Importing needs neither MPI, CUDA nor matplotlib.
+Importing this package needs neither MPI, CUDA nor matplotlib.
 """
 
 from cometrt import models, reference, router, trace

@@ -1,8 +1,8 @@
-"""Activations and their derivatives, in whatever float type they are given.
+"""Activations and their derivatives in NumPy. Results have the float type of the arguments.
 
-A gated activation maps (gate, up) to act(gate) * up; the others map z to act(z). z holds the
-gate columns first, then the up columns, as w_up holds its rows. At infinity, and where powers of z
-overflow, values and derivatives are their limits; NaN gives NaN.
+A gated activation maps (gate, up) to act(gate) * up. The others map z to act(z). The columns of z
+are ordered like the rows of w_up: gate first, then up. At infinity, and where powers of z would
+overflow, the result is the limit. NaN gives NaN.
 """
 
 from __future__ import annotations
@@ -13,41 +13,42 @@ import numpy as np
 
 _GELU_C = 0.7978845608028654  # sqrt(2 / pi)
 _GELU_CUBE = 0.044715
-_FAR = 1000  # beyond it sigmoid and tanh are at their limits, also in float64
+_BOUND = 1000  # sigmoid and tanh have reached their limits here, also in float64
 
 
-def _above(z: np.ndarray) -> np.ndarray:
-    """z, at least -_FAR: the product with a sigmoid of 0 is 0 then, also for z = -inf."""
-    return np.maximum(z, -_FAR)
+def _clip_below(z: np.ndarray) -> np.ndarray:
+    """max(z, -_BOUND). Then z * sigmoid(z) is 0 at -inf, and not NaN."""
+    return np.maximum(z, -_BOUND)
 
 
-def _near(z: np.ndarray) -> np.ndarray:
-    """z within [-_FAR, _FAR]: its powers do not overflow."""
-    return np.minimum(_above(z), _FAR)
+def _clip(z: np.ndarray) -> np.ndarray:
+    """z clipped to [-_BOUND, _BOUND], so that its powers do not overflow."""
+    return np.minimum(_clip_below(z), _BOUND)
 
 
 def _sigmoid(z: np.ndarray) -> np.ndarray:
-    small = np.exp(-np.abs(z))  # neither overflows nor loses its digits far below zero
+    small = np.exp(-np.abs(z))  # does not overflow, and stays exact for very negative z
     return np.where(z >= 0, z.dtype.type(1), small) / (1 + small)
 
 
 def _silu(z: np.ndarray) -> np.ndarray:
-    return _above(z) * _sigmoid(z)
+    return _clip_below(z) * _sigmoid(z)
 
 
 def _dsilu(z: np.ndarray) -> np.ndarray:
-    z = _near(z)
+    z = _clip(z)
     s = _sigmoid(z)
     return s * (1.0 + z * (1.0 - s))
 
 
 def _gelu(z: np.ndarray) -> np.ndarray:
-    near = _near(z)
-    return 0.5 * _above(z) * (1.0 + np.tanh(_GELU_C * (near + _GELU_CUBE * near * near * near)))
+    near = _clip(z)
+    tanh = np.tanh(_GELU_C * (near + _GELU_CUBE * near * near * near))
+    return 0.5 * _clip_below(z) * (1.0 + tanh)
 
 
 def _dgelu(z: np.ndarray) -> np.ndarray:
-    z = _near(z)
+    z = _clip(z)
     t = np.tanh(_GELU_C * (z + _GELU_CUBE * z * z * z))
     return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * _GELU_C * (1.0 + 3.0 * _GELU_CUBE * z * z)
 
@@ -86,7 +87,7 @@ def is_gated(activation: str) -> bool:
 
 
 def activate(activation: str, z: np.ndarray) -> np.ndarray:
-    """a [..., I] from z [..., 2I] (gated) or [..., I]."""
+    """a = act(z): [..., I] from z [..., 2I] if gated, else from z [..., I]."""
     gated, act, _ = ACTIVATIONS[activation]
     if not gated:
         return act(z)
@@ -95,7 +96,7 @@ def activate(activation: str, z: np.ndarray) -> np.ndarray:
 
 
 def activate_backward(activation: str, z: np.ndarray, da: np.ndarray) -> np.ndarray:
-    """dz, of z's shape, from da [..., I]."""
+    """dz, in the shape of z, from da [..., I]."""
     gated, act, dact = ACTIVATIONS[activation]
     if not gated:
         return dact(z) * da

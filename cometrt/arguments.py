@@ -1,42 +1,42 @@
-"""What a layer's calls are given, checked before anything happens, and where their results go.
+"""Checks of the arguments of forward and backward, before the call has any effect.
 
-Each function raises ValueError that names the argument, its value and the rule. `arrays` is of the
-world's device, of the form of `cometrt.arrays.HostArrays`.
+Each function raises a ValueError that names the argument, its value and the rule. `arrays` is the
+HostArrays or CudaArrays of the world's device.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from cometrt.arrays import HostArrays
 from cometrt.residuals import Residuals
 from cometrt.specs import Geometry, Gradients
+from cometrt.types import Array, Arrays
 
 _FLOAT32 = np.dtype(np.float32)
-# Results by name: (array given or None, shape, dtypes, of which the first is that of a new one).
-WantedResults = dict[str, tuple[Any, tuple[int, ...], tuple[np.dtype, ...]]]
+# Name of a result: (the caller's array or None, shape, allowed dtypes). A new array gets the first.
+WantedResults = dict[str, tuple[object, tuple[int, ...], tuple[np.dtype, ...]]]
 _IDS = (np.dtype(np.int32), np.dtype(np.int64))
 
 
 def check_forward(
-    arrays: HostArrays,
+    arrays: Arrays,
     geometry: Geometry,
-    x: Any,
-    topk_ids: Any,
-    topk_weights: Any,
-    w_up: Any,
-    w_down: Any,
-) -> tuple[Any, ...]:
-    """Forward's arrays, as `arrays` has them."""
+    x: object,
+    topk_ids: object,
+    topk_weights: object,
+    w_up: object,
+    w_down: object,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Forward's five arrays in the device's array type: x, ids, weights, w_up, w_down."""
     spec, dtypes = geometry.spec, (geometry.spec.numpy_dtype,)
-    x = arrays.check("x", x, (None, spec.hidden), dtypes)
-    if len(x) > spec.max_tokens:
-        raise ValueError(f"x must have at most max_tokens={spec.max_tokens} rows (got {len(x)})")
-    pairs = (len(x), spec.topk)
+    tokens: Array = arrays.check("x", x, (None, spec.hidden), dtypes)
+    if len(tokens) > spec.max_tokens:
+        raise ValueError(
+            f"x must have at most max_tokens={spec.max_tokens} rows (got {len(tokens)})"
+        )
+    pairs = (len(tokens), spec.topk)
     return (
-        x,
+        tokens,
         arrays.check("topk_ids", topk_ids, pairs, _IDS),
         arrays.check("topk_weights", topk_weights, pairs, (_FLOAT32,)),
         arrays.check("w_up", w_up, geometry.w_up_shape, dtypes),
@@ -45,11 +45,11 @@ def check_forward(
 
 
 def check_backward(
-    arrays: HostArrays, geometry: Geometry, dy: Any, kept: Residuals, out: Any, accumulate: Any
-) -> tuple[Any, WantedResults]:
-    """Backward's dy, as `arrays` has it, and its results, in the order of `Gradients`."""
+    arrays: Arrays, geometry: Geometry, dy: object, kept: Residuals, out: object, accumulate: object
+) -> tuple[Array, WantedResults]:
+    """Backward's dy in the device's array type, and its results in the order of `Gradients`."""
     spec, dtypes = geometry.spec, (geometry.spec.numpy_dtype,)
-    dy = arrays.check("dy", dy, (kept.num_tokens, spec.hidden), dtypes)
+    gradient: Array = arrays.check("dy", dy, (kept.num_tokens, spec.hidden), dtypes)
     check_bool("accumulate", accumulate)
     given = Gradients(None, None, None, None) if out is None else out
     if not isinstance(given, tuple) or len(given) != len(Gradients._fields):
@@ -57,40 +57,46 @@ def check_backward(
     given = Gradients(*given)
     if accumulate and (given.w_up is None or given.w_down is None):
         raise ValueError("out must have w_up and w_down when accumulate=True (got None)")
-    weights, wide = (len(dy), spec.topk), (*dtypes, _FLOAT32)
-    return dy, {
-        "out.x": (given.x, dy.shape, dtypes),
-        "out.topk_weights": (given.topk_weights, weights, (_FLOAT32,)),
-        "out.w_up": (given.w_up, geometry.w_up_shape, wide),
-        "out.w_down": (given.w_down, geometry.w_down_shape, wide),
+    pairs, weight_dtypes = (len(gradient), spec.topk), (*dtypes, _FLOAT32)
+    return gradient, {
+        "out.x": (given.x, gradient.shape, dtypes),
+        "out.topk_weights": (given.topk_weights, pairs, (_FLOAT32,)),
+        "out.w_up": (given.w_up, geometry.w_up_shape, weight_dtypes),
+        "out.w_down": (given.w_down, geometry.w_down_shape, weight_dtypes),
     }
 
 
 def check_results(
-    arrays: HostArrays, wanted: WantedResults, buffer: tuple[int, int]
-) -> dict[str, Any]:
-    """Those of `wanted` that were given, as `arrays` has them. `buffer`: addresses [begin, end) of
-    the heap that peers read, where results may only take the place of the tokens they are of."""
-    given = {}
+    arrays: Arrays, wanted: WantedResults, buffer: tuple[int, int]
+) -> dict[str, Array]:
+    """Check the result arrays that the caller gave, and convert them to the device's array type.
+
+    Args:
+        buffer: addresses [begin, end) of the heap memory that holds `layer.buffer()`. Peers read
+            it. Only y and dx may lie there, and only at its begin, over their own tokens.
+    """
+    given: dict[str, Array] = {}
     for name, (array, shape, dtypes) in wanted.items():
         if array is not None:
             given[name] = arrays.check(name, array, shape, dtypes, writable=True)
-            _check_place(name, arrays.address(given[name]), given[name].nbytes, *buffer)
+            _check_overlap(name, arrays.address(given[name]), given[name].nbytes, *buffer)
     return given
 
 
-def _check_place(name: str, first: int, nbytes: int, begin: int, end: int) -> None:
+def _check_overlap(name: str, first: int, nbytes: int, begin: int, end: int) -> None:
     if not nbytes or first >= end or first + nbytes <= begin:
         return
     if name not in ("out", "out.x"):
         raise ValueError(f"{name} must not lie in layer.buffer() (got a view of it)")
     if first != begin:
         raise ValueError(
-            f"{name} must begin where layer.buffer() begins, if it lies there "
+            f"{name} must begin where layer.buffer() begins if they overlap "
             f"(got a view that begins {first - begin:+} bytes from there)"
         )
 
 
-def check_bool(name: str, value: Any) -> None:
+def check_bool(name: str, value: object) -> bool:
+    """`value` as a bool. Raise a ValueError if it is neither True nor False."""
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{name} must be True or False (got {value!r})")
+    return bool(value)

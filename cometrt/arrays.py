@@ -1,32 +1,37 @@
-"""Checks of the arrays a caller hands in: dtype, shape, layout; each error names all three."""
+"""Checks of the caller's arrays: dtype, shape and layout."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import numpy as np
 
 from cometrt.specs import check_unmasked
+from cometrt.types import Array
 
 
 class HostArrays:
-    """What the layer does with arrays, for NumPy's and those that NumPy imports by DLPack."""
+    """The layer's array operations on device="host": NumPy arrays, and DLPack arrays as NumPy's."""
 
     def check(
         self,
         name: str,
-        array: Any,
+        array: object,
         shape: tuple[int | None, ...],
         dtypes: tuple[np.dtype, ...],
         *,
         writable: bool = False,
-    ) -> Any:
-        """The array as NumPy's, sharing its memory, if it is a C-contiguous array of that shape
-        (None: any length) and dtype.
+    ) -> np.ndarray:
+        """Check an argument and return it as a NumPy array that shares its memory.
+
+        Args:
+            name: of the argument, for the error.
+            shape: required lengths; None: any length.
+            dtypes: the dtypes that are allowed.
+            writable: whether the array must be writable.
 
         Raises:
-            ValueError: naming the argument, its value and the rule.
+            ValueError: naming the argument, its value and the rule. C-contiguity is required too.
         """
         if not isinstance(array, np.ndarray):
             array = _from_dlpack(name, array)
@@ -36,19 +41,19 @@ class HostArrays:
             raise ValueError(f"{name} must be writable (got a read-only array)")
         return array
 
-    def address(self, array: Any) -> int:
+    def address(self, array: np.ndarray) -> int:
         return int(array.ctypes.data)
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return np.empty(shape, dtype)
 
-    def stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+    def stream(self, stream: object) -> contextlib.AbstractContextManager[None]:
         if stream is not None:
             raise ValueError(f"stream must be None on device='host' (got {stream!r})")
         return contextlib.nullcontext()
 
 
-def _from_dlpack(name: str, array: Any) -> np.ndarray:
+def _from_dlpack(name: str, array: object) -> np.ndarray:
     if not hasattr(array, "__dlpack__"):
         raise ValueError(
             f"{name} must be a numpy.ndarray on device='host' (got {type(array)!r}), "
@@ -56,18 +61,19 @@ def _from_dlpack(name: str, array: Any) -> np.ndarray:
         )
     try:
         return np.from_dlpack(array)
-    except Exception as error:  # of whatever library it came from
+    except Exception as error:  # each library raises its own types
         raise ValueError(
             f"{name} must be an array that NumPy can import by DLPack (got {type(array)!r}: "
-            f"{error}). NumPy takes no bfloat16 that way, and nothing from a GPU: pass "
+            f"{error}). NumPy imports neither bfloat16 nor GPU memory by DLPack: pass "
             f"np.asarray(x) for a JAX array x, x.view(torch.int16).numpy().view('bfloat16') for a "
-            f"tensor of torch"
+            f"PyTorch tensor"
         ) from error
 
 
 def check_form(
-    name: str, array: Any, shape: tuple[int | None, ...], dtypes: tuple[np.dtype, ...]
+    name: str, array: Array, shape: tuple[int | None, ...], dtypes: tuple[np.dtype, ...]
 ) -> None:
+    """Raise a ValueError unless dtype and shape are as required and the array is C-contiguous."""
     if array.dtype not in dtypes:
         rule = " or ".join(str(dtype) for dtype in dtypes)
         raise ValueError(f"{name} must have dtype {rule} (got {array.dtype})")

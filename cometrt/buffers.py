@@ -1,4 +1,4 @@
-"""Arrays by name: what an executor allocates, and what `MoESpec.memory` counts."""
+"""Tables of arrays, name -> (shape, dtype): what executors allocate and `MoESpec.memory` counts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Buffers = dict[str, tuple[tuple[int, ...], np.dtype]]  # (shape, dtype)
 
 
 def plan_rows(shape: PlanShape) -> Buffers:
-    """Rows of the plan, [capacity, columns] with padding: x, z, a and o of the forward."""
+    """The forward's row arrays x, z, a and o: [capacity, columns], padding rows included."""
     geometry = shape.geometry
     hidden, dtype = geometry.spec.hidden, geometry.spec.numpy_dtype
     columns = {"x": hidden, "z": geometry.up_columns, "a": geometry.local_intermediate, "o": hidden}
@@ -20,6 +20,6 @@ def plan_rows(shape: PlanShape) -> Buffers:
 
 
 def total_bytes(buffers: Buffers, unit: int = 1) -> int:
-    """Of all, each rounded up to a multiple of `unit`."""
+    """Sum of the sizes, each rounded up to a multiple of `unit` bytes."""
     sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in buffers.values())
     return sum(-(-size // unit) * unit for size in sizes)

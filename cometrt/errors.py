@@ -1,45 +1,47 @@
-"""Errors that show only after a call was made. Wrong arguments are plain ``ValueError``."""
+"""Errors of a call that has begun. A wrong argument is a plain ``ValueError`` before it begins."""
 
 from __future__ import annotations
 
 
 class CometError(RuntimeError):
-    """Base of everything cometrt raises besides ``ValueError``.
+    """Base class of all errors of cometrt besides ``ValueError``.
 
     Attributes:
-        relayed: it only tells of what another thread or rank raised.
+        relayed: True if another thread or rank raised the error and this one only reports it.
     """
 
     relayed: bool = False
 
 
 class CallNotBegun(Exception):
-    """Internal: `reason` is to be raised, and the call has not happened on any rank."""
+    """Internal: the call has had no effect on any rank; the layer raises `reason` instead."""
 
     def __init__(self, reason: CometError) -> None:
         self.reason = reason
 
 
 def first_original(errors: list[tuple[float, BaseException]]) -> BaseException:
-    """Of (time, error): the first that does not only tell of another one."""
+    """The earliest of (time, error) that is not relayed; if all are relayed, the earliest."""
     return min(errors, key=lambda item: (getattr(item[1], "relayed", False), item[0]))[1]
 
 
 class RoutingError(CometError):
-    """A routing table is invalid: an id outside [-1, E), a repeated id, a weight not finite.
+    """A routing table is invalid: an id outside [-1, E), a repeated id, or a weight not finite.
 
-    Every rank reads every rank's table, so every rank raises it. Nothing was exchanged, the
-    layer may be called again.
+    Every rank reads the tables of all ranks, so every rank raises the same error. No tokens were
+    exchanged. The layer may be called again.
     """
 
 
 class CapacityError(CometError):
-    """A rank would need more rows than its buffers hold (``MoESpec.capacity_factor``).
+    """A rank would need more rows than its buffers hold: see ``MoESpec.capacity_factor``.
+
+    Every rank raises the same error. No tokens were exchanged. The layer may be called again.
 
     Attributes:
-        rank: the rank with the largest need.
-        need: rows it needs, pad rows included.
-        capacity: rows its buffers hold.
+        rank: the rank that needs most rows.
+        need: rows that it needs, padding rows included.
+        capacity: rows that its buffers hold.
     """
 
     rank: int
@@ -48,28 +50,29 @@ class CapacityError(CometError):
 
     @classmethod
     def build(cls, *, rank: int, need: int, capacity: int, enough: float) -> CapacityError:
-        """`enough` is a capacity_factor that would have done."""
+        """`enough`: a capacity_factor that would have sufficed."""
         error = cls(
-            f"rank {rank} needs {need} rows (padding included) but its capacity is {capacity}: "
-            f"balance the router, or raise MoESpec.capacity_factor ({enough:.2f} is enough)"
+            f"rank {rank} needs {need} rows (padding rows included) but its capacity is "
+            f"{capacity}: balance the router, or raise MoESpec.capacity_factor "
+            f"({enough:.2f} is enough)"
         )
         error.rank, error.need, error.capacity = rank, need, capacity
         return error
 
 
 class PeerTimeout(CometError):
-    """A wait ended without what it waited for: its deadline passed, or a peer failed or has gone.
+    """A wait failed: its deadline passed, or a peer raised an error or left the world.
 
     The world refuses further calls until ``world.reset()``.
 
     Attributes (-1 or "" where one does not apply):
-        waiter: rank whose wait expired, or that failed.
-        flag: what it waited for, for example ``"partials_ready"``.
-        peer: rank that should have signalled.
-        tile: M-tile, or block of tokens, that the flag guards.
-        chunk: chunk of columns that the flag guards.
-        epoch: exchange in which it happened.
-        expected, found: value the waiter needed, and the last one it read.
+        waiter: the rank whose wait failed, or that raised an error.
+        flag: the flag that it waited for, for example ``"partials_ready"``.
+        peer: the rank that should have signalled the flag.
+        tile: the M-tile or token block that the flag guards.
+        chunk: the N-chunk that the flag guards.
+        epoch: the epoch of the exchange.
+        expected, found: the value that the wait needed, and the last value that it read.
     """
 
     waiter: int = -1
@@ -83,7 +86,7 @@ class PeerTimeout(CometError):
 
 
 class MismatchError(CometError):
-    """Ranks called different things in the same exchange.
+    """Ranks made different calls at the same time, for example forward and backward.
 
     The world refuses further calls until ``world.reset()``.
     """

@@ -1,9 +1,11 @@
-"""The symmetric heap: what peers touch, and only that. One table serves every rank.
+"""The symmetric heap: the arrays that peers read or write. One table serves every rank.
 
-An array of a peer is its region plus an offset from the table. Several regions, because layers
-of different shape share them: in "flags" a slot only ever holds epochs, whichever layer wrote
-it, so that a stale value is always too small; what a peer may still read in the next epoch lies
-in "routing0" or "routing1", by epoch parity; "data" holds everything else.
+A peer's array lies at the peer's region plus the offset from the table. Layers of different shapes
+share the regions, so arrays are grouped by what may remain in them from an earlier layer:
+
+flags: holds epochs only, whichever layer wrote them, so a stale value is always too small.
+routing0, routing1: ids and weights by epoch parity. A peer may read them for one more epoch.
+data: everything else.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from cometrt.plan import PlanShape
 from cometrt.world import World
 
 REGIONS = ("data", "flags", "routing0", "routing1")
-_ALIGNMENT = 256  # bytes: a bulk copy's and a cache line's
+_ALIGNMENT = 256  # bytes: a multiple of a cache line and of what a bulk copy needs
 
 
 @dataclasses.dataclass(frozen=True)
 class HeapEntry:
+    """Where one array lies: its region, the offset there in bytes, its shape and dtype."""
+
     region: str
     offset: int
     shape: tuple[int, ...]
@@ -33,13 +37,15 @@ class HeapEntry:
 
 
 def heap_table(shape: PlanShape) -> dict[str, HeapEntry]:
-    """name -> place of each array of one layer.
+    """Name -> HeapEntry of each heap array of one layer.
 
-    x, dy: what peers pull, one copy each: who has all partials knows all pulls are done.
-    ids, weights: by epoch parity, in the same place of either region; a peer's planner may read
-        them for one epoch more, whatever layer that is of.
-    staging: partial rows from contributors; dweight: from the shard that computed them.
-    partials_ready: [contributor, block of tokens, chunk].
+    x, dy [max_tokens, H]: peers pull them. One copy suffices: a home that has all partial rows
+        knows that every pull from it has completed.
+    ids0, ids1, weights0, weights1 [max_tokens, K]: by epoch parity, at the same offset in either
+        region. A peer's planner may read them for one more epoch, also one of another layer.
+    staging [staging_rows, H]: partial rows that contributors push.
+    dweight [tp, max_tokens, K]: gradients of the router weights, by the shard that computed them.
+    partials_ready [W, token blocks, N-chunks]: epoch, by contributor.
     """
     spec, size = shape.geometry.spec, shape.geometry.size
     tokens, dtype = (spec.max_tokens, spec.hidden), spec.numpy_dtype
@@ -66,7 +72,7 @@ def heap_table(shape: PlanShape) -> dict[str, HeapEntry]:
 
 
 def region_bytes(table: dict[str, HeapEntry]) -> dict[str, int]:
-    """Bytes of each region that hold the arrays of a `heap_table`."""
+    """Region -> bytes that the arrays of a `heap_table` take there."""
     sizes = dict.fromkeys(REGIONS, 0)
     for entry in table.values():
         sizes[entry.region] = max(sizes[entry.region], entry.offset + entry.nbytes)
@@ -74,25 +80,24 @@ def region_bytes(table: dict[str, HeapEntry]) -> dict[str, int]:
 
 
 class SymmetricHeap:
-    """One layer's arrays on every rank."""
+    """The heap arrays of one layer, on every rank."""
 
     def __init__(self, world: World, shape: PlanShape) -> None:
-        """Collective: the world's regions hold this layer's arrays until it is closed."""
+        """Collective: size the world's regions so that they hold this layer's arrays."""
         self._world = world
         self.table = heap_table(shape)
         world.regions.fit(self, region_bytes(self.table))
 
     def close(self) -> None:
-        """This rank makes no more calls of the layer."""
+        """Release the layer's claim on the regions: this rank makes no more calls of the layer."""
         self._world.regions.forget(self)
 
     def rows_place(self, x_address: int) -> tuple[int, int]:
-        """Addresses [begin, end) of what holds rows on this rank, x first, of the world's largest
-        layer."""
+        """Addresses [begin, end) of this rank's region "data", which begins with x."""
         return x_address, x_address + self._world.regions.nbytes("data")
 
     def array(self, name: str, rank: int | None = None) -> np.ndarray:
-        """A view of rank's array (default: this rank's)."""
+        """A NumPy view of the array of `rank`; None: of this rank."""
         entry = self.table[name]
         memory = self._world.regions.of(entry.region, self._world.rank if rank is None else rank)
         part = memory[entry.offset : entry.offset + entry.nbytes]

@@ -76,9 +76,8 @@ class MoELayer:
             self._make(world, spec, mode, config)
 
     def _make(self, world: World, spec: MoESpec, mode: str | None, given: Any) -> None:
-        self._layer, config = agree(world, spec, mode, given)
+        self._layer, self.mode, config = agree(world, spec, mode, given)
         self.world, self.spec, self.config = world, spec, config
-        self.mode = mode or config.best_mode(world.device, spec.topk + world.size)
         self.tracer: Tracer = NullTracer()
         self.geometry = Geometry(spec, world.rank, world.size)
         self.shape = PlanShape(self.geometry, config)

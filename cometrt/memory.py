@@ -1,36 +1,37 @@
-"""How much memory a layer takes, and whether it is there: asked before anything is allocated."""
+"""Memory that a layer needs, computed from its shapes, and a check that it is available."""
 
 from __future__ import annotations
 
 import dataclasses
 from types import ModuleType
-from typing import Any
 
-from cometrt.agreement import check_layer
 from cometrt.arguments import check_bool
 from cometrt.buffers import Buffers, total_bytes
 from cometrt.errors import CometError
 from cometrt.heap import heap_table, region_bytes
 from cometrt.host import buffers as host_buffers
-from cometrt.plan import PlanShape
-from cometrt.specs import MoESpec, check_choice, check_int
+from cometrt.kernels.constants import MAX_RANKS
+from cometrt.legality import check_layer
+from cometrt.plan import PlanShape, TileConfig
+from cometrt.specs import Geometry, MoESpec, check_choice, check_int
 from cometrt.world import World
 from cometrt.world.control_block import control_block_dtype
-from cometrt.world.layout import MAX_RANKS, device_control_block_dtype
+from cometrt.world.layout import device_control_block_dtype
 from cometrt.world.room import gpu_room, host_room
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes that one layer takes on each rank: of the GPU's memory on "cuda", else of the host's.
+    """Bytes that one layer needs on each rank: GPU memory on "cuda", host memory on "host".
 
     Attributes:
-        heap: what peers reach. The layers of a world share it: it is that of the largest.
-        residuals: what a forward keeps for its backward, without the weights: `saved`.
-        scratch: what the layer holds between calls, and the most that a call takes besides: the
-            rows of a plan; on the host also weights and their gradients in float32. Not counted:
-            arguments, results, and what is small beside these (a tile, the planning on the host).
-        weights: w_up and w_down, which are the caller's; their gradients take as much again.
+        heap: memory that peers read and write. All layers of a world share one heap, whose size
+            is that of the largest layer.
+        residuals: `saved` of one forward, without the weights; 0 without training.
+        scratch: arrays that the layer keeps between calls, and the most that any call allocates
+            besides: row arrays, and on the host the weights and their gradients in float32.
+            Arguments, results and small temporaries are not counted.
+        weights: w_up and w_down, which the caller owns. Their gradients need the same again.
     """
 
     heap: int
@@ -40,24 +41,25 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Of a call while one forward waits for its backward."""
+        """Sum of the four: what a call needs while one forward waits for its backward."""
         return self.heap + self.residuals + self.scratch + self.weights
 
 
 def memory_of_layer(
     spec: MoESpec,
-    size: Any,
+    size: object,
     *,
-    device: Any,
-    mode: Any,
-    config: Any,
-    training: Any,
-    ranks_per_node: Any,
+    device: object,
+    mode: object,
+    config: TileConfig | None,
+    training: object,
+    ranks_per_node: object,
 ) -> Memory:
     """As `MoESpec.memory`."""
-    check_choice("device", device, ("host", "cuda"))
-    size = check_int("size", size, minimum=1, maximum=MAX_RANKS if device == "cuda" else _MOST)
-    check_bool("training", training)
+    device = check_choice("device", device, ("host", "cuda"))
+    maximum = MAX_RANKS if device == "cuda" else _MAX_HOST_RANKS
+    size = check_int("size", size, minimum=1, maximum=maximum)
+    training = check_bool("training", training)
     if (
         ranks_per_node is not None
         and check_int("ranks_per_node", ranks_per_node, minimum=1) != size
@@ -66,11 +68,13 @@ def memory_of_layer(
             f"ranks_per_node must be None or all ranks, {size}: they are on one host "
             f"(got {ranks_per_node})"
         )
-    shape, mode = check_layer(spec, 0, size, device, mode, config)
+    mode = check_layer(spec, size, device, mode, config)
+    shape = PlanShape(Geometry(spec, 0, size), config or TileConfig())
     return memory_of(shape, device, mode, training)
 
 
 def memory_of(shape: PlanShape, device: str, mode: str, training: bool) -> Memory:
+    """The memory of a legal layer."""
     buffers = buffers_of(device)
     geometry = shape.geometry
     shared = device_control_block_dtype if device == "cuda" else control_block_dtype(geometry.size)
@@ -95,10 +99,10 @@ def buffers_of(device: str) -> ModuleType:
     return buffers
 
 
-_MOST = 1 << 16  # ranks on the host: more than a host has use for
+_MAX_HOST_RANKS = 1 << 16  # an upper bound that keeps sizes computable
 
-# What makes each part large.
-_DRIVERS = {
+# The fields of the spec that determine each part, for the error messages.
+_FIELDS = {
     "heap": "max_tokens hidden topk",
     "scratch": "max_tokens topk capacity_factor hidden intermediate num_experts",
     "weights": "num_experts hidden intermediate",
@@ -106,40 +110,40 @@ _DRIVERS = {
 
 
 def check_room(world: World, shape: PlanShape, mode: str) -> None:
-    """Collective: compare what a layer takes at least, without training, with what is there.
+    """Collective: check that the memory a layer needs without training is available.
 
     Raises:
-        CometError: on all ranks alike, if it is too little on any of them.
+        CometError: the same on all ranks, if any host or GPU has too little.
     """
     memory = memory_of(shape, world.device, mode, training=False)
     needed = world.regions.to_allocate(region_bytes(heap_table(shape)))
-    if world.device == "cuda":  # the host's scratch takes pages only as rows come
+    if world.device == "cuda":  # on the host, scratch takes a page only when a row is written
         needed += memory.scratch
         room = gpu_room()
     else:
         room = host_room()
     ranks = world.allgather((needed, room), purpose="MoELayer")
     spec = shape.geometry.spec
-    for place in dict.fromkeys(room.place for _, room in ranks):  # in one order on all ranks
-        there = [(needed, room) for needed, room in ranks if room.place == place]
+    for owner in dict.fromkeys(room.owner for _, room in ranks):  # the same order on all ranks
+        there = [(needed, room) for needed, room in ranks if room.owner == owner]
         needed, available = sum(n for n, _ in there), min(room.available for _, room in there)
         total = min(room.total for _, room in there)
         if memory.total > total:
-            parts = {name: getattr(memory, name) for name in _DRIVERS}
+            parts = {name: getattr(memory, name) for name in _FIELDS}
             part = max(parts, key=lambda name: parts[name])
             sizes = ", ".join(f"{name} {size:,}" for name, size in parts.items())
             raise CometError(
                 f"a layer of this spec takes {memory.total:,} bytes on each rank ({sizes}), "
-                f"{place} has {total:,}: mostly {part}, by {_values(spec, part)}"
+                f"{owner} has {total:,}; the largest part is {part}, from {_values(spec, part)}"
             )
         if needed > available:
             part = "heap and scratch" if world.device == "cuda" else "heap"
             raise CometError(
                 f"the {part} of a layer of this spec takes {needed:,} bytes on the {len(there)} "
-                f"ranks of {place} together, where {available:,} are available: by "
-                f"{_values(spec, 'scratch' if world.device == 'cuda' else 'heap')}"
+                f"ranks of {owner} together, where {available:,} are available; the size follows "
+                f"from {_values(spec, 'scratch' if world.device == 'cuda' else 'heap')}"
             )
 
 
 def _values(spec: MoESpec, part: str) -> str:
-    return ", ".join(f"{name}={getattr(spec, name)}" for name in _DRIVERS[part].split())
+    return ", ".join(f"{name}={getattr(spec, name)}" for name in _FIELDS[part].split())

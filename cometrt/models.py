@@ -1,6 +1,7 @@
-"""The shapes of well-known models' Mixture-of-Experts layers, whole or scaled down.
+"""Shapes of the Mixture-of-Experts layers of well-known models, in full size or scaled down.
 
-Routed experts only: H, I, E, K. Shared experts and each model's own router are not part of them.
+A shape describes the routed experts: H, I, E, K and the activation. It describes neither shared
+experts nor the model's router.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from cometrt.specs import ALIGNMENT, MoESpec, check_choice, check_int
 
 
 class Model(NamedTuple):
-    """One layer: H, I per expert, E, K, activation."""
+    """One layer: H, I of each expert, E, K and the activation, named as in `MoESpec`."""
 
     hidden: int
     intermediate: int
@@ -31,12 +32,16 @@ MODELS = {
 
 
 def scaled_spec(name: str, factor: int = 1, *, max_tokens: int, **spec: Any) -> MoESpec:
-    """The spec of a model's layer with H and I divided by `factor`, rounded up to what is legal.
+    """The MoESpec of a model's layer, with H and I divided by `factor`.
 
-    E and K stay as they are. Further arguments go to ``MoESpec``.
+    Args:
+        name: a key of MODELS.
+        factor: divides H and I, which are then rounded up to legal multiples. E and K stay.
+        max_tokens: as in ``MoESpec``.
+        spec: further arguments of ``MoESpec``.
 
     Raises:
-        ValueError: for an unknown model, a factor below 1, or what ``MoESpec`` refuses.
+        ValueError: for an unknown model, a factor below 1, or an argument that ``MoESpec`` refuses.
     """
     check_choice("name", name, tuple(MODELS))
     factor = check_int("factor", factor, minimum=1)

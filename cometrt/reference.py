@@ -1,6 +1,6 @@
-"""The oracle: the layer in dense NumPy, float64, all tokens and all experts at once.
+"""The reference layer: dense NumPy in float64, over all tokens and all experts at once.
 
-No routing, no tiles, no ranks. Formulas and shapes are those of docs/architecture.md,
+Tests compare every executor with it. The formulas are those of docs/architecture.md,
 "The mathematics".
 """
 
@@ -20,18 +20,18 @@ def moe_forward(
     w_down: np.ndarray,
     activation: str,
 ) -> np.ndarray:
-    """y [T, H] float64.
+    """Forward of the whole layer in float64: y [T, H], the weighted sum of each token's experts.
 
     Args:
         x: [T, H], any float dtype.
-        topk_ids: [T, K] integers in [-1, E); -1 is a dropped pair.
+        topk_ids: [T, K] integers in [-1, E). -1: a dropped pair, which contributes nothing.
         topk_weights: [T, K].
-        w_up: [E, 2I, H], the I gate rows first; [E, I, H] where the activation is not gated.
+        w_up: [E, 2I, H] with the I gate rows first; [E, I, H] if the activation is not gated.
         w_down: [E, H, I].
-        activation: a name of ``MoESpec.activation``.
+        activation: one of the names that ``MoESpec.activation`` allows.
 
     Raises:
-        ValueError: for shapes or names that do not fit.
+        ValueError: if shapes do not match, an id is out of range or the activation is unknown.
     """
     x, topk_weights, w_up, w_down = _float64(x, topk_weights, w_up, w_down)
     topk_ids = np.asarray(topk_ids)
@@ -50,10 +50,18 @@ def moe_backward(
     w_down: np.ndarray,
     activation: str,
 ) -> Gradients:
-    """Gradients, all float64, of sum(dy * y) for the y of `moe_forward`; dy is [T, H].
+    """Backward of the whole layer: the gradients of sum(dy * y) for the y of `moe_forward`.
+
+    Args:
+        dy: [T, H], any float dtype.
+        x, topk_ids, topk_weights, w_up, w_down, activation: as for `moe_forward`.
+
+    Returns:
+        Gradients in float64: x [T, H], topk_weights [T, K] (0 for a dropped pair), w_up and
+        w_down in the weights' shapes.
 
     Raises:
-        ValueError: for shapes or names that do not fit.
+        ValueError: as `moe_forward`, or if dy has another shape than x.
     """
     dy, x, topk_weights, w_up, w_down = _float64(dy, x, topk_weights, w_up, w_down)
     topk_ids = np.asarray(topk_ids)
@@ -64,7 +72,7 @@ def moe_backward(
     share = _shares(topk_ids, topk_weights, num_experts)  # [T, E]
     z = _pre_activations(x, w_up)  # [T, E, 2I]
     a = activate(activation, z)  # [T, E, I]
-    da = (dy @ _down_matrix(w_down).T).reshape(a.shape)  # before the router weight: da'
+    da = (dy @ _down_matrix(w_down).T).reshape(a.shape)  # da': without the router weight
     dshare = (da * a).sum(axis=2)  # [T, E]
     dz = activate_backward(activation, z, share[:, :, None] * da)  # [T, E, 2I]
 
@@ -88,7 +96,7 @@ def _flat(per_expert: np.ndarray) -> np.ndarray:
 
 
 def _shares(topk_ids: np.ndarray, topk_weights: np.ndarray, num_experts: int) -> np.ndarray:
-    """[T, E]: weight of each expert in each token; dropped pairs add nothing."""
+    """[T, E]: the weight of each expert for each token, 0 for an expert that was not chosen."""
     share = np.zeros((len(topk_ids), num_experts))
     token, k = np.nonzero(topk_ids >= 0)
     np.add.at(share, (token, topk_ids[token, k]), topk_weights[token, k])
@@ -101,7 +109,7 @@ def _pre_activations(x: np.ndarray, w_up: np.ndarray) -> np.ndarray:
 
 
 def _down_matrix(w_down: np.ndarray) -> np.ndarray:
-    """[E * I, H]."""
+    """w_down as one matrix [E * I, H]."""
     return w_down.transpose(0, 2, 1).reshape(-1, w_down.shape[1])
 
 
@@ -121,9 +129,9 @@ def _check(
     factor = 2 if ACTIVATIONS[activation][0] else 1
     up_shape = (num_experts, factor * intermediate, hidden)
     if w_up.shape != up_shape:
-        raise ValueError(f"w_up must have shape {up_shape} to fit w_down (got {w_up.shape})")
+        raise ValueError(f"w_up must have shape {up_shape} to match w_down (got {w_up.shape})")
     if x.shape[1] != hidden:
-        raise ValueError(f"x must have {hidden} columns to fit w_down (got shape {x.shape})")
+        raise ValueError(f"x must have {hidden} columns to match w_down (got shape {x.shape})")
     if topk_ids.ndim != 2 or len(topk_ids) != len(x) or topk_ids.dtype.kind != "i":
         raise ValueError(
             f"topk_ids must be integers of shape ({len(x)}, K) "

@@ -1,9 +1,9 @@
-"""Top-k routers in NumPy, their backward, and the load statistics a trainer logs.
+"""Top-k routers in NumPy, their backward, and statistics of the experts' load.
 
-They fill ``topk_ids`` and ``topk_weights`` of ``MoELayer.forward`` and turn its
-``grads.topk_weights`` into the gradient of the logits. Arithmetic is float64 inside; ties go
-to the lower expert id, so that routing is repeatable. A masked array is a ValueError: its mask
-would be lost.
+A router computes ``topk_ids`` and ``topk_weights`` for ``MoELayer.forward`` from logits. Its
+backward turns ``grads.topk_weights`` into the gradient of the logits. All functions compute in
+float64. Of equal scores the lower expert id wins, so routing is deterministic. A masked array is a
+ValueError, because NumPy would drop its mask.
 
 Sources: softmax top-k as in Switch (arXiv 2101.03961) and Mixtral (arXiv 2401.04088); sigmoid
 with a selection bias and group-limited choice as in DeepSeek-V3 (arXiv 2412.19437, 2.1.2).
@@ -19,23 +19,23 @@ from cometrt.specs import check_int, check_unmasked
 
 
 class Routing(NamedTuple):
-    """ids [T, K] int32, best first; weights [T, K] float32."""
+    """A router's result: ids [T, K] int32, highest score first, and weights [T, K] float32."""
 
     ids: np.ndarray
     weights: np.ndarray
 
 
 def softmax_topk(logits: np.ndarray, topk: int, *, renormalize: bool = True) -> Routing:
-    """Softmax over E experts, the `topk` largest kept.
+    """Choose the K experts with the largest softmax probabilities.
 
     Args:
         logits: [T, E], finite.
         topk: K, 1 <= K <= E.
-        renormalize: make each token's K weights sum to 1 (Mixtral, Qwen3) or keep them as
-            probabilities over all E (Qwen2-MoE).
+        renormalize: True: divide each token's K weights by their sum (Mixtral, Qwen3). False:
+            the weights are the probabilities over all E experts (Qwen2-MoE).
 
     Raises:
-        ValueError: for a wrong shape, K, or a logit that is not finite.
+        ValueError: for a wrong shape or K, or a logit that is not finite.
     """
     scores = _check_logits(logits, topk)
     ids = _top(scores, topk)
@@ -49,13 +49,18 @@ def softmax_topk(logits: np.ndarray, topk: int, *, renormalize: bool = True) -> 
 def softmax_topk_backward(
     dweights: np.ndarray, logits: np.ndarray, ids: np.ndarray, *, renormalize: bool = True
 ) -> np.ndarray:
-    """dlogits [T, E] float32, from dweights [T, K] and the arguments and ids of `softmax_topk`.
+    """Gradient of the logits, dlogits [T, E] float32, for `softmax_topk`.
 
-    The choice of experts is piecewise constant and has no gradient. A pair that was dropped
-    after routing takes part with its id from the router and the dweight 0 the layer gives it.
+    The choice of experts is piecewise constant and has no gradient.
+
+    Args:
+        dweights: [T, K], the gradient of the weights: ``grads.topk_weights``.
+        logits, renormalize: the arguments of `softmax_topk`.
+        ids: [T, K], its ids. For a pair that was dropped after routing pass the router's id; its
+            dweight is 0.
 
     Raises:
-        ValueError: for shapes or ids that do not fit.
+        ValueError: if shapes do not match, an id is outside [0, E) or repeated within a token.
     """
     scores, ids, dweights = _check_backward(dweights, logits, ids)
     if renormalize:
@@ -79,20 +84,20 @@ def sigmoid_topk(
     num_groups: int = 1,
     topk_groups: int = 1,
 ) -> Routing:
-    """Sigmoid affinities; experts chosen by affinity + bias, weighted by affinity alone.
+    """Choose the K experts with the largest sigmoid(logit) + bias. The weights omit the bias.
 
     Args:
         logits: [T, E], finite.
-        bias: [E], moved by the trainer to balance the load; it gets no gradient.
-        topk: K, at most the experts of `topk_groups` groups.
-        renormalize: make each token's K affinities sum to 1 before scaling.
+        bias: [E], which the trainer adjusts to balance the load. It gets no gradient.
+        topk: K, at most the number of experts in `topk_groups` groups.
+        renormalize: divide each token's K sigmoids by their sum, before scaling.
         scale: factor on the weights (DeepSeek-V3: 2.5).
-        num_groups, topk_groups: choose only within the `topk_groups` groups of experts, out of
-            `num_groups` equal ones, whose two best biased affinities sum highest
-            (DeepSeek-V3: 8 and 4). 1 and 1: no limit.
+        num_groups, topk_groups: group-limited choice. The E experts form `num_groups` equal
+            groups. A group's score is the sum of its two largest biased sigmoids. Only experts
+            of the `topk_groups` best groups are chosen (DeepSeek-V3: 8 and 4). 1 and 1: no limit.
 
     Raises:
-        ValueError: for a wrong shape, K, group count, or a value that is not finite.
+        ValueError: for a wrong shape, K or group count, or a value that is not finite.
     """
     scores = _check_logits(logits, topk)
     num_experts = scores.shape[1]
@@ -131,14 +136,18 @@ def sigmoid_topk_backward(
     renormalize: bool = True,
     scale: float = 1.0,
 ) -> np.ndarray:
-    """dlogits [T, E] float32, from dweights [T, K] and the arguments and ids of `sigmoid_topk`.
+    """Gradient of the logits, dlogits [T, E] float32, for `sigmoid_topk`.
+
+    Args:
+        dweights, ids: [T, K], as for `softmax_topk_backward`.
+        logits, renormalize, scale: the arguments of `sigmoid_topk`.
 
     Raises:
-        ValueError: for shapes or ids that do not fit.
+        ValueError: as `softmax_topk_backward`.
     """
     scores, ids, dweights = _check_backward(dweights, logits, ids)
     chosen, dlog = np.take_along_axis(scores, ids, axis=1), scale * dweights
-    if renormalize:  # a softmax over log(sigmoid)
+    if renormalize:  # the weights are softmax(log(sigmoid(chosen)))
         weights = _softmax(_log_sigmoid(chosen))
         dlog = weights * (dlog - (weights * dlog).sum(axis=1, keepdims=True))
     else:
@@ -147,14 +156,14 @@ def sigmoid_topk_backward(
 
 
 class LoadStatistics(NamedTuple):
-    """How evenly the experts are loaded.
+    """Distribution of the pairs over the experts.
 
     Attributes:
-        counts: [E] pairs each expert received.
-        imbalance: busiest expert over the mean (1 is balanced).
-        variation: coefficient of variation of the counts (standard deviation over mean).
-        idle: experts that received nothing.
-        dropped: share of pairs with id -1, in [0, 1].
+        counts: [E] number of pairs of each expert.
+        imbalance: largest count divided by the mean count; 1: balanced.
+        variation: coefficient of variation of the counts: standard deviation / mean.
+        idle: number of experts without a pair.
+        dropped: fraction of pairs with id -1, in [0, 1].
     """
 
     counts: np.ndarray
@@ -165,7 +174,7 @@ class LoadStatistics(NamedTuple):
 
 
 def load_statistics(topk_ids: np.ndarray, num_experts: int) -> LoadStatistics:
-    """Statistics of [T, K] ids; -1 is a dropped pair. All zero where nothing was routed.
+    """Load statistics of topk_ids [T, K], where -1 is a dropped pair. Without any pair all are 0.
 
     Raises:
         ValueError: for an id outside [-1, num_experts) or a wrong shape.
@@ -185,17 +194,17 @@ def load_statistics(topk_ids: np.ndarray, num_experts: int) -> LoadStatistics:
 
 
 def balance_loss(logits: np.ndarray, topk_ids: np.ndarray) -> float:
-    """Switch's auxiliary loss E * sum_e f_e * p_e; 1 when both are uniform, 0 without tokens.
+    """The load-balancing loss of Switch: E * sum_e f_e * p_e. 1: uniform; 0: no tokens.
 
-    f_e is the share of kept pairs on expert e, p_e the mean softmax probability over the tokens
-    with a kept pair. A token whose K ids are all -1 is padding and counts in neither.
+    f_e is the fraction of kept pairs on expert e. p_e is the mean softmax probability of e over
+    the tokens that have a kept pair. A token whose K ids are all -1 is padding and does not count.
 
     Args:
-        logits: [T, E], finite, also in the rows of padding.
-        topk_ids: [T, K] integers in [-1, E); -1 is a dropped pair.
+        logits: [T, E], finite, also in rows of padding tokens.
+        topk_ids: [T, K] integers in [-1, E). -1: a dropped pair.
 
     Raises:
-        ValueError: for shapes or ids that do not fit.
+        ValueError: if shapes do not match or an id is out of range.
     """
     scores = _check_logits(logits, 1)
     topk_ids = _check_ids("topk_ids", topk_ids, -1, scores.shape[1])
@@ -216,7 +225,7 @@ def _softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def _sigmoid(scores: np.ndarray) -> np.ndarray:
-    small = np.exp(-np.abs(scores))  # keeps its digits far below zero
+    small = np.exp(-np.abs(scores))  # does not overflow, and stays exact for very negative scores
     return np.where(scores >= 0, 1.0, small) / (1.0 + small)
 
 

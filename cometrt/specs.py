@@ -1,4 +1,4 @@
-"""What a layer is (`MoESpec`), which part a rank holds (`Geometry`), what backward returns."""
+"""The shape of a layer (`MoESpec`), one rank's share of it (`Geometry`), and its `Gradients`."""
 
 from __future__ import annotations
 
@@ -23,27 +23,30 @@ DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
 }
 SAVE_MODES = ("rows", "z")
-ALIGNMENT = 16  # hidden and intermediate per shard are multiples of it: one wgmma K step
+ALIGNMENT = 16  # H and I / tp are multiples of it: the K of one wgmma instruction
 
 
 @dataclasses.dataclass(frozen=True)
 class MoESpec:
-    """Shape and numerics of one Mixture-of-Experts layer, equal on all ranks.
+    """Shape and numerics of one Mixture-of-Experts layer. All ranks pass an equal spec.
+
+    With W ranks there are EP = W / tp expert groups. Each holds E_l = E / EP experts, split into
+    tp shards of I_s = I / tp columns.
 
     Args:
-        hidden: H, columns of x and y; a multiple of 16.
-        intermediate: I, columns of one expert's hidden layer; I / tp a multiple of 16.
-        num_experts: E, over all ranks; divisible by the number of expert groups.
-        topk: K, experts a token may choose; 1 <= K <= E.
-        max_tokens: most tokens a rank brings to a call.
-        tp: shards that each expert is split into; divides the number of ranks.
-        activation: swiglu, geglu (gated), silu, gelu (tanh form), relu or relu2.
-        dtype: of x, the weights, y: "bfloat16", or "float32" (host only).
-        save: what forward keeps for backward: "rows" (the gathered token rows) or "z" (only
-            the pre-activations; backward pulls the token rows again).
-        capacity_factor: a rank holds min(capacity_factor * W * max_tokens * K / EP,
-            W * max_tokens * min(K, E_l)) rows, and padding: up to block_m - 1 per local expert.
-            EP always suffices. With W ranks, EP = W / tp and E_l = E / EP.
+        hidden: H, the columns of x and y; a multiple of 16.
+        intermediate: I, the hidden columns of one expert; I / tp must be a multiple of 16.
+        num_experts: E, the experts of all ranks together; divisible by EP.
+        topk: K, the experts of one token; 1 <= K <= E.
+        max_tokens: the most tokens that a rank passes to one call.
+        tp: shards per expert (tensor parallelism); divides W.
+        activation: "swiglu" or "geglu" (gated), "silu", "gelu" (tanh form), "relu" or "relu2".
+        dtype: of x, y and the weights: "bfloat16", or "float32" (device="host" only).
+        save: what forward keeps for backward. "rows": the gathered token rows and the
+            pre-activations z. "z": z alone; backward pulls the token rows again.
+        capacity_factor: limits the rows that a rank can hold, to min(capacity_factor * W *
+            max_tokens * K / EP, W * max_tokens * min(K, E_l)), plus up to block_m - 1 padding
+            rows per local expert. A call that needs more raises CapacityError. EP suffices always.
 
     Raises:
         ValueError: naming the argument, its value and the rule.
@@ -100,19 +103,20 @@ class MoESpec:
         training: bool = True,
         ranks_per_node: int | None = None,
     ) -> Memory:
-        """What a layer of this spec takes on each rank, in bytes; computed, nothing is allocated.
+        """Compute the bytes that a layer of this spec needs on each rank, without allocating any.
 
         Args:
             size: W, the number of ranks.
-            device, mode, config: of the layer; None as for `MoELayer`, but for config, where it
-                means TileConfig().
-            training: whether a forward keeps what backward needs, and backwards are counted.
+            device: "cuda" or "host".
+            mode: as for `MoELayer`.
+            config: as for `MoELayer`, but None means TileConfig().
+            training: whether to count residuals and backward.
             ranks_per_node: None or W: all ranks are on one host.
 
         Raises:
             ValueError: naming the argument, or the field of the spec, its value and the rule.
         """
-        from cometrt.memory import memory_of_layer  # it knows all that a layer is made of
+        from cometrt.memory import memory_of_layer  # above this module: it imports every executor
 
         return memory_of_layer(
             self,
@@ -125,13 +129,17 @@ class MoESpec:
         )
 
     def digest(self) -> int:
-        """63-bit hash that peers compare: equal specs, equal digests, on every platform."""
+        """63-bit hash that ranks compare. Equal specs have equal digests on every platform."""
         return digest(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Place of one rank: rank = group * tp + shard, W = ep * tp."""
+    """One rank's share of a layer: rank = group * tp + shard, with W = ep * tp ranks.
+
+    Raises:
+        ValueError: if tp does not divide W, or EP does not divide E.
+    """
 
     spec: MoESpec
     rank: int
@@ -169,7 +177,7 @@ class Geometry:
 
     @property
     def up_columns(self) -> int:
-        """Rows of w_up, columns of z: gate and up side by side when the activation is gated."""
+        """Rows of w_up and columns of z: 2 * I_s (gate, then up) if gated, else I_s."""
         return (2 if self.spec.gated else 1) * self.local_intermediate
 
     @property
@@ -181,18 +189,21 @@ class Geometry:
         return (self.local_experts, self.spec.hidden, self.local_intermediate)
 
     def distance(self, peer: int) -> int:
-        """Ring distance of `peer` seen from this rank; 0 is this rank itself."""
+        """Ring distance from this rank to `peer`: (peer - rank) mod W. 0: this rank itself."""
         return (peer - self.rank) % self.size
 
     def ring(self) -> list[int]:
-        """All ranks by ring distance, this one first."""
+        """All ranks in the order of their ring distance, this rank first."""
         return [(self.rank + d) % self.size for d in range(self.size)]
 
 
 class Gradients(NamedTuple):
-    """What ``MoELayer.backward`` returns; as its ``out``, a field may be None.
+    """Gradients that ``MoELayer.backward`` returns. In its argument ``out`` a field may be None.
 
-    Shapes: x [T, H], topk_weights [T, K] float32, w_up and w_down as this rank's weights.
+    Attributes:
+        x: [T, H] in the layer's dtype.
+        topk_weights: [T, K] float32; 0 for a dropped pair.
+        w_up, w_down: in the shapes of this rank's weights.
     """
 
     x: Any
@@ -201,14 +212,14 @@ class Gradients(NamedTuple):
     w_down: Any
 
 
-def digest(*values: Any) -> int:
-    """63-bit hash of what the values' reprs say, the same on every platform."""
+def digest(*values: object) -> int:
+    """63-bit hash of the values' reprs, the same on every platform."""
     text = repr(values).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
 
-def check_int(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
-    """`value` as an int, or a ValueError that says what it should have been."""
+def check_int(name: str, value: object, *, minimum: int, maximum: int | None = None) -> int:
+    """`value` as an int. Raise a ValueError if it is no integer or out of range."""
     rule = (
         f"an integer >= {minimum}" if maximum is None else f"an integer in [{minimum}, {maximum}]"
     )
@@ -220,21 +231,23 @@ def check_int(name: str, value: Any, *, minimum: int, maximum: int | None = None
     return number
 
 
-def check_unmasked(name: str, array: Any) -> None:
-    """NumPy drops a mask without a word where an array is converted or copied into another."""
+def check_unmasked(name: str, array: object) -> None:
+    """Raise a ValueError for a masked array: NumPy would silently drop its mask."""
     if isinstance(array, np.ma.MaskedArray):
         raise ValueError(
             f"{name} must not be a masked array: its mask would be lost (got {type(array)!r})"
         )
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """`value` as a str. Raise a ValueError if it is none of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)} (got {value!r})")
+    return value
 
 
-def check_positive(name: str, value: Any) -> float:
-    """`value` as a float, or a ValueError."""
+def check_positive(name: str, value: object) -> float:
+    """`value` as a float. Raise a ValueError unless it is finite and > 0."""
     try:
         number = float(value) if isinstance(value, numbers.Real) else math.nan
     except OverflowError:
@@ -244,7 +257,8 @@ def check_positive(name: str, value: Any) -> float:
     return number
 
 
-def check_timeout(timeout_sec: Any) -> float:
+def check_timeout(timeout_sec: object) -> float:
+    """`timeout_sec` as a float. Raise a ValueError if Python's locks cannot wait that long."""
     number = check_positive("timeout_sec", timeout_sec)
     if number > threading.TIMEOUT_MAX:
         raise ValueError(f"timeout_sec must be at most {threading.TIMEOUT_MAX:.0f} (got {number})")

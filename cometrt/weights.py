@@ -1,9 +1,8 @@
-"""From a model's full weights to one rank's part of them, and back."""
+"""Shard a model's weights over the ranks, and put the shards together again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -13,20 +12,20 @@ from cometrt.specs import Geometry, MoESpec, check_int, check_unmasked
 def shard_weights(
     w_up_all: np.ndarray, w_down_all: np.ndarray, rank: int, size: int, spec: MoESpec
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(w_up, w_down) of one rank, contiguous copies; works on weights and their gradients.
+    """Copy one rank's shard out of a model's weights, or out of their gradients.
 
     Args:
-        w_up_all: [E, 2I, H], the I gate rows first, then the I up rows; [E, I, H] where the
+        w_up_all: [E, 2I, H] with the I gate rows first, then the I up rows; [E, I, H] if the
             activation is not gated.
         w_down_all: [E, H, I].
         rank, size: of the world.
-        spec: of the layer; its dtype is not looked at.
+        spec: of the layer; its dtype is ignored.
 
     Returns:
-        w_up [E_l, 2 * I_s, H] and w_down [E_l, H, I_s] of the inputs' dtypes.
+        (w_up [E_l, 2 * I_s, H], w_down [E_l, H, I_s]): C-contiguous copies in the inputs' dtypes.
 
     Raises:
-        ValueError: for shapes that do not fit the spec, a masked array, or a rank outside
+        ValueError: if a shape does not match the spec, an array is masked, or rank is outside
             [0, size).
     """
     _check_spec(spec)
@@ -52,21 +51,22 @@ def shard_weights(
 def unshard_weights(
     shards: Sequence[tuple[np.ndarray, np.ndarray]], spec: MoESpec
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(w_up_all, w_down_all) of the model, new arrays: the inverse of `shard_weights`.
+    """Put the shards of all ranks together: the inverse of `shard_weights`.
 
-    For a checkpoint, or to shard again for another EP x TP. Works on weights and their gradients.
+    Use it to write a checkpoint, or to shard again for another EP x TP. It works for weights and
+    for their gradients.
 
     Args:
-        shards: a list of (w_up, w_down), NumPy arrays, one a rank in the order of ranks.
-        spec: of the layer that they are shards of; its dtype is not looked at.
+        shards: list of (w_up, w_down), one NumPy pair per rank in rank order.
+        spec: of the sharded layer; its dtype is ignored.
 
     Returns:
-        w_up_all [E, 2I, H], the I gate rows first ([E, I, H] where the activation is not gated),
-        and w_down_all [E, H, I], of the shards' dtypes.
+        (w_up_all, w_down_all): new arrays in the shards' dtypes. w_up_all is [E, 2I, H] with the
+        I gate rows first, or [E, I, H] if the activation is not gated. w_down_all is [E, H, I].
 
     Raises:
-        ValueError: for a number of shards or shapes that do not fit the spec, dtypes that differ
-            between ranks, and what is not a numpy.ndarray, or a masked one.
+        ValueError: if the number of shards or a shape does not match the spec, dtypes differ
+            between ranks, or an array is masked or no numpy.ndarray.
     """
     _check_spec(spec)
     if not isinstance(shards, (list, tuple)) or not shards:
@@ -93,7 +93,7 @@ def unshard_weights(
 
 
 def _held(geometry: Geometry) -> tuple[slice, slice]:
-    """The experts of the model that the rank has a part of, and which of their I columns."""
+    """The rank's range of experts, and its range of their I columns."""
     first_expert = geometry.group * geometry.local_experts
     first_column = geometry.shard * geometry.local_intermediate
     return (
@@ -102,16 +102,16 @@ def _held(geometry: Geometry) -> tuple[slice, slice]:
     )
 
 
-def _check_spec(spec: Any) -> None:
+def _check_spec(spec: object) -> None:
     if not isinstance(spec, MoESpec):
         raise ValueError(f"spec must be a cometrt.MoESpec (got {type(spec)!r})")
 
 
-def _check_pair(geometry: Geometry, pair: Any, first: Any) -> None:
-    """`pair` against the rank's geometry and the dtypes of rank 0's pair, checked before."""
-    rank, is_list = geometry.rank, isinstance(pair, (list, tuple))
-    if not is_list or len(pair) != 2:
-        got = f"{len(pair)} items" if is_list else repr(type(pair))
+def _check_pair(geometry: Geometry, pair: object, first: tuple[np.ndarray, np.ndarray]) -> None:
+    """Check a rank's pair against its geometry and the dtypes of rank 0's pair."""
+    rank = geometry.rank
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        got = f"{len(pair)} items" if isinstance(pair, (list, tuple)) else repr(type(pair))
         raise ValueError(f"shards[{rank}] must be a pair (w_up, w_down) (got {got})")
     shapes = geometry.w_up_shape, geometry.w_down_shape
     for index, (array, shape) in enumerate(zip(pair, shapes, strict=True)):
@@ -123,6 +123,5 @@ def _check_pair(geometry: Geometry, pair: Any, first: Any) -> None:
             raise ValueError(f"{name} must have shape {shape} (got {array.shape})")
         if array.dtype != first[index].dtype:
             raise ValueError(
-                f"{name} must have dtype {first[index].dtype}, as that of rank 0 has "
-                f"(got {array.dtype})"
+                f"{name} must have rank 0's dtype {first[index].dtype} (got {array.dtype})"
             )

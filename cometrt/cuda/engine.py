@@ -57,7 +57,8 @@ class TileOrder:
 
     Attributes:
         params: TileOrderParams, for the planner.
-        counts: [3 * pipeline_chunks] int32: of each chunk its cluster steps, and what a GEMM counts.
+        counts: [3 * pipeline_chunks] int32: of each chunk its cluster steps, and two counters of a
+            GEMM.
     """
 
     def __init__(

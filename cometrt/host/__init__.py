@@ -1,4 +1,4 @@
-"""The host executor: the protocol in NumPy, two threads a rank."""
+"""The executor on "host": the protocol in NumPy, with two threads per rank."""
 
 from cometrt.host.executor import HostExecutor
 

@@ -1,4 +1,4 @@
-"""The arrays that calls on the host make."""
+"""Tables of the arrays that a call on "host" allocates."""
 
 from __future__ import annotations
 
@@ -12,28 +12,33 @@ from cometrt.residuals import META_SHAPE
 _FLOAT32, _INT32, _INT64 = (np.dtype(kind) for kind in (np.float32, np.int32, np.int64))
 
 
-def empty(buffers: Buffers) -> list[np.ndarray]:
-    """Uninitialised: only rows that the plan uses are ever touched."""
-    return [np.empty(shape, dtype) for shape, dtype in buffers.values()]
+def empty(buffers: Buffers) -> dict[str, np.ndarray]:
+    """Uninitialised arrays, by name: only rows that the plan uses are ever touched."""
+    return {name: np.empty(shape, dtype) for name, (shape, dtype) in buffers.items()}
 
 
 def backward_rows(shape: PlanShape) -> Buffers:
     rows = plan_rows(shape)
-    buffers = {"dy": rows["x"], "dx": rows["x"], "dz": rows["z"], "weighted_a": rows["a"]}
-    buffers["dweight"] = ((shape.capacity,), _FLOAT32)
+    buffers = {
+        "dy_rows": rows["x"],
+        "dx_rows": rows["x"],
+        "dz": rows["z"],
+        "weighted_a": rows["a"],
+        "dweight_rows": ((shape.capacity,), _FLOAT32),
+    }
     if shape.geometry.spec.save == "z":
-        buffers["x"] = rows["x"]
+        buffers["x_rows"] = rows["x"]
     return buffers
 
 
 def wide_weights(shape: PlanShape) -> Buffers:
-    """What weights are widened to in a call, and what their gradients are summed in."""
+    """float32 copies of the weights, or float32 accumulators of their gradients."""
     geometry = shape.geometry
     return {"w_up": (geometry.w_up_shape, _FLOAT32), "w_down": (geometry.w_down_shape, _FLOAT32)}
 
 
 def residuals(shape: PlanShape) -> Buffers:
-    """`saved`, without the weights."""
+    """The arrays of `saved`, without the weights."""
     spec, rows = shape.geometry.spec, plan_rows(shape)
     buffers: Buffers = {"meta": (META_SHAPE, _INT64), "epoch": ((1,), _INT64)}
     buffers["x"] = ((spec.max_tokens, spec.hidden), spec.numpy_dtype)
@@ -43,7 +48,7 @@ def residuals(shape: PlanShape) -> Buffers:
 
 
 def scratch_bytes(shape: PlanShape, _mode: str, training: bool) -> int:
-    """Of the call that takes most, besides its arguments, its results and `saved`."""
+    """Bytes that the largest call allocates besides its arguments, results and `saved`."""
     forward, weights = plan_rows(shape), total_bytes(wide_weights(shape))
     if not training:
         return total_bytes(forward | _tables(shape)) + weights

@@ -1,12 +1,10 @@
-"""The comm role: pull rows from their homes, send partial sums back, add them up at home.
+"""The comm role: pull token rows, push partial rows to their homes, and reduce them there.
 
-In every function `tokens` are global tokens and a row of [n, K] `rows` holds one token's rows
-on this rank in the order of k, -1 where the pair is computed elsewhere.
+`tokens` are always global tokens. `token_rows` [n, K] holds each token's rows on this rank in the
+order of k; -1: another rank computes the pair.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -14,23 +12,20 @@ from cometrt.host.exchange import Exchange
 
 
 def pull_rows(ex: Exchange, name: str, rows: np.ndarray) -> None:
-    """Fill rows [capacity, H] with the tokens of `name` ("x" or "dy") that this rank needs.
+    """Fill rows [capacity, H] with the tokens of `name` ("x" or "dy") that this rank computes.
 
-    In layer0's order of need; a token crosses the link once and is written to all its rows.
-    Releases tile_filled.
+    Pulls follow the dispatch order. A token crosses the link once and is written to all its rows.
+    Signals tile_filled.
     """
     plan, config, spec = ex.plan, ex.shape.config, ex.shape.geometry.spec
     filled, me = ex.tile_filled[name], ex.world.rank
     row_bytes = spec.hidden * rows.dtype.itemsize
-    for position, tile in enumerate(plan.dispatch_order()):
-        tokens = plan.pulls_of(position)
+    for order_idx, tile in enumerate(plan.dispatch_order()):
+        tokens = plan.pulls_of(order_idx)
         sources = tokens // spec.max_tokens
         remote = int((sources != me).sum())
-        moved: dict[str, Any] = {
-            "local_bytes": (len(tokens) - remote) * row_bytes,
-            "link_bytes": remote * row_bytes,
-        }
-        with ex.step("comm", "pull", tile, **moved):
+        local_bytes, link_bytes = (len(tokens) - remote) * row_bytes, remote * row_bytes
+        with ex.step("comm", "pull", tile, local_bytes=local_bytes, link_bytes=link_bytes):
             begin = tile * config.block_m
             padding = begin + np.flatnonzero(plan.row_pair[begin : begin + config.block_m] < 0)
             rows[padding] = 0
@@ -54,11 +49,14 @@ def combine(
     weighted: bool,
     dweight_rows: np.ndarray | None = None,
 ) -> None:
-    """Turn rows [capacity, H] into out [T, H]: the sum over each token's rows on all ranks.
+    """Combine rows [capacity, H] into out [T, H]: the sum of each token's rows on all ranks.
 
-    Chunk by chunk: reduce and push all blocks that have another home, then, one chunk behind,
-    so that partial sums are under way meanwhile, add up at home. With `dweight_rows` [capacity]
-    each row's weight gradient goes home with the first chunk.
+    For each N-chunk, reduce and push the token blocks of other homes. The reduction at home runs
+    one N-chunk behind, so that the partial rows it waits for are already on their way.
+
+    Args:
+        weighted: whether to multiply each row by its router weight.
+        dweight_rows: [capacity] gradients of the router weights, sent with the first N-chunk.
     """
     for chunk in range(len(ex.n_chunks)):
         _reduce_and_push(ex, rows, chunk, weighted, dweight_rows if chunk == 0 else None)
@@ -71,12 +69,12 @@ def combine(
 
 
 def clear_dweight(ex: Exchange, num_tokens: int) -> None:
-    """Before publishing: only kept pairs will be written, dropped ones have gradient 0."""
+    """Zero this rank's dweight before publishing. Contributors write only pairs that are kept."""
     ex.heap.array("dweight")[:, :num_tokens] = 0
 
 
 def gather_dweight(ex: Exchange, num_tokens: int) -> np.ndarray:
-    """[T, K] float32, after `combine`: the shards' parts added in shard order."""
+    """dweight [T, K] float32 after `combine`: the sum of the shards' parts, in shard order."""
     parts = ex.heap.array("dweight")[:, :num_tokens]
     total = parts[0].copy()
     for part in parts[1:]:
@@ -91,7 +89,10 @@ def _reduce_and_push(
     weighted: bool,
     dweight_rows: np.ndarray | None,
 ) -> None:
-    """Releases partials_ready at each home; acquires tile_done."""
+    """Reduce and push one N-chunk of all token blocks.
+
+    Waits for tile_done; signals partials_ready.
+    """
     plan, me = ex.plan, ex.world.rank
     begin, end = ex.n_chunks[chunk]
     for home, block, tokens in plan.pushes(ex.shape):
@@ -100,9 +101,9 @@ def _reduce_and_push(
         nbytes = len(tokens) * (end - begin) * rows.dtype.itemsize
         with ex.step("comm", "reduce and push", block, link_bytes=nbytes):
             partial = _sum_rows(ex, rows, token_rows, begin, end, weighted)
-            slot = plan.send_base[home] + block * ex.shape.config.block_tokens
+            first = plan.send_base[home] + block * ex.shape.config.block_tokens
             staging = ex.heap.array("staging", home)
-            staging[slot : slot + len(tokens), begin:end] = partial.astype(rows.dtype)
+            staging[first : first + len(tokens), begin:end] = partial.astype(rows.dtype)
             if dweight_rows is not None:
                 _send_dweight(ex, home, tokens, dweight_rows)
             ex.world.fence()
@@ -112,8 +113,10 @@ def _reduce_and_push(
 def _reduce_at_home(
     ex: Exchange, rows: np.ndarray, out: np.ndarray, chunk: int, weighted: bool
 ) -> None:
-    """Own rows first, in fp32, then the contributors by ring distance. Acquires tile_done and
-    partials_ready."""
+    """Reduce one N-chunk of this rank's tokens. Waits for tile_done and partials_ready.
+
+    Sums are in fp32 and in a fixed order: own rows, then contributors by ring distance.
+    """
     plan, me, size = ex.plan, ex.world.rank, ex.shape.config.block_tokens
     first_token = me * ex.shape.geometry.spec.max_tokens
     staging = ex.heap.array("staging")
@@ -121,22 +124,23 @@ def _reduce_at_home(
     for first in range(0, len(out), size):
         last = min(first + size, len(out))
         token_rows = plan.pair_row[first_token + first : first_token + last]
-        slots = plan.staging_row[first:last]
+        staging_rows = plan.staging_row[first:last]
         _wait_rows(ex, token_rows, chunk)
         for d, contributor in enumerate(ex.shape.geometry.ring()[1:], start=1):
-            staged = slots[slots[:, d] >= 0, d]
+            staged = staging_rows[staging_rows[:, d] >= 0, d]
             for block in np.unique((staged - plan.staging_base[d]) // size):
                 ex.wait_partials(contributor, int(block), chunk)
-        nbytes = int((slots >= 0).sum()) * (end - begin) * rows.dtype.itemsize
+        nbytes = int((staging_rows >= 0).sum()) * (end - begin) * rows.dtype.itemsize
         with ex.step("comm", "reduce at home", first // size, local_bytes=nbytes):
             total = _sum_rows(ex, rows, token_rows, begin, end, weighted)
             for d in range(1, ex.world.size):
-                there = slots[:, d] >= 0
-                total[there] += staging[slots[there, d], begin:end].astype(np.float32)
+                there = staging_rows[:, d] >= 0
+                total[there] += staging[staging_rows[there, d], begin:end].astype(np.float32)
             out[first:last, begin:end] = total.astype(out.dtype)
 
 
 def _wait_rows(ex: Exchange, token_rows: np.ndarray, chunk: int) -> None:
+    """Wait for tile_done of the N-chunk in all M-tiles that hold the rows."""
     ex.wait_done(np.unique(token_rows[token_rows >= 0] // ex.shape.config.block_m), chunk)
 
 
@@ -148,20 +152,20 @@ def _sum_rows(
     end: int,
     weighted: bool,
 ) -> np.ndarray:
-    """[n, end - begin] fp32: each token's rows here added in the order of k."""
+    """[n, end - begin] fp32: the sum of each token's rows on this rank, in the order of k."""
     total = np.zeros((len(token_rows), end - begin), np.float32)
     for k in range(token_rows.shape[1]):
         here = token_rows[:, k] >= 0
         row = token_rows[here, k]
-        term = rows[row, begin:end].astype(np.float32)
+        addend = rows[row, begin:end].astype(np.float32)
         if weighted:
-            term *= ex.plan.row_weight[row, None]
-        total[here] += term
+            addend *= ex.plan.row_weight[row, None]
+        total[here] += addend
     return total
 
 
 def _send_dweight(ex: Exchange, home: int, tokens: np.ndarray, dweight_rows: np.ndarray) -> None:
-    """Into this shard's part of the home's dweight: one writer for each (shard, token, k)."""
+    """Write into this shard's part of the home's dweight. Each (shard, token, k) has one writer."""
     staged = ex.heap.array("dweight", home)[ex.shape.geometry.shard]
     token_rows = ex.plan.pair_row[tokens]
     index, k = np.nonzero(token_rows >= 0)

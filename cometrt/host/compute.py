@@ -1,9 +1,8 @@
-"""The compute role: the expert GEMMs, tile by tile in plan order, accumulated in fp32."""
+"""The compute role: the expert GEMMs, tile by tile in plan order, accumulated in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from cometrt.host.exchange import Exchange
 
 
 class ExpertWeights:
-    """Weights [E_l, N, K] of one GEMM, widened to fp32 an expert at a time, when first used."""
+    """Weights [E_l, N, K] of one GEMM. An expert is converted to float32 at its first use."""
 
     def __init__(self, weights: np.ndarray) -> None:
         self._weights = weights
@@ -27,9 +26,9 @@ class ExpertWeights:
 def up_tiles(
     ex: Exchange, x_rows: np.ndarray, w_up: ExpertWeights, z: np.ndarray, a: np.ndarray
 ) -> None:
-    """z = x w_up^T, a = act(z), in layer0's order. Acquires tile_filled.
+    """z = x w_up^T and a = act(z), in dispatch order. Waits for tile_filled.
 
-    a is computed from the rounded z, so that backward finds the same bits.
+    a is computed from the rounded z, so that backward recomputes the same bits.
     """
     for tile in ex.plan.dispatch_order():
         ex.wait_filled("x", tile)
@@ -43,7 +42,7 @@ def up_tiles(
 
 
 def down_tiles(ex: Exchange, a: np.ndarray, w_down: ExpertWeights, o: np.ndarray) -> None:
-    """o = a w_down^T, in layer1's order. Releases tile_done."""
+    """o = a w_down^T, in combine order. Signals tile_done."""
     _output_tiles(ex, "down", a, o, lambda expert, columns: w_down[expert][columns].T)
 
 
@@ -56,9 +55,9 @@ def down_dgrad_tiles(
     weighted_a: np.ndarray,
     dweight_rows: np.ndarray,
 ) -> None:
-    """da' = dy w_down and all that follows from it, in layer0's order. Acquires tile_filled.
+    """da' = dy w_down and its epilogue, in dispatch order. Waits for tile_filled.
 
-    dweight = <da', a>, dz = dact(z, weight * da'), weighted_a = weight * a.
+    Epilogue: dweight = <da', a>, dz = dact(z, weight * da'), weighted_a = weight * a.
     """
     for tile in ex.plan.dispatch_order():
         ex.wait_filled("dy", tile)
@@ -78,7 +77,7 @@ def down_dgrad_tiles(
 
 
 def up_dgrad_tiles(ex: Exchange, dz: np.ndarray, w_up: ExpertWeights, dx: np.ndarray) -> None:
-    """dx rows = dz w_up, in layer1's order. Releases tile_done."""
+    """dx rows = dz w_up, in combine order. Signals tile_done."""
     _output_tiles(ex, "up dgrad", dz, dx, lambda expert, columns: w_up[expert][:, columns])
 
 
@@ -91,10 +90,10 @@ def wgrad_tiles(
     dw_up: np.ndarray,
     dw_down: np.ndarray,
 ) -> None:
-    """dw_up[e] = dz^T x and dw_down[e] = dy^T (weight * a) over the expert's rows, fp32.
+    """dw_up[e] = dz^T x and dw_down[e] = dy^T (weight * a) over the rows of expert e, in float32.
 
-    Pads are zero in all four, so they may take part. Needs nothing that still arrives, but for
-    x where backward pulls it again: acquires its tile_filled.
+    Padding rows are zero in all four operands and may be included. With save="z" backward pulls x
+    again, so this waits for tile_filled of x.
     """
     plan, block_m = ex.plan, ex.shape.config.block_m
     for expert in range(len(dw_up)):
@@ -117,7 +116,7 @@ def _output_tiles(
     out: np.ndarray,
     operand: Callable[[int, slice], np.ndarray],
 ) -> None:
-    """out = a b with b = operand(expert, columns), chunk by chunk, farthest source first."""
+    """out = a b with b = operand(expert, columns). For each N-chunk, M-tiles in combine order."""
     for chunk, (begin, end) in enumerate(ex.n_chunks):
         for tile in ex.plan.combine_order():
             with ex.step("compute", name, tile):
@@ -129,12 +128,13 @@ def _output_tiles(
 
 
 def _rows(ex: Exchange, tile: int) -> tuple[slice, int]:
+    """(rows, expert) of an M-tile."""
     block_m = ex.shape.config.block_m
     return slice(tile * block_m, (tile + 1) * block_m), int(ex.plan.tile_expert[tile])
 
 
-def _activation_tiles(ex: Exchange) -> Iterator[tuple[slice, Any]]:
-    """(columns of a, columns of z that make them): a gated tile has gate and up columns."""
+def _activation_tiles(ex: Exchange) -> Iterator[tuple[slice, slice | np.ndarray]]:
+    """(columns of a, columns of z that they depend on): if gated, of gate and of up."""
     intermediate = ex.shape.geometry.local_intermediate
     for lo, hi in ex.shape.config.n_tiles(0, intermediate):
         columns = np.arange(lo, hi)

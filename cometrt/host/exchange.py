@@ -1,4 +1,4 @@
-"""One epoch on one rank: publishing, the local counters, and the waits of both roles."""
+"""`Exchange`: one epoch on one rank: publishing, local counters, waits, and both roles' threads."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ from cometrt.trace import Tracer
 from cometrt.world import World
 from cometrt.world.control_block import value_of
 from cometrt.world.failure import Failure, WaitTarget
-from cometrt.world.whereabouts import meeting
+from cometrt.world.peer_status import in_collective
 
 _CALL = ("operation", "layer", "forward_epoch", "epoch", "spec_hash")  # equal on all ranks
-OPERATIONS = ("", "forward", "backward")  # numbers on the wire
+OPERATIONS = ("", "forward", "backward")  # the index stands for the operation in a header
+
+Stage = tuple[str, Callable[[], None]]  # a role, and what it does
 
 
 class Exchange:
-    """What the comm role and the compute role of one call share.
+    """The state of one call that its comm role and its compute role share.
 
     Attributes:
-        tile_filled: name of what is pulled -> [max_tiles] rows of each M-tile that are in
-            place, padding too. Written by comm, waited on by compute.
-        tile_done: [max_tiles, chunks] finished N-tiles. Written by compute, waited on by comm.
+        tile_filled: "x" or "dy" -> [max_tiles] number of rows in place, padding rows included.
+            The comm role increments it, the compute role waits for it.
+        tile_done: [max_tiles, N-chunks] number of N-tiles that are stored. The compute role
+            increments it, the comm role waits for it.
     """
 
     plan: Plan
@@ -44,7 +47,7 @@ class Exchange:
         self.n_chunks = shape.config.n_chunks(spec.hidden)
         self.tile_filled = {name: np.zeros(shape.max_tiles, np.int64) for name in ("x", "dy")}
         self.tile_done = np.zeros((shape.max_tiles, len(self.n_chunks)), np.int64)
-        self._at: dict[str, tuple[str, int]] = {}
+        self._current: dict[str, tuple[str, int]] = {}  # role -> (step, tile)
         self.epoch = world.next_epoch()
 
     # ---- publishing -------------------------------------------------------------------------
@@ -59,26 +62,26 @@ class Exchange:
         weights: np.ndarray | None = None,
         forward_epoch: int = 0,
     ) -> list[int]:
-        """Put what peers read in place, tell them, and wait until all have done the same.
+        """Copy what peers read to the heap, signal source_ready, and wait for all ranks' signals.
 
-        Every epoch waits for all ranks, also where nothing will be pulled: so ranks are at most
-        one epoch apart, and two parities of ids, weights and headers are enough.
+        Each epoch waits for all ranks, also for those it pulls nothing from. So ranks are at most
+        one epoch apart, and two copies of ids, weights and headers, by epoch parity, suffice.
 
         Returns:
-            tokens of each rank.
+            the number of tokens of each rank.
 
         Raises:
-            MismatchError: if ranks called different things; every rank sees it.
+            MismatchError: on every rank, if ranks made different calls.
         """
         parity = self.epoch & 1
         with self.step("compute", "publish"):
             for name, payload in payloads.items():
                 mine = self.heap.array(name)
-                if payload.ctypes.data != mine.ctypes.data:  # else written in place by the caller
+                if payload.ctypes.data != mine.ctypes.data:  # else it is layer.buffer()
                     mine[:num_tokens] = payload
             if ids is not None and weights is not None:
                 limits = np.iinfo(np.int32)
-                # An int64 id that int32 cannot hold stays out of range instead of wrapping.
+                # Clip, so that an int64 id outside int32 stays out of range and does not wrap.
                 clipped = np.clip(ids, limits.min, limits.max)
                 self.heap.array(f"ids{parity}")[:num_tokens] = clipped
                 self.heap.array(f"weights{parity}")[:num_tokens] = weights
@@ -98,15 +101,15 @@ class Exchange:
         with self.step("compute", "wait", flag="source_ready"):
             ready = self.world.control_block["source_ready"]
             for source in self.shape.geometry.ring():
-                wanted = WaitTarget("source_ready", source, self.epoch, self.epoch)
-                misplaced = functools.partial(meeting, self.world, source)
-                self.world.wait(value_of(ready, source), wanted, misplaced=misplaced)
+                target = WaitTarget("source_ready", source, self.epoch, self.epoch)
+                mismatch = functools.partial(in_collective, self.world, source)
+                self.world.wait(value_of(ready, source), target, mismatch=mismatch)
         headers = self.world.control_block["header"][parity]
         self._check_headers(headers)
         return [int(tokens) for tokens in headers["num_tokens"]]
 
     def read_routing(self, num_tokens: list[int]) -> RoutingTables:
-        """Every rank's ids and weights of this epoch."""
+        """Read the ids and weights of all ranks in this epoch."""
         spec, size, parity = self.shape.geometry.spec, self.world.size, self.epoch & 1
         ids = np.full((size, spec.max_tokens, spec.topk), -1, np.int32)
         weights = np.zeros(ids.shape, np.float32)
@@ -120,7 +123,7 @@ class Exchange:
         calls = [tuple(int(header[name]) for name in _CALL) for header in headers]
         if len(set(calls)) == 1:
             return
-        text = f"ranks called different things in epoch {self.epoch}: " + ", ".join(
+        text = f"ranks made different calls in epoch {self.epoch}: " + ", ".join(
             f"rank {rank}: {OPERATIONS[operation]} of layer {layer}"
             + (f" (of the forward of epoch {forward_epoch})" if forward_epoch else "")
             for rank, (operation, layer, forward_epoch, *_) in enumerate(calls)
@@ -142,34 +145,34 @@ class Exchange:
         link_bytes: int = 0,
         flag: str = "",
     ) -> Iterator[None]:
-        """One stretch of work of a role, traced; its place is told if it raises."""
-        self._at[role] = (name, tile)
+        """Trace one step of a role. If it raises, the failure names the step and the tile."""
+        self._current[role] = (name, tile)
         with self.tracer.span(
             role, name, tile, local_bytes=local_bytes, link_bytes=link_bytes, flag=flag
         ):
             yield
 
     def wait_filled(self, name: str, tile: int) -> None:
-        """Compute: until all rows of the M-tile are in place."""
+        """Compute role: wait until all rows of the M-tile are in place."""
         counter = self.tile_filled[name]
         self._wait_own("compute", "tile_filled", counter, (tile,), self.shape.config.block_m)
 
     def wait_done(self, tiles: np.ndarray, chunk: int) -> None:
-        """Comm: until every N-tile of that chunk is stored, for each of the M-tiles."""
+        """Comm role: wait until all N-tiles of the N-chunk are stored, for each of the M-tiles."""
         num_n_tiles = len(self.shape.config.n_tiles(*self.n_chunks[chunk]))
         for tile in tiles:
             self._wait_own("comm", "tile_done", self.tile_done, (int(tile), chunk), num_n_tiles)
 
     def wait_partials(self, contributor: int, block: int, chunk: int) -> None:
-        """Comm: until the contributor's partial rows of the block are in this rank's staging."""
+        """Comm role: wait until the contributor's partial rows of the token block are staged."""
         ready = self.heap.array("partials_ready")
         index = (contributor, block, chunk)
         if ready[index] < self.epoch:
             with self.step("comm", "wait", block, flag="partials_ready"):
-                wanted = WaitTarget(
+                target = WaitTarget(
                     "partials_ready", contributor, self.epoch, self.epoch, block, chunk
                 )
-                self.world.wait(value_of(ready, index), wanted)
+                self.world.wait(value_of(ready, index), target)
         else:
             self.world.fence()
 
@@ -179,30 +182,37 @@ class Exchange:
         if counter[index] >= expected:
             return
         chunk = index[1] if len(index) > 1 else -1
-        wanted = WaitTarget(flag, self.world.rank, expected, self.epoch, index[0], chunk)
+        target = WaitTarget(flag, self.world.rank, expected, self.epoch, index[0], chunk)
         with self.step(role, "wait", index[0], flag=flag):
-            self.world.wait(value_of(counter, index), wanted)
+            self.world.wait(value_of(counter, index), target)
 
-    def run(self, phases: list[tuple[str, Callable[[], None]]], *, overlapped: bool) -> None:
-        """Run (role, function) phases: each role's in order on a thread of its own, or, not
-        overlapped, all of them in order on this one. A world that stopped meanwhile raises."""
+    def run(self, stages: list[Stage], *, overlapped: bool) -> None:
+        """Run the stages (role, function) of a call.
+
+        Args:
+            overlapped: True: the stages of each role run in order, on a thread per role. False:
+                all stages run in order on this thread.
+
+        Raises:
+            CometError: if the world has been stopped meanwhile.
+        """
         if overlapped:
-            self._run_overlapped(phases)
+            self._run_overlapped(stages)
         else:
-            for role, phase in phases:
+            for role, stage in stages:
                 with self.guard(role):
-                    phase()
+                    stage()
         self.world.check_running()
 
-    def _run_overlapped(self, phases: list[tuple[str, Callable[[], None]]]) -> None:
+    def _run_overlapped(self, stages: list[Stage]) -> None:
         errors: list[tuple[float, BaseException]] = []
 
         def run_role(role: str) -> None:
             try:
                 with self.guard(role):
-                    for owner, phase in phases:
+                    for owner, stage in stages:
                         if owner == role:
-                            phase()
+                            stage()
             except BaseException as error:
                 errors.append((time.monotonic(), error))
 
@@ -211,8 +221,8 @@ class Exchange:
         comm.start()
         run_role("compute")
         try:
-            comm.join()  # its waits have deadlines
-        except BaseException as error:  # Ctrl-C: nothing of this call may run on
+            comm.join()  # returns, because all waits have deadlines
+        except BaseException as error:  # Ctrl-C: end the other role's thread too
             self.world.stop_for(error, f" in epoch {self.epoch}")
             comm.join()
             raise
@@ -221,13 +231,13 @@ class Exchange:
 
     @contextlib.contextmanager
     def guard(self, role: str) -> Iterator[None]:
-        """Stop the world if this rank raises what its peers do not know of."""
+        """Stop the world if the role raises an error that its peers do not know of."""
         try:
             yield
         except CometError:
-            raise  # they have stopped already, or raise the same themselves
+            raise  # the world is stopped already, or all ranks raise the same error
         except BaseException as error:
-            name, tile = self._at.get(role, ("", -1))
+            name, tile = self._current.get(role, ("", -1))
             where = f" in {name}" if name else ""
             where += f" of tile {tile}" if tile >= 0 else ""
             self.world.stop_for(error, f"{where}, epoch {self.epoch}", tile)

@@ -1,4 +1,8 @@
-"""Forward and backward of one layer on the host: which phase each role runs, over what."""
+"""Forward and backward of one layer on the host: memory of its calls, and the stages of each.
+
+A call has the steps of one on "cuda": begin, publish, plan, path, finish. A path is a list of
+stages, each of one of the two roles.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from cometrt.buffers import plan_rows
 from cometrt.heap import SymmetricHeap
 from cometrt.host import comm, compute
 from cometrt.host.buffers import backward_rows, empty, wide_weights
-from cometrt.host.exchange import Exchange
+from cometrt.host.exchange import Exchange, Stage
 from cometrt.plan import Plan, PlanShape
 from cometrt.plan.reference import make_plan
 from cometrt.residuals import Residuals
@@ -20,18 +24,22 @@ from cometrt.specs import Gradients
 from cometrt.trace import Recording, Tracer
 from cometrt.world import World
 
+Arrays = dict[str, np.ndarray]
+
 
 class HostExecutor:
-    """mode "fused": both roles at once. "sequential": dispatch, GEMMs, combine, one after the
-    other; the same bits."""
+    """Runs a layer's calls. mode "fused": both roles at the same time. "sequential": all stages one
+    after the other, with the same bits."""
+
+    num_tables = len(dataclasses.fields(Plan))  # of a plan, in `saved`
+    generation = 0  # a forward that has returned is valid, also after a reset
 
     def __init__(self, world: World, shape: PlanShape, layer: int, mode: str) -> None:
         """Collective."""
         self._world, self._shape, self._layer = world, shape, layer
-        self.num_tables = len(dataclasses.fields(Plan))  # of a plan, in `saved`
         self._overlapped = mode == "fused"
         self._heap = SymmetricHeap(world, shape)
-        self.generation = 0  # a forward that has returned has its backward, also after a reset
+        self._saves_rows = shape.geometry.spec.save == "rows"
 
     def buffer(self) -> np.ndarray:
         return self._heap.array("x")
@@ -55,120 +63,44 @@ class HostExecutor:
         """Returns the residuals that backward needs, but for the weights."""
         ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
         with ex.guard("compute"):
-            return self._forward(ex, x, ids, weights, w_up, w_down, training, out)
-
-    def _forward(
-        self,
-        ex: Exchange,
-        x: np.ndarray,
-        ids: np.ndarray,
-        weights: np.ndarray,
-        w_up: np.ndarray,
-        w_down: np.ndarray,
-        training: bool,
-        out: np.ndarray,
-    ) -> dict[str, Any] | None:
-        num_tokens = ex.publish("forward", {"x": x}, len(x), ids=ids, weights=weights)
-        with ex.step("compute", "plan"):
-            ex.plan = make_plan(ex.read_routing(num_tokens), self._shape)
-        pulls_again = training and self._shape.geometry.spec.save == "z"
-        tokens = self._own_tokens(x) if pulls_again else None  # now: `out` may be x itself
-        x_rows, z, a, o = empty(plan_rows(self._shape))
-        up, down = compute.ExpertWeights(w_up), compute.ExpertWeights(w_down)
-        ex.run(
-            [
-                ("comm", lambda: comm.pull_rows(ex, "x", x_rows)),
-                ("compute", lambda: compute.up_tiles(ex, x_rows, up, z, a)),
-                ("compute", lambda: compute.down_tiles(ex, a, down, o)),
-                ("comm", lambda: comm.combine(ex, o, out, weighted=True)),
-            ],
-            overlapped=self._overlapped,
-        )
+            num_tokens = ex.publish("forward", {"x": x}, len(x), ids=ids, weights=weights)
+            with ex.step("compute", "plan"):
+                ex.plan = make_plan(ex.read_routing(num_tokens), self._shape)
+            rows = empty(plan_rows(self._shape))
+            kept = {"x": rows["x"]}
+            if training and not self._saves_rows:  # now: `out` may be x itself
+                kept = {"x": self._own_tokens(x)}
+            arrays = {"w_up": w_up, "w_down": w_down, "out": out} | rows
+            ex.run(forward_path(ex, arrays), overlapped=self._overlapped)
         if not training:
             return None
-        return {
-            "epoch": np.array([ex.epoch], np.int64),
-            "x": x_rows if tokens is None else tokens,
-            "z": z,
-            "tables": ex.plan.arrays(),
-        }
+        epoch = np.array([ex.epoch], np.int64)
+        return kept | {"epoch": epoch, "z": rows["z"], "tables": ex.plan.arrays()}
 
     def backward(
         self, dy: np.ndarray, saved: Residuals, *, out: Gradients, accumulate: bool, tracer: Tracer
     ) -> bool:
         """Fill `out`; weight gradients only once the exchange has succeeded."""
         ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
-        w_up, w_down = empty(wide_weights(self._shape))
-        wide = out._replace(w_up=w_up, w_down=w_down)
+        wide = empty(wide_weights(self._shape))
         with ex.guard("compute"):
-            self._backward(ex, dy, saved, wide)
-        for result, value in ((out.w_up, wide.w_up), (out.w_down, wide.w_down)):
+            payloads = {"dy": dy}
+            arrays = empty(backward_rows(self._shape))
+            if self._saves_rows:
+                arrays["x_rows"] = saved.x
+            else:
+                payloads["x"] = saved.x[: len(dy)]
+            comm.clear_dweight(ex, len(dy))
+            ex.publish("backward", payloads, len(dy), forward_epoch=int(saved.epoch[0]))
+            ex.plan = Plan(*saved.tables)
+            arrays |= {"w_up": saved.w_up, "w_down": saved.w_down, "z": saved.z, "out": out.x}
+            arrays |= {"dw_up": wide["w_up"], "dw_down": wide["w_down"]}
+            path = backward_path(ex, arrays, pulls_x=not self._saves_rows)
+            ex.run(path, overlapped=self._overlapped)
+            out.topk_weights[:] = comm.gather_dweight(ex, len(dy))
+        for result, value in ((out.w_up, wide["w_up"]), (out.w_down, wide["w_down"])):
             result[:] = result + value if accumulate else value
         return True
-
-    def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
-        """Nothing: spans are told as they end."""
-        return contextlib.nullcontext()
-
-    def keep_for(self, layer: Any) -> None:
-        """A call that has returned uses nothing."""
-
-    def raise_pending(self) -> None:
-        """Nothing: a call has raised what it has to when it returns."""
-
-    def check_running(self, prefix: str) -> None:
-        """As `World.check_running`."""
-        self._world.check_running(prefix)
-
-    def stop_world(self, error: BaseException, operation: str) -> None:
-        """This rank raises what its peers do not know of."""
-        self._world.stop_for(error, f" in a {operation} of layer {self._layer}")
-
-    def synchronize(self) -> None:
-        """Every call has ended, and has raised, when it returns."""
-
-    def close(self) -> None:
-        self._heap.close()
-
-    def give_up(self) -> None:
-        """As `close`, without raising what calls have found."""
-        self._heap.close()
-
-    def _backward(self, ex: Exchange, dy: np.ndarray, saved: Residuals, out: Gradients) -> None:
-        ex.plan, pull_x = Plan(*saved.tables), self._shape.geometry.spec.save == "z"
-        payloads = {"dy": dy} | ({"x": saved.x[: len(dy)]} if pull_x else {})
-        comm.clear_dweight(ex, len(dy))
-        ex.publish("backward", payloads, len(dy), forward_epoch=int(saved.epoch[0]))
-        dy_rows, dx_rows, dz, weighted_a, dweight_rows, *again = empty(backward_rows(self._shape))
-        x_rows = again[0] if pull_x else saved.x
-        up, down = compute.ExpertWeights(saved.w_up), compute.ExpertWeights(saved.w_down)
-        z = saved.z
-
-        def pull() -> None:
-            comm.pull_rows(ex, "dy", dy_rows)
-            if pull_x:  # before the last partial of dx leaves: then the home may overwrite x
-                comm.pull_rows(ex, "x", x_rows)
-
-        def down_dgrad() -> None:
-            compute.down_dgrad_tiles(ex, dy_rows, down, z, dz, weighted_a, dweight_rows)
-
-        def wgrad() -> None:
-            compute.wgrad_tiles(ex, dz, x_rows, dy_rows, weighted_a, out.w_up, out.w_down)
-
-        def combine() -> None:
-            comm.combine(ex, dx_rows, out.x, weighted=False, dweight_rows=dweight_rows)
-
-        ex.run(
-            [
-                ("comm", pull),
-                ("compute", down_dgrad),
-                ("compute", lambda: compute.up_dgrad_tiles(ex, dz, up, dx_rows)),
-                ("compute", wgrad),
-                ("comm", combine),
-            ],
-            overlapped=self._overlapped,
-        )
-        out.topk_weights[:] = comm.gather_dweight(ex, len(dy))
 
     def _own_tokens(self, x: np.ndarray) -> np.ndarray:
         """A copy of x in the fixed shape [max_tokens, H]."""
@@ -176,3 +108,74 @@ class HostExecutor:
         copy = np.zeros((spec.max_tokens, spec.hidden), spec.numpy_dtype)
         copy[: len(x)] = x
         return copy
+
+    def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
+        """Does nothing: the tracer gets each span at its end."""
+        return contextlib.nullcontext()
+
+    def keep_for(self, layer: Any) -> None:
+        """Does nothing: a call that has returned uses no memory."""
+
+    def raise_pending(self) -> None:
+        """Does nothing: a call raises its error before it returns."""
+
+    def check_running(self, prefix: str) -> None:
+        """As `World.check_running`."""
+        self._world.check_running(prefix)
+
+    def stop_world(self, error: BaseException, operation: str) -> None:
+        """Stop the world for an error that only this rank knows."""
+        self._world.stop_for(error, f" in a {operation} of layer {self._layer}")
+
+    def synchronize(self) -> None:
+        """Does nothing: a call has ended when it returns."""
+
+    def close(self) -> None:
+        self._heap.close()
+
+    def give_up(self) -> None:
+        """As `close`, without raising the errors of calls."""
+        self._heap.close()
+
+
+def forward_path(ex: Exchange, arrays: Arrays) -> list[Stage]:
+    """arrays: x, z, a, o of the plan's rows; w_up, w_down; out."""
+    up, down = (compute.ExpertWeights(arrays[name]) for name in ("w_up", "w_down"))
+    x, z, a, o = (arrays[name] for name in ("x", "z", "a", "o"))
+    return [
+        ("comm", lambda: comm.pull_rows(ex, "x", x)),
+        ("compute", lambda: compute.up_tiles(ex, x, up, z, a)),
+        ("compute", lambda: compute.down_tiles(ex, a, down, o)),
+        ("comm", lambda: comm.combine(ex, o, arrays["out"], weighted=True)),
+    ]
+
+
+def backward_path(ex: Exchange, arrays: Arrays, *, pulls_x: bool) -> list[Stage]:
+    """arrays: of `backward_rows`; x_rows, z; w_up, w_down; out, dw_up, dw_down."""
+    up, down = (compute.ExpertWeights(arrays[name]) for name in ("w_up", "w_down"))
+    dy_rows, dz, x_rows = (arrays[name] for name in ("dy_rows", "dz", "x_rows"))
+    weighted_a, dweight_rows = arrays["weighted_a"], arrays["dweight_rows"]
+
+    def pull() -> None:
+        comm.pull_rows(ex, "dy", dy_rows)
+        if pulls_x:  # before the last partial of dx leaves: then the home may overwrite x
+            comm.pull_rows(ex, "x", x_rows)
+
+    def down_dgrad() -> None:
+        compute.down_dgrad_tiles(ex, dy_rows, down, arrays["z"], dz, weighted_a, dweight_rows)
+
+    def wgrad() -> None:
+        gradients = arrays["dw_up"], arrays["dw_down"]
+        compute.wgrad_tiles(ex, dz, x_rows, dy_rows, weighted_a, *gradients)
+
+    def combine() -> None:
+        rows, out = arrays["dx_rows"], arrays["out"]
+        comm.combine(ex, rows, out, weighted=False, dweight_rows=dweight_rows)
+
+    return [
+        ("comm", pull),
+        ("compute", down_dgrad),
+        ("compute", lambda: compute.up_dgrad_tiles(ex, dz, up, arrays["dx_rows"])),
+        ("compute", wgrad),
+        ("comm", combine),
+    ]

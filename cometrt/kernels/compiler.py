@@ -1,10 +1,9 @@
-"""Kernel sources to cubins for sm_90a, by NVRTC, without nvcc and without a GPU.
+"""Compile kernels to cubins for sm_90a with NVRTC, without nvcc and without a GPU.
 
-A cubin is cached under the hash of all kernel sources, the options and NVRTC's version. Files are
-written under temporary names and renamed, so that many ranks may compile at once. Beside the
-cubin lies its report: a checksum of both, then the compiler's log. Where the two do not agree
-the kernel is compiled again; where the folder cannot be written, a temporary one of the process
-serves instead.
+Cubins are cached under a hash of all kernel sources, the options and NVRTC's version. Files are
+written under temporary names and renamed, so several ranks may compile at once. Beside each cubin
+lies a report: a checksum of both, then the compiler's log. If the checksum does not match, the
+kernel is compiled again. If the cache folder cannot be written, a temporary folder is used.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ _OPTIONS = (
     "-std=c++17",
     "-default-device",
     "-lineinfo",
-    "--no-cache",  # NVRTC's own: what comes from it has no resource report
+    "--no-cache",  # NVRTC's own cache returns no resource report
     "--ptxas-options=-v",
 )
 
-_temporary: Path | None = None  # what _temporary_folder made
+_temporary: Path | None = None  # the result of _temporary_folder
 _temporary_lock = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What ptxas reports of one kernel. Bytes are per thread."""
+    """Resources of one kernel, as ptxas reports them. Bytes are per thread."""
 
     registers: int
     stack_bytes: int
@@ -52,14 +51,14 @@ class Resources:
 
 @dataclasses.dataclass(frozen=True)
 class Cubin:
-    """Machine code in the cache, and each kernel's resources by name."""
+    """A cached file of machine code, and the resources of each kernel in it by name."""
 
     path: Path
     resources: dict[str, Resources]
 
 
 def kernels_folder() -> Path:
-    """kernels_cu: within the installed package, or beside it in a source tree."""
+    """The folder kernels_cu: inside the installed package, or beside it in a source tree."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "kernels_cu", package.parent / "kernels_cu"):
         if folder.is_dir():
@@ -71,25 +70,29 @@ def cache_folder() -> Path:
     """$COMETRT_CACHE_DIR, else cometrt in $XDG_CACHE_HOME or ~/.cache, else a temporary folder.
 
     Raises:
-        OSError: where there is no home, and no temporary folder can be made either.
+        OSError: if there is no home folder and no temporary folder can be created.
     """
     if path := os.environ.get("COMETRT_CACHE_DIR"):
         return Path(path)
     user_caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if user_caches.is_absolute():  # XDG's rule: others are not looked at
+    if user_caches.is_absolute():  # XDG's rule: ignore a relative path
         return user_caches / "cometrt"
     try:
         return Path.home() / ".cache" / "cometrt"
-    except RuntimeError as error:  # neither HOME nor an entry of this user
+    except RuntimeError as error:  # HOME is unset and the user has no password entry
         return _temporary_folder(str(error))
 
 
 def compile_cubin(source: Path, defines: tuple[tuple[str, int], ...] = ()) -> Cubin:
-    """The cubin of a .cu file with those macros, from the cache where it is there, and whole.
+    """The cubin of a .cu file: from the cache, or compiled.
+
+    Args:
+        source: the file.
+        defines: macros (name, value), besides those of `cometrt.kernels.constants`.
 
     Raises:
-        CometError: where NVRTC or CUDA's headers are missing, or with the compiler's log.
-        OSError: where neither the cache nor a temporary folder can be written.
+        CometError: if NVRTC or the CUDA headers are missing, or with the log of a failed compile.
+        OSError: if neither the cache folder nor a temporary folder can be written.
     """
     macros = [(f"COMETRT_{name}", value) for name, value in MACROS.items()]
     options = _OPTIONS + tuple(f"-D{name}={value}" for name, value in (*macros, *defines))
@@ -104,19 +107,19 @@ def compile_cubin(source: Path, defines: tuple[tuple[str, int], ...] = ()) -> Cu
     begin = time.monotonic()
     _log.info("compiling %s %s", source.name, dict(defines))
     code, log = _nvrtc_compile(source.name, text, options)
-    path = _keep(name, code, log)
+    path = _store(name, code, log)
     _log.info("compiled %s in %.1f s", source.name, time.monotonic() - begin)
     return Cubin(path, _parse_report(log))
 
 
 def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
-    """Write files into the folder, by name.
+    """Write files into the folder. `contents`: name -> bytes.
 
-    All are written under temporary names before the first is renamed. So readers find an old file
-    or a whole new one, and a disk that is full leaves the folder as it was.
+    All are written under temporary names before the first is renamed. So a reader finds an old
+    file or a complete new one, and a full disk leaves the folder unchanged.
 
     Raises:
-        OSError: where they cannot be written.
+        OSError: if they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
@@ -129,7 +132,7 @@ def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
 
 
 def _read(path: Path) -> Cubin | None:
-    """The cached cubin; None where it or its report is missing, or not what was written."""
+    """The cached cubin. None if it or its report is missing or damaged."""
     try:
         code, report = path.read_bytes(), path.with_suffix(".txt").read_bytes()
     except OSError:
@@ -140,8 +143,8 @@ def _read(path: Path) -> Cubin | None:
     return Cubin(path, _parse_report(log.decode()))
 
 
-def _keep(name: str, code: bytes, log: str) -> Path:
-    """Write the cubin and its report to the cache, else to a temporary folder; the cubin's path."""
+def _store(name: str, code: bytes, log: str) -> Path:
+    """Write the cubin and its report to the cache, or to a temporary folder. Returns its path."""
     report = _checksum(code, log.encode()) + b"\n" + log.encode()
     contents = {Path(name).with_suffix(".txt").name: report, name: code}
     folder = cache_folder()
@@ -158,23 +161,23 @@ def _checksum(code: bytes, log: bytes) -> bytes:
 
 
 def _temporary_folder(reason: str) -> Path:
-    """This process's temporary folder, removed at exit. The first call makes it and warns."""
+    """This process's temporary folder. The first call creates it and warns; exit removes it."""
     global _temporary
     with _temporary_lock:
         if _temporary is None:
             _temporary = Path(tempfile.mkdtemp(prefix="cometrt-"))
             atexit.register(_remove, _temporary, os.getpid())
-            _log.warning("%s: %s is the cache of this process", reason, _temporary)
+            _log.warning("%s: this process uses %s as its cache", reason, _temporary)
         return _temporary
 
 
 def _remove(folder: Path, owner: int) -> None:
-    if os.getpid() == owner:  # not in a child that it forked
+    if os.getpid() == owner:  # not in a forked child
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sources_digest() -> str:
-    """Of every file a kernel may include."""
+    """Hash of all files of kernels_cu, since a kernel may include any of them."""
     folder, digest = kernels_folder(), hashlib.sha256()
     for path in sorted(folder.rglob("*.cu*")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -247,7 +250,7 @@ def _nvrtc():  # type: ignore[no-untyped-def]
 
 @functools.cache
 def _cuda_headers() -> Path:
-    """The folder of cuda_bf16.h: of the nvidia-cuda-runtime package, or of a toolkit."""
+    """The folder with cuda_bf16.h: of the nvidia-cuda-runtime package, or of a CUDA toolkit."""
     candidates = []
     try:
         import nvidia
@@ -261,6 +264,6 @@ def _cuda_headers() -> Path:
         if (folder / "cuda_bf16.h").exists():
             return folder
     raise CometError(
-        "compiling kernels needs CUDA's headers: pip install 'cometrt[cuda13]', or set CUDA_HOME "
+        "compiling kernels needs the CUDA headers: pip install 'cometrt[cuda13]', or set CUDA_HOME "
         f"(looked in {', '.join(map(str, candidates))})"
     )

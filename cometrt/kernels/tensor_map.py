@@ -1,4 +1,4 @@
-"""CUtensorMap: how TMA finds a tile of a matrix. Encoded by the driver, passed by value."""
+"""CUtensorMap: the descriptor by which TMA addresses the tiles of an array."""
 
 from __future__ import annotations
 
@@ -20,32 +20,35 @@ _MAP_BYTES = 128
 
 
 def encode(pointer: int, shape: tuple[int, ...], box: tuple[int, ...]) -> KernelArgument:
-    """The map of a C-contiguous bf16 array on the device, read in boxes; a kernel argument.
+    """Encode the tensor map of a C-contiguous bf16 array on the device, with 128-byte swizzle.
 
     Args:
-        pointer: its address, a multiple of 16.
-        shape, box: outermost first; the innermost box is at most 128 bytes, swizzled.
+        pointer: address of the array, a multiple of 16.
+        shape: of the array, outermost dimension first.
+        box: shape of a tile. Its innermost dimension is at most 128 bytes.
 
     Returns:
-        128 bytes at a 128-byte aligned address; not to be written to.
+        a kernel argument, passed by value. Its 128 bytes must not be modified.
 
     Raises:
-        CometError: where the driver refuses it.
+        CometError: if the driver refuses it.
     """
-    room = np.empty(2 * _MAP_BYTES, np.uint8)
-    address = room.__array_interface__["data"][0]
+    memory = np.empty(2 * _MAP_BYTES, np.uint8)
+    address = memory.__array_interface__["data"][0]
     start = -address % _MAP_BYTES
-    form = _form(shape, box)
-    error = _encode_tiled()(address + start, _BFLOAT16, len(shape), pointer, *form)
+    layout = _layout(shape, box)
+    error = _encode_tiled()(address + start, _BFLOAT16, len(shape), pointer, *layout)
     if error:
         raise CometError(f"no tensor map for shape {shape}, box {box}: CUDA error {error}")
-    return KernelArgument(room[start : start + _MAP_BYTES].view(f"V{_MAP_BYTES}"))
+    return KernelArgument(memory[start : start + _MAP_BYTES].view(f"V{_MAP_BYTES}"))
 
 
 @functools.lru_cache(maxsize=1024)
-def _form(shape: tuple[int, ...], box: tuple[int, ...]) -> tuple[Any, ...]:
-    """cuTensorMapEncodeTiled's arguments from the dimensions on. Memory comes and goes with every
-    call of a layer, shapes stay."""
+def _layout(shape: tuple[int, ...], box: tuple[int, ...]) -> tuple[Any, ...]:
+    """The arguments of cuTensorMapEncodeTiled after the address.
+
+    Cached, because every call of a layer has the same shapes, but not the same addresses.
+    """
     rank = len(shape)
     strides_bytes = [2 * math.prod(shape[axis + 1 :]) for axis in range(rank - 1)]
     return (
@@ -53,15 +56,15 @@ def _form(shape: tuple[int, ...], box: tuple[int, ...]) -> tuple[Any, ...]:
         (ctypes.c_uint64 * max(rank - 1, 1))(*reversed(strides_bytes)),
         (ctypes.c_uint32 * rank)(*reversed(box)),
         (ctypes.c_uint32 * rank)(*([1] * rank)),
-        0,  # interleave none
+        0,  # no interleave
         _SWIZZLE_128B,
         _L2_PROMOTION_256B,
-        0,  # out of bounds reads zero
+        0,  # elements out of bounds read as zero
     )
 
 
 def _encode_tiled() -> Any:
-    """The driver's function: (map, type of elements, dimensions, address, *_form) -> CUresult."""
+    """cuTensorMapEncodeTiled: (map, element type, dimensions, address, *_layout) -> CUresult."""
     pointer, number = ctypes.c_void_p, ctypes.c_int
     argtypes = (pointer, number, ctypes.c_uint32, *[pointer] * 5, *[number] * 4)
     return driver_function("cuTensorMapEncodeTiled", *argtypes)

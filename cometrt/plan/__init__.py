@@ -1,4 +1,4 @@
-"""Routing and tile reordering: who computes what, in which order, and where rows go."""
+"""The plan of an exchange: row placement, tile orders, and what each rank pulls and pushes."""
 
 from cometrt.plan.config import TileConfig
 from cometrt.plan.tables import Plan, PlanShape

@@ -1,42 +1,45 @@
-"""How a layer is cut into tiles, token blocks and N-chunks: one frozen, printable record."""
+"""`TileConfig`: tile sizes and tile orders of a layer."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from cometrt.kernels.constants import BLOCK_M, BLOCK_N, MAX_ADDENDS
 from cometrt.specs import ALIGNMENT, check_choice, check_int
 
 ORDERS = ("phases", "columns")
 GEMMS = ("engine", "cublas")
-MODES = ("fused", "sequential", "chunked")
 
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
-    """Tile sizes and orders, equal on all ranks. No setting but block_m changes a result's bits.
+    """Tile sizes and tile orders of a layer, equal on all ranks. Only block_m changes result bits.
+
+    The constructor checks each field. Rules that depend on the spec, the device or the mode are
+    checked when a layer is made.
 
     Args:
-        block_m: rows of an M-tile. Every expert's first row is a multiple of it.
-        block_n: output columns of an N-tile on the host. The last N-tile of a row of tiles may be
-            narrower. The engine of "cuda" always has 256.
-        block_tokens: tokens of a token block, the unit that is reduced and pushed.
-        order: order of the down GEMM's tiles. "phases": whole rows, in the dispatch order
-            backwards. "columns" (COMET's): that walk once for each N-chunk of H.
+        block_m: rows of an M-tile. The first row of each expert is a multiple of it. On "cuda"
+            with gemm="engine" it must be 128.
+        block_n: columns of an N-tile on "host"; a multiple of 16. The last N-tile may be narrower.
+            The engine on "cuda" always has 256.
+        block_tokens: tokens of a token block, the unit that combine reduces and pushes.
+        order: tile order of the down GEMM. "phases": whole rows, in reverse dispatch order.
+            "columns" (COMET's): the same walk once for each N-chunk of H.
         num_phases: number of phases in the dispatch order. A tile belongs to the phase of its
             farthest row. 1: one phase. n >= 2: local tiles, then n - 1 equal groups of remote
-            ranks, nearest first. More phases start sooner and read each expert's weights once per
-            phase.
-        raster_group: N-tiles that all M-tiles of an expert take before its next N-tiles; even.
-            None: as many as the L2 cache can hold (`plan.tile_order.best_raster_group`).
-        n_chunk: columns of H that are reduced and pushed together in order "columns"; a multiple
+            ranks, nearest first. With more phases the GEMM starts sooner, but reads each expert's
+            weights once per phase.
+        raster_group: number of N-tiles that all M-tiles of an expert compute before they go on to
+            the next N-tiles; even. None: as many as the L2 cache can hold.
+        n_chunk: columns of H that are reduced and pushed together if order="columns"; a multiple
             of block_n, and on "cuda" in mode "fused" of 256.
-        gemm: on "cuda", "engine" (kernels_cu/gemm; block_m is 128 then) or "cublas".
-        pipeline_chunks: pieces of the dispatch order in mode "chunked". While one is multiplied,
-            the next is pulled and the last is pushed.
-        comm_sms: SMs that move rows beside a GEMM in mode "chunked"; even. None: about an eighth.
-        dispatch_ctas, combine_ctas: CTAs whose comm warps work, in the fused kernels
-            dispatch_gemm and gemm_combine. None, or more than a launch has: all of them.
+        gemm: the GEMM on "cuda": "engine" (kernels_cu/gemm) or "cublas".
+        pipeline_chunks: number of parts of the dispatch order in mode "chunked". The pull of one
+            part, the GEMMs of the part before and the push of the one before that overlap.
+        comm_sms: SMs that pull and push beside the GEMMs in mode "chunked"; even. None: about an
+            eighth of the SMs.
+        dispatch_ctas, combine_ctas: number of CTAs whose comm warps transfer rows in the fused
+            kernels dispatch_gemm and gemm_combine. None, or more than the grid has: all CTAs.
 
     Raises:
         ValueError: naming the argument, its value and the rule.
@@ -74,73 +77,28 @@ class TileConfig:
                 f"n_chunk must be a multiple of block_n={self.block_n} (got {self.n_chunk})"
             )
 
-    def best_mode(self, device: str, addends: int) -> str:
-        """What mode=None means; `addends` as for `check_on`."""
-        for mode in MODES:
-            try:
-                self.check_on(device, mode, addends)
-            except ValueError:
-                continue
-            return mode
-        return MODES[0]  # which says what is wrong
-
-    def check_on(self, device: str, mode: str, addends: int) -> None:
-        """Whether a device can run a mode with this config: the one place that says so.
-
-        Args:
-            addends: most rows and partial rows that are added for one token: topk + ranks.
-
-        Raises:
-            ValueError: naming the field, its value and the rule.
-        """
-        check_choice("mode", mode, MODES)
-        on_cuda, engine = device == "cuda", self.gemm == "engine"
-        if mode == "chunked" and not on_cuda:
-            raise ValueError(
-                f"mode must be 'fused' or 'sequential' on device={device!r} (got {mode!r})"
-            )
-        if mode == "fused" and on_cuda and addends > MAX_ADDENDS:
-            raise ValueError(
-                f"topk + ranks must be at most {MAX_ADDENDS} on device='cuda' in mode 'fused' "
-                f"(got {addends})"
-            )
-        if mode != "sequential" and on_cuda and not engine:
-            raise ValueError(
-                f"gemm must be 'engine' on device='cuda' in mode {mode!r} (got {self.gemm!r})"
-            )
-        columns = self.order == "columns"
-        if mode == "fused" and on_cuda and columns and self.n_chunk % BLOCK_N:
-            raise ValueError(
-                f"n_chunk must be a multiple of {BLOCK_N} on device='cuda' in mode 'fused' "
-                f"(got {self.n_chunk})"
-            )
-        if on_cuda and engine and self.block_m != BLOCK_M:
-            raise ValueError(
-                f"block_m must be {BLOCK_M} on device='cuda' with gemm='engine' "
-                f"(got {self.block_m})"
-            )
-
     def last_distances(self, size: int) -> list[int]:
-        """The largest ring distance of each phase, among that many ranks."""
+        """The largest ring distance of each phase, with `size` ranks."""
         groups = min(self.num_phases, size) - 1
         if groups == 0:
             return [size - 1]
         return [0] + [-(-phase * (size - 1) // groups) for phase in range(1, groups + 1)]
 
     def num_n_chunks(self, hidden: int) -> int:
+        """Length of `n_chunks(hidden)`."""
         return 1 if self.order == "phases" else -(-hidden // self.n_chunk)
 
     def n_chunks(self, hidden: int) -> list[tuple[int, int]]:
-        """Column ranges of H that are reduced and pushed together."""
+        """[begin, end) column ranges of H that are reduced and pushed together."""
         width = hidden if self.order == "phases" else self.n_chunk
         return _ranges(hidden, width)
 
     def n_tiles(self, begin: int, end: int) -> list[tuple[int, int]]:
-        """Column ranges of the N-tiles that cover [begin, end), on the host."""
+        """[begin, end) column ranges of the N-tiles within the given range, on "host"."""
         return [(begin + lo, begin + hi) for lo, hi in _ranges(end - begin, self.block_n)]
 
     def token_blocks(self, max_tokens: int) -> int:
-        """Most token blocks that one rank sends to one home."""
+        """The most token blocks that one rank pushes to one home."""
         return -(-max_tokens // self.block_tokens)
 
 

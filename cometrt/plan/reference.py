@@ -1,7 +1,7 @@
-"""The planner in NumPy: the specification that a device planner has to match bit for bit.
+"""The planner in NumPy. The device planner must compute identical tables.
 
-Every rank runs it over the same tables by the same rules, so that contributor and home agree
-on every slot without asking each other.
+Every rank computes its plan from the same routing tables by the same rules. So contributor and
+home agree on every staging row without communication.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cometrt.errors import CapacityError
 from cometrt.plan.routing import RoutingTables, check_routing
 from cometrt.plan.tables import Plan, PlanShape
 
-_NEVER = np.iinfo(np.int32).max  # position of a token that has no row on a rank
+_NEVER = np.iinfo(np.int32).max  # order index of a token that has no row on a rank
 
 
 def make_plan(tables: RoutingTables, shape: PlanShape) -> Plan:
@@ -41,8 +41,8 @@ def make_plan(tables: RoutingTables, shape: PlanShape) -> Plan:
     first = mine.first_order_idx(pairs)  # [W * Tm]
     pull_tokens, pull_offsets = _pulls(first, mine, shape)
     send_tokens, send_offsets, push_blocks, num_blocks = _sends(first, shape)
-    slot_base = _slot_bases(pairs, shape)  # [home, contributor]
-    staging_row, staging_base = _home(pairs, ranks, slot_base, shape)
+    bases = _staging_bases(pairs, shape)  # [home, contributor]
+    staging_row, staging_base = _staging(pairs, ranks, bases, shape)
     return Plan(
         expert_offsets=(mine.first_tile * shape.config.block_m).astype(np.int32),
         expert_rows=mine.rows.astype(np.int32),
@@ -57,7 +57,7 @@ def make_plan(tables: RoutingTables, shape: PlanShape) -> Plan:
         pull_offsets=pull_offsets,
         send_tokens=send_tokens,
         send_offsets=send_offsets,
-        send_base=slot_base[:, me].astype(np.int32),
+        send_base=bases[:, me].astype(np.int32),
         push_blocks=push_blocks,
         num_blocks=np.array([num_blocks], np.int32),
         staging_row=staging_row,
@@ -68,13 +68,13 @@ def make_plan(tables: RoutingTables, shape: PlanShape) -> Plan:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Pairs:
-    """What is the same seen from every rank."""
+    """All pairs, and counts of them, equal on all ranks. Tm is max_tokens."""
 
-    ids: np.ndarray  # [W * Tm, K], -1 where there is no pair
+    ids: np.ndarray  # [W * Tm, K], -1 if there is no pair
     source: np.ndarray  # [W * Tm]
     counts: np.ndarray  # [W, E] pairs of each source for each expert
-    index: np.ndarray  # [W * Tm, K] a pair's place among its source's pairs for its expert
-    token_counts: np.ndarray  # [W, EP] tokens of each source with a pair in each group
+    index: np.ndarray  # [W * Tm, K] index of the pair among its source's pairs for its expert
+    token_counts: np.ndarray  # [W, EP] tokens of each source that have a pair in each EP group
 
     @staticmethod
     def of(tables: RoutingTables, shape: PlanShape) -> _Pairs:
@@ -87,7 +87,7 @@ class _Pairs:
         flat = np.flatnonzero(ids.ravel() >= 0)
         key = np.repeat(source, topk)[flat] * num_experts + ids.ravel()[flat]
         counts = np.bincount(key, minlength=size * num_experts)
-        by_key = np.argsort(key, kind="stable")  # then by (token, k)
+        by_key = np.argsort(key, kind="stable")  # stable: equal keys stay in (token, k) order
         start = np.cumsum(counts) - counts
         index = np.full(ids.size, -1)
         index[flat[by_key]] = np.arange(flat.size) - start[key[by_key]]
@@ -106,18 +106,18 @@ class _Pairs:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _RankTiles:
-    """The M-tiles of one rank. Only pair counts go in, so every rank can work them out."""
+    """The M-tiles of one rank. They follow from pair counts, so every rank computes all of them."""
 
     rank: int
     block_m: int
     first_expert: int
     rows: np.ndarray  # [E_l]
     first_tile: np.ndarray  # [E_l + 1]
-    before: np.ndarray  # [W, E_l] rows of an expert that come from nearer sources
+    before: np.ndarray  # [W, E_l] rows of an expert from sources nearer than each source
     expert: np.ndarray  # [tiles]
     distance: np.ndarray  # [tiles]
-    order: np.ndarray  # [tiles] tile at each position of layer0
-    position: np.ndarray  # [tiles] inverse of order
+    order: np.ndarray  # [tiles] the dispatch order
+    order_idx: np.ndarray  # [tiles] inverse of order
 
     @staticmethod
     def of(pairs: _Pairs, shape: PlanShape, rank: int) -> _RankTiles:
@@ -129,22 +129,22 @@ class _RankTiles:
         first_expert = rank // shape.geometry.spec.tp * experts
         counts = pairs.counts[:, first_expert : first_expert + experts]
         ring = (rank + np.arange(size)) % size
-        upto = np.cumsum(counts[ring], axis=0)  # [distance, E_l], inclusive
-        before = np.empty_like(upto)
-        before[ring] = upto - counts[ring]
-        rows = upto[-1]
+        cumulative = np.cumsum(counts[ring], axis=0)  # [distance, E_l], inclusive
+        before = np.empty_like(cumulative)
+        before[ring] = cumulative - counts[ring]
+        rows = cumulative[-1]
         tiles = -(-rows // block_m)
         first_tile = np.concatenate([[0], np.cumsum(tiles)])
         expert = np.repeat(np.arange(experts), tiles)
         index = np.arange(len(expert)) - first_tile[expert]
         last_row = np.minimum((index + 1) * block_m, rows[expert]) - 1
-        distance = (upto[:, expert] <= last_row).sum(axis=0)  # of the tile's last row
+        distance = (cumulative[:, expert] <= last_row).sum(axis=0)  # of the tile's last row
         phase = np.searchsorted(shape.config.last_distances(size), distance)
         order = np.lexsort((index, expert, phase))
-        position = np.empty_like(order)
-        position[order] = np.arange(len(order))
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
         return _RankTiles(
-            rank, block_m, first_expert, rows, first_tile, before, expert, distance, order, position
+            rank, block_m, first_expert, rows, first_tile, before, expert, distance, order, inverse
         )
 
     @property
@@ -152,7 +152,7 @@ class _RankTiles:
         return len(self.order)
 
     def rows_of(self, pairs: _Pairs, tokens: slice = slice(None)) -> np.ndarray:
-        """[tokens, K] int32: row on this rank of each pair of those global tokens, or -1."""
+        """[tokens, K] int32: row on this rank of each pair of the given global tokens, or -1."""
         expert = pairs.ids[tokens] - self.first_expert
         here = (pairs.ids[tokens] >= 0) & (expert >= 0) & (expert < len(self.rows))
         expert = np.where(here, expert, 0)
@@ -161,15 +161,15 @@ class _RankTiles:
         return np.where(here, row, -1).astype(np.int32)
 
     def first_order_idx(self, pairs: _Pairs, tokens: slice = slice(None)) -> np.ndarray:
-        """[tokens]: position in layer0 of the first tile that needs each token, or _NEVER.
+        """[tokens]: dispatch order index of the first tile that needs each token, or _NEVER.
 
-        Layer1 walks backwards, so this is also the tile that finishes the token there.
+        The combine order is the reverse, so there this tile is the last of the token's.
         """
         row = self.rows_of(pairs, tokens)
         if not self.num_tiles:
             return np.full(len(row), _NEVER)
-        position = self.position[np.maximum(row, 0) // self.block_m]
-        return np.where(row >= 0, position, _NEVER).min(axis=1)
+        order_idx = self.order_idx[np.maximum(row, 0) // self.block_m]
+        return np.where(row >= 0, order_idx, _NEVER).min(axis=1)
 
 
 def _check_capacity(ranks: list[_RankTiles], shape: PlanShape) -> None:
@@ -180,13 +180,15 @@ def _check_capacity(ranks: list[_RankTiles], shape: PlanShape) -> None:
 
 
 def too_many_rows(rank: int, need: int, shape: PlanShape) -> CapacityError:
-    # The capacity has room for as many padding as there can be, besides what the factor says.
+    """The CapacityError for a rank that needs `need` rows, padding rows included."""
+    # Capacity includes the most padding rows possible, so only real rows scale with the factor.
     rows = need - shape.geometry.local_experts * (shape.config.block_m - 1)
     enough = math.ceil(100 * (rows / shape.balanced_rows)) / 100
     return CapacityError.build(rank=rank, need=need, capacity=shape.capacity, enough=enough)
 
 
 def _pulls(first: np.ndarray, mine: _RankTiles, shape: PlanShape) -> tuple[np.ndarray, np.ndarray]:
+    """pull_tokens and pull_offsets; `first`: of `first_order_idx`."""
     tokens = np.flatnonzero(first < _NEVER)
     distance = (tokens // shape.geometry.spec.max_tokens - mine.rank) % shape.geometry.size
     tokens = tokens[np.lexsort((tokens, distance, first[tokens]))]
@@ -195,15 +197,16 @@ def _pulls(first: np.ndarray, mine: _RankTiles, shape: PlanShape) -> tuple[np.nd
 
 
 def _finish_order(first: np.ndarray) -> np.ndarray:
-    """Indices of the tokens with rows, by (place of the tile that finishes them, token)."""
+    """Tokens that have rows, in the order in which the combine order completes them."""
     tokens = np.flatnonzero(first < _NEVER)
     return tokens[np.lexsort((tokens, -first[tokens]))]
 
 
 def _sends(first: np.ndarray, shape: PlanShape) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """send_tokens, send_offsets, push_blocks and num_blocks; `first`: of `first_order_idx`."""
     geometry, size = shape.geometry, shape.config.block_tokens
     max_tokens = geometry.spec.max_tokens
-    by_home, keys, items = [], [], []
+    by_home, keys, blocks = [], [], []
     for home in range(geometry.size):
         begin = home * max_tokens
         tokens = begin + _finish_order(first[begin : begin + max_tokens])
@@ -213,19 +216,19 @@ def _sends(first: np.ndarray, shape: PlanShape) -> tuple[np.ndarray, np.ndarray,
         for block in range(-(-len(tokens) // size)):
             last = tokens[min((block + 1) * size, len(tokens)) - 1]
             keys.append((-int(first[last]), geometry.distance(home), block))
-            items.append(home * shape.blocks_per_home + block)
-    order = sorted(range(len(items)), key=keys.__getitem__)
+            blocks.append(home * shape.blocks_per_home + block)
+    order = sorted(range(len(blocks)), key=keys.__getitem__)
     offsets = np.concatenate([[0], np.cumsum([len(tokens) for tokens in by_home])])
     return (
         _fill(np.concatenate(by_home), shape.global_tokens),
         offsets.astype(np.int32),
-        _fill(np.array([items[i] for i in order], int), geometry.size * shape.blocks_per_home),
-        len(items),
+        _fill(np.array([blocks[i] for i in order], int), geometry.size * shape.blocks_per_home),
+        len(blocks),
     )
 
 
-def _slot_bases(pairs: _Pairs, shape: PlanShape) -> np.ndarray:
-    """[home, contributor]: first staging slot, contributors packed by ring distance from home."""
+def _staging_bases(pairs: _Pairs, shape: PlanShape) -> np.ndarray:
+    """[home, contributor]: first staging row. Contributors follow in the order of ring distance."""
     size, tp = shape.geometry.size, shape.geometry.spec.tp
     base = np.zeros((size, size), int)
     for home in range(size):
@@ -235,22 +238,24 @@ def _slot_bases(pairs: _Pairs, shape: PlanShape) -> np.ndarray:
     return base
 
 
-def _home(
-    pairs: _Pairs, ranks: list[_RankTiles], slot_base: np.ndarray, shape: PlanShape
+def _staging(
+    pairs: _Pairs, ranks: list[_RankTiles], bases: np.ndarray, shape: PlanShape
 ) -> tuple[np.ndarray, np.ndarray]:
+    """staging_row and staging_base of this rank as a home."""
     me, size, max_tokens = shape.geometry.rank, shape.geometry.size, shape.geometry.spec.max_tokens
     own = slice(me * max_tokens, (me + 1) * max_tokens)
-    slot = np.full((max_tokens, size), -1, np.int32)
+    row = np.full((max_tokens, size), -1, np.int32)
     base = np.zeros(size, np.int32)
     for d in range(1, size):
         contributor = (me + d) % size
         tokens = _finish_order(ranks[contributor].first_order_idx(pairs, own))
-        base[d] = slot_base[me, contributor]
-        slot[tokens, d] = base[d] + np.arange(len(tokens))
-    return slot, base
+        base[d] = bases[me, contributor]
+        row[tokens, d] = base[d] + np.arange(len(tokens))
+    return row, base
 
 
 def _fill(values: np.ndarray, length: int) -> np.ndarray:
+    """`values` as an int32 table of that length, filled up with -1."""
     table = np.full(length, -1, np.int32)
     table[: len(values)] = values
     return table

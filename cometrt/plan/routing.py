@@ -1,4 +1,4 @@
-"""All ranks' routing tables, as every rank reads them, and what can be wrong with them."""
+"""The routing tables of all ranks, and their checks. Every rank reads all of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from cometrt.specs import MoESpec
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RoutingTables:
-    """ids [W, max_tokens, K] int32 (-1 past a rank's tokens), weights likewise float32,
-    num_tokens [W] int32."""
+    """Ids and router weights of all ranks.
+
+    Attributes:
+        ids: [W, max_tokens, K] int32; -1 for a dropped pair and after a rank's last token.
+        weights: [W, max_tokens, K] float32.
+        num_tokens: [W] int32.
+    """
 
     ids: np.ndarray
     weights: np.ndarray
@@ -21,7 +26,10 @@ class RoutingTables:
 
 
 def check_routing(tables: RoutingTables, spec: MoESpec) -> None:
-    """Raise RoutingError for the first wrong pair by (rank, token, k): the same on every rank."""
+    """Raise a RoutingError for the first invalid pair in the order of (rank, token, k).
+
+    Every rank finds the same pair.
+    """
     ids, weights = tables.ids, tables.weights
     used = np.arange(ids.shape[1]) < tables.num_tokens[:, None]  # [W, max_tokens]
     outside = (ids < -1) | (ids >= spec.num_experts)
@@ -39,7 +47,7 @@ def check_routing(tables: RoutingTables, spec: MoESpec) -> None:
 def wrong_pair(
     rank: int, token: int, k: int, token_ids: np.ndarray, weight: float, spec: MoESpec
 ) -> RoutingError:
-    """What is wrong with that pair, of a token with those ids [K]; something is."""
+    """The error of an invalid pair. `token_ids`: the ids [K] of its token."""
     where, own = f"of rank {rank}, token {token}, k {k}", int(token_ids[k])
     if not -1 <= own < spec.num_experts:
         return RoutingError(
@@ -54,7 +62,7 @@ def wrong_pair(
 
 
 def _shown(expert_id: int) -> str:
-    """As ranks know it: an int64 id that int32 cannot hold was clipped when it was published."""
+    """Text of an id. Publishing clips an int64 id to int32, so a limit stands for all beyond it."""
     limits = np.iinfo(np.int32)
     clipped = {limits.min: " or less", limits.max: " or more"}
     return f"{expert_id}{clipped.get(expert_id, '')}"

@@ -1,7 +1,7 @@
-"""The plan: tables of fixed shape, one set per rank and forward, used again in backward.
+"""The tables of a plan. Forward makes one set per rank; backward uses it again.
 
-A *pair* is one (source, token, k); its number is (source * max_tokens + token) * K + k, and
-source * max_tokens + token is its *global token*. -1 fills what a table does not use.
+A *pair* is one (source, token, k). Its *global token* is source * max_tokens + token. Its index
+is global token * K + k. Tables have fixed shapes; unused entries are -1.
 """
 
 from __future__ import annotations
@@ -16,56 +16,44 @@ import numpy as np
 from cometrt.plan.config import TileConfig
 from cometrt.specs import Geometry, digest
 
-_LARGEST = 2**31 - 1  # tables hold numbers of pairs and rows in 32 bits
-
 
 @dataclasses.dataclass(frozen=True)
 class PlanShape:
-    """Sizes of a plan's tables, from the spec alone, equal on all ranks."""
+    """Sizes of a plan's tables. They follow from spec, config and W, and are equal on all ranks."""
 
     geometry: Geometry
     config: TileConfig
 
-    def __post_init__(self) -> None:
-        spec, size = self.geometry.spec, self.geometry.size
-        pairs = size * spec.max_tokens * spec.topk
-        experts, block_m = self.geometry.local_experts, self.config.block_m
-        if experts * block_m > _LARGEST:
-            raise ValueError(
-                f"num_experts must keep the padding of a rank below 2**31 "
-                f"(got {experts} experts a rank, each with up to {block_m - 1} padding)"
-            )
-        if pairs > _LARGEST or self.capacity > _LARGEST:
-            raise ValueError(
-                f"max_tokens must keep the pairs of all ranks, and the rows of one, below 2**31 "
-                f"(got {size} * {spec.max_tokens} * topk {spec.topk} = {pairs} pairs)"
-            )
-
     @functools.cached_property
     def digest(self) -> int:
-        """63-bit hash: equal where tables and saved arrays have the same shapes and meaning. Most
-        of the config only says who does what when."""
+        """63-bit hash. Equal digests: tables and residuals have the same shapes and meaning.
+
+        The other fields of the config change only the schedule, not the tables.
+        """
         config, size = self.config, self.geometry.size
         tables = config.block_m, config.block_tokens, config.last_distances(size)
         return digest(self.geometry.spec, size, *tables)
 
     @property
     def balanced_rows(self) -> float:
-        """Rows of a rank when every rank brings max_tokens and all experts get the same."""
+        """Rows of a rank if each rank has max_tokens tokens and all experts get equally many."""
         spec = self.geometry.spec
         return self.geometry.size * spec.max_tokens * spec.topk / self.geometry.ep
 
     @property
     def capacity(self) -> int:
-        """Rows a rank holds: capacity_factor times the balanced count, plus padding; a multiple
-        of block_m, at most the worst case."""
+        """Rows that a rank can hold, a multiple of block_m.
+
+        capacity_factor times the balanced rows, but at most the rows of the worst routing; plus
+        padding rows of each local expert.
+        """
         spec, block_m = self.geometry.spec, self.config.block_m
         local_experts = self.geometry.local_experts
         tokens = self.geometry.size * spec.max_tokens
         worst = tokens * min(spec.topk, local_experts)
         wanted = math.ceil(min(spec.capacity_factor * self.balanced_rows, worst))
         rows = wanted + local_experts * (block_m - 1)
-        return rows // block_m * block_m  # an aligned need never exceeds an aligned bound
+        return rows // block_m * block_m  # rounding down is safe: the rows in use are aligned too
 
     @property
     def max_tiles(self) -> int:
@@ -77,12 +65,12 @@ class PlanShape:
 
     @property
     def max_contributors(self) -> int:
-        """Most ranks that compute rows of one token."""
+        """The most ranks that compute rows of one token."""
         return min(self.geometry.spec.topk, self.geometry.ep) * self.geometry.spec.tp
 
     @property
     def staging_rows(self) -> int:
-        """Most partial rows that all contributors together send to one home."""
+        """The most partial rows that all contributors together push to one home."""
         return self.geometry.spec.max_tokens * min(self.max_contributors, self.geometry.size - 1)
 
     @property
@@ -92,37 +80,40 @@ class PlanShape:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """One rank's view of one exchange. int32 unless said.
+    """One rank's tables for one exchange, int32 unless stated.
 
     Rows, sorted by (local expert, ring distance of the source, token):
         expert_offsets [E_l + 1]: first row of each expert, a multiple of block_m; last, the end.
-        expert_rows [E_l]: real rows of each expert; the rest up to the next offset are padding.
-        row_pair [capacity]: pair of each row, -1 for a pad.
-        row_weight [capacity] float32: router weight of each row, 0 for a pad.
-        pair_row [W * max_tokens, K]: row of each pair that is computed here.
+        expert_rows [E_l]: number of real rows; padding rows fill up to the next offset.
+        row_pair [capacity]: pair index of each row; -1 for a padding row.
+        row_weight [capacity] float32: router weight of each row; 0 for a padding row.
+        pair_row [W * max_tokens, K]: row of each pair that this rank computes.
     M-tiles (tile m is rows [m * block_m, (m + 1) * block_m)):
         num_tiles [1]
-        tile_expert, tile_distance [max_tiles]: expert, largest ring distance within the tile.
-        tile_order [max_tiles]: layer0's order: by (wave of the distance, expert, index). Layer1
-            walks it backwards.
+        tile_expert [max_tiles]
+        tile_distance [max_tiles]: largest ring distance of the tile's rows.
+        tile_order [max_tiles]: the dispatch order, sorted by (phase of the distance, expert,
+            tile). The combine order is its reverse.
     Dispatch:
         pull_tokens [W * max_tokens]: global tokens to pull, local ones too, in the order in
-            which layer0 needs them.
-        pull_offsets [max_tiles + 1]: the p-th tile in order needs pulls [0, offsets[p + 1]).
+            which the dispatch order needs them.
+        pull_offsets [max_tiles + 1]: the i-th tile in order needs pull_tokens[: offsets[i + 1]].
     Combine, as a contributor:
-        send_tokens [W * max_tokens]: global tokens by home, in the order in which layer1
-            finishes them; send_offsets [W + 1] by home; nothing for this rank itself.
-        send_base [W]: this rank's first slot in each home's staging buffer.
-        push_blocks [W * blocks_per_home]: items (home * blocks_per_home + block) in the order
-            in which layer1 finishes them; num_blocks [1].
+        send_tokens [W * max_tokens]: global tokens to push, sorted by home, then by the order in
+            which their last tile completes. Tokens of this rank itself are not included.
+        send_offsets [W + 1]: begin of each home's tokens in send_tokens.
+        send_base [W]: this rank's first staging row on each home.
+        push_blocks [W * blocks_per_home]: token blocks (home * blocks_per_home + block) in the
+            order in which they complete.
+        num_blocks [1]
     Combine, as a home:
-        staging_row [max_tokens, W]: staging slot of each own token from the contributor at ring
-            distance d (column d; column 0, this rank itself, is not staged).
-        staging_base [W]: first slot of the contributor at ring distance d.
+        staging_row [max_tokens, W]: staging row of each own token, by ring distance of the
+            contributor. Column 0 is unused: rows of this rank itself are not staged.
+        staging_base [W]: first staging row of the contributor at each ring distance.
     num_tokens [W]: tokens of each rank.
 
-    expert_rows, tile_distance and num_tokens are for GEMMs on the device and for checks; the host
-    executor does without.
+    The device's GEMMs and the tests read expert_rows, tile_distance and num_tokens; the host
+    executor does not.
     """
 
     expert_offsets: np.ndarray
@@ -146,36 +137,37 @@ class Plan:
     num_tokens: np.ndarray
 
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """All tables, in the order of the fields."""
+        """All tables in the order of the fields."""
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     @property
     def num_rows(self) -> int:
-        """Rows in use, padding included."""
+        """Rows in use, padding rows included."""
         return int(self.expert_offsets[-1])
 
     def dispatch_order(self) -> list[int]:
+        """M-tiles in the order of the first GEMM: near sources first."""
         return [int(tile) for tile in self.tile_order[: self.num_tiles[0]]]
 
     def combine_order(self) -> list[int]:
-        """Layer0's order backwards: farthest source first, local tokens last."""
+        """M-tiles in the order of the second GEMM: far sources first, local tokens last."""
         return self.dispatch_order()[::-1]
 
-    def pulls_of(self, position: int) -> np.ndarray:
-        """Global tokens that the `position`-th tile of layer0 is the first to need."""
-        return self.pull_tokens[self.pull_offsets[position] : self.pull_offsets[position + 1]]
+    def pulls_of(self, order_idx: int) -> np.ndarray:
+        """Global tokens whose first row lies in the tile at that index of the dispatch order."""
+        return self.pull_tokens[self.pull_offsets[order_idx] : self.pull_offsets[order_idx + 1]]
 
     def pushes(self, shape: PlanShape) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(home, block, global tokens of the block), in the order in which layer1 ends them."""
+        """(home, token block, its global tokens) in the order in which the blocks complete."""
         size = shape.config.block_tokens
-        for item in self.push_blocks[: self.num_blocks[0]]:
-            home, block = divmod(int(item), shape.blocks_per_home)
+        for index in self.push_blocks[: self.num_blocks[0]]:
+            home, block = divmod(int(index), shape.blocks_per_home)
             tokens = self.send_tokens[self.send_offsets[home] : self.send_offsets[home + 1]]
             yield home, block, tokens[block * size : (block + 1) * size]
 
 
 def plan_table_shapes(shape: PlanShape) -> dict[str, tuple[int, ...]]:
-    """Shape of each table, in the order of Plan's fields."""
+    """Name -> shape of each table, in the order of Plan's fields."""
     geometry, spec = shape.geometry, shape.geometry.spec
     size, experts = geometry.size, geometry.local_experts
     return {

@@ -1,5 +1,4 @@
-"""Record what both roles of a layer do, draw it, and say how much communication was hidden and what
-was waited for.
+"""Record a timeline of a layer's roles, draw it, and compute how much communication was hidden.
 
 with cometrt.trace.record(layer) as recording:
     layer.forward(...)
@@ -9,8 +8,8 @@ timeline.save_json("timeline.json")         # opens in Perfetto and chrome://tra
 print(timeline.hidden_share)
 print(timeline.waits())
 
-On device="cuda" the kernels of the fused forward record themselves, each CTA its own events: see
-kernels_cu/common/trace.cuh. Nothing else is recorded there.
+On device="cuda" only the kernels of the fused forward record events, one lane of events per CTA
+and thread: see kernels_cu/common/trace.cuh.
 """
 
 from cometrt.trace.events import ROLES, Event

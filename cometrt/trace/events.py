@@ -1,4 +1,4 @@
-"""One stretch of one role, and sums of such stretches."""
+"""Events of a timeline, and arithmetic with the time intervals that they cover."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ _NO_WORK = ("wait", "publish", "plan")
 
 
 class Event(NamedTuple):
-    """One stretch of one role. Times in ns on a clock that all ranks of a host share; on "cuda"
-    that of the GPU.
+    """One step of one role on one rank.
 
-    Names: "publish", "plan", "wait"; comm "pull", "reduce and push", "reduce at home"; compute
-    "up", "down" in forward, "down dgrad", "up dgrad", "wgrad" in backward.
+    Attributes:
+        rank, role: role is "comm" or "compute".
+        name: "publish", "plan" or "wait"; of comm "pull", "reduce and push", "reduce at home"; of
+            compute "up", "down" (forward), "down dgrad", "up dgrad", "wgrad" (backward).
+        begin_ns, end_ns: on a clock that all ranks of a host share; on "cuda" the GPU's clock.
+        tile: M-tile, token block or expert; -1 if none applies.
+        local_bytes, link_bytes: bytes moved within the rank, and between ranks.
+        flag: the flag that a wait waits for (see docs/architecture.md), or "link".
+        column: on "cuda" the N-tile or N-chunk; else -1.
+        cta, lane: on "cuda" the CTA and its recording thread; else -1.
 
-    `tile` is an M-tile, a block of tokens or an expert, -1 where none applies; `local_bytes`
-    and `link_bytes` are the bytes moved within the rank and between ranks. `flag` is what a wait
-    was for: a flag of docs/architecture.md, or "link".
-
-    On "cuda" `column` is the N-tile, or the chunk; `cta` is a CTA of the kernel and `lane` one of
-    its threads. A pull is that of many rows there; a CTA's "wait" for tile_filled is that of the
-    thread that loads ahead, while the last tile may still be multiplied. -1 elsewhere.
+    On "cuda" one "pull" covers many rows. A "wait" for tile_filled is recorded by the thread that
+    loads ahead, so it may overlap the GEMM of the tile before.
     """
 
     rank: int
@@ -40,21 +42,21 @@ class Event(NamedTuple):
 
     @property
     def is_work(self) -> bool:
-        """Neither waiting nor getting ready."""
+        """Whether the event is a GEMM or a transfer, and neither a wait nor preparation."""
         return self.name not in _NO_WORK
 
     @property
     def worker(self) -> tuple[int, int]:
-        """Who works or waits, within a role of a rank: a CTA, or a thread that moves rows."""
+        """(cta, lane) that executes the event: one per CTA for compute, one per thread for comm."""
         return self.cta, -1 if self.role == "compute" else self.lane
 
 
-Stretches = list[tuple[int, int]]  # disjoint, in order
+Intervals = list[tuple[int, int]]  # [begin, end) in ns, disjoint and in order
 
 
-def union(events: Iterable[Event]) -> Stretches:
-    """What the events cover."""
-    merged: Stretches = []
+def union(events: Iterable[Event]) -> Intervals:
+    """The intervals that the events cover."""
+    merged: Intervals = []
     for begin, end in sorted((e.begin_ns, e.end_ns) for e in events):
         if merged and begin <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(merged[-1][1], end))
@@ -63,12 +65,13 @@ def union(events: Iterable[Event]) -> Stretches:
     return merged
 
 
-def length(stretches: Stretches) -> int:
-    return sum(end - begin for begin, end in stretches)
+def length(intervals: Intervals) -> int:
+    """Sum of the lengths in ns."""
+    return sum(end - begin for begin, end in intervals)
 
 
-def overlap(left: Stretches, right: Stretches) -> int:
-    """Length of the intersection."""
+def overlap(left: Intervals, right: Intervals) -> int:
+    """Length of the intersection in ns."""
     total = i = j = 0
     while i < len(left) and j < len(right):
         total += max(0, min(left[i][1], right[j][1]) - max(left[i][0], right[j][0]))

@@ -1,4 +1,4 @@
-"""A timeline as a picture, and as Chrome trace events."""
+"""Write a timeline as a picture and as Chrome trace events."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COLORS = {
     "wait for link": "#ffcdd2",
     "wait": "#e4e4e4",
 }
-_LANE_HEIGHT = 0.38  # of a role of a rank, of which each takes 1
+_LANE_HEIGHT = 0.38  # of one role; a rank has height 1
 
 
 def _label(event: Event) -> str:
@@ -34,7 +34,7 @@ def _label(event: Event) -> str:
 
 
 def save_json(path: str | os.PathLike[str], events: list[Event]) -> None:
-    """`events` in the order of their begins."""
+    """Write Chrome trace events. `events` must be sorted by their begins."""
     start = events[0].begin_ns if events else 0
     records: list[dict[str, Any]] = []
     for rank in sorted({e.rank for e in events}):
@@ -93,7 +93,7 @@ def save_png(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for begin, height, _, of_lane in lanes:
-        # What was done lies over what was waited for meanwhile.
+        # Waits are drawn first, so that work covers them.
         for shown in ([e for e in of_lane if not e.is_work], [e for e in of_lane if e.is_work]):
             bars = [((e.begin_ns - start) / 1e6, (e.end_ns - e.begin_ns) / 1e6) for e in shown]
             colors = [_COLORS.get(_label(e), "#999999") for e in shown]
@@ -122,17 +122,17 @@ def _height(lanes: list[_Lane]) -> float:
 
 
 def _lanes(events: list[Event], rank: int | None) -> list[_Lane]:
-    """Both roles of every rank, each shared among its workers; or every worker of one rank."""
+    """One lane per role of every rank, divided among its workers; or one per worker of `rank`."""
     lanes: list[_Lane] = []
-    place: dict[tuple[int, str, tuple[int, int]], list[Event]] = {}
+    by_worker: dict[tuple[int, str, tuple[int, int]], list[Event]] = {}
     for event in events:
         if rank is None or event.rank == rank:
-            place.setdefault((event.rank, event.role, event.worker), []).append(event)
-    for row, of_rank in enumerate(sorted({key[0] for key in place})):
+            by_worker.setdefault((event.rank, event.role, event.worker), []).append(event)
+    for row, of_rank in enumerate(sorted({key[0] for key in by_worker})):
         for role, offset in (("compute", 0.0), ("comm", 0.42)):
-            workers = sorted(key[2] for key in place if key[:2] == (of_rank, role))
+            workers = sorted(key[2] for key in by_worker if key[:2] == (of_rank, role))
             for i, worker in enumerate(workers):
-                of_worker = place[of_rank, role, worker]
+                of_worker = by_worker[of_rank, role, worker]
                 if rank is None:
                     height = _LANE_HEIGHT / len(workers)
                     label = f"rank {of_rank} {role}" if i == len(workers) // 2 else ""

@@ -1,4 +1,4 @@
-"""What an executor tells while it runs, and who listens."""
+"""Tracers: the interface by which executors record events, and its implementations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cometrt.world import World
 
 
 class Tracer(Protocol):
-    """What an executor tells while it runs; called from both roles' threads."""
+    """Records the steps of a call. The threads of both roles call it."""
 
     def span(
         self,
@@ -24,20 +24,26 @@ class Tracer(Protocol):
         local_bytes: int = 0,
         link_bytes: int = 0,
         flag: str = "",
-    ) -> contextlib.AbstractContextManager[None]: ...
+    ) -> contextlib.AbstractContextManager[None]:
+        """Record an event from entering until leaving the context; arguments as of `Event`."""
+        ...
 
 
 class NullTracer:
-    """Records nothing."""
+    """A tracer that records nothing."""
 
     _nothing = contextlib.nullcontext()
 
-    def span(self, *_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
+    def span(self, *_: object, **__: object) -> contextlib.AbstractContextManager[None]:
         return self._nothing
 
 
 class Recording:
-    """Events of one rank, in `events`, until `gather` puts all ranks' together."""
+    """A tracer that collects the events of one rank.
+
+    Attributes:
+        events: recorded so far, on this rank.
+    """
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -65,19 +71,31 @@ class Recording:
             )
 
     def gather(self) -> Timeline:
-        """Collective: the timeline of all ranks, the same on each."""
-        mine = [tuple(event) for event in self.events]
+        """Collective: the timeline of all ranks' events, equal on every rank."""
+        mine: list[tuple[Any, ...]] = [tuple(event) for event in self.events]
         ranks = self.world.allgather(mine, purpose="timeline")
         return Timeline([Event(*event) for events in ranks for event in events])
 
 
+class Traceable(Protocol):
+    """What `record` needs of a MoELayer."""
+
+    world: World
+    tracer: Tracer
+
+    def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
+        """Record events of the device's kernels within the context."""
+        ...
+
+
 @contextlib.contextmanager
-def record(layer: Any) -> Iterator[Recording]:
-    """Record the layer's calls on this rank. Only what is inside the ``with`` is kept. On "cuda"
-    entering may compile and load kernels, and leaving waits for the calls.
+def record(layer: Traceable) -> Iterator[Recording]:
+    """Record the layer's calls on this rank, from entering until leaving the context.
+
+    On "cuda" entering may compile and load kernels, and leaving waits for the calls.
 
     Raises:
-        ValueError: for what is no layer.
+        ValueError: if `layer` is no MoELayer.
     """
     if not hasattr(layer, "tracer"):
         raise ValueError(f"layer must be a cometrt.MoELayer (got {layer!r})")

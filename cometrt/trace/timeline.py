@@ -1,4 +1,4 @@
-"""Events of all ranks, and what they tell."""
+"""`Timeline`: the events of all ranks, and figures computed from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cometrt.trace.waits import Waits
 
 
 class Timeline:
-    """Events of all ranks."""
+    """The events of all ranks, sorted by their begins."""
 
     def __init__(self, events: list[Event]) -> None:
         self.events = sorted(events, key=lambda event: event.begin_ns)
@@ -21,20 +21,19 @@ class Timeline:
 
     @property
     def span_sec(self) -> float:
-        """From the first event's begin to the last one's end."""
+        """Seconds from the begin of the first event to the end of the last."""
         if not self.events:
             return 0.0
         return (max(e.end_ns for e in self.events) - self.events[0].begin_ns) * 1e-9
 
     @property
     def hidden_share(self) -> float:
-        """Share of the communication that ran under compute, in [0, 1]; NaN without any.
+        """Fraction of the communication time that overlaps compute, in [0, 1]. NaN: none was sent.
 
-        Communication is the time of events that move bytes between ranks ("pull" and "reduce
-        and push" of rows with another home). It is hidden while the compute role of the same
-        rank is working, or by that share of its CTAs that is: waits, publishing and planning do
-        not count as work. Where roles share cores, as threads of a host do, this shows the order
-        of things, not time saved.
+        Communication is the time of events that move bytes between ranks: "pull", and "reduce and
+        push" of rows with another home. It is hidden while the compute role of the same rank
+        works; with CTAs, by the fraction of them that works. Waits, publishing and planning are
+        no work. On "host" both roles share the cores, so this is no measure of time saved.
         """
         total = hidden = 0.0
         for rank in self.ranks:
@@ -49,32 +48,39 @@ class Timeline:
         return hidden / total if total else float("nan")
 
     def waits(self) -> Waits:
-        """What each role of each rank waited for, in shares of its time."""
+        """For each role of each rank: the fractions of its time in work and in waits."""
         return Waits(self.events)
 
     def seconds(self, rank: int, name: str) -> float:
-        """Time that one rank spent in events of that name."""
+        """Seconds that one rank spent in events of that name."""
         return sum(e.end_ns - e.begin_ns for e in self._of(rank, name)) * 1e-9
 
     def link_bytes(self, rank: int, name: str) -> int:
-        """Bytes that events of that name moved between one rank and others."""
+        """Bytes that events of that name moved between one rank and the others."""
         return sum(e.link_bytes for e in self._of(rank, name))
 
     def _of(self, rank: int, name: str) -> list[Event]:
         return [e for e in self.events if e.rank == rank and e.name == name]
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
-        """Chrome trace events: a process a rank, a thread a role (or a thread of a CTA), times
-        in us."""
+        """Write Chrome trace events, for Perfetto or chrome://tracing.
+
+        A rank is a process. A role is a thread; with CTAs, each recording thread is one.
+        """
         files.save_json(path, self.events)
 
     def save_png(
         self, path: str | os.PathLike[str], title: str = "", *, rank: int | None = None
     ) -> None:
-        """Two lanes a rank, compute and comm, over time, each divided among the CTAs, if there
-        are some; for a `rank`, a lane for each of its CTAs instead.
+        """Draw the timeline as a PNG.
+
+        Args:
+            path: of the file.
+            title: of the picture.
+            rank: None: two lanes per rank, compute and comm, each divided among its CTAs. Else
+                one lane for each CTA of that rank.
 
         Raises:
-            ImportError: where matplotlib is not installed.
+            ImportError: if matplotlib is not installed.
         """
         files.save_png(path, self.events, title, rank)

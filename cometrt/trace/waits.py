@@ -1,4 +1,4 @@
-"""Where the time of each role went: work, and what was waited for."""
+"""`Waits`: the fractions of each role's time in work and in waits."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from cometrt.trace.events import ROLES, Event, length, overlap, union
 
 
 class Waits(dict[tuple[int, str], dict[str, float]]):
-    """(rank, role) -> share of its time in "work", and in waits for each flag; print it.
+    """(rank, role) -> {"work" or the flag of a wait: fraction of the role's time}. Printable.
 
-    The time is that from the rank's first event to its last one, of every CTA, or of every thread
-    that moves rows. A wait under the same CTA's work cost nothing and is not counted. What is left
-    of 1 is getting ready, the gaps between events, and having nothing more to do.
+    The role's time is the span from the rank's first event to its last, once for each CTA or
+    transfer thread. A wait that overlaps work of the same CTA costs nothing and does not count.
+    The rest up to 1 is preparation, gaps between events, and idle time at the end.
     """
 
     def __init__(self, events: list[Event]) -> None:

@@ -1,1 +1,1 @@
-"""Which TileConfig is fastest for a shape on a machine: found by trials, kept in a cache."""
+"""The tuner: finds the fastest TileConfig of a layer on this machine, and caches it."""

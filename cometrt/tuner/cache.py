@@ -1,19 +1,21 @@
-"""Configs that tune() has found: one JSON file of the user's, and one that is shipped.
+"""Tuned configs in JSON files: the user's, which tune() writes, and the one that is shipped.
 
-A file is {"format": _FORMAT, "entries": {str(Key): {"config": fields of a TileConfig, "ms": of a
-forward}}}. What cannot be read, or used, is passed over with a warning: a cache is never the
-reason why a layer cannot be made.
+A file holds {"schema": SCHEMA, "entries": {str(Key): {"config": fields of a TileConfig, "ms":
+milliseconds of a forward}}}. A file or an entry that cannot be used is ignored with one warning,
+so a cache never keeps a layer from being made. Only tune() writes, and it replaces such a file.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from cometrt.kernels.compiler import cache_folder, replace_files
+from cometrt.legality import check_layer
 from cometrt.plan import TileConfig
 from cometrt.specs import Geometry, MoESpec
 from cometrt.world import World
@@ -21,20 +23,20 @@ from cometrt.world.partitions import gpu_name, num_sms
 
 _log = logging.getLogger("cometrt")
 
-_FORMAT = "cometrt tuner 1"
+SCHEMA = 2  # raised when a field of TileConfig or Key changes its name or its meaning
 SHIPPED = Path(__file__).with_name("defaults.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a config is tuned for; words as in `MoESpec`.
+    """What a config is tuned for. Fields without a line here mean the same as in `MoESpec`.
 
     Args:
-        gpu: its name.
-        sms: that a rank's kernels run on.
+        gpu: the GPU's name.
+        sms: SMs that one rank's kernels run on.
         ranks, ep, tp: W = ep * tp.
         tokens: max_tokens, rounded up to a power of two.
-        link: name of the modelled link, or "none".
+        link: name of the emulated link, or "none".
     """
 
     gpu: str
@@ -55,7 +57,7 @@ class Key:
 
 
 def key_of(world: World, spec: MoESpec) -> Key:
-    """Of a layer on this rank's GPU."""
+    """The key of a layer on this rank's GPU."""
     return Key(
         gpu=gpu_name(),
         sms=num_sms(),
@@ -77,8 +79,10 @@ def cache_file() -> Path:
 
 
 def look_up(world: World, spec: MoESpec, mode: str | None) -> TileConfig | None:
-    """The config for this layer, from the user's file, else from the shipped one; None where
-    neither has one, and for what is not tuned: device="host", another mode than "fused"."""
+    """The tuned config for a layer: from the user's file, else from the shipped file, else None.
+
+    Only device="cuda" in mode "fused" (or None) is tuned; everything else gives None.
+    """
     if world.device != "cuda" or mode not in (None, "fused"):
         return None
     key = key_of(world, spec)
@@ -86,47 +90,58 @@ def look_up(world: World, spec: MoESpec, mode: str | None) -> TileConfig | None:
         config = load(path, key)
         try:
             if config is not None:
-                config.check_on("cuda", "fused", spec.topk + world.size)
+                check_layer(spec, world.size, "cuda", "fused", config)
                 return config
         except ValueError as error:
-            _log.warning("%s: the config for %s is passed over: %s", path, key, error)
+            _warn_once(f"{path}: the entry for {key} is ignored: {error}")
     return None
 
 
 def load(path: Path, key: Key) -> TileConfig | None:
-    """The config that the file has for the key, if any."""
-    entry = _entries(path).get(str(key))
+    """The config that the file has for the key; None if it has none."""
+    entry = _read_entries(path).get(str(key))
     if entry is None:
         return None
     try:
         return TileConfig(**entry["config"])
-    except (KeyError, TypeError, ValueError) as error:  # of another version, or of someone's hand
-        _log.warning("%s: the entry for %s is passed over: %s", path, key, error)
+    except (KeyError, TypeError, ValueError) as error:
+        _warn_once(f"{path}: the entry for {key} is ignored: {error}")
         return None
 
 
 def store(path: Path, key: Key, config: TileConfig, ms: float) -> None:
-    """Put it into the file, which others may be reading. Of two that store at once, one may be
-    lost; the file is whole at all times. A folder that cannot be written to is a warning."""
-    entries = _entries(path)
+    """Write the config into the file, which other processes may read at the same time.
+
+    The file is replaced as a whole, so a reader never sees half of it. If two processes store at
+    once, one of the two entries may be lost. A folder that cannot be written causes a warning.
+    """
+    entries = _read_entries(path)
     entries[str(key)] = {"config": dataclasses.asdict(config), "ms": round(ms, 4)}
-    text = json.dumps({"format": _FORMAT, "entries": entries}, indent=1) + "\n"
+    text = json.dumps({"schema": SCHEMA, "entries": entries}, indent=1) + "\n"
     try:
         replace_files(path.parent, {path.name: text.encode()})
     except OSError as error:
-        _log.warning("%s: the tuned config is not kept: %s", path, error)
+        _log.warning("%s: the tuned config is not stored: %s", path, error)
 
 
-def _entries(path: Path) -> dict[str, Any]:
+def _read_entries(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        _log.warning("%s is passed over: %s", path, error)
+        _warn_once(f"{path} is ignored: {error}")
         return {}
-    entries = found.get("entries") if isinstance(found, dict) else None
-    if not isinstance(entries, dict) or found.get("format") != _FORMAT:
-        _log.warning("%s is passed over: it is not a file of format %r", path, _FORMAT)
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != SCHEMA or not isinstance(found.get("entries"), dict):
+        _warn_once(
+            f"{path} is ignored: schema must be {SCHEMA} (got {schema!r}); tune() rewrites it"
+        )
         return {}
-    return entries
+    return dict(found["entries"])
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Log a warning, the first time that this process has it."""
+    _log.warning(text)

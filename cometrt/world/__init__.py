@@ -1,4 +1,4 @@
-"""Worlds: who the ranks are, how they meet, and the memory their peers can reach."""
+"""Worlds: ranks, their collectives and waits, and the memory that they share."""
 
 from cometrt.world.base import World
 from cometrt.world.mpi import connect

@@ -1,22 +1,20 @@
-"""A world: ranks that meet, share memory, wait for each other with deadlines, and stop together.
+"""`World`: ranks with shared memory, collectives, waits with deadlines, and a common stop.
 
-Each rank owns one *control block* (flags, headers, failure records, a mailbox) and any number of named
-*regions*; every rank can read and write every control block and region. A subclass only says where
-that memory comes from (`_allocate`), how to order accesses to it (`fence`) and how a rank leaves.
+Each rank owns one *control block* (flags, headers, failure records, a message) and named *regions*.
+Every rank can read and write the control blocks and regions of all ranks. A subclass allocates that
+memory (`_allocate`), orders accesses to it (`fence`) and ends a rank's part (`_leave`).
 """
 
 from __future__ import annotations
 
 import abc
-import functools
 import logging
 import os
 import secrets
 import threading
-import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsInt, TypeVar
 
 import numpy as np
 
@@ -29,34 +27,34 @@ from cometrt.world.link import Link
 from cometrt.world.one_call import OneCall
 from cometrt.world.regions import Regions
 from cometrt.world.reset import reset
-from cometrt.world.whereabouts import elsewhere
+from cometrt.world.wait import wait
 
 if TYPE_CHECKING:
     from cometrt.world.device import DeviceMemory
 
 _log = logging.getLogger("cometrt")
 
-_FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 50e-6, 1e-3
+Value = TypeVar("Value")
 
 
 class World(abc.ABC):
-    """W ranks. Made by ``cometrt.connect`` or ``cometrt.spawn``.
+    """A group of W ranks, made by ``cometrt.connect`` or ``cometrt.spawn``.
 
-    One thread of a rank at a time calls it and its layers, whichever thread: a call that comes
-    during another one is a ValueError. It belongs to the process that made it: in a child of
-    ``os.fork()`` every use is a ValueError, and leaving it there changes nothing for the parent.
+    A rank may call the world and its layers from any thread, but only from one at a time: a call
+    during another call is a ValueError. In a child of ``os.fork()`` every call is a ValueError;
+    leaving the child does not affect the parent.
 
     Attributes:
         rank, size: this rank, and W.
         device: "host" or "cuda".
-        gpu: this rank's device memory on "cuda", else None.
-        timeout_sec: longest that any single wait may last.
-        link: this rank's share of a modelled link; None where rows cross as fast as they can.
-        epoch: exchanges begun so far; equal on all ranks between calls.
-        round: meetings so far, likewise.
-        generation: the time between two resets that this rank is in, from 1.
+        gpu: this rank's DeviceMemory on "cuda", else None.
+        timeout_sec: the longest time that a single wait may last, in seconds.
+        link: this rank's share of an emulated link; None: no emulation.
+        epoch: number of exchanges begun. Between calls it is equal on all ranks.
+        sequence: number of messages exchanged by host collectives. Equal like epoch.
+        generation: 1 + the number of resets.
         one_call: held during each call of the world or of a layer.
-        regions: the memory that peers reach.
+        regions: the memory that peers access.
     """
 
     def __init__(self, rank: int, size: int, device: str, timeout_sec: float) -> None:
@@ -79,7 +77,7 @@ class World(abc.ABC):
         self.control_block["generation"][0] = self.generation
         pin_blas_threads()
         try:
-            # Tells this world from others, in what outlives it.
+            # Identifies this world in residuals, which may outlive it.
             self.identity = int(self.allgather(secrets.randbits(62), purpose="world")[0])
             if device == "cuda":
                 from cometrt.world.device import DeviceMemory
@@ -89,30 +87,32 @@ class World(abc.ABC):
             self.abandon(error)
             raise
 
-    # ---- what a subclass brings -------------------------------------------------------------
+    # ---- implemented by subclasses ----------------------------------------------------------
 
     @abc.abstractmethod
     def _allocate(self, nbytes: int) -> list[np.ndarray]:
-        """Collective: memory of every rank, as bytes, in rank order, zeroed before any rank has
-        it. `_num_allocations` is equal on all ranks."""
+        """Collective: zeroed bytes of every rank, in rank order.
+
+        `_num_allocations` must be equal on all ranks; it identifies the allocation.
+        """
 
     @abc.abstractmethod
     def fence(self) -> None:
-        """Order this thread's accesses to shared memory before it against those after it."""
+        """Order this thread's earlier accesses to shared memory before its later ones."""
 
     @abc.abstractmethod
     def _leave(self) -> None:
-        """Say that this rank has closed, and wait for the others where the memory wants it."""
+        """Signal that this rank has closed. Wait for peers if they still access its memory."""
 
     @abc.abstractmethod
     def _leave_at_once(self) -> None:
-        """The same after an error, which peers know already: wait for nobody."""
+        """Leave after an error that peers already know of, without waiting for them."""
 
     # ---- memory -----------------------------------------------------------------------------
 
     @property
     def shares_gpu(self) -> bool:
-        """Whether other ranks of this process work on the same GPU."""
+        """Whether other ranks of this process use the same GPU."""
         return False
 
     @property
@@ -121,73 +121,58 @@ class World(abc.ABC):
         return False
 
     @property
-    def control_block(self) -> Any:
+    def control_block(self) -> np.void:
+        """This rank's control block."""
         return self.control_blocks[self.rank]
 
     def allocate(self, nbytes: int) -> list[Any]:
-        """Collective: zeroed memory of every rank on the world's device, in rank order: bytes, or
-        on "cuda" addresses on this rank's device. `_num_allocations` is equal on all ranks."""
+        """Collective: zeroed memory of every rank on the world's device, in rank order.
+
+        Returns:
+            byte arrays; on "cuda" addresses, valid on this rank's device.
+        """
         return self.gpu.allocate(nbytes) if self.gpu else self._allocate(nbytes)
 
     @abc.abstractmethod
     def share_device_memory(self, pointer: int) -> list[int]:
-        """Collective, on "cuda": every rank's allocation as this rank's device reaches it."""
+        """Collective, on "cuda": the addresses of all ranks' allocations on this rank's device."""
 
     @abc.abstractmethod
     def close_device_memory(self, pointer: int) -> None:
-        """Let go of a peer's allocation, of `share_device_memory`."""
+        """Close a peer's allocation that `share_device_memory` returned."""
 
     # ---- waiting and stopping ---------------------------------------------------------------
 
     def wait(
         self,
-        read: Callable[[], Any],
-        wanted: WaitTarget,
+        read: Callable[[], SupportsInt],
+        target: WaitTarget,
         *,
         even_if_stopped: bool = False,
-        misplaced: Callable[[], str] = str,
-        absent: Callable[[], str] | None = None,
+        mismatch: Callable[[], str] = str,
+        gone: Callable[[], str] | None = None,
     ) -> None:
-        """Return when ``read() >= wanted.expected``; what its setter wrote before is visible.
+        """Return when ``read() >= target.expected``. Then all writes before the signal are visible.
 
         Args:
-            even_if_stopped: whether to wait in a stopped world too; nothing of it stops the world.
-            misplaced: how the peer has called something else, or "".
-            absent: how the peer has gone and will not come, or ""; None: as its control block says.
+            read: reads the flag.
+            even_if_stopped: wait in a stopped world too. Then a failure does not stop the world.
+            mismatch: describes the other call that the peer has made; "": it has made none.
+            gone: describes why the peer will never signal; "": it still may. None: read the
+                peer's control block.
 
         Raises:
-            PeerTimeout: after timeout_sec, or when the peer is absent; the world is stopped.
-            MismatchError: when the peer is misplaced, likewise.
-            Either: because another rank stopped the world.
+            PeerTimeout: after timeout_sec, or if the peer is gone; this stops the world.
+            MismatchError: if the peer made another call; this stops the world.
+            Either: if another rank has stopped the world.
         """
-        absent = absent or functools.partial(elsewhere, self, wanted.peer)
-        deadline = time.monotonic() + self.timeout_sec
-        pause = _FIRST_PAUSE_SEC
-        while (found := int(read())) < wanted.expected:
-            failure = None
-            if text := misplaced():
-                failure = Failure("mismatch", self.rank, text)
-            elif text := absent():
-                failure = wanted.lost(self.rank, found, text)
-            elif time.monotonic() > deadline:
-                failure = wanted.expired(self.rank, found, self.timeout_sec)
-            if failure or (not even_if_stopped and self.stopped):
-                self.fence()
-                # The peer may have come, and gone on, since `read`: what it did first counts.
-                if int(read()) >= wanted.expected:
-                    break
-                if not even_if_stopped:
-                    self.check_running()
-            if failure:
-                if not even_if_stopped:
-                    self.stop(failure.told())
-                raise failure.error()
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_SEC)
-        self.fence()
+        wait(self, read, target, even_if_stopped, mismatch, gone)
 
     def stop(self, failure: Failure) -> None:
-        """Tell every rank why, and end all their waits. The first failure of a rank stands."""
+        """Write the failure into all control blocks and end the waits of all ranks.
+
+        Of several failures of this rank in one generation the first one stands.
+        """
         if self._is_forked():
             return
         with self._stop_lock:
@@ -203,7 +188,7 @@ class World(abc.ABC):
                 self.gpu.abort(self.generation)
 
     def check_running(self, prefix: str = "") -> None:
-        """Raise what stopped the world, if anything did."""
+        """Raise the failure that stopped the world, with a prefix; return if the world runs."""
         self._check_open()
         if self.stopped:
             self.fence()
@@ -224,33 +209,35 @@ class World(abc.ABC):
 
     @property
     def stopped(self) -> bool:
-        """Whether a rank has stopped the world since its last reset, as far as this host knows."""
+        """Whether a rank has stopped the world since the last reset, as far as the host knows."""
         return int(self.control_block["abort"][0]) >= self.generation
 
     def _failure(self) -> Failure:
-        """The record that explains most: raised, mismatch, timeout; this rank's own first."""
+        """The most informative record, in the order of KINDS; of equal ones this rank's own."""
         records = [
             Failure.read(record)
             for record in self.control_block["failure"]
             if int(record["generation"]) >= self.generation
-        ] or [Failure("timeout", self.rank, "it has said no reason")]
+        ] or [Failure("timeout", self.rank, "a rank stopped the world without a reason")]
         return min(records, key=lambda f: (KINDS.index(f.kind), f.waiter != self.rank, f.waiter))
 
     def reset(self) -> None:
-        """Collective: make a stopped world work again. No call may be under way on this rank. In a
-        world that runs, peers that wait for this rank in a call get a PeerTimeout at once.
+        """Collective: make a stopped world usable again. No call may be under way on this rank.
+
+        If the world is running, a peer that waits for this rank in a call gets a PeerTimeout.
 
         Raises:
-            PeerTimeout: if a rank does not come within timeout_sec, and then it may be tried again;
-                at once if one has closed or left the world.
+            PeerTimeout: if a rank does not call it within timeout_sec; reset may be tried again.
+                At once if a rank has closed or left the world.
         """
         self._check_open()
         with self.one_call.hold("world.reset"):
             reset(self)
 
-    # ---- meeting ----------------------------------------------------------------------------
+    # ---- collectives ------------------------------------------------------------------------
 
     def next_epoch(self) -> int:
+        """Begin an exchange: increment the epoch, publish it to peers and return it."""
         self.epoch += 1
         self.control_block["epoch"][0] = self.epoch
         return self.epoch
@@ -259,17 +246,21 @@ class World(abc.ABC):
         """Collective: return when every rank has called it.
 
         Raises:
-            PeerTimeout, MismatchError: as `allgather`.
+            PeerTimeout, MismatchError: as for `allgather`.
         """
         with self.one_call.hold("world.barrier", inner=True):
             self.allgather(None, purpose="barrier")
 
-    def allgather(self, value: Any, *, purpose: str = "allgather") -> list[Any]:
-        """Collective: every rank's (picklable) value, in rank order.
+    def allgather(self, value: Value, *, purpose: str = "allgather") -> list[Value]:
+        """Collective: the values of all ranks, in rank order.
+
+        Args:
+            value: anything that can be pickled.
+            purpose: a name of the collective, which must be equal on all ranks.
 
         Raises:
-            PeerTimeout: if a rank does not come within timeout_sec.
-            MismatchError: if a rank came for another purpose.
+            PeerTimeout: if a rank does not call it within timeout_sec.
+            MismatchError: if a rank made another call, or passed another purpose.
         """
         self._check_open()
         with self.one_call.hold("world.allgather", inner=True):
@@ -278,11 +269,13 @@ class World(abc.ABC):
     # ---- the end ----------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Collective, may be repeated: give the memory back. A view of it keeps what it shows.
+        """Collective: release the world's memory. Further calls of `close` do nothing.
+
+        Arrays that the caller still holds stay valid.
 
         Raises:
-            PeerTimeout: under MPI, if a rank does not close within timeout_sec, or fails; this rank
-                has closed all the same.
+            PeerTimeout: under MPI, if a rank does not close within timeout_sec, or leaves after
+                an error. This rank is closed nevertheless.
         """
         if self._closed or self._is_forked():
             return
@@ -295,7 +288,7 @@ class World(abc.ABC):
                     self.control_block["epoch"][0] = self.gpu.read_epochs([self.rank])[0]
                 self._leave()
             except BaseException as error:
-                self._tell_left(error)
+                self._signal_left(error)
                 raise
             finally:
                 self.regions.clear()
@@ -315,17 +308,17 @@ class World(abc.ABC):
             self.abandon(error)
 
     def abandon(self, error: BaseException) -> None:
-        """Leave because of `error`: end the peers' waits, and wait for nobody.
+        """Leave because of `error`: end the peers' waits without waiting for them.
 
-        On "cuda" memory that peers reach stays until the process ends: one may still be using it.
+        On "cuda" the memory that peers access stays until the process ends, since a peer's kernel
+        may still use it.
         """
         if self._end():
-            self._tell_left(error)
+            self._signal_left(error)
             self._leave_at_once()
 
     def _end(self) -> bool:
-        """Nothing begins on this rank any more. Whether it was open until now, since `spawn` may
-        abandon a world while its rank leaves it."""
+        """Mark the world closed. `spawn` and the rank may both try; the first one gets True."""
         if self._is_forked():
             return False
         with self._end_lock:
@@ -335,15 +328,20 @@ class World(abc.ABC):
         unpin_blas_threads()
         return True
 
-    def _tell_left(self, error: BaseException) -> None:
+    def _signal_left(self, error: BaseException) -> None:
         try:
-            if not self.stopped:  # else the others know already, and from the source
+            if not self.stopped:  # else peers already have a failure that explains more
                 self.stop_for(error)
         finally:
             self.control_block["closing"][0] = -1
 
     def stop_for(self, error: BaseException, where: str = "", tile: int = -1) -> None:
-        """Stop the world because this rank raised `error`; peers get it as PeerTimeout."""
+        """Stop the world because this rank raised `error`; peers raise a PeerTimeout about it.
+
+        Args:
+            where: " in ..." or ""; the step that raised it.
+            tile: the tile of that step, or -1.
+        """
         self.stop(failure_of(self.rank, error, where, tile, self.epoch))
 
     def __repr__(self) -> str:

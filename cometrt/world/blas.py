@@ -1,9 +1,9 @@
-"""One BLAS thread while a host world is open.
+"""Limit BLAS to one thread while a world is open.
 
-Every rank computes on a thread of its own, and BLAS gives other bits with another number of
-threads. The limit holds for the whole process and goes when the last world is closed. threadpoolctl
-lets one Python thread alone set it, the first, as long as that lives: so `spawn` sets it from the
-thread that calls it, which is the one that calls `connect` too, and not from its ranks' threads.
+The bits of a BLAS result depend on the number of its threads, and every rank already computes on a
+thread of its own. The limit applies to the whole process until the last world is closed. With
+threadpoolctl only the first Python thread that sets a limit can do so, as long as it lives. So
+`spawn` sets it on the caller's thread, and not on the threads of its ranks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ _limits: threadpoolctl.threadpool_limits | None = None
 
 
 def pin_blas_threads() -> None:
+    """Set the limit for one more world."""
     global _users, _limits
     with _lock:
         _users += 1
@@ -26,6 +27,7 @@ def pin_blas_threads() -> None:
 
 
 def unpin_blas_threads() -> None:
+    """Undo one `pin_blas_threads`. The last one removes the limit."""
     global _users, _limits
     with _lock:
         _users -= 1

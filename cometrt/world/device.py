@@ -1,4 +1,4 @@
-"""A rank's memory on its GPU, reached by its peers: plain allocations, shared by address."""
+"""`DeviceMemory`: a rank's GPU memory that peers access by address."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cometrt.world.layout import MAX_RANKS, device_control_block_dtype
+from cometrt.kernels.constants import MAX_RANKS
+from cometrt.world.layout import device_control_block_dtype
 
 if TYPE_CHECKING:
     from cometrt.world.base import World
 
 _log = logging.getLogger("cometrt")
 
-# What peers in other processes may have open: kept from its making until its world is closed, or to
-# the end of the process.
-_reached_by_peers: set[DeviceMemory] = set()
+# Keeps memory alive that peers in other processes may have open: until the world is closed, or
+# until the process ends.
+_open_to_peers: set[DeviceMemory] = set()
 
 
 @functools.cache
 def _copy_stream(device_id: int) -> Any:
-    """For copies that must not wait for the caller's stream; one a device, never destroyed."""
+    """A stream for copies that must not wait for the caller's stream; one per device, forever."""
     import cupy
 
     with cupy.cuda.Device(device_id):
@@ -31,13 +32,13 @@ def _copy_stream(device_id: int) -> Any:
 
 
 class DeviceMemory:
-    """Regions on the device, and the control block, which is one of them.
+    """One rank's control block and allocations on its GPU.
 
     Attributes:
         control: address of each rank's control block.
-        last_call: event at the end of the last call of any layer of the world.
-        captured: whether a call has been captured in a CUDA graph, which may be replayed any time.
-        report: of cometrt.cuda.report; made by the first layer.
+        last_call: event at the end of the last call of any layer of the world; None: no call yet.
+        captured: whether a CUDA graph holds a captured call, which may be replayed at any time.
+        report: the failure reports of `cometrt.cuda.report`; the first layer makes them.
     """
 
     def __init__(self, world: World) -> None:
@@ -46,32 +47,34 @@ class DeviceMemory:
 
         if world.size > MAX_RANKS:
             raise ValueError(f"ranks must be <= {MAX_RANKS} on device='cuda' (got {world.size})")
-        # Made now, when nothing waits on the device; `abort` may come from another thread.
+        # Created here, because creating a stream while a kernel waits for a peer could deadlock.
         self._copies = _copy_stream(cupy.cuda.Device().id)
         self._world = world
-        # The copies' memory on the host: a generation, and all ranks' epochs.
+        # Pinned host memory of the copies: one generation, and the epochs of all ranks.
         pinned = cupy.cuda.alloc_pinned_memory(8 * (1 + world.size))
-        words = np.frombuffer(pinned, np.uint64, 1 + world.size)
-        self._generation, self._epochs = words[:1], words[1:]
-        self._own: dict[int, Any] = {}  # cupy.cuda.MemoryPointer by address
-        self._opened: list[int] = []  # of peers
-        self._retired: list[tuple[Any, Any]] = []  # (event or None, what is to be kept until then)
+        values = np.frombuffer(pinned, np.uint64, 1 + world.size)
+        self._generation, self._epochs = values[:1], values[1:]
+        self._own: dict[int, Any] = {}  # address -> cupy.cuda.MemoryPointer
+        self._opened: list[int] = []  # addresses of peers' allocations
+        self._retired: list[tuple[Any, Any]] = []  # (event or None, object to keep until then)
         self.last_call: Any = None
         self.report: Any = None
-        _reached_by_peers.add(self)
+        _open_to_peers.add(self)
         self.captured = False
         self.control = self.allocate(device_control_block_dtype.itemsize)
         self._control_field("generation").set(np.array([world.generation], np.uint64))
         cupy.cuda.get_current_stream().synchronize()
 
     def allocate(self, nbytes: int) -> list[int]:
-        """Collective: zeroed memory of every rank, as addresses on this rank's device. When it
-        returns this rank's calls have ended."""
+        """Collective: zeroed memory of every rank, as addresses on this rank's device.
+
+        When it returns, all earlier calls of this rank have ended.
+        """
         import cupy
 
         if self._world.shares_gpu:
-            # From the pool: freeing plain memory waits for the whole device, and the garbage
-            # collector may do it while a kernel of another world waits for a peer.
+            # Use the pool: cudaFree waits for the whole device, and the garbage collector could
+            # call it while a kernel of another world waits for a peer.
             memory = cupy.cuda.alloc(nbytes)
         else:
             memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(nbytes), 0)
@@ -83,26 +86,31 @@ class DeviceMemory:
         return pointers
 
     def memory(self, pointer: int) -> Any:
-        """This rank's own allocation at that address, as CuPy's; a view of it keeps it."""
+        """This rank's own allocation at that address, as a cupy.cuda.MemoryPointer.
+
+        An array over it keeps it alive.
+        """
         return self._own[pointer]
 
-    def give_back(self, allocations: list[list[int]]) -> None:
-        """Collective, when the calls of all ranks have ended: free what `allocate` returned. Where
-        a rank has captured calls, or cannot let go of a peer's memory, all is kept."""
+    def free(self, allocations: list[list[int]]) -> None:
+        """Collective, after the calls of all ranks have ended: free results of `allocate`.
+
+        If a rank has captured calls, or cannot close a peer's memory, all of it is kept.
+        """
         rank, world, problem = self._world.rank, self._world, ""
-        if any(world.allgather(self.captured, purpose="give back")):
+        if any(world.allgather(self.captured, purpose="free")):
             return
         try:
             for pointers in allocations:
                 self._close([pointer for pointer in pointers if pointer != pointers[rank]])
-        except Exception as error:  # of CUDA: the memory is only kept too long
+        except Exception as error:  # an error of CUDA only means that memory is kept
             problem = str(error)
-        if any(problems := world.allgather(problem, purpose="give back")):
+        if any(problems := world.allgather(problem, purpose="free")):
             _log.warning("memory of outgrown layers is kept: %s", "; ".join(filter(None, problems)))
             return
         for pointers in allocations:
             del self._own[pointers[rank]]
-        world.barrier()  # before a kernel waits for a peer: to free memory may wait for kernels
+        world.barrier()  # freeing may wait for kernels, so no kernel may wait for a peer yet
 
     def _close(self, pointers: list[int]) -> None:
         for pointer in pointers:
@@ -110,14 +118,18 @@ class DeviceMemory:
             self._opened.remove(pointer)
 
     def poison(self, pointer: int, nbytes: int) -> None:
+        """Set all bytes to 0xFF: NaN in bfloat16, -1 in integers."""
         import cupy
 
         cupy.cuda.runtime.memset(pointer, 0xFF, nbytes)
         cupy.cuda.runtime.deviceSynchronize()
 
     def abort(self, generation: int) -> None:
-        """Stop what waits on the device, on all ranks, while it is waiting: by this rank's word in
-        each control block, to which its kernels write the same in the same generation."""
+        """End the waits of running kernels on all ranks.
+
+        Writes the generation to abort[rank] of each control block. This rank's kernels write the
+        same value there if they fail themselves.
+        """
         import cupy
 
         runtime = cupy.cuda.runtime
@@ -133,27 +145,29 @@ class DeviceMemory:
             )
 
     def drain(self) -> None:
-        """Wait for this rank's calls, on whatever stream, and for its aborts to arrive."""
+        """Wait for all calls of this rank, on any stream, and for the copies of `abort`."""
         import cupy
 
-        if self.captured:  # replays are on streams that only their owner knows
+        if self.captured:  # the streams of replays are unknown here
             cupy.cuda.runtime.deviceSynchronize()
         if self.last_call is not None:
             self.last_call.synchronize()
         self._copies.synchronize()
-        self._forget_retired()
+        self._drop_retired()
 
-    def _forget_retired(self) -> None:
-        """What is not used any more."""
-        self._retired = [item for item in self._retired if item[0] is None or not item[0].done]
+    def _drop_retired(self) -> None:
+        """Drop the retired objects whose event has completed."""
+        self._retired = [
+            (event, kept) for event, kept in self._retired if event is None or not event.done
+        ]
 
     def read_epoch(self) -> int:
-        """After `drain`: nothing of this generation touches a peer any more then."""
+        """This rank's epoch on the device, after `drain`: its kernels touch no peer any more."""
         self.drain()
         return int(self._control_field("epoch").get()[0])
 
     def read_epochs(self, ranks: Sequence[int]) -> list[int]:
-        """As far as the devices of those ranks have come; waits for no kernel."""
+        """The current epochs on the devices of `ranks`, without waiting for a kernel."""
         import cupy
 
         runtime = cupy.cuda.runtime
@@ -170,7 +184,7 @@ class DeviceMemory:
         return [int(self._epochs[rank]) for rank in ranks]
 
     def begin_generation(self, generation: int, epoch: int) -> None:
-        """Kernels launched from now on belong to it; what went wrong before is forgotten."""
+        """Start a generation on this rank's device: reset its control fields and reports."""
         import cupy
 
         for name, value in (("held", 0), ("epoch", epoch), ("generation", generation)):
@@ -180,8 +194,10 @@ class DeviceMemory:
             self.report.clear()
 
     def release_held_calls(self) -> None:
-        """Calls that are queued from now on do something again. Those queued before do not,
-        whenever the device comes to them: the release is queued behind them."""
+        """Let later calls run again after a failed call. Calls queued earlier still do nothing.
+
+        The write to the control block is queued behind them, on the last call's event.
+        """
         import cupy
 
         stream = cupy.cuda.get_current_stream()
@@ -190,23 +206,23 @@ class DeviceMemory:
         offset = device_control_block_dtype.fields["held"][1]  # type: ignore[index]
         (self._control + offset).memset_async(0, 8, stream)
         self.last_call = stream.record(cupy.cuda.Event(disable_timing=True))
-        self.last_call.synchronize()  # whatever stream the next call is on
+        self.last_call.synchronize()  # the next call may use another stream
 
-    def retire(self, kept: Any, event: Any) -> None:
-        """Keep what kernels use until the event, or, for None, as long as the world."""
+    def retire(self, kept: object, event: Any) -> None:
+        """Keep an object that kernels use until `event` completes; None: as long as the world."""
         self._retired.append((event, kept))
-        self._forget_retired()
+        self._drop_retired()
 
     def close_peers(self) -> None:
-        """Let go of other processes' memory, before they free it."""
+        """Close the memory of other processes, before they free it."""
         import cupy
 
         cupy.cuda.runtime.deviceSynchronize()
         self._close(list(self._opened))
 
     def close(self) -> None:
-        """No peer in another process reaches this memory any more."""
-        _reached_by_peers.discard(self)
+        """Stop keeping this memory alive: no peer in another process has it open."""
+        _open_to_peers.discard(self)
 
     @property
     def _control(self) -> Any:

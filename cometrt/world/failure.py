@@ -1,16 +1,15 @@
-"""Why a world stopped: one record, written into every rank's control block, read by all."""
+"""`Failure`: the reason why a world stopped. Its record is written into every control block."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
 from cometrt.errors import CometError, MismatchError, PeerTimeout
 
-KINDS = ("", "raised", "mismatch", "timeout")  # by how much each explains, best first
-# A flag's place in this tuple is its number on the wire.
+KINDS = ("", "raised", "mismatch", "timeout")  # most informative first
+# The index of a flag in this tuple stands for it in records.
 FLAGS = (
     "",
     "source_ready",
@@ -23,10 +22,10 @@ FLAGS = (
     "plan_step",
 )
 _TEXT_BYTES = 480
-SLOW = "a rank that is only slow needs a longer timeout_sec"  # told with every expired deadline
+SLOW = "a rank that is only slow needs a longer timeout_sec"  # part of every timeout message
 
-_PLACE = ("waiter", "peer", "tile", "chunk", "epoch", "expected", "found")
-FAILURE_NUMBERS = ("generation", "kind", "flag", *_PLACE)
+_WAIT_FIELDS = ("waiter", "peer", "tile", "chunk", "epoch", "expected", "found")
+FAILURE_NUMBERS = ("generation", "kind", "flag", *_WAIT_FIELDS)
 failure_dtype = np.dtype(
     [(name, np.int64) for name in FAILURE_NUMBERS] + [("text", f"S{_TEXT_BYTES}")]
 )
@@ -34,7 +33,7 @@ failure_dtype = np.dtype(
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Who waited for what, from whom, in which epoch; -1 and "" where one does not apply."""
+    """One failure. Fields are those of PeerTimeout; -1 and "" if one does not apply."""
 
     kind: str
     waiter: int
@@ -48,54 +47,54 @@ class Failure:
     found: int = -1
 
     def error(self, prefix: str = "") -> CometError:
-        """The exception that tells of it."""
+        """The exception for it, a MismatchError or a PeerTimeout."""
         if self.kind == "mismatch":
             return MismatchError(prefix + self.text)
         error = PeerTimeout(prefix + self.text)
-        for name in ("flag", *_PLACE):
+        for name in ("flag", *_WAIT_FIELDS):
             setattr(error, name, getattr(self, name))
         return error
 
-    def told(self) -> Failure:
-        """As other ranks read it."""
+    def for_peers(self) -> Failure:
+        """The same with a text for other ranks: "rank 3" in place of "this rank"."""
         text = self.text.replace("this rank", f"rank {self.waiter}")
         return dataclasses.replace(self, text=text)
 
-    def write(self, record: Any, generation: int) -> None:
-        """Into one control block's slot; the generation last, it makes the record valid."""
+    def write(self, record: np.void, generation: int) -> None:
+        """Write the record. The generation, which makes it valid, is written last."""
         record["kind"] = KINDS.index(self.kind)
         record["flag"] = FLAGS.index(self.flag)
-        for name in _PLACE:
+        for name in _WAIT_FIELDS:
             record[name] = getattr(self, name)
         text = self.text.encode()[:_TEXT_BYTES]
         record["text"] = text.decode(errors="ignore").encode()
         record["generation"] = generation
 
     @staticmethod
-    def read(record: Any) -> Failure:
+    def read(record: np.void) -> Failure:
         return Failure(
             kind=KINDS[int(record["kind"])],
             flag=FLAGS[int(record["flag"])],
             text=bytes(record["text"]).decode(errors="replace"),
-            **{name: int(record[name]) for name in _PLACE},
+            **{name: int(record[name]) for name in _WAIT_FIELDS},
         )
 
 
 def failure_of(rank: int, error: BaseException, where: str, tile: int, epoch: int) -> Failure:
-    """That `rank` raised `error` and its peers need not wait for it; `where`: " in ..." or ""."""
+    """The Failure of a rank that raised `error`; `where`: " in ..." or ""."""
     if isinstance(error, CometError) and type(error) is not CometError:
-        text = str(error)  # it says itself which rank it tells of
+        text = str(error)  # its text already names the rank
     elif isinstance(error, Exception):
         text = f"rank {rank} raised {type(error).__name__}{where}: {error}"
-    else:  # SystemExit, Ctrl-C: no fault of the work that it ended
-        words = f": {error}" if str(error) else ""
-        text = f"rank {rank} exited ({type(error).__name__}{words})"
+    else:  # SystemExit or KeyboardInterrupt, which the interrupted step has not caused
+        detail = f": {error}" if str(error) else ""
+        text = f"rank {rank} exited ({type(error).__name__}{detail})"
     return Failure("raised", rank, text, peer=rank, tile=tile, epoch=epoch)
 
 
 @dataclasses.dataclass(frozen=True)
 class WaitTarget:
-    """What a wait waits for: `flag`, set by rank `peer`, to reach `expected`."""
+    """The condition of a wait: `flag`, which rank `peer` sets, reaches `expected`."""
 
     flag: str
     peer: int
@@ -105,8 +104,8 @@ class WaitTarget:
     chunk: int = -1
 
     def expired(self, waiter: int, found: int, timeout_sec: float) -> Failure:
-        """The deadline of the wait has passed."""
-        unit = {"partials_ready": "block of tokens", "plan_step": "step"}.get(self.flag, "tile")
+        """The Failure of a wait whose deadline has passed."""
+        unit = {"partials_ready": "token block", "plan_step": "step"}.get(self.flag, "tile")
         where = "" if self.tile < 0 else f"[{unit} {self.tile}"
         where += "" if self.tile < 0 else f", chunk {self.chunk}]" if self.chunk >= 0 else "]"
         who = "itself" if self.peer == waiter else f"rank {self.peer}"
@@ -118,7 +117,7 @@ class WaitTarget:
         return self._failure(waiter, found, text)
 
     def lost(self, waiter: int, found: int, reason: str) -> Failure:
-        """The peer will not come."""
+        """The Failure of a wait whose peer will never signal; `reason`: why."""
         return self._failure(waiter, found, f"{reason} ({self.flag} from rank {self.peer})")
 
     def _failure(self, waiter: int, found: int, text: str) -> Failure:

@@ -1,4 +1,4 @@
-"""Memory of a GPU between processes: CUDA IPC, by cuda-python."""
+"""GPU memory shared between processes: CUDA IPC through cuda-python."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from cometrt.errors import CometError
 
 
 def handle_of(pointer: int) -> bytes:
-    """What another process opens: of the allocation that begins at `pointer`.
+    """The IPC handle of the allocation that begins at `pointer`, for `open_handle` elsewhere.
 
     Raises:
-        CometError: where the driver has none.
+        CometError: if the driver refuses it.
     """
     from cuda.bindings import driver
 
@@ -20,10 +20,10 @@ def handle_of(pointer: int) -> bytes:
 
 
 def open_handle(handle: bytes) -> int:
-    """The address here of another process's allocation; not of this process's own.
+    """Map another process's allocation and return its address in this process.
 
     Raises:
-        CometError: where this process's GPU does not reach it.
+        CometError: if this process's GPU cannot access it.
     """
     from cuda.bindings import driver
 
@@ -35,7 +35,7 @@ def open_handle(handle: bytes) -> int:
 
 
 def close_handle(pointer: int) -> None:
-    """What `open_handle` returned is not used any more."""
+    """Unmap an allocation that `open_handle` returned."""
     from cuda.bindings import driver
 
     _check("cuIpcCloseMemHandle", driver.cuIpcCloseMemHandle(pointer))

@@ -1,9 +1,10 @@
-"""Records that ranks leave in each other's memory, on the host and, the same, on the device."""
+"""Layouts of the records in shared memory. Those of the device mirror structs in kernels_cu."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from cometrt.kernels.constants import MAX_RANKS
 from cometrt.world.failure import FAILURE_NUMBERS
 
 header_dtype = np.dtype(
@@ -12,13 +13,12 @@ header_dtype = np.dtype(
         ("operation", np.int64),
         ("layer", np.int64),
         ("spec_hash", np.int64),
-        ("forward_epoch", np.int64),  # backward: the forward that it belongs to
+        ("forward_epoch", np.int64),  # in backward: the epoch of its forward; else 0
         ("num_tokens", np.int64),
     ]
 )
 
-# On the device: comm/world.cuh.
-MAX_RANKS = 64  # kMaxRanks of comm/world.cuh
+# On the device, mirrored by kernels_cu/protocol/control_block.cuh.
 record_dtype = np.dtype([(name, np.int64) for name in FAILURE_NUMBERS])
 device_control_block_dtype = np.dtype(
     [

@@ -1,7 +1,7 @@
-"""Modelled links: what crosses virtual ranks of one GPU goes at the rate of a real link.
+"""Link emulation: limits transfers between virtual ranks of one GPU to the rate of a real link.
 
-Each rank has a part of the GPU's SMs, and gets the same part of the link: the twin runs in slow
-motion, and what hides under what stays as it is.
+A rank that has a fraction of the GPU's SMs gets the same fraction of the link's rate. Compute and
+communication slow down alike, so their overlap stays that of ranks with a whole GPU each.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import dataclasses
 
 from cometrt.specs import check_choice
 
-LINKS = {"h100": 380.0, "h200": 380.0, "h800": 160.0}  # GB/s, each way, of a rank's GPU
+LINKS = {"h100": 380.0, "h200": 380.0, "h800": 160.0}  # GB/s per direction of a whole GPU
 _LATENCY_US = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """A rank's share.
+    """One rank's share of an emulated link.
 
     Args:
-        gbps: 10^9 bytes a second, each way.
-        latency_us: added to every transfer and flag that crosses.
-        name: of the real link.
+        gbps: rate in each direction, in 10^9 bytes per second.
+        latency_us: latency of every transfer and flag between ranks, in microseconds.
+        name: of the emulated link, a key of LINKS.
     """
 
     gbps: float
@@ -34,6 +34,6 @@ class Link:
 
 
 def link_share(name: str, rank_sms: int, gpu_sms: int) -> Link:
-    """The share of a rank with `rank_sms` of the GPU's `gpu_sms` SMs."""
+    """The share of a rank that has `rank_sms` of the GPU's `gpu_sms` SMs."""
     check_choice("link", name, tuple(LINKS))
     return Link(LINKS[name] * rank_sms / gpu_sms, _LATENCY_US * gpu_sms / rank_sms, name)

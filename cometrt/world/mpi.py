@@ -1,7 +1,7 @@
-"""One process a rank on one host, under mpirun: memory that the processes map.
+"""`connect`: one process per rank on one host, under mpirun, with memory that the processes map.
 
-MPI brings the ranks together in `connect`. Nothing of it is used afterwards: no wait is without a
-deadline, and a world does not mind that MPI has been finalised.
+Only `connect` uses MPI. Afterwards every wait goes through shared memory and has a deadline, and
+MPI may be finalised before the world is closed.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from cometrt.world.threads import check_device
 
 
 class MPIWorld(World):
-    """A rank of `connect`."""
+    """The world of a rank that called `connect`."""
 
     def __init__(self, comm: Any, device: str, timeout_sec: float) -> None:
-        """Collective; uses `comm`, whose ranks are all here, only for the control_blocks."""
+        """Collective. `comm` is used only to allocate the control blocks."""
         self._allgather_by_mpi = comm.allgather
         self._fence = threading.Lock()
         super().__init__(comm.Get_rank(), comm.Get_size(), device, timeout_sec)
-        # Also when the script ends, or drops the world, without closing it.
-        self._left = weakref.finalize(self, _tell_left, self.control_block, os.getpid())
+        # Runs too if the process ends, or drops the world, without closing it.
+        self._left = weakref.finalize(self, _signal_left, self.control_block, os.getpid())
 
     def _allocate(self, nbytes: int) -> list[np.ndarray]:
-        if self._num_allocations == 0:  # the control blocks themselves: no mailbox yet
+        if self._num_allocations == 0:  # collectives need the control blocks, so use MPI for them
             return share(nbytes, self._allgather_by_mpi)
         return share(nbytes, functools.partial(self.allgather, purpose="shared memory"))
 
     def fence(self) -> None:
-        # The first round's end is a release, the second's begin an acquire: nothing passes both.
+        # Unlocking is a release, locking again is an acquire: no access moves across both.
         for _ in range(2):
             with self._fence:
                 pass
@@ -69,58 +69,58 @@ class MPIWorld(World):
         self._close_together(1)
         if self.gpu:
             self.gpu.close_peers()
-            self._close_together(2)  # all ranks have let go of each other's memory
+            self._close_together(2)  # all ranks have closed each other's memory
             self.gpu.close()
 
     def _leave_at_once(self) -> None:
-        """Mappings go with the process or the world; memory on GPUs stays: a peer may have it."""
+        """Do nothing: host mappings end with the world, and a peer may still use GPU memory."""
 
     def _close_together(self, step: int) -> None:
-        """Until all ranks have come to that step of closing; at once if one of them will not."""
+        """Wait until all ranks have reached that step of closing, or one has left."""
         self.control_block["closing"][0] = step
 
-        def come(peer: int) -> int:
+        def step_of(peer: int) -> int:
             closing = int(self.control_blocks[peer]["closing"][0])
             return step if closing < 0 else closing
 
-        def look() -> str:
-            if step == 1:  # peers' memory can still be read
+        def gone() -> str:
+            if step == 1:  # the epochs on peers' devices can still be read
                 end_device_waits(self, "has closed the world")
             return ""
 
         for peer in range(self.size):
-            wanted = WaitTarget("close", peer, step)
-            here = functools.partial(come, peer)
-            self.wait(here, wanted, even_if_stopped=True, absent=look)
+            target = WaitTarget("close", peer, step)
+            read = functools.partial(step_of, peer)
+            self.wait(read, target, even_if_stopped=True, gone=gone)
             if self.control_blocks[peer]["closing"][0] < 0:
                 failure = self._failure()
                 first = failure.waiter if failure.kind == "raised" else peer
                 raise failure.error(f"rank {first} left without closing: ")
 
 
-def _tell_left(control_block: Any, process_id: int) -> None:
-    if os.getpid() == process_id:
+def _signal_left(control_block: np.void, process_id: int) -> None:
+    if os.getpid() == process_id:  # not in a forked child
         control_block["closing"][0] = -1
 
 
 def connect(comm: Any, device: str, *, timeout_sec: float = 30.0, gpu: int | None = None) -> World:
-    """Collective: the world of an mpi4py communicator whose ranks are all on this host.
+    """Collective: make the world of an mpi4py communicator, one rank per process, on one host.
 
     Args:
-        comm: an intracommunicator; it is duplicated.
+        comm: an mpi4py intracommunicator. It is duplicated, and not needed afterwards.
         device: "host" or "cuda".
-        timeout_sec: longest that any single wait may last.
-        gpu: on "cuda" this rank's GPU, counted from 0 among those that the process sees; None: the
-            number of the process among those that the launcher started on this host, whatever
-            communicator `comm` is, modulo the GPUs that it sees. It becomes the current GPU.
+        timeout_sec: the longest time that a single wait may last, in seconds.
+        gpu: on "cuda" the index of this rank's GPU among those that the process sees. It becomes
+            the current GPU. None: the process's rank on this host, as its launcher numbers it,
+            modulo the number of GPUs.
 
     Raises:
-        ValueError: for a wrong argument, an MPI that is not initialised or has been finalised,
-            ranks on several hosts, a launcher that does not know the MPI that mpi4py uses, or an
-            MPI without full thread support. On all ranks, for a wrong `gpu` on any of them, one
-            that is no Hopper, or a driver that is too old.
-        PeerTimeout: if a rank does not call it within timeout_sec. The communicator may not be
-            used for `connect` again then.
+        ValueError: for a wrong argument; if MPI is not initialised, has been finalised or lacks
+            MPI_THREAD_MULTIPLE; if the ranks are on several hosts; or if the launcher and mpi4py
+            use different MPI libraries. On all ranks, if any rank's `gpu` is invalid or no
+            Hopper GPU, or its driver is too old.
+        PeerTimeout: if a rank does not call it within timeout_sec. Do not pass this communicator
+            to `connect` again.
     """
     timeout_sec = check_timeout(timeout_sec)
     check_device(device)
@@ -156,31 +156,27 @@ def connect(comm: Any, device: str, *, timeout_sec: float = 30.0, gpu: int | Non
         own.Free()
 
 
-# Of launchers that start MPI, and of others.
+# Environment variables with the number of processes: of MPI launchers, and of other launchers.
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE")
 _OTHER_SIZES = ("SLURM_STEP_NUM_TASKS", "WORLD_SIZE")
 
 
 def _check_launched_alone(library: str) -> None:
-    """In a process that MPI takes for the only one.
-
-    Raises:
-        ValueError: if its launcher has started several.
-    """
+    """Raise a ValueError if the launcher started several processes and MPI sees only this one."""
     sizes = {name: os.environ.get(name, "") for name in (*_MPI_SIZES, *_OTHER_SIZES)}
     if "1" in [sizes[name] for name in _MPI_SIZES]:
-        return  # the others are of a launcher around this one
+        return  # an inner launcher started one process; other variables are of an outer launcher
     for name, size in sizes.items():
         if size.isdigit() and int(size) > 1:
             raise ValueError(
                 f"comm must hold the ranks of the launcher: it started {size}, MPI.COMM_WORLD has "
                 f"1; the launcher ({name}) and mpi4py use different MPI libraries. Use the mpirun "
-                f"of mpi4py's ({library}), or srun --mpi=... as that wants it"
+                f"of mpi4py's library ({library}), or the srun --mpi=... that it supports"
             )
 
 
-def _use_gpu(device: str, gpu: Any, everybody: Any) -> str:
-    """Make it this process's current one. Returns what is wrong with it, or nothing."""
+def _use_gpu(device: str, gpu: Any, comm_world: Any) -> str:
+    """Make the GPU the process's current one. Returns an error message, or ""."""
     try:
         if device == "host":
             if gpu is not None:
@@ -190,16 +186,16 @@ def _use_gpu(device: str, gpu: Any, everybody: Any) -> str:
 
         found = cupy.cuda.runtime.getDeviceCount()
         if gpu is None:
-            gpu = rank_on_host(everybody.Get_rank(), everybody.Get_size()) % found
+            gpu = rank_on_host(comm_world.Get_rank(), comm_world.Get_size()) % found
         gpu = check_int("gpu", gpu, minimum=0, maximum=found - 1)
         cupy.cuda.Device(gpu).use()
         check_gpu(gpu)
-    except Exception as error:  # CuPy raises types of its own
+    except Exception as error:  # CuPy has error types of its own
         return str(error)
     return ""
 
 
-# What launchers tell a process: its rank, the number of ranks, its rank on this host.
+# Environment variables of launchers: rank, number of ranks, rank on this host.
 _LAUNCHED = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
@@ -210,9 +206,12 @@ _LAUNCHED = (
 
 
 def rank_on_host(rank: int, size: int) -> int:
-    """Of the process with that rank in MPI.COMM_WORLD, as its launcher says: MPI itself could only
-    tell if all of MPI.COMM_WORLD asked. Variables of a launcher that started something else, around
-    this one, are passed over; without any, `rank`, which is right on one host."""
+    """This process's rank on its host, from the launcher's environment variables.
+
+    MPI could compute it only in a collective of MPI.COMM_WORLD. Variables of an outer launcher,
+    which do not match rank and size in MPI.COMM_WORLD, are ignored. Without any variables it is
+    `rank`, which is right on one host.
+    """
     for names in _LAUNCHED:
         values = [os.environ.get(name, "") for name in names]
         if values[:2] == [str(rank), str(size)] and values[2].isdigit():
@@ -221,8 +220,11 @@ def rank_on_host(rank: int, size: int) -> int:
 
 
 def _duplicate(comm: Any, timeout_sec: float) -> Any:
-    """A communicator of our own, within a deadline: it takes all ranks, so that the blocking
-    calls after it find every rank there, also a late one after others gave up."""
+    """Duplicate the communicator, with a deadline.
+
+    It completes only if all ranks take part. So the blocking MPI calls after it cannot hang on a
+    missing rank.
+    """
     own, request = comm.Idup()
     deadline = time.monotonic() + timeout_sec
     while not request.Test():

@@ -1,4 +1,4 @@
-"""One call of a world at a time, from whatever thread: a world orders its calls."""
+"""`OneCall`: rejects a call of a world that overlaps another call of the same rank."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 
 class OneCall:
-    """One rank's.
+    """The call that is under way on one rank.
 
     Attributes:
-        name: of the call under way, such as "layer.forward"; "" where there is none.
+        name: of the call, such as "layer.forward"; "": none.
     """
 
     def __init__(self) -> None:
@@ -19,13 +19,13 @@ class OneCall:
 
     @contextlib.contextmanager
     def hold(self, name: str, *, inner: bool = False) -> Iterator[None]:
-        """Within it the call `name` is under way.
+        """Mark the call `name` as under way within the context.
 
         Args:
-            inner: whether it may also be a part of another call.
+            inner: whether the call may be part of another call.
 
         Raises:
-            ValueError: if another call is under way, which goes on unharmed.
+            ValueError: if another call is under way; that call is not affected.
         """
         if not self._lock.acquire(blocking=False):
             raise self._overlap(name)
@@ -41,6 +41,6 @@ class OneCall:
 
     def _overlap(self, name: str) -> ValueError:
         return ValueError(
-            f"{name.split('.')[0]} must be called by one thread at a time: calls of a world follow "
-            f"each other ({name}() came during {self.name or 'another call'}())"
+            f"{name.split('.')[0]} must be called by one thread at a time: calls of a world must "
+            f"not overlap ({name}() came during {self.name or 'another call'}())"
         )

@@ -1,5 +1,7 @@
-"""Where the ranks of one process work: each on a GPU of its own, or on a partition of one, a
-stream whose kernels stay on their own SMs (CUDA green contexts)."""
+"""GPUs for the ranks of one process: one GPU per rank, or one partition of a GPU per rank.
+
+A partition is a CUDA green context: a stream whose kernels run on a fixed subset of the SMs.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from cometrt.errors import CometError
 
 
 class Partition(NamedTuple):
-    """A stream, and the number of SMs that its kernels run on."""
+    """A stream and the number of SMs that its kernels run on."""
 
     stream: Any  # cupy.cuda.Stream
     num_sms: int
@@ -22,7 +24,7 @@ class Partition(NamedTuple):
 
 
 class _StreamHandle:
-    """What `cupy.cuda.Stream.from_external` takes; keeps the green context alive."""
+    """A stream for `cupy.cuda.Stream.from_external`. It keeps the green context alive."""
 
     def __init__(self, handle: int, context: Any) -> None:
         self._handle, self.context = handle, context
@@ -33,17 +35,18 @@ class _StreamHandle:
 
 @functools.cache
 def split_gpu(count: int, device_id: int = 0) -> list[Partition]:
-    """`count` partitions of equal size, as many SMs as fit (a multiple of 8 each). They live as
-    long as the process, and whoever asks again gets the same.
+    """Split a GPU into `count` partitions of equally many SMs, a multiple of 8 each.
+
+    Partitions live as long as the process. Further calls return the same ones.
 
     Raises:
-        CometError: where the GPU cannot be split so.
+        CometError: if the GPU has too few SMs, or the driver refuses the split.
     """
     import cupy
     from cuda.bindings import driver
 
     cupy.cuda.Device(device_id).use()
-    cupy.cuda.runtime.free(0)  # the primary context exists from here on
+    cupy.cuda.runtime.free(0)  # creates the primary context
 
     def check(result: tuple[Any, ...]) -> Any:
         if int(result[0]) != 0:
@@ -70,7 +73,7 @@ def split_gpu(count: int, device_id: int = 0) -> list[Partition]:
 
 
 def _new_stream(context: Any) -> Any:
-    """Of a green context, or, for None, of the current device."""
+    """A new stream of a green context; None: of the current device."""
     import cupy
 
     if context is None:
@@ -85,9 +88,11 @@ def _new_stream(context: Any) -> Any:
 
 
 def auxiliary_stream(number: int = 0) -> Any:
-    """Another stream on the SMs that this thread's kernels run on, of several by number. Made when
-    first asked for (each takes one of the few hardware queues) and kept as long as the process.
-    Threads without a partition share theirs."""
+    """An auxiliary stream on the SMs of this thread's partition; `number` selects one of several.
+
+    It is created on the first call, since each takes one of the few hardware queues, and lives as
+    long as the process. Threads without a partition share theirs.
+    """
     import cupy
 
     partition = getattr(_current, "partition", None)
@@ -106,7 +111,7 @@ _auxiliary_streams: dict[
 
 @contextlib.contextmanager
 def use_partition(partition: Partition) -> Iterator[None]:
-    """Within it this thread works on the partition's device and stream."""
+    """Make the partition's device and stream current for this thread."""
     import cupy
 
     before = getattr(_current, "partition", None)
@@ -120,7 +125,7 @@ def use_partition(partition: Partition) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _rank_partition(partition: Partition) -> Iterator[None]:
-    """As `use_partition`, until the partition's work is done."""
+    """As `use_partition`, and synchronize the stream when leaving."""
     with use_partition(partition):
         try:
             yield
@@ -130,11 +135,11 @@ def _rank_partition(partition: Partition) -> Iterator[None]:
 
 _current = threading.local()
 _MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
-_ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled: by an earlier spawn, or by CuPy
+_ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
 
 
 def ranks_share_gpu(ranks: int, link: str | None) -> bool:
-    """Whether `rank_partitions` makes them partitions: a modelled link lies between those alone."""
+    """Whether ranks get partitions of one GPU: if a link is emulated, or GPUs are too few."""
     import cupy
 
     enough = cupy.cuda.runtime.getDeviceCount() >= ranks
@@ -142,22 +147,25 @@ def ranks_share_gpu(ranks: int, link: str | None) -> bool:
 
 
 def rank_partitions(ranks: int, *, share: bool) -> list[contextlib.AbstractContextManager[None]]:
-    """For each rank's thread: a partition of the first GPU, or a GPU of its own.
+    """A context for each rank's thread that makes its partition or its GPU current.
+
+    Args:
+        share: True: partitions of GPU 0. False: one GPU per rank.
 
     Raises:
-        CometError: where the GPU cannot be split so, or GPUs cannot reach each other's memory.
+        CometError: if the GPU cannot be split, or GPUs cannot access each other's memory.
     """
     if share:
         partitions = split_gpu(ranks)
     else:
         partitions = [_whole_gpu(device_id) for device_id in range(ranks)]
         for device_id in range(ranks):
-            _reach_peers(device_id, ranks)
+            _enable_peer_access(device_id, ranks)
     return [_rank_partition(partition) for partition in partitions]
 
 
-def _reach_peers(device_id: int, ranks: int) -> None:
-    """Kernels of this GPU may access what others have allocated, and will."""
+def _enable_peer_access(device_id: int, ranks: int) -> None:
+    """Let kernels of this GPU access the memory of the other ranks' GPUs."""
     import cupy
 
     runtime = cupy.cuda.runtime
@@ -177,8 +185,7 @@ _HOPPER = (9, 0)
 
 
 def check_driver() -> None:
-    """Raise ValueError if there is a driver, and it is too old: it answers also where nothing else
-    does."""
+    """Raise a ValueError if the driver is too old; return if it is not, or if there is none."""
     import cupy
 
     driver = int(cupy.cuda.runtime.driverGetVersion())
@@ -190,8 +197,7 @@ def check_driver() -> None:
 
 
 def check_gpu(device_id: int) -> None:
-    """Raise ValueError where the kernels do not run: on anything but Hopper, or with a driver that
-    does not load what the compiler makes."""
+    """Raise a ValueError if the kernels cannot run: no Hopper GPU, or a driver that is too old."""
     import cupy
 
     runtime = cupy.cuda.runtime
@@ -206,21 +212,21 @@ def check_gpu(device_id: int) -> None:
 
 
 def num_sms() -> int:
-    """SMs that this thread's kernels run on."""
+    """Number of SMs that this thread's kernels run on."""
     partition = getattr(_current, "partition", None)
     return partition.num_sms if partition is not None else gpu_sms()
 
 
 def gpu_sms() -> int:
-    """SMs of this thread's GPU."""
+    """Number of SMs of this thread's GPU."""
     import cupy
 
-    runtime = cupy.cuda.runtime  # asked at each launch: `Device.attributes` reads all there are
+    runtime = cupy.cuda.runtime  # called at each launch; `Device.attributes` would be slow
     return int(runtime.deviceGetAttribute(_MULTIPROCESSORS, runtime.getDevice()))
 
 
 def gpu_name() -> str:
-    """Of this thread's GPU, as the driver calls it."""
+    """The driver's name of this thread's GPU."""
     import cupy
 
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)

@@ -1,10 +1,11 @@
-"""Named memory of a world that peers reach: as large as the largest of its open layers needs.
+"""`Regions`: named shared memory of a world, as large as its largest open layer needs.
 
-A layer's making is where sizes change, since all ranks meet there: what is too small is replaced by
-new memory, and so is what is larger than any open layer needs. The old memory is given back then.
-On the host that is to drop it: a peer, or a view of the caller, that still has it keeps it alive.
-On "cuda" ranks let go of each other's old memory first; where a call has been captured in a CUDA
-graph, which may be replayed at any time, it is kept as long as the world.
+Sizes change only when a layer is made, which is collective. A region that is too small, or larger
+than any open layer needs, is replaced by new memory, and the old memory is freed.
+
+On "host" the old memory lives as long as a peer or a caller has an array in it. On "cuda" all ranks
+first close their peers' old memory. If a call has been captured in a CUDA graph, which may be
+replayed at any time, the old memory is kept as long as the world.
 """
 
 from __future__ import annotations
@@ -15,45 +16,48 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cometrt.world.base import World
 
-_KEPT_ZERO = "flags"  # holds epochs; everything else is poisoned
+_ZEROED = "flags"  # new memory holds epoch 0; every other region is poisoned
 
 
 class Regions:
-    """One rank's view of them.
+    """One rank's view of the regions of all ranks.
 
     Attributes:
-        version: grows whenever any rank's memory moves.
+        version: incremented whenever any rank's memory moves.
     """
 
     def __init__(self, world: World) -> None:
         self._world = weakref.proxy(world)
-        self._memory: dict[str, list[Any]] = {}  # by rank
+        self._memory: dict[str, list[Any]] = {}  # [rank]
         self._bytes: dict[str, int] = {}
-        self._needs: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
-        self._numbers: dict[str, int] = {}  # of the allocation that each region is
+        self._needs: weakref.WeakKeyDictionary[object, dict[str, int]] = weakref.WeakKeyDictionary()
+        self._numbers: dict[str, int] = {}  # the allocation number of each region's memory
         self.version = 0
 
     def of(self, name: str, rank: int) -> Any:
-        """Bytes of one rank's region, on "cuda" its address on this rank's device; look it up
-        at each call, it may have moved."""
+        """One rank's region: a byte array; on "cuda" its address on this rank's device.
+
+        Look it up in each call, since it may have moved.
+        """
         return self._memory[name][rank]
 
     def nbytes(self, name: str) -> int:
+        """Size of a region."""
         return self._bytes[name]
 
     def to_allocate(self, needs: dict[str, int]) -> int:
-        """Bytes of the regions that `fit` would make new, as far as this rank knows."""
+        """Bytes that `fit` would allocate, as far as this rank knows."""
         wanted = self._wanted([*self._needs.values(), needs])
         return sum(n for name, n in wanted.items() if n != self._bytes.get(name))
 
-    def fit(self, owner: Any, needs: dict[str, int]) -> None:
-        """Collective: give every region the size that open owners need.
+    def fit(self, owner: object, needs: dict[str, int]) -> None:
+        """Collective: resize the regions to what all open owners need.
 
-        What changes is new, zeroed memory; nothing is carried over.
+        A region that changes its size is new memory; its contents are not copied.
 
         Args:
-            owner: who needs them, until it is dropped or calls `forget`.
-            needs: bytes by name, the same names in every call.
+            owner: holds the claim, until it is dropped or calls `forget`.
+            needs: region -> bytes, with the same regions in every call.
         """
         world = self._world
         self._needs[owner] = needs
@@ -61,15 +65,16 @@ class Regions:
             self._replace_outgrown()
         except BaseException as error:
             self.forget(owner)
-            if not world.stopped:  # else the others know already
+            if not world.stopped:  # else peers already know of a failure
                 world.stop_for(error, " in allocating shared memory")
             raise
 
-    def forget(self, owner: Any) -> None:
-        """It needs nothing any more."""
+    def forget(self, owner: object) -> None:
+        """Drop the owner's claim."""
         self._needs.pop(owner, None)
 
     def clear(self) -> None:
+        """Drop all memory."""
         self._memory.clear()
 
     def _wanted(self, needs: list[dict[str, int]]) -> dict[str, int]:
@@ -82,11 +87,11 @@ class Regions:
         ranks = world.allgather(state, purpose="regions")
         wanted = self._wanted([sizes for sizes, *_ in ranks])
         world._num_allocations = max(count for *_, count in ranks)
-        agreed = {}  # sizes of memory that all ranks have; a failure may have left some without
+        agreed = {}  # sizes of the regions that are the same allocation on all ranks
         for name in wanted:
-            places = {(sizes.get(name), numbers.get(name)) for _, sizes, numbers, _ in ranks}
-            if len(places) == 1:
-                agreed[name] = places.pop()[0]
+            found = {(sizes.get(name), numbers.get(name)) for _, sizes, numbers, _ in ranks}
+            if len(found) == 1:  # not so after an allocation that failed on some ranks
+                agreed[name] = found.pop()[0]
         changed = {name: n for name, n in wanted.items() if n != agreed.get(name)}
         if not changed:
             return
@@ -94,19 +99,19 @@ class Regions:
         for name, nbytes in changed.items():
             world._num_allocations += 1
             fresh[name] = world.allocate(nbytes), world._num_allocations
-            if name != _KEPT_ZERO:
+            if name != _ZEROED:
                 self._poison(fresh[name][0][world.rank], nbytes)
-        world.barrier()  # before a peer writes into it; on "cuda" the calls of all ranks have ended
+        world.barrier()  # peers may write now; on "cuda" the calls of all ranks have ended
         outgrown = [self._memory.pop(name) for name in changed if name in self._memory]
         for name, (memory, number) in fresh.items():
             self._memory[name], self._numbers[name] = memory, number
         self._bytes.update(changed)
         self.version += 1
         if world.gpu:
-            world.gpu.give_back(outgrown)
+            world.gpu.free(outgrown)
 
     def _poison(self, memory: Any, nbytes: int) -> None:
-        """NaN, or -1, until it is written: what is read too early shows."""
+        """Fill with 0xFF, which is NaN or -1: a read before the first write becomes visible."""
         if self._world.gpu:
             self._world.gpu.poison(memory, nbytes)
         else:

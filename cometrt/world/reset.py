@@ -1,14 +1,14 @@
-"""`World.reset`: ranks agree on a generation, an epoch and a round beyond all that were used."""
+"""`World.reset`: all ranks agree on a new generation, and on the largest epoch and sequence."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, SupportsInt
 
 from cometrt.world.control_block import value_of
 from cometrt.world.failure import WaitTarget
-from cometrt.world.whereabouts import gone, ordinal
+from cometrt.world.peer_status import gone, ordinal
 
 if TYPE_CHECKING:
     from cometrt.world.base import World
@@ -21,7 +21,7 @@ def reset(world: World) -> None:
         world.epoch = control_block["epoch"][0] = world.gpu.read_epoch()
     try:
         for peer in range(world.size):
-            _wait(world, functools.partial(_asked, world, peer), peer, 1)
+            _wait(world, functools.partial(_requested, world, peer), peer, 1)
         generation = int(control_block["reset_request"][0])
         world.epoch = max(int(other["epoch"][0]) for other in world.control_blocks)
         world.sequence = max(int(other["sequence"][0]) for other in world.control_blocks)
@@ -39,30 +39,35 @@ def reset(world: World) -> None:
         world.generation = int(control_block["generation"][0])
 
 
-def _asked(world: World, peer: int) -> bool:
-    """Whether the peer asks for the generation that this rank asks for. A rank whose last reset
-    failed half-way asks for a later one: follow it."""
+def _requested(world: World, peer: int) -> bool:
+    """Whether the peer requests at least this rank's generation.
+
+    A rank whose last reset failed half-way requests a later generation; this rank adopts it.
+    """
     requests = [int(control_block["reset_request"][0]) for control_block in world.control_blocks]
     world.control_block["reset_request"][0] = max(world.generation + 1, *requests)
     return requests[peer] >= int(world.control_block["reset_request"][0])
 
 
-def _wait(world: World, read: Callable[[], Any], peer: int, expected: int) -> None:
+def _wait(world: World, read: Callable[[], SupportsInt], peer: int, expected: int) -> None:
     def lost() -> str:
         end_device_waits(world, "called world.reset()")
         return gone(world, peer)
 
-    wanted = WaitTarget("reset", peer, expected)
-    world.wait(read, wanted, even_if_stopped=True, absent=lost)
+    target = WaitTarget("reset", peer, expected)
+    world.wait(read, target, even_if_stopped=True, gone=lost)
 
 
 def end_device_waits(world: World, did: str) -> None:
-    """For a rank that makes no more calls: stop the world if a peer's kernels wait for one, since
-    they look at no control_block. `did`: what this rank did instead."""
-    left = any(
-        control_block["closing"][0] < 0 for control_block in world.control_blocks
-    )  # and their memory may be gone
-    if world.gpu is None or world.stopped or left:
+    """Stop the world if a peer's kernels wait for a call that this rank will not make.
+
+    Kernels do not read the host's control blocks, so they would wait until their deadline.
+
+    Args:
+        did: what this rank did instead, for the error message.
+    """
+    left = any(control_block["closing"][0] < 0 for control_block in world.control_blocks)
+    if world.gpu is None or world.stopped or left:  # memory of a rank that left may be gone
         return
     epochs = world.gpu.read_epochs(range(world.size))
     calls = epochs[world.rank]
@@ -72,6 +77,6 @@ def end_device_waits(world: World, did: str) -> None:
                 f"rank {world.rank} {did} after {calls} calls; "
                 f"rank {peer} is in its {ordinal(epoch)} call"
             )
-            wanted = WaitTarget("source_ready", world.rank, calls + 1, calls + 1)
-            world.stop(wanted.lost(peer, calls, reason))
+            target = WaitTarget("source_ready", world.rank, calls + 1, calls + 1)
+            world.stop(target.lost(peer, calls, reason))
             return

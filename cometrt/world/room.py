@@ -1,4 +1,4 @@
-"""How much memory there is: of the host, within the limits of a container, and of a GPU."""
+"""Available and total memory of the host, within the limits of its container, and of a GPU."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-# Of cgroups, version 2 and 1: the limit, what is used, and what of it are files that the kernel
-# drops when memory is short.
+# Files of cgroups, version 2 and 1: the limit, the usage, and statistics of the usage. The usage
+# includes file pages, which the kernel drops when memory is short.
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
     (
@@ -19,22 +19,22 @@ _CGROUPS = (
 
 
 class Room(NamedTuple):
-    """Bytes of memory; `place` says whose, the same on ranks that share it."""
+    """Bytes of memory. `owner` names the host or the GPU, alike on all ranks that share it."""
 
-    place: str
+    owner: str
     available: int
     total: int
 
 
 def host_room() -> Room:
-    """Of this host and container; endless where they do not say."""
+    """The memory of this host and its container; sys.maxsize if it is unknown."""
     rooms = [_machine(), *(_container(*files) for files in _CGROUPS)]
     available, total = (min(sizes) for sizes in zip(*rooms, strict=True))
     return Room("this host", max(0, available), total)
 
 
 def gpu_room() -> Room:
-    """Of this thread's GPU, with what CuPy's pool holds and nobody uses."""
+    """The memory of this thread's GPU. Free memory of CuPy's pool counts as available."""
     import cupy
 
     runtime = cupy.cuda.runtime
@@ -55,7 +55,7 @@ def _machine() -> tuple[int, int]:
 
 def _container(limit_file: str, usage_file: str, stat_file: str) -> tuple[int, int]:
     limit, usage = _read(limit_file).strip(), _read(usage_file).strip()
-    if not limit.isdigit() or not usage.isdigit():  # "max", or none
+    if not limit.isdigit() or not usage.isdigit():  # "max", or no such file
         return sys.maxsize, sys.maxsize
     stat = dict(line.split() for line in _read(stat_file).splitlines())
     files = sum(int(stat.get(f"{kind}active_file", 0)) for kind in ("", "in"))

@@ -1,7 +1,7 @@
-"""Memory that processes of one host share: mapped by each, gone with the last mapping.
+"""Memory that processes of one host map together. The kernel frees it with the last mapping.
 
-It has no name that could be left behind, and no call to free it in which ranks would have to meet:
-a rank that drops its mapping, or ends, leaves the others theirs.
+It has no name in the file system that could be left behind. Freeing it is not collective: a rank
+that drops its mapping, or ends, does not affect the others.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from cometrt.errors import CometError
 
 
 def share(nbytes: int, allgather: Callable[[Any], list[Any]]) -> list[np.ndarray]:
-    """Collective: zeroed memory of every rank, as bytes, in rank order.
+    """Collective: allocate zeroed memory on every rank and map that of all ranks.
 
     Args:
-        nbytes: equal on all ranks, at least 1.
-        allgather: every rank's value to every rank, in rank order.
+        nbytes: of each rank's memory; at least 1, equal on all ranks.
+        allgather: a collective that returns the values of all ranks in rank order.
+
+    Returns:
+        byte arrays of all ranks, in rank order.
 
     Raises:
-        CometError: on all ranks alike, if one of them cannot have its memory or reach a peer's.
+        CometError: the same on all ranks, if any of them cannot allocate or map.
     """
-    with contextlib.ExitStack() as until_all_have_it:
+    with contextlib.ExitStack() as until_all_have_mapped:
         path, problem = "", ""
         try:
-            path = _create(nbytes, until_all_have_it)
+            path = _create(nbytes, until_all_have_mapped)
         except OSError as error:
             problem = f"cannot allocate {nbytes} bytes of shared memory: {error}"
         ranks = allgather((path, problem))
@@ -52,8 +55,11 @@ def _raise_first(problems: list[str]) -> None:
 
 
 def _create(nbytes: int, stack: contextlib.ExitStack) -> str:
-    """A path that peers can open until the stack is left. All pages are there already: where there
-    is no room for them this is an error, and not a signal when they are first written to."""
+    """Allocate memory, and return a path by which peers can open it until `stack` is closed.
+
+    All pages are allocated here. So a lack of memory is an OSError now, and not a SIGBUS at the
+    first write.
+    """
     if hasattr(os, "memfd_create"):
         file = os.memfd_create("cometrt")
         path = f"/proc/{os.getpid()}/fd/{file}"
@@ -69,7 +75,7 @@ def _create(nbytes: int, stack: contextlib.ExitStack) -> str:
 
 
 def _map(path: str, nbytes: int) -> np.ndarray:
-    """Views of it keep the mapping."""
+    """Map the file. The returned array and its views keep the mapping."""
     file = os.open(path, os.O_RDWR)
     try:
         return np.frombuffer(mmap.mmap(file, nbytes), np.uint8)

@@ -1,4 +1,4 @@
-"""Virtual ranks of one process: each rank is a thread, its memory plain NumPy arrays."""
+"""`spawn`: virtual ranks, which are threads of one process."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ from cometrt.world.partitions import (
 
 Result = TypeVar("Result")
 
-_SHORTEST_GRACE_SEC = 2.0
-_LOOK_SEC = 0.1  # how often `spawn` looks whether a rank has raised
-_WITHOUT_BOARDS: dict[str, Any] = {"even_if_stopped": True, "absent": str}  # of World.wait
+_MIN_GRACE_SEC = 2.0
+_POLL_SEC = 0.1  # interval at which `spawn` checks whether a rank has raised
+# Arguments of World.wait while there are no control blocks yet.
+_NO_CONTROL_BLOCKS: dict[str, Any] = {"even_if_stopped": True, "gone": str}
 
 
 class _Process:
-    """What the ranks of one `spawn` share: the memory each of them allocated."""
+    """The state that the ranks of one `spawn` share."""
 
     def __init__(self, size: int, shares_gpu: bool) -> None:
         self.size, self.shares_gpu = size, shares_gpu
         self.interrupted = False
         self.lock = threading.Lock()
-        self.device_memory: list[Any] = []  # freed when no rank is left
-        self.allocations: dict[int, dict[int, np.ndarray]] = {}  # by number, by rank
+        self.device_memory: list[Any] = []  # kept until all ranks have ended
+        self.allocations: dict[int, dict[int, np.ndarray]] = {}  # [allocation number][rank]
 
 
 class ThreadWorld(World):
-    """A rank of `spawn`."""
+    """The world of a rank of `spawn`."""
 
     def __init__(self, rank: int, process: _Process, device: str, timeout_sec: float) -> None:
         self._process = process
@@ -58,17 +59,17 @@ class ThreadWorld(World):
         with self._process.lock:
             ranks = self._process.allocations.setdefault(self._num_allocations, {})
             ranks[self.rank] = memory
-        how = {} if self._num_allocations else _WITHOUT_BOARDS  # these come first
+        how = {} if self._num_allocations else _NO_CONTROL_BLOCKS
         for peer in range(self.size):
-            wanted = WaitTarget("rendezvous", peer, 1)
-            self.wait(functools.partial(ranks.__contains__, peer), wanted, **how)
-        with self._process.lock:  # every rank has taken all earlier ones
+            target = WaitTarget("rendezvous", peer, 1)
+            self.wait(functools.partial(ranks.__contains__, peer), target, **how)
+        with self._process.lock:  # all ranks have read the earlier allocations
             for number in [n for n in self._process.allocations if n < self._num_allocations]:
                 del self._process.allocations[number]
         return [ranks[rank] for rank in range(self.size)]
 
     def fence(self) -> None:
-        pass  # threads of one interpreter: taking the interpreter lock orders their accesses
+        pass  # the interpreter lock orders the accesses of threads
 
     @property
     def shares_gpu(self) -> bool:
@@ -82,7 +83,7 @@ class ThreadWorld(World):
         return self.allgather(pointer, purpose="device memory")
 
     def close_device_memory(self, pointer: int) -> None:
-        pass  # of this process: freed with it
+        pass  # the memory of this process needs no closing
 
     def _leave(self) -> None:
         self.control_block["closing"][0] = 1
@@ -90,7 +91,7 @@ class ThreadWorld(World):
 
     def _leave_at_once(self) -> None:
         if self.gpu:
-            self._process.device_memory.append(self.gpu)  # a peer may still be writing
+            self._process.device_memory.append(self.gpu)  # a peer's kernel may still write to it
             self.gpu.close()
 
 
@@ -102,17 +103,17 @@ def spawn(
     link: str | None = None,
     timeout_sec: float = 30.0,
 ) -> list[Result]:
-    """Run ``fn(world)`` once a rank, each on a thread of this process.
+    """Run ``fn(world)`` on `ranks` virtual ranks, each on a thread of this process.
 
     Args:
-        fn: called with the rank's world, which is closed when it returns.
+        fn: called once per rank with the rank's world, which is closed when fn returns.
         ranks: W, at least 1.
-        device: "host"; or "cuda": one GPU a rank if there are enough, else partitions of one. On
-            "cuda" the process's cyclic garbage collector rests until spawn returns.
-        link: "h100", "h200" or "h800": ranks are partitions of one GPU, however many there are,
-            and what crosses them goes at that link's rate, scaled to a rank's part of the GPU;
-            None: as fast as it can.
-        timeout_sec: longest that any single wait of a rank may last.
+        device: "host" or "cuda". On "cuda" each rank has a GPU of its own if there are enough,
+            else a partition of one. Python's cyclic garbage collector is off until spawn returns.
+        link: "h100", "h200" or "h800": emulate that link between partitions of one GPU. Transfers
+            between ranks are limited to its rate, scaled to a rank's share of the SMs. None: no
+            limit.
+        timeout_sec: the longest time that a single wait of a rank may last, in seconds.
 
     Returns:
         fn's results in rank order.
@@ -120,15 +121,15 @@ def spawn(
     Raises:
         ValueError: for a wrong argument.
         PeerTimeout: if a rank's thread does not start within timeout_sec.
-        Exception: the first one that a rank raised. The others' waits end at once; a rank that is
-            in code of its own has timeout_sec more, at least two seconds, and is left behind then:
-            a daemon thread, which can do nothing more with its world.
+        Exception: the first that a rank raised. The waits of the other ranks end at once. A rank
+            that runs code of its own has timeout_sec more, at least 2 s. Then spawn returns
+            without it; its daemon thread can no longer use its world.
     """
     ranks = check_int("ranks", ranks, minimum=1)
     timeout_sec = check_timeout(timeout_sec)
     if device == "cuda":
-        # Read when CUDA starts: with fewer hardware queues, streams of several ranks would share
-        # one, and wait behind each other's waiting kernels.
+        # CUDA reads it when it starts. With fewer hardware queues the streams of several ranks
+        # would share one, and a stream would wait behind another rank's waiting kernel.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     check_device(device)
     if not callable(fn):
@@ -138,19 +139,22 @@ def spawn(
         if device != "cuda":
             raise ValueError(f"link must be None on device={device!r} (got {link!r})")
 
-    at_rest = collector_at_rest() if device == "cuda" and ranks > 1 else contextlib.nullcontext()
-    pin_blas_threads()  # by this thread, which is there longest: see cometrt/world/blas.py
+    paused = pause_garbage_collector() if device == "cuda" and ranks > 1 else None
+    pin_blas_threads()  # on this thread and not on the ranks' threads: see cometrt/world/blas.py
     try:
-        with at_rest:
+        with paused or contextlib.nullcontext():
             return _run_ranks(fn, ranks, device, link, timeout_sec)
     finally:
         unpin_blas_threads()
 
 
 @contextlib.contextmanager
-def collector_at_rest() -> Iterator[None]:
-    """No cyclic garbage collection within: what it would free on the device (streams, memory,
-    library handles of worlds gone by) may wait for kernels that wait for a peer."""
+def pause_garbage_collector() -> Iterator[None]:
+    """Disable cyclic garbage collection within the context.
+
+    It could free streams, memory or library handles of earlier worlds. That may wait for kernels,
+    which may wait for a peer: a deadlock.
+    """
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -168,7 +172,7 @@ def _run_ranks(
     on_host = device == "host"
     for gpu in [] if on_host else [0] if shares_gpu else range(ranks):
         check_gpu(gpu)
-    seats = (
+    partitions = (
         [contextlib.nullcontext()] * ranks if on_host else rank_partitions(ranks, share=shares_gpu)
     )
     process = _Process(ranks, shares_gpu)
@@ -179,9 +183,9 @@ def _run_ranks(
     def run(rank: int) -> None:
         world = None
         try:
-            with seats[rank]:
+            with partitions[rank]:
                 world = worlds[rank] = ThreadWorld(rank, process, device, timeout_sec)
-                if process.interrupted:  # before it was there to be abandoned
+                if process.interrupted:  # the main thread could not abandon this world yet
                     raise KeyboardInterrupt
                 if link is not None:
                     world.link = link_share(link, num_sms(), gpu_sms())
@@ -198,13 +202,13 @@ def _run_ranks(
     ]
     for thread in threads:
         thread.start()
-    grace_sec = max(timeout_sec, _SHORTEST_GRACE_SEC)
+    grace_sec = max(timeout_sec, _MIN_GRACE_SEC)
     try:
         while any(thread.is_alive() for thread in threads):
             if errors and time.monotonic() > errors[0][0] + grace_sec:
                 break
             for thread in threads:
-                thread.join(_LOOK_SEC / ranks)
+                thread.join(_POLL_SEC / ranks)
     except BaseException as error:  # Ctrl-C
         process.interrupted = True
         _abandon(worlds, error)
@@ -215,7 +219,7 @@ def _run_ranks(
         for rank in stuck:
             threads[rank].name = f"left behind: {threads[rank].name}"
     for memory in process.device_memory:
-        with contextlib.suppress(Exception):  # what broke the device has been raised already
+        with contextlib.suppress(Exception):  # a rank has already raised the error of the device
             memory.drain()
     if errors:
         first = first_original(errors)
@@ -228,13 +232,14 @@ def _run_ranks(
 
 
 def _abandon(worlds: list[ThreadWorld | None], error: BaseException) -> None:
-    """All that are still open: their ranks' waits end, and they begin nothing new."""
+    """Abandon all worlds that are still open: their waits end and further calls are refused."""
     for world in worlds:
         if world is not None:
             world.abandon(error)
 
 
 def check_device(device: str) -> None:
+    """Raise a ValueError if the device is unknown, or "cuda" without a usable GPU."""
     check_choice("device", device, ("host", "cuda"))
     if device == "cuda":
         try:
@@ -242,9 +247,9 @@ def check_device(device: str) -> None:
 
             if cupy.cuda.runtime.getDeviceCount() < 1:
                 raise RuntimeError("no GPU is visible")
-        except Exception as error:  # CuPy raises types of its own
+        except Exception as error:  # CuPy has error types of its own
             with contextlib.suppress(ImportError, AttributeError):
-                check_driver()  # where that is why
+                check_driver()  # explains more if the driver is the reason
             raise ValueError(
                 f"device='cuda' needs an NVIDIA GPU and the cuda13 extra ({error})"
             ) from error

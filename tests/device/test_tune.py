@@ -90,7 +90,7 @@ def test_tune_chooses_keeps_and_stays_right(ranks, given, cache_file):
 def choose(monkeypatch, config):
     """Only `config` is tried, and taken."""
     monkeypatch.setattr(
-        "cometrt.tuner.tune.search", lambda base, settings, addends, time: (config, time(config))
+        "cometrt.tuner.tune.search", lambda base, settings, spec, size, time: (config, time(config))
     )
 
 

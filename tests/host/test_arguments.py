@@ -2,13 +2,11 @@
 
 import re
 import sys
-import types
 
 import numpy as np
 import pytest
 
 import cometrt
-from cometrt.agreement import agree
 
 SPEC = {"hidden": 64, "intermediate": 96, "num_experts": 8, "topk": 2, "max_tokens": 32}
 
@@ -75,54 +73,6 @@ def test_specs_are_hashable_and_take_numpy_integers():
 def test_tile_config(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         cometrt.TileConfig(**change)
-
-
-@pytest.mark.parametrize(
-    ("change", "addends", "message"),
-    [
-        ({"gemm": "cublas"}, 10, "gemm must be 'engine' on device='cuda' in mode 'fused'"),
-        ({"order": "columns", "n_chunk": 384}, 10, "n_chunk must be a multiple of 256"),
-        ({"block_m": 64}, 10, "block_m must be 128 on device='cuda' with gemm='engine' (got 64)"),
-        ({}, 129, "topk + ranks must be at most 128 on device='cuda' in mode 'fused' (got 129)"),
-    ],
-)
-def test_what_kernels_cannot_do(change, addends, message):
-    config = cometrt.TileConfig(**change)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        config.check_on("cuda", "fused", addends)
-    config.check_on("host", "fused", addends)
-
-
-def test_chunked_is_for_the_engine_on_cuda():
-    config = cometrt.TileConfig()
-    config.check_on("cuda", "chunked", 999)
-    with pytest.raises(ValueError, match="mode must be 'fused' or 'sequential' on device='host'"):
-        config.check_on("host", "chunked", 10)
-    with pytest.raises(ValueError, match="gemm must be 'engine' in mode 'chunked'"):
-        cometrt.TileConfig(gemm="cublas").check_on("cuda", "chunked", 10)
-    with pytest.raises(ValueError, match=r"mode must be .* \[rank 0\]"):
-        cometrt.spawn(lambda w: cometrt.MoELayer(w, cometrt.MoESpec(**SPEC), "chunked"), 2)
-
-
-def test_what_a_layer_cannot_be_on_cuda():
-    world = types.SimpleNamespace(
-        device="cuda", rank=0, size=1, num_layers=0, allgather=lambda value, purpose: [value]
-    )
-    config = cometrt.TileConfig()
-    for change, message in (
-        ({"dtype": "float32"}, "dtype must be 'bfloat16' on device='cuda' (got 'float32')"),
-        ({"hidden": 28688}, "hidden must be at most 28672 on device='cuda' (got 28688)"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            agree(world, cometrt.MoESpec(**(SPEC | change)), None, config)
-    agree(world, cometrt.MoESpec(**(SPEC | {"hidden": 28672})), None, config)
-
-
-def test_the_best_mode_is_one_that_can_be():
-    assert cometrt.TileConfig().best_mode("cuda", 128) == "fused"
-    assert cometrt.TileConfig().best_mode("cuda", 129) == "sequential"
-    assert cometrt.TileConfig(gemm="cublas").best_mode("cuda", 8) == "sequential"
-    assert cometrt.TileConfig(gemm="cublas").best_mode("host", 999) == "fused"
 
 
 def without_gpu(monkeypatch, message):

@@ -91,7 +91,7 @@ def test_results_of_another_library_are_written_in_place():
     ("change", "message"),
     [
         (lambda x: Bfloat16(x), "x must be an array that NumPy can import by DLPack (got <class"),
-        (lambda x: Bfloat16(x), "Unsupported dtype in DLTensor.). NumPy takes no bfloat16"),
+        (lambda x: Bfloat16(x), "Unsupported dtype in DLTensor.). NumPy imports neither bfloat16"),
         (
             lambda x: Bfloat16(x),
             "pass np.asarray(x) for a JAX array x, x.view(torch.int16).numpy()",

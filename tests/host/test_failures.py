@@ -218,7 +218,7 @@ def test_different_layers_are_a_mismatch():
     mismatch(lambda rank, other: (lambda: rank.forward(0), lambda: other.forward(0)))
 
 
-def test_meeting_for_different_things_is_a_mismatch():
+def test_different_collectives_are_a_mismatch():
     def fn(world):
         error = caught(world.barrier if world.rank else lambda: world.allgather(1))
         world.reset()
@@ -271,7 +271,7 @@ def test_a_call_that_failed_while_publishing_cannot_be_repeated_out_of_step():
     check_case(CASE, inputs, cometrt.spawn(fn, CASE.size, timeout_sec=20))
 
 
-def test_an_exchange_against_a_meeting_is_a_mismatch():
+def test_an_exchange_against_a_collective_is_a_mismatch():
     inputs = make_inputs(CASE)
 
     def fn(world):
@@ -281,7 +281,7 @@ def test_an_exchange_against_a_meeting_is_a_mismatch():
         else:
             error = caught(rank.forward, 0)
         assert isinstance(error, cometrt.MismatchError), error
-        assert "meeting" in str(error)
+        assert "collective" in str(error)
         return works_again(world, rank)
 
     begin = time.monotonic()

@@ -10,7 +10,7 @@ import time
 import pytest
 
 import cometrt
-from cometrt.world.whereabouts import ordinal
+from cometrt.world.peer_status import ordinal
 from tests.cases import Case, check_case, make_inputs
 from tests.faults import at, jitter
 from tests.host.test_failures import caught, works_again
@@ -61,7 +61,7 @@ def test_a_rank_that_has_closed_is_named_with_its_calls(calls):
         ("world.reset", lambda world: world.reset()),
     ],
 )
-def test_a_meeting_without_a_rank_that_has_closed(name, call):
+def test_a_collective_without_a_rank_that_has_closed(name, call):
     def fn(world):
         if world.rank != 2:
             # Who has raised closes too: after reset, which stops nothing, another one may see that.
@@ -88,7 +88,7 @@ def test_a_rank_that_waits_says_how_the_other_went_elsewhere():
         return str(error)
 
     for text in at_once(fn):
-        assert "rank 1 went to a meeting" in text or "began its 3rd call while" in text
+        assert "rank 1 called a collective" in text or "began its 3rd call while" in text
 
 
 def test_a_plain_timeout_hints_at_timeout_sec():
@@ -136,7 +136,7 @@ def test_reset_of_a_running_world_by_all_ranks_is_orderly_too(culprit):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("where", ["before a call", "after a call", "before a meeting"])
+@pytest.mark.parametrize("where", ["before a call", "after a call", "before a collective"])
 def test_reset_by_the_rank_that_failed_wakes_the_others_at_once(ranks, where):
     case = Case((ranks, 1))
     inputs = make_inputs(case)
@@ -149,7 +149,7 @@ def test_reset_by_the_rank_that_failed_wakes_the_others_at_once(ranks, where):
                     rank.forward(0)
                 if world.rank == turn % ranks:
                     raise KeyError("own fault")
-                if where == "before a meeting":
+                if where == "before a collective":
                     world.barrier()
                 rank.forward(0)
             except (KeyError, cometrt.CometError):

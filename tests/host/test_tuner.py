@@ -12,6 +12,7 @@ import pytest
 import cometrt
 from cometrt.cuda import trials
 from cometrt.cuda.fused import num_comm_ctas
+from cometrt.legality import check_layer
 from cometrt.specs import Geometry
 from cometrt.tuner import cache, search, tune
 from cometrt.tuner.cache import Key, load, look_up, store
@@ -78,17 +79,33 @@ def test_what_is_stored_is_found_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"format": "another 7", "entries": {}}', b"\xff\xfe",
-     '{"format": "cometrt tuner 1", "entries": []}'],
+    ["", "{", "[]", "{}", '{"format": "cometrt tuner 1", "entries": {}}', b"\xff\xfe",
+     '{"schema": 1, "entries": {}}', '{"schema": 3, "entries": {}}', '{"schema": 2}',
+     '{"schema": "2", "entries": {}}', '{"schema": 2, "entries": []}'],
 )  # fmt: skip
-def test_a_file_that_is_not_one_is_passed_over_and_replaced(text, tmp_path, caplog):
-    path = tmp_path / "tuned.json"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+def test_a_file_of_another_schema_is_ignored_until_tune_replaces_it(text, caplog):
+    path, data = cache.cache_file(), text if isinstance(text, bytes) else text.encode()
+    path.write_bytes(data)
     with caplog.at_level(logging.WARNING, "cometrt"):
-        assert load(path, KEY) is None
-    assert "passed over" in caplog.text
+        for _ in range(3):
+            assert look_up(fake_world(), SPEC, None) is None
+    assert len(caplog.records) == 1
+    assert f"{path} is ignored" in caplog.text
+    assert path.read_bytes() == data
     store(path, KEY, FOUND, 1.0)
+    assert len(caplog.records) == 1
     assert load(path, KEY) == FOUND
+    assert json.loads(path.read_text())["schema"] == 2
+
+
+def test_entries_of_another_schema_are_not_used(caplog):
+    """Not even where they would be legal today: a field may have changed its meaning."""
+    path = cache.cache_file()
+    store(path, KEY, FOUND, 1.0)
+    old = json.loads(path.read_text()) | {"schema": 1}
+    path.write_text(json.dumps(old))
+    assert look_up(fake_world(), SPEC, None) is None
+    assert "schema must be 2 (got 1)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -97,18 +114,18 @@ def test_a_file_that_is_not_one_is_passed_over_and_replaced(text, tmp_path, capl
      {"config": {"n_chunk": "512"}}, {"config": {"order": "columns", "n_chunk": 384}},
      {"config": {"gemm": "cublas"}}],
 )  # fmt: skip
-def test_an_entry_that_cannot_be_used_is_passed_over(entry, caplog):
+def test_an_entry_that_cannot_be_used_is_ignored(entry, caplog):
     path = cache.cache_file()
-    path.write_text(json.dumps({"format": "cometrt tuner 1", "entries": {str(KEY): entry}}))
+    path.write_text(json.dumps({"schema": 2, "entries": {str(KEY): entry}}))
     with caplog.at_level(logging.WARNING, "cometrt"):
         assert look_up(fake_world(), SPEC, None) is None
-    assert "passed over" in caplog.text
+    assert "is ignored" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     store(tmp_path / "file" / "tuned.json", KEY, FOUND, 1.0)
-    assert "is not kept" in caplog.text
+    assert "is not stored" in caplog.text
 
 
 def test_the_users_file_comes_before_the_shipped_one(monkeypatch, tmp_path):
@@ -124,11 +141,21 @@ def test_the_users_file_comes_before_the_shipped_one(monkeypatch, tmp_path):
     assert look_up(fake_world(device="host"), SPEC, None) is None
 
 
-def test_the_shipped_file_is_one(caplog):
-    entries = cache._entries(cache.SHIPPED)
+def test_all_shipped_entries_can_be_used(caplog, monkeypatch):
+    """`look_up` gives every entry of the shipped file to the layer that it is for."""
+    entries = json.loads(cache.SHIPPED.read_text())["entries"]
+    assert entries
+    for text, entry in entries.items():
+        of = dict(item.split("=") for item in text.split(", "))
+        sizes = ("hidden", "intermediate", "num_experts", "topk", "tp")
+        spec = cometrt.MoESpec(**{n: int(of[n]) for n in sizes}, max_tokens=int(of["tokens"]))
+        monkeypatch.setattr(cache, "gpu_name", lambda of=of: of["gpu"])
+        monkeypatch.setattr(cache, "num_sms", lambda of=of: int(of["sms"]))
+        world = fake_world(size=int(of["ranks"]), link=None)
+        config = look_up(world, spec, None)
+        assert dataclasses.asdict(config) == entry["config"]
+        check_layer(spec, world.size, "cuda", "fused", config)
     assert not caplog.records
-    for entry in entries.values():
-        cometrt.TileConfig(**entry["config"]).check_on("cuda", "fused", 2)
 
 
 def test_all_ranks_use_what_rank_0_finds(monkeypatch):
@@ -160,7 +187,7 @@ def test_candidates_are_legal_few_and_different(size, sms, hidden):
     settings = search.candidates(base, spec, size, sms)
     assert sum(map(len, settings)) <= 20
     for changes in settings:
-        configs = [search.legal(base, change, spec.topk + size) for change in changes]
+        configs = [search.legal(base, change, spec, size) for change in changes]
         assert None not in configs
         assert base in configs
         assert len(set(configs)) == len(configs)
@@ -172,16 +199,27 @@ def test_candidates_are_legal_few_and_different(size, sms, hidden):
 
 def test_illegal_changes_are_not_tried():
     base = cometrt.TileConfig()
-    assert search.legal(base, {"order": "columns", "n_chunk": 384}, 8) is None
-    assert search.legal(base, {"gemm": "cublas"}, 8) is None
-    assert search.legal(base, {"raster_group": 0}, 8) is None
-    assert search.legal(base, {}, 257) is None
+    assert search.legal(base, {}, SPEC, 8) == base
+    assert search.legal(base, {"order": "columns", "n_chunk": 384}, SPEC, 8) is None
+    assert search.legal(base, {"gemm": "cublas"}, SPEC, 8) is None
+    assert search.legal(base, {"raster_group": 0}, SPEC, 8) is None
+    assert search.legal(base, {}, dataclasses.replace(SPEC, num_experts=125), 125) is None
+
+
+def test_the_search_times_no_illegal_config():
+    changes = [{"order": "columns", "n_chunk": n_chunk} for n_chunk in (384, 512)]
+    timed = []
+    search.search(
+        cometrt.TileConfig(), [changes], SPEC, 8, lambda config: timed.append(config) or 1.0
+    )
+    assert [config.n_chunk for config in timed] == [256, 512]
 
 
 @pytest.mark.parametrize(
     "best",
-    [{}, {"num_phases": 1}, {"dispatch_ctas": 4, "combine_ctas": 2}, {"order": "columns", "n_chunk": 1024},
-     {"order": "columns", "n_chunk": 512, "num_phases": 4, "raster_group": 4, "combine_ctas": 8}],
+    [{}, {"num_phases": 1}, {"dispatch_ctas": 4, "combine_ctas": 2},
+     {"order": "columns", "n_chunk": 1024}, {"order": "columns", "n_chunk": 512, "num_phases": 4,
+      "raster_group": 4, "combine_ctas": 8}],
 )  # fmt: skip
 def test_the_search_finds_the_best_where_settings_are_independent(best):
     base = cometrt.TileConfig()
@@ -194,7 +232,7 @@ def test_the_search_finds_the_best_where_settings_are_independent(best):
         return 1.0 + sum(0.1 for name, value in wanted.items() if found[name] != value)
 
     settings = search.candidates(base, SPEC, 8, 16)
-    config, ms = search.search(base, settings, 12, time)
+    config, ms = search.search(base, settings, SPEC, 8, time)
     assert config == dataclasses.replace(base, **best)
     assert ms == time(config)
     assert len(timed) - 1 == len(set(timed)) <= 40
@@ -203,7 +241,7 @@ def test_the_search_finds_the_best_where_settings_are_independent(best):
 def test_what_gains_less_than_noise_is_not_taken():
     base = cometrt.TileConfig()
     settings = search.candidates(base, SPEC, 8, 16)
-    assert search.search(base, settings, 12, lambda c: 1.0 - 0.005 * (c != base))[0] == base
+    assert search.search(base, settings, SPEC, 8, lambda c: 1.0 - 0.005 * (c != base))[0] == base
 
 
 def test_num_comm_is_at_most_the_grid():

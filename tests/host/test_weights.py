@@ -136,11 +136,11 @@ def replace(rank, index, change):
         ),
         (
             replace(2, 0, lambda a: a.astype(np.float64)),
-            "w_up of rank 2 must have dtype float32, as that of rank 0 has (got float64)",
+            "w_up of rank 2 must have rank 0's dtype float32 (got float64)",
         ),
         (
             replace(0, 1, lambda a: a.astype(np.float64)),
-            "w_down of rank 1 must have dtype float64, as that of rank 0 has (got float32)",
+            "w_down of rank 1 must have rank 0's dtype float64 (got float32)",
         ),
         (replace(2, 0, np.ma.masked_array), "w_up of rank 2 must not be a masked array"),
         (replace(3, 1, lambda a: a.tolist()), "w_down of rank 3 must be a numpy.ndarray (got <cl"),

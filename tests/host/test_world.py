@@ -1,4 +1,4 @@
-"""The world itself: what spawn raises, meetings, allocations, reset."""
+"""The world itself: what spawn raises, collectives, allocations, reset."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ import threadpoolctl
 
 import cometrt
 from cometrt.world.failure import WaitTarget
-from cometrt.world.threads import ThreadWorld, collector_at_rest
+from cometrt.world.threads import ThreadWorld, pause_garbage_collector
 from tests.cases import Case, check_case, make_inputs
 from tests.faults import at
 from tests.host.test_failures import CASE, TIMEOUT, caught
@@ -61,26 +61,26 @@ def test_a_failed_allocation_is_told_and_recovered_from(monkeypatch):
     check_case(CASE, inputs, cometrt.spawn(fn, CASE.size, timeout_sec=20))
 
 
-def test_a_peer_that_went_on_between_two_reads_is_not_misplaced():
+def test_a_peer_that_went_on_between_two_reads_is_no_mismatch():
     def fn(world):
         values = [0, 1]  # it comes while the waiter looks where it is
 
         def read():
             return values[0]
 
-        def misplaced():
+        def mismatch():
             values.pop(0)
             return "it has begun the next exchange"
 
         wanted = WaitTarget("rendezvous", 0, 1)
-        world.wait(read, wanted, misplaced=misplaced)
+        world.wait(read, wanted, mismatch=mismatch)
         with pytest.raises(cometrt.MismatchError, match="it has begun"):
-            world.wait(lambda: 0, wanted, misplaced=lambda: "it has begun")
+            world.wait(lambda: 0, wanted, mismatch=lambda: "it has begun")
 
     cometrt.spawn(fn, 1)
 
 
-def test_reset_brings_meetings_back_into_step():
+def test_reset_aligns_sequence_numbers():
     def fn(world):
         if world.rank != 1:
             with pytest.raises(cometrt.PeerTimeout, match="rendezvous from rank 1"):
@@ -165,7 +165,7 @@ def test_allgather_takes_values_larger_than_a_mailbox():
     assert cometrt.spawn(fn, 3) == [[10, 200_000, 200_000]] * 3
 
 
-def test_timeouts_of_a_meeting_name_who_is_missing():
+def test_timeouts_of_a_collective_name_the_missing_rank():
     def fn(world):
         if world.rank != 1:
             with pytest.raises(cometrt.PeerTimeout) as caught_error:
@@ -189,7 +189,7 @@ def test_blas_has_one_thread_while_a_world_is_open_whoever_had_set_it_before():
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_the_collector_rests_and_is_put_back(enabled):
+def test_the_garbage_collector_is_paused_and_restored(enabled):
     import gc
 
     before = gc.isenabled()
@@ -198,7 +198,7 @@ def test_the_collector_rests_and_is_put_back(enabled):
         seen = []
 
         def fails():
-            with collector_at_rest():
+            with pause_garbage_collector():
                 seen.append(gc.isenabled())
                 raise KeyError
 

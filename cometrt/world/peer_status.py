@@ -1,7 +1,7 @@
-"""Where a peer is that does not come: what its control block says, in words for users.
+"""What a peer does instead of sending an expected signal, read from its control block.
 
-Each function returns a text, or nothing where it does not hold. What a peer did before it went
-shows only after a fence: a caller looks again then whether what it waits for has come.
+Each function returns a sentence for an error message, or "" if it does not apply. A peer may have
+signalled before it went on. So the caller must fence and read the awaited flag again.
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ _EXCHANGES = ("layer.forward", "layer.backward")
 
 
 def gone(world: World, peer: int) -> str:
-    """The peer has closed or left the world, and comes to nothing any more."""
+    """The peer has closed or left the world, and takes part in nothing any more."""
     closing = int(world.control_blocks[peer]["closing"][0])
     if not closing:
         return ""
     return _text(world, peer, "has closed the world" if closing > 0 else "has left the world")
 
 
-def elsewhere(world: World, peer: int) -> str:
-    """The peer has gone, or waits for this rank in ``world.reset()``."""
+def gone_or_resetting(world: World, peer: int) -> str:
+    """The peer is gone, or waits for this rank in ``world.reset()``."""
     if int(world.control_blocks[peer]["reset_request"][0]) > world.generation:
         return _text(world, peer, "called world.reset()")
     return gone(world, peer)
 
 
-def meeting(world: World, peer: int) -> str:
-    """This rank waits for the peer in an exchange, and the peer has gone to a meeting."""
+def in_collective(world: World, peer: int) -> str:
+    """The peer is in a collective, while this rank waits for it in an exchange."""
     if int(world.control_blocks[peer]["sequence"][0]) <= world.sequence:
         return ""
-    text = _text(world, peer, "went to a meeting (a layer made, a barrier)")
-    return f"ranks called different things: {text}"
+    text = _text(world, peer, "called a collective (MoELayer, barrier or allgather)")
+    return f"ranks made different calls: {text}"
 
 
-def exchanging(world: World, peer: int) -> str:
-    """This rank waits for the peer in a meeting, and the peer has gone on to an exchange."""
+def in_exchange(world: World, peer: int) -> str:
+    """The peer is in an exchange, while this rank waits for it in a collective."""
     epoch = int(world.control_blocks[peer]["epoch"][0])
     if epoch <= world.epoch:
         return ""
     return (
-        f"ranks called different things: rank {peer} began its {ordinal(epoch)} call while this "
-        f"rank waits for it in a meeting, {_call(world)}"
+        f"ranks made different calls: rank {peer} began its {ordinal(epoch)} call while this "
+        f"rank waits for it in the collective {_call(world)}"
     )
 
 
 def ordinal(number: int) -> str:
-    """1st, 2nd, 3rd, 4th."""
+    """The English ordinal: 1st, 2nd, 3rd, 4th."""
     teens = number % 100 in (11, 12, 13)
     return f"{number}{'th' if teens else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
