@@ -129,7 +129,7 @@ class Report:
         epoch = int(record["epoch"])
         if KINDS[int(record["kind"])] == "mismatch":
             headers = control["header"][epoch & 1][: world.size]
-            text = f"ranks called different things in epoch {epoch}: " + ", ".join(
+            text = f"ranks made different calls in epoch {epoch}: " + ", ".join(
                 f"rank {rank}: {_called(header)}" for rank, header in enumerate(headers)
             )
             failure = Failure("mismatch", int(record["waiter"]), text, epoch=epoch)

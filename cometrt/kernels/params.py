@@ -155,7 +155,7 @@ pipeline_chunk_dtype = np.dtype(
 MIRRORS = {
     "Geometry": ("common/geometry.cuh", geometry_dtype),
     "PlanParams": ("plan/plan.cuh", plan_params_dtype),
-    "PlanProgress": ("protocol/plan_progress_dtype.cuh", plan_progress_dtype),
+    "PlanProgress": ("protocol/plan_progress.cuh", plan_progress_dtype),
     "Header": ("protocol/control_block.cuh", header_dtype),
     "FailureRecord": ("protocol/control_block.cuh", record_dtype),
     "ControlBlock": ("protocol/control_block.cuh", device_control_block_dtype),

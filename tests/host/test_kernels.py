@@ -59,6 +59,7 @@ def layout_of(struct: str, header: str, names: list[str]) -> list[int]:
     )
     options = ["-arch=compute_90a", "-std=c++17", f"-I{kernels_folder()}"]
     options.append(f"-I{compiler._cuda_headers()}")
+    options += [f"-DCOMETRT_{name}={value}" for name, value in compiler.MACROS.items()]
     _, program = nvrtc.nvrtcCreateProgram(text.encode(), b"layout.cu", 0, [], [])
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     assert int(error) == 0

@@ -12,7 +12,8 @@ import pytest
 import cometrt
 from cometrt.cuda.trace import events_of
 from cometrt.host import comm
-from cometrt.kernels.params import TRACE_LANES, trace_lane_dtype
+from cometrt.kernels.constants import TRACE_LANES
+from cometrt.kernels.params import trace_lane_dtype
 from cometrt.trace import Event, Timeline
 from tests.cases import Case, make_inputs
 from tests.host.test_orders import Rank
