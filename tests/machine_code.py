@@ -2,7 +2,8 @@
 
     make machine-code BASE=<commit>
 
-RENAMED says which file or kernel of an older tree is which of this one, where names have changed.
+RENAMED maps a file or kernel of this tree to its name in an older one. An entry applies only where
+the older tree lacks the new name.
 """
 
 from __future__ import annotations
@@ -22,13 +23,28 @@ from cometrt.kernels import compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 
+Defines = tuple[tuple[str, int], ...]  # macros of a build
+Build = tuple[str, Defines]  # a file of kernels_cu, its macros
+
+
+def _with_options(builds: list[Defines], *options: tuple[str, int]) -> list[Defines]:
+    """Each build alone and with every combination of the options."""
+    for option in options:
+        builds = builds + [(*defines, option) for defines in builds]
+    return builds
+
+
 # Macros of what is shipped, where a file is compiled in more ways than one.
-ACTIVATED = [(("ACTIVATION", a), ("WRITE_Z", z)) for a in range(len(ACTIVATIONS)) for z in (0, 1)]
-TRACED = ("TRACE", 1)
-BUILDS = {
+ACTIVATED: list[Defines] = [
+    (("ACTIVATION", a), ("WRITE_Z", z)) for a in range(len(ACTIVATIONS)) for z in (0, 1)
+]
+TRACED, LINKED = ("TRACE", 1), ("LINK", 1)
+BUILDS: dict[str, list[Defines]] = {
     "gemm/grouped_gemm.cu": [(("ACTIVATION", -1), ("WRITE_Z", 0)), *ACTIVATED],
-    "fused/dispatch_gemm.cu": ACTIVATED + [(*defines, TRACED) for defines in ACTIVATED],
-    "fused/gemm_combine.cu": [(), (TRACED,)],
+    "fused/dispatch_gemm.cu": _with_options(ACTIVATED, TRACED, LINKED),
+    "fused/gemm_combine.cu": _with_options([()], TRACED, LINKED),
+    "plan/plan.cu": _with_options([()], LINKED),
+    "sequential/rows.cu": _with_options([()], LINKED),
 }
 RENAMED: dict[str, str] = {
     "gemm/grouped_gemm.cu": "gemm/forward.cu",
@@ -45,8 +61,6 @@ RENAMED: dict[str, str] = {
     "tile_order": "turns",
     "start_barrier": "gate",
 }
-
-Build = tuple[str, tuple[tuple[str, int], ...]]  # a file of kernels_cu, its macros
 
 
 def builds() -> list[Build]:
@@ -71,7 +85,7 @@ def machine_code(cubin: Path) -> dict[str, bytes]:
     return sections
 
 
-def compiled(folder: Path, file: str, defines: tuple[tuple[str, int], ...]) -> dict[str, bytes]:
+def compiled(folder: Path, file: str, defines: Defines) -> dict[str, bytes]:
     """The machine code of a file in that copy of kernels_cu."""
     compiler.kernels_folder = lambda: folder
     return machine_code(compiler.compile_cubin(folder / file, defines).path)
