@@ -9,7 +9,7 @@ namespace cometrt {
 
 // By all lanes of a warp, once: whether it is among the first to arrive for the role, as many as
 // `num_ctas` CTAs have.
-__device__ inline bool takes_part(const ExchangeParams& p, Arrivals role, int num_ctas) {
+__device__ inline bool takes_part(const ExchangeParams& p, LimitedRole role, int num_ctas) {
   if (num_ctas >= static_cast<int>(gridDim.x)) return true;
   int ticket = 0;
   if (threadIdx.x % 32 == 0) ticket = static_cast<int>(atomicAdd(&p.arrivals[role], 1u));

@@ -28,7 +28,7 @@ class CombineWarp : RowSums {
   __device__ void run() {
     // In a stopped world dispatch_gemm does not wait for rows: its results must not reach a peer.
     // Every CTA of it that went on without its rows saw the abort before this launch.
-    const bool stopped = lane_ == 0 && p_.world.stopped();
+    const bool stopped = lane_ == 0 && is_stopped(p_.world);
     if (__any_sync(~0u, stopped)) return;
 #pragma unroll 1
     for (int n_chunk = 0; n_chunk <= p_.num_n_chunks; ++n_chunk) {
@@ -99,7 +99,7 @@ class CombineWarp : RowSums {
       recorder.begin_wait();
       wait_transferred(s_.pushed.transferred_ns);
       recorder.end_wait(kWaitLink, -1, -1);
-      fence_acq_rel_sys();
+      fence_system();
       signal(s_.pushed.flag, s_.epoch);
       s_.pushed.flag = nullptr;
     }

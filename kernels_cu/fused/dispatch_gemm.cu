@@ -67,7 +67,7 @@ struct Roles {
   }
   __device__ void communicate(int warp) {
     if (warp < kFirstCommWarp || !params.state->ok) return;
-    if (!takes_part(params, kPullers, num_comm)) return;
+    if (!takes_part(params, kDispatchRole, num_comm)) return;
     const int index = warp - kFirstCommWarp;
     DispatchWarp dispatch(params, link, stages.bytes[index], stages.full[index]);
     dispatch.recorder = Recorder(params.trace(), 1, kPull);

@@ -43,13 +43,13 @@ class DispatchWarp {
   __device__ DispatchWarp(const ExchangeParams& p, const EmulatedLink& link,
                           char (*stages)[kCopyChunkBytes], u64* full)
       : p_(p),
-        link_(own_link(link)),
+        link_(opaque_link(link)),
         stages_(stages),
         full_(full),
         lane_(threadIdx.x % 32),
         stage_(lane_ / kLanesPerItem),
         k_(lane_ % kLanesPerItem) {
-    queue_head_ = own_pointer(p.queue_heads);
+    queue_head_ = opaque_pointer(p.queue_heads);
   }
 
   __device__ void run() {
@@ -78,7 +78,7 @@ class DispatchWarp {
       now = next;
     }
     release(before);
-    recorder.end_part(1);
+    recorder.end_if_moved(1);
   }
 
  private:
@@ -138,7 +138,7 @@ class DispatchWarp {
     recorder.end_wait(kWaitLink, -1, -1);
     fence_acq_rel_gpu();  // each lane for its own stores
     for_rows(item, [&](int row) { add_relaxed_gpu(&p_.tile_filled[row / p_.g.block_m], 1); });
-    recorder.end_part(kBytesPerEvent);
+    recorder.end_if_moved(kBytesPerEvent);
   }
 
   // The elected lane of a batch keeps its transfer over the link; two lanes take turns, since two

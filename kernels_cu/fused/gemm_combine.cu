@@ -64,7 +64,7 @@ struct Roles {
       __syncwarp();
     }
     if (!params.state->ok) return;
-    if (!takes_part(params, warp < kFirstCommWarp ? kHelpers : kCombiners, num_comm)) return;
+    if (!takes_part(params, warp < kFirstCommWarp ? kHelperRole : kCombineRole, num_comm)) return;
     CombineWarp combine(params, link, *sums);
     combine.recorder = Recorder(params.trace(), 1, kReduceAndPush);
     combine.run();

@@ -115,7 +115,7 @@ struct SentBlock {
 
 __device__ inline void signal_sent(const ExchangeParams& params, const SentBlock& sent) {
   wait_transferred(sent.transferred_ns);
-  fence_acq_rel_sys();
+  fence_system();
   for (int i = 0; i < params.num_n_chunks; ++i) {
     signal(sent.flags + i, params.world.epoch());
   }
