@@ -20,6 +20,7 @@ from pathlib import Path
 
 from cometrt.activations import ACTIVATIONS
 from cometrt.kernels import compiler
+from cometrt.kernels.constants import MACROS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,6 +86,28 @@ def machine_code(cubin: Path) -> dict[str, bytes]:
     return sections
 
 
+def ptx_of(file: str, defines: Defines = ()) -> str:
+    """The PTX of a file of kernels_cu with those macros."""
+    from cuda.bindings import nvrtc
+
+    folder = compiler.kernels_folder()
+    macros = (*((f"COMETRT_{name}", value) for name, value in MACROS.items()), *defines)
+    options = ["-arch=compute_90a", "-std=c++17", "-default-device"]
+    options += [f"-I{path}" for path in (folder, compiler._cuda_headers())]
+    options += [f"-D{name}={value}" for name, value in macros]
+    text = (folder / file).read_bytes()
+    _, program = nvrtc.nvrtcCreateProgram(text, Path(file).name.encode(), 0, [], [])
+    try:
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+        assert int(error) == 0, f"{file} does not compile"
+        _, size = nvrtc.nvrtcGetPTXSize(program)
+        ptx = b" " * size
+        nvrtc.nvrtcGetPTX(program, ptx)
+        return ptx.decode().rstrip("\0")
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
 def compiled(folder: Path, file: str, defines: Defines) -> dict[str, bytes]:
     """The machine code of a file in that copy of kernels_cu."""
     compiler.kernels_folder = lambda: folder
@@ -98,14 +121,15 @@ def compare(here: Path, base: Path, build: Build) -> list[str]:
     if not (base / other).exists():
         return [f"{file}: not in the other tree"]
     ours, theirs = compiled(here, file, defines), compiled(base, other, defines)
-    theirs = {name: theirs.get(name, theirs.get(RENAMED.get(name, ""))) for name in ours}
     what = f"{file} {' '.join(f'{name}={value}' for name, value in defines)}"
-    return [
-        f"{what}: {name} differs ({len(theirs[name] or b'') // 16} instructions, now "
-        f"{len(code) // 16})"
-        for name, code in ours.items()
-        if code != theirs[name]
-    ]
+    old = {name: name if name in theirs else RENAMED.get(name, name) for name in ours}
+    lines = [f"{what}: {name} is missing" for name in theirs.keys() - set(old.values())]
+    for name, code in ours.items():
+        other_code = theirs.get(old[name], b"")
+        if code != other_code:
+            counts = f"{len(other_code) // 16} instructions, now {len(code) // 16}"
+            lines.append(f"{what}: {name} differs ({counts})")
+    return lines
 
 
 def main() -> int:

@@ -94,8 +94,8 @@ __device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, c
   while (clear()) {
   }
   const int columns = p.g.num_experts + size * p.g.local_experts;
-  const int before_takes = size + 1 + (columns + kWarps - 1) / kWarps;
-  WorkQueue to_tile = queue(kTileList, before_takes + pairs);
+  const int num_tile_items = size + 1 + (columns + kWarps - 1) / kWarps;
+  WorkQueue to_tile = queue(kTileList, num_tile_items + pairs);
   if (!end(kCounted, done, pairs + slices)) return false;
 
   u64 transferred_ns = 0;
@@ -106,16 +106,16 @@ __device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, c
     } else if (i == size) {
       make_bases(p, words, block.warps);
       if (threadIdx.x == 0 && !calls.agree()) atomicMax(&p.progress->largest_need, ~0ull);
-    } else if (i < before_takes) {
+    } else if (i < num_tile_items) {
       sum_token_tiles(p, (i - size - 1) * kWarps + threadIdx.x / 32);
     } else {
-      const int at = i - before_takes;
+      const int at = i - num_tile_items;
       transferred_ns = max(transferred_ns, calls.copy_weights(at / size, (rank + at) % size));
     }
   }
   wait_transferred(transferred_ns);
   WorkQueue to_place = queue(kPlaceList, pairs);
-  if (!end(kTiled, done, before_takes + pairs)) return false;
+  if (!end(kTiled, done, num_tile_items + pairs)) return false;
   if (p.progress->wrong_pair != 0 || p.progress->largest_need != 0) return false;
 
   done = 0;
