@@ -68,8 +68,8 @@ class Recorder {
     if (TraceLane* lane = this->lane()) lane->since_ns = global_timer_ns();
   }
   // Adds bytes to the current work.
-  __device__ void count(bool crosses, u32 bytes) {
-    (crosses ? link_bytes_ : local_bytes_) += bytes;
+  __device__ void count(bool over_link, u32 bytes) {
+    (over_link ? link_bytes_ : local_bytes_) += bytes;
   }
   __device__ void end(int tile, int column) {
     if (TraceLane* lane = this->lane()) {

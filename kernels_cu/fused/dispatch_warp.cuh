@@ -109,16 +109,17 @@ class DispatchWarp {
 
   __device__ void load(int token, u32 offset, u32 bytes) {
     const int source = token / p_.g.max_tokens, index = token % p_.g.max_tokens;
-    const bool loads = bytes != 0 && k_ == 0, crosses = loads && source != p_.world.rank;
+    const bool loads = bytes != 0 && k_ == 0, over_link = loads && source != p_.world.rank;
     if (loads) {
       const char* from = p_.data<char>(source, p_.pull_offset) + 2ll * index * p_.g.hidden + offset;
       mbarrier_arrive_expect(&full_[stage_], bytes);
       bulk_load<CacheHint::kEvictFirst>(stages_[stage_], from, bytes, &full_[stage_]);
     }
-    const u32 link_bytes = __reduce_add_sync(~0u, crosses ? bytes : 0);
+    const u32 link_bytes = __reduce_add_sync(~0u, over_link ? bytes : 0);
     if (is_elected(0)) transfer_.begin(link_, link_bytes);
     recorder.count(true, link_bytes);
-    if (Recorder::kOn) recorder.count(false, __reduce_add_sync(~0u, loads && !crosses ? bytes : 0));
+    if (Recorder::kOn)
+      recorder.count(false, __reduce_add_sync(~0u, loads && !over_link ? bytes : 0));
   }
 
   __device__ void store(const Item& item, u32 offset, u32 bytes) {

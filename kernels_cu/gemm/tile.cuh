@@ -57,8 +57,7 @@ struct Shared {
   u64 full[kStages];                     // the stage holds this CTA's next BLOCK_K columns
   u64 empty[kStages];                    // all multiplying warps of the cluster have read the stage
   u64 scheduler_full[kSchedulerStages];  // this CTA's work tile has arrived
-  u64 scheduler_empty[kSchedulerStages];  // CTA 0's is used: all readers of the cluster have read
-                                          // it
+  u64 scheduler_empty[kSchedulerStages];  // in CTA 0: all readers of the cluster have read it
 };
 static_assert(sizeof(Shared) <= 227 * 1024, "shared memory of an SM");
 

@@ -21,7 +21,7 @@ __device__ inline int wait_source(const ExchangeParams& params, int s) {
   return found >= 0 && found <= params.g.max_tokens ? static_cast<int>(found) : 0;
 }
 
-// By one thread that has waited for all sources, or met the threads that did: whether all ranks
+// By one thread behind a barrier with the threads that waited for the sources: whether all ranks
 // make the same call and the world still runs. A mismatch stops the world.
 __device__ inline bool all_agree(const ExchangeParams& params) {
   const Header* headers = params.world.own().header[params.world.epoch() & 1];

@@ -160,8 +160,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads,
       const __nv_bfloat16* from =
           params.data<__nv_bfloat16>(token / params.g.max_tokens, params.pull_offset) +
           static_cast<long long>(token % params.g.max_tokens) * params.g.hidden;
-      const bool crosses = token / params.g.max_tokens != params.world.rank;
-      if (crosses) transferred_ns = max(transferred_ns, begin_transfer(link, row_bytes));
+      const bool over_link = token / params.g.max_tokens != params.world.rank;
+      if (over_link) transferred_ns = max(transferred_ns, begin_transfer(link, row_bytes));
       mbarrier_arrive_expect(&full[stage], row_bytes);
       bulk_load(buffer, from, row_bytes, &full[stage]);
       if (i + stages < pulls.end) next = params.pull_tokens[i + stages];
