@@ -2,7 +2,8 @@
 
     make machine-code BASE=<commit>
 
-RENAMED says which file or kernel of an older tree is which of this one, where names have changed.
+RENAMED maps a file or kernel of this tree to its name in an older one. An entry applies only where
+the older tree lacks the new name.
 """
 
 from __future__ import annotations
@@ -19,16 +20,32 @@ from pathlib import Path
 
 from cometrt.activations import ACTIVATIONS
 from cometrt.kernels import compiler
+from cometrt.kernels.constants import MACROS
 
 ROOT = Path(__file__).resolve().parent.parent
 
+Defines = tuple[tuple[str, int], ...]  # macros of a build
+Build = tuple[str, Defines]  # a file of kernels_cu, its macros
+
+
+def _with_options(builds: list[Defines], *options: tuple[str, int]) -> list[Defines]:
+    """Each build alone and with every combination of the options."""
+    for option in options:
+        builds = builds + [(*defines, option) for defines in builds]
+    return builds
+
+
 # Macros of what is shipped, where a file is compiled in more ways than one.
-ACTIVATED = [(("ACTIVATION", a), ("WRITE_Z", z)) for a in range(len(ACTIVATIONS)) for z in (0, 1)]
-TRACED = ("TRACE", 1)
-BUILDS = {
+ACTIVATED: list[Defines] = [
+    (("ACTIVATION", a), ("WRITE_Z", z)) for a in range(len(ACTIVATIONS)) for z in (0, 1)
+]
+TRACED, LINKED = ("TRACE", 1), ("LINK", 1)
+BUILDS: dict[str, list[Defines]] = {
     "gemm/grouped_gemm.cu": [(("ACTIVATION", -1), ("WRITE_Z", 0)), *ACTIVATED],
-    "fused/dispatch_gemm.cu": ACTIVATED + [(*defines, TRACED) for defines in ACTIVATED],
-    "fused/gemm_combine.cu": [(), (TRACED,)],
+    "fused/dispatch_gemm.cu": _with_options(ACTIVATED, TRACED, LINKED),
+    "fused/gemm_combine.cu": _with_options([()], TRACED, LINKED),
+    "plan/plan.cu": _with_options([()], LINKED),
+    "sequential/rows.cu": _with_options([()], LINKED),
 }
 RENAMED: dict[str, str] = {
     "gemm/grouped_gemm.cu": "gemm/forward.cu",
@@ -45,8 +62,6 @@ RENAMED: dict[str, str] = {
     "tile_order": "turns",
     "start_barrier": "gate",
 }
-
-Build = tuple[str, tuple[tuple[str, int], ...]]  # a file of kernels_cu, its macros
 
 
 def builds() -> list[Build]:
@@ -71,7 +86,29 @@ def machine_code(cubin: Path) -> dict[str, bytes]:
     return sections
 
 
-def compiled(folder: Path, file: str, defines: tuple[tuple[str, int], ...]) -> dict[str, bytes]:
+def ptx_of(file: str, defines: Defines = ()) -> str:
+    """The PTX of a file of kernels_cu with those macros."""
+    from cuda.bindings import nvrtc
+
+    folder = compiler.kernels_folder()
+    macros = (*((f"COMETRT_{name}", value) for name, value in MACROS.items()), *defines)
+    options = ["-arch=compute_90a", "-std=c++17", "-default-device"]
+    options += [f"-I{path}" for path in (folder, compiler._cuda_headers())]
+    options += [f"-D{name}={value}" for name, value in macros]
+    text = (folder / file).read_bytes()
+    _, program = nvrtc.nvrtcCreateProgram(text, Path(file).name.encode(), 0, [], [])
+    try:
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+        assert int(error) == 0, f"{file} does not compile"
+        _, size = nvrtc.nvrtcGetPTXSize(program)
+        ptx = b" " * size
+        nvrtc.nvrtcGetPTX(program, ptx)
+        return ptx.decode().rstrip("\0")
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def compiled(folder: Path, file: str, defines: Defines) -> dict[str, bytes]:
     """The machine code of a file in that copy of kernels_cu."""
     compiler.kernels_folder = lambda: folder
     return machine_code(compiler.compile_cubin(folder / file, defines).path)
@@ -84,14 +121,15 @@ def compare(here: Path, base: Path, build: Build) -> list[str]:
     if not (base / other).exists():
         return [f"{file}: not in the other tree"]
     ours, theirs = compiled(here, file, defines), compiled(base, other, defines)
-    theirs = {name: theirs.get(name, theirs.get(RENAMED.get(name, ""))) for name in ours}
     what = f"{file} {' '.join(f'{name}={value}' for name, value in defines)}"
-    return [
-        f"{what}: {name} differs ({len(theirs[name] or b'') // 16} instructions, now "
-        f"{len(code) // 16})"
-        for name, code in ours.items()
-        if code != theirs[name]
-    ]
+    old = {name: name if name in theirs else RENAMED.get(name, name) for name in ours}
+    lines = [f"{what}: {name} is missing" for name in theirs.keys() - set(old.values())]
+    for name, code in ours.items():
+        other_code = theirs.get(old[name], b"")
+        if code != other_code:
+            counts = f"{len(other_code) // 16} instructions, now {len(code) // 16}"
+            lines.append(f"{what}: {name} differs ({counts})")
+    return lines
 
 
 def main() -> int:

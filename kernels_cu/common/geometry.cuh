@@ -1,5 +1,5 @@
-// Shapes that every kernel of a layer shares. Mirrored by geometry_dtype in
-// cometrt/kernels/params.py.
+// Shapes of one rank's layer, part of the parameters of nearly every kernel. Mirrored by
+// geometry_dtype in cometrt/kernels/params.py.
 #pragma once
 
 #include "hopper/memory.cuh"
@@ -15,11 +15,12 @@ struct Geometry {
   int num_phases, padding;
 };
 
+// (to - from) mod ranks: 0 for the rank itself.
 __device__ inline int ring_distance(const Geometry& g, int from, int to) {
   return (to - from + g.size) % g.size;
 }
 
-// The largest ring distance of a phase of tiles: TileConfig.last_distances.
+// The largest ring distance of a phase of the dispatch order, as TileConfig.last_distances has it.
 __device__ inline int last_distance(const Geometry& g, int phase) {
   if (g.num_phases == 1) return g.size - 1;
   return phase == 0 ? 0 : (phase * (g.size - 1) + g.num_phases - 2) / (g.num_phases - 1);

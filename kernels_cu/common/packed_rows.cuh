@@ -1,4 +1,5 @@
-// Vectors of eight bf16 columns, added in fp32.
+// Vectors of eight bf16 columns (16 bytes): weighted sums in fp32, and their store. Used by every
+// kernel that combines rows.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,7 +8,8 @@
 
 namespace cometrt {
 
-// One rounding a column: the product is added unrounded. A bf16 is the upper half of an fp32.
+// sum += weight * packed, one fma and so one rounding a column. A bf16 is the upper half of an
+// fp32.
 __device__ inline void add_packed(float (&sum)[8], uint4 packed, float weight) {
   const u32 pairs[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll

@@ -1,9 +1,10 @@
-// Sums over the threads of a block.
+// Prefix sum over the threads of a block. Used by the planner and the tile order.
 #pragma once
 
 namespace cometrt {
 
-// Exclusive sum over the block; `total` gets the sum. `shared` has blockDim.x / 32 words.
+// By all threads: the exclusive prefix sum; `total` gets the sum. `shared`: blockDim.x / 32 words,
+// free again on return.
 __device__ inline int block_scan(int value, int* shared, int* total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int sum = value;

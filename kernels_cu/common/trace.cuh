@@ -1,6 +1,7 @@
-// What the CTAs of the fused kernels did, when, and what they waited for. Only where TRACE is 1:
-// else a Recorder is empty, and the machine code is that of sources without one. So that a test can
-// make those, every line of a kernel that names a recorder can be left out.
+// Traces of the fused kernels: what their warps did and waited for, and when. cometrt/cuda/trace.py
+// reads them. Macro TRACE: 1 compiles it in. Otherwise a Recorder is empty and leaves no machine
+// code. A test deletes every line that names a recorder and compares, so each such line must stand
+// alone.
 #pragma once
 
 #include "hopper/memory.cuh"
@@ -11,7 +12,7 @@
 
 namespace cometrt {
 
-// Numbers of KINDS in cometrt/cuda/trace.py. The last four are waits.
+// Indices into KINDS of cometrt/cuda/trace.py. The last four are waits.
 enum EventKind : u16 {
   kUp,
   kDown,
@@ -24,50 +25,51 @@ enum EventKind : u16 {
   kWaitLink,
 };
 
-// A CTA's lanes: first threads of its first five warps, then their second ones, and so on. Warp 0
-// loads, 2 and 3 move rows, and in the end 0 and 1 too, 4 is_elected for all that multiply.
+// Trace lane warp + kTracedWarps * thread belongs to that thread of that warp of a CTA. Warp 0
+// loads, 2 and 3 communicate (later 0 and 1 too), and warp 4 stands for all multiplying warps.
 constexpr int kTracedWarps = 5, kTraceLanes = COMETRT_TRACE_LANES;
 constexpr int kEventsOfLane = COMETRT_TRACE_EVENTS;
 static_assert(kTraceLanes == 3 * kTracedWarps);
 
-// Mirrored, as is TraceLane, in cometrt/kernels/params.py.
+// Mirrored by trace_event_dtype in cometrt/kernels/params.py.
 struct alignas(16) TraceEvent {
   u64 begin_ns, end_ns;
-  u32 local_bytes, link_bytes;  // moved within the rank and between ranks
-  int tile;                     // M-tile, or block of tokens; -1: none
-  short column;                 // N-tile, or chunk; -1: none
-  u16 kind;
+  u32 local_bytes, link_bytes;  // moved within the rank, and between ranks
+  int tile;                     // M-tile, or token block; -1: none
+  short column;                 // N-tile, or N-chunk; -1: none
+  u16 kind;                     // EventKind
 };
 
-// Events of one lane of one CTA, launch after launch. Those that find no room are counted too.
+// Events of one trace lane of one CTA over all launches of a recording. num_events also counts
+// events that found no room. Mirrored by trace_lane_dtype.
 struct alignas(16) TraceLane {
   u32 num_events, unused[3];
-  u64 since_ns, waits_since_ns;  // when the work that goes on began, and the last wait
+  u64 since_ns, waits_since_ns;  // begin of the current work and of the last wait
   TraceEvent events[kEventsOfLane];
 };
 
 #if TRACE
 
-// One thread's. It must not cost registers that movers and accumulators need: what it remembers
-// lies in memory, in its lane, and which lane that is it works out anew each time.
+// One thread's trace. It must cost few registers, since accumulators and comm warps need them. So
+// its state lies in global memory, and it recomputes its lane's address at each call.
 class Recorder {
-  static constexpr u64 kShortestWaitNs = 500;  // shorter ones belong to the work around them
+  static constexpr u64 kShortestWaitNs = 500;  // shorter waits count as work
 
  public:
   static constexpr bool kOn = true;
-  EventKind kind = kUp;  // of the work
+  EventKind kind = kUp;  // of the current work
 
   Recorder() = default;  // records nothing
-  // The first `threads` threads of a warp record; of those that multiply, the first warp.
+  // The first `threads` threads of each traced warp record.
   __device__ Recorder(TraceLane* const* lanes, int threads, EventKind kind)
       : kind(kind), lanes_(lanes), threads_(threads) {}
 
   __device__ void begin() {
     if (TraceLane* lane = this->lane()) lane->since_ns = global_timer_ns();
   }
-  // Of the work since it began.
-  __device__ void count(bool crosses, u32 bytes) {
-    (crosses ? link_bytes_ : local_bytes_) += bytes;
+  // Adds bytes to the current work.
+  __device__ void count(bool over_link, u32 bytes) {
+    (over_link ? link_bytes_ : local_bytes_) += bytes;
   }
   __device__ void end(int tile, int column) {
     if (TraceLane* lane = this->lane()) {
@@ -77,15 +79,16 @@ class Recorder {
     }
     local_bytes_ = link_bytes_ = 0;
   }
-  // Of work in many small parts: tells what so many bytes took, and begins anew.
-  __device__ void end_part(u32 bytes) {
+  // For work in many small parts: ends an event once it has moved so many bytes, and begins the
+  // next.
+  __device__ void end_if_moved(u32 bytes) {
     if (local_bytes_ + link_bytes_ >= bytes) end(-1, -1);
   }
 
   __device__ void begin_wait() {
     if (TraceLane* lane = this->lane()) lane->waits_since_ns = global_timer_ns();
   }
-  // Work in parts is reported as far as the wait, and begins anew behind it.
+  // Work in parts ends an event at the wait and begins the next behind it.
   __device__ void end_wait(EventKind wait, int tile, int column) {
     TraceLane* lane = this->lane();
     if (lane == nullptr) return;
@@ -131,7 +134,7 @@ struct Recorder {
   __device__ void begin() {}
   __device__ void count(bool, u32) {}
   __device__ void end(int, int) {}
-  __device__ void end_part(u32) {}
+  __device__ void end_if_moved(u32) {}
   __device__ void begin_wait() {}
   __device__ void end_wait(EventKind, int, int) {}
 };

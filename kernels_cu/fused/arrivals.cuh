@@ -1,5 +1,6 @@
-// Roles that a launch argument limits go to the warps that arrive first. Certain CTAs might arrive
-// late, when other kernels hold their SMs, and the others would wait for them.
+// Limits how many warps of a fused kernel communicate. The warps that arrive first get the role.
+// Fixed CTAs could start late, while other kernels hold their SMs, and everyone would wait for
+// them.
 #pragma once
 
 #include "gemm/roles.cuh"
@@ -7,9 +8,9 @@
 
 namespace cometrt {
 
-// By all lanes of a warp, once: whether it is among the first to arrive for the role, as many as
-// `num_ctas` CTAs have.
-__device__ inline bool takes_part(const ExchangeParams& p, Arrivals role, int num_ctas) {
+// By all lanes of a warp, once a role: whether the warp gets it. num_ctas * kCommWarps warps do.
+// The relaxed counter p.arrivals[role] protects no data.
+__device__ inline bool takes_part(const ExchangeParams& p, LimitedRole role, int num_ctas) {
   if (num_ctas >= static_cast<int>(gridDim.x)) return true;
   int ticket = 0;
   if (threadIdx.x % 32 == 0) ticket = static_cast<int>(atomicAdd(&p.arrivals[role], 1u));

@@ -1,6 +1,7 @@
-// The combine warps of gemm_combine. A warp takes a token block at a time. It sums the tokens' rows
-// on this rank as soon as their tiles are done, and pushes the partial rows to their home; or it
-// adds up a block of this rank's own tokens as the contributors' partial rows come.
+// The combine warps of gemm_combine. A warp pops one token block at a time. Push: it sums the
+// tokens' rows on this rank once their tiles are done (tile_done), stores the partial rows in the
+// home's staging buffer, and signals partials_ready there. Reduce: for this rank's own tokens it
+// adds local rows and the contributors' partial rows (partials_ready) into the output.
 #pragma once
 
 #include "fused/row_sums.cuh"
@@ -9,9 +10,9 @@
 
 namespace cometrt {
 
-constexpr u32 kSignalsPerTile = 4 * kWarpgroups;  // each warp that multiplies signals its part
+constexpr u32 kSignalsPerTile = 4 * kWarpgroups;  // of tile_done: one a multiplying warp
 
-// One combine warp; all its lanes stay together.
+// One combine warp. All lanes run converged.
 class CombineWarp : RowSums {
  public:
   Recorder recorder;  // lane 0 alone records
@@ -22,13 +23,12 @@ class CombineWarp : RowSums {
     __syncwarp();
   }
 
-  // The pushes of an N-chunk come before the home's sums of the N-chunk before it, so that this
-  // rank never holds up what its peers wait for: pushes wait only for this rank's own tiles. A warp
-  // pops the next block when it has finished one.
+  // Order: push N-chunk 0, push 1, reduce 0, push 2, reduce 1, and so on. Pushes wait for this
+  // rank's tiles only. So a wait for peers never delays what peers wait for.
   __device__ void run() {
-    // In a stopped world dispatch_gemm does not wait for rows: its results must not reach a peer.
-    // Every CTA of it that went on without its rows saw the abort before this launch.
-    const bool stopped = lane_ == 0 && p_.world.stopped();
+    // In a stopped world dispatch_gemm multiplies without its rows, and such results must not reach
+    // a peer. A CTA that did so saw the abort before this launch, so this warp sees it too.
+    const bool stopped = lane_ == 0 && is_stopped(p_.world);
     if (__any_sync(~0u, stopped)) return;
 #pragma unroll 1
     for (int n_chunk = 0; n_chunk <= p_.num_n_chunks; ++n_chunk) {
@@ -49,12 +49,12 @@ class CombineWarp : RowSums {
   }
 
  private:
-  // Lane 0: the next ticket of queue s_.list.
+  // By lane 0: the next ticket of queue s_.list.
   __device__ int pop() const {
     return static_cast<int>(atomicAdd(&p_.queue_heads[1 + s_.list], 1));
   }
 
-  // Sums and pushes the next block. False if there is none, or the world is stopped.
+  // Pops a token block, sums it and pushes it. False if none is left or the world has stopped.
   __device__ bool push(int n_chunk) {
     if (lane_ == 0) {
       const int next = pop();
@@ -82,37 +82,39 @@ class CombineWarp : RowSums {
     }
     signal_push();
     if (lane_ == 0) s_.pushed = s_.summed;
-    __syncwarp();  // all stores of the block happen before its signal
+    __syncwarp();  // orders all lanes' stores of the block before lane 0's later signal
     return true;
   }
 
-  // The staging row, at home, of a token of the block; index: in send_tokens.
+  // The staging row in the home's memory of send_tokens[index].
   __device__ __nv_bfloat16* staging_of(int index) const {
     const int home = s_.block / p_.g.blocks_per_home;
     const long long row = index + (p_.send_base[home] - p_.send_offsets[home]);
     return p_.data<__nv_bfloat16>(home, p_.staging_offset) + row * p_.g.hidden;
   }
 
-  // Signals partials_ready of the last block, which crossed the link while the next one was summed.
+  // Signals partials_ready of the last pushed block: lane 0, fence and release at system scope. It
+  // is called one block late, so that the transfer overlaps with the next sum. The partners are
+  // wait_addends() or home_reduce at the home.
   __device__ void signal_push() {
     if (lane_ == 0 && s_.pushed.flag != nullptr) {
       recorder.begin_wait();
       wait_transferred(s_.pushed.transferred_ns);
       recorder.end_wait(kWaitLink, -1, -1);
-      fence_acq_rel_sys();
+      fence_system();
       signal(s_.pushed.flag, s_.epoch);
       s_.pushed.flag = nullptr;
     }
     __syncwarp();
   }
 
-  // Adds up the next block of this rank's own tokens: own rows first, in fp32, then the
-  // contributors by ring distance.
+  // Pops a block of this rank's own tokens and reduces it in fp32: local rows in the order of k,
+  // then contributors by ring distance. False if none is left or the world has stopped.
   __device__ bool add_at_home(int n_chunk) {
     if (lane_ == 0) s_.block = pop();
     __syncwarp();
     const int block = s_.block;
-    __syncwarp();  // lane 0 may pop the next one
+    __syncwarp();  // all lanes have read s_.block before the next pop
     int local = block * p_.g.block_tokens;
     if (local >= p_.num_tokens) return false;
     const int end_local = min(local + p_.g.block_tokens, p_.num_tokens);
@@ -131,7 +133,9 @@ class CombineWarp : RowSums {
     return true;
   }
 
-  // Until all listed addends are there: a lane each. Acquires tile_done and partials_ready.
+  // Waits for all listed addends, a lane each. Acquires tile_done at gpu scope (TileDoneSignal) and
+  // partials_ready at system scope (signal_push() of the contributor). False if the world has
+  // stopped.
   __device__ bool wait_addends(int n_chunk) {
     bool ready = true, ok = true;
     for (int i = lane_; i < num_addends_; i += 32) {
@@ -139,7 +143,7 @@ class CombineWarp : RowSums {
       ready &= row < 0 ? partial_is_ready(i, n_chunk) : tile_is_done(row / BLOCK_M, n_chunk);
     }
     if (!__all_sync(~0u, ready)) {
-      signal_push();  // before this warp waits: peers may wait for it
+      signal_push();  // before waiting, since a peer may wait for it
       if (Recorder::kOn) ok = wait_own_tiles(n_chunk);
       recorder.begin_wait();
       for (int i = lane_; i < num_addends_ && ok; i += 32) {
@@ -149,7 +153,7 @@ class CombineWarp : RowSums {
       ok = __all_sync(~0u, ok);
       recorder.end_wait(kWaitPartialsReady, -1, n_chunk);
     }
-    float weights[kAddendsPerLane];  // loads together
+    float weights[kAddendsPerLane];  // all loads in flight at once
 #pragma unroll
     for (int j = 0; j < kAddendsPerLane; ++j) {
       const int i = lane_ + 32 * j, row = i < num_addends_ ? s_.rows[i] : -1;
@@ -159,11 +163,12 @@ class CombineWarp : RowSums {
     for (int j = 0; j < kAddendsPerLane; ++j) {
       if (lane_ + 32 * j < num_addends_) s_.weights[lane_ + 32 * j] = weights[j];
     }
-    fence_proxy_async();  // bulk copies read what was acquired
-    __syncwarp();         // every lane may read what any lane acquired
+    fence_proxy_async();  // bulk loads of the addends follow
+    __syncwarp();         // orders every lane's acquire before all lanes' loads
     return ok;
   }
-  // In a trace alone: waits for this rank's own tiles first, so that the two waits show apart.
+  // With TRACE only: waits for this rank's tiles first, so that the trace shows the two waits
+  // apart.
   __device__ bool wait_own_tiles(int n_chunk) {
     bool ok = true;
     recorder.begin_wait();

@@ -1,6 +1,7 @@
-// Dispatch and the up GEMM in one launch (COMET's layer0). Every CTA multiplies. Two of its warps
-// pull rows from their homes meanwhile, in the order in which the tiles need them; a tile waits for
-// its own rows alone. Macros: as gemm/grouped_gemm.cu.
+// Dispatch and the up GEMM with its activation in one launch (COMET's layer0). In every CTA two
+// dispatch warps pull token rows from their homes, in tile order, while two warpgroups multiply.
+// The load thread waits for each tile's rows by tile_filled. Macros: ACTIVATION and WRITE_Z as in
+// gemm/grouped_gemm.cu, TRACE, LINK.
 #include "fused/arrivals.cuh"
 #include "fused/dispatch_warp.cuh"
 #include "gemm/kernel_body.cuh"
@@ -21,7 +22,8 @@ struct Memory {
 };
 static_assert(sizeof(Memory) <= 227 * 1024, "shared memory of an SM");
 
-// Waits until all rows of a tile are there. Acquires tile_filled.
+// The load thread's wait for a tile's rows. Acquires tile_filled at gpu scope; its partner is
+// DispatchWarp::release().
 class RowsReady {
  public:
   __device__ explicit RowsReady(const ExchangeParams& params) : params_(params) {
@@ -41,7 +43,7 @@ class RowsReady {
 
  private:
   const ExchangeParams& params_;
-  bool stopped_ = false;  // then it waits no more: the call's results are NaN
+  bool stopped_ = false;  // the world has stopped: no more waits, since the results become NaN
   Recorder recorder_;
 };
 
@@ -67,7 +69,7 @@ struct Roles {
   }
   __device__ void communicate(int warp) {
     if (warp < kFirstCommWarp || !params.state->ok) return;
-    if (!takes_part(params, kPullers, num_comm)) return;
+    if (!takes_part(params, kDispatchRole, num_comm)) return;
     const int index = warp - kFirstCommWarp;
     DispatchWarp dispatch(params, link, stages.bytes[index], stages.full[index]);
     dispatch.recorder = Recorder(params.trace(), 1, kPull);
@@ -83,12 +85,12 @@ struct Roles {
 
 }  // namespace
 
-// Dynamic shared memory, which the host reads from the compiled file.
+// Bytes of dynamic shared memory. The host reads it from the compiled kernel.
 extern "C" __constant__ const int shared_bytes = sizeof(Memory);
 
-// Grid: an even number of CTAs, of which any number may be resident: CTAs take tiles and pulls as
-// they come. As many dispatch warps work as `num_comm` CTAs have, the first that arrive. They wait
-// for no tile, so that one of them is enough for every tile to get its rows.
+// Grid: an even number of CTAs. Any number of them may be resident, since tiles and copy chunks are
+// popped from queues. num_comm: dispatch warps of so many CTAs work. They wait for no tile, so one
+// of them is enough for progress.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     dispatch_gemm(const __grid_constant__ ExchangeParams params,
                   const __grid_constant__ GemmParams p, const __grid_constant__ TensorMap a_map,

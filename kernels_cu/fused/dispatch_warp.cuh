@@ -1,5 +1,5 @@
-// The dispatch warps: two of every CTA of dispatch_gemm move rows while the others multiply, from
-// their homes, through stages of shared memory, to their places among the experts' rows.
+// The dispatch warps of dispatch_gemm: two a CTA. They copy token rows from their homes through
+// stages of shared memory to the rows of the experts, and signal tile_filled to the load threads.
 #pragma once
 
 #include "gemm/roles.cuh"
@@ -9,10 +9,12 @@
 
 namespace cometrt {
 
-constexpr int kCopyStages = 3;                        // of a warp: one batch of copy chunks
-constexpr u32 kCopyChunkBytes = 4096;                 // of a row; its last chunk may be shorter
-constexpr u32 kBytesPerEvent = 64 * kCopyChunkBytes;  // of pulls that a trace shows as one event
+constexpr int kCopyStages = 3;                        // of a warp; a batch fills all of them
+constexpr u32 kCopyChunkBytes = 4096;                 // of a row; the last one may be shorter
+constexpr u32 kBytesPerEvent = 64 * kCopyChunkBytes;  // pulls of one traced event
 
+// Shared memory of a CTA's dispatch warps. full: completed by the bytes of a bulk load, waited for
+// by the lanes of that item.
 struct alignas(128) DispatchStages {
   char bytes[kCommWarps][kCopyStages][kCopyChunkBytes];
   u64 full[kCommWarps][kCopyStages];
@@ -22,19 +24,19 @@ __device__ inline u32 num_copy_chunks(const Geometry& g) {
   return (2 * g.hidden + kCopyChunkBytes - 1) / kCopyChunkBytes;
 }
 
-// One dispatch warp; all its lanes stay together. A transfer item is a copy chunk of a token's row.
-// Every token that this rank needs crosses the link once and is written to all its rows, in the
-// order in which dispatch_gemm takes the tiles. A warp pops a batch of items from the queue, one
-// for each of its copy stages. Ten lanes serve an item; each stands for one of the token's rows.
+// One dispatch warp. A transfer item is a copy chunk of a token's row. Items are queued in the
+// order in which tiles need the tokens. A token crosses the link once and is stored to all its rows
+// here. The warp pops a batch of kCopyStages items. Ten lanes serve an item: lane k stores to the
+// token's row k (and k + 10, ...). All lanes run converged.
 //
 // Software pipeline over batches: the queue ticket is requested two batches ahead, token ids one
 // batch ahead. While batch i loads, the stores of batch i - 1 complete and signal tile_filled.
 class DispatchWarp {
   static constexpr int kLanesPerItem = 32 / kCopyStages;
 
-  // This lane's item of a batch. No token: -1.
+  // This lane's item of a batch.
   struct Item {
-    int token, row;  // row: this lane's, or -1
+    int token, row;  // row: the one that this lane stores to. -1: none
   };
 
  public:
@@ -43,13 +45,13 @@ class DispatchWarp {
   __device__ DispatchWarp(const ExchangeParams& p, const EmulatedLink& link,
                           char (*stages)[kCopyChunkBytes], u64* full)
       : p_(p),
-        link_(own_link(link)),
+        link_(opaque_link(link)),
         stages_(stages),
         full_(full),
         lane_(threadIdx.x % 32),
         stage_(lane_ / kLanesPerItem),
         k_(lane_ % kLanesPerItem) {
-    queue_head_ = own_pointer(p.queue_heads);
+    queue_head_ = opaque_pointer(p.queue_heads);
   }
 
   __device__ void run() {
@@ -60,12 +62,12 @@ class DispatchWarp {
     int first = __shfl_sync(~0u, ticket_, 0);
     pop_ahead();
     Item now{token_of(first, copy_chunks), -1}, before{-1, -1};
-    // Tickets of a warp only grow: the first one beyond the queue is the end.
+    // A warp's tickets only grow, so the first one beyond the queue ends its work.
 #pragma unroll 1
     for (; first < num_items_; ++step_) {
       const u32 offset = (first + stage_) % copy_chunks * kCopyChunkBytes;
       const u32 bytes = now.token >= 0 ? min(kCopyChunkBytes, 2 * p_.g.hidden - offset) : 0;
-      bulk_wait_read<0>();  // this lane's stores have read the stages, and then all lanes' have
+      bulk_wait_read<0>();  // with __syncwarp: all lanes' stores have read the stages
       __syncwarp();
       load(now.token, offset, bytes);
       if (now.token >= 0 && k_ < p_.g.topk) now.row = rows_of(now.token)[k_];
@@ -78,11 +80,11 @@ class DispatchWarp {
       now = next;
     }
     release(before);
-    recorder.end_part(1);
+    recorder.end_if_moved(1);
   }
 
  private:
-  // Requests the ticket of a batch, the number of its first item; lane 0 gets the answer.
+  // Lane 0 requests a batch: the ticket is its first item. The result is not waited for here.
   __device__ void pop_ahead() {
     if (lane_ == 0) ticket_ = static_cast<int>(fetch_add_relaxed_gpu(queue_head_, kCopyStages));
   }
@@ -93,7 +95,7 @@ class DispatchWarp {
   __device__ const int* rows_of(int token) const {
     return p_.pair_row + static_cast<long long>(token) * p_.g.topk;
   }
-  // `use(row)` for each of the item's rows that this lane serves.
+  // Calls use(row) for each row of the item that this lane stores to.
   template <typename Use>
   __device__ void for_rows(const Item& item, const Use& use) const {
     if (item.token < 0) return;
@@ -107,16 +109,17 @@ class DispatchWarp {
 
   __device__ void load(int token, u32 offset, u32 bytes) {
     const int source = token / p_.g.max_tokens, index = token % p_.g.max_tokens;
-    const bool loads = bytes != 0 && k_ == 0, crosses = loads && source != p_.world.rank;
+    const bool loads = bytes != 0 && k_ == 0, over_link = loads && source != p_.world.rank;
     if (loads) {
       const char* from = p_.data<char>(source, p_.pull_offset) + 2ll * index * p_.g.hidden + offset;
       mbarrier_arrive_expect(&full_[stage_], bytes);
       bulk_load<CacheHint::kEvictFirst>(stages_[stage_], from, bytes, &full_[stage_]);
     }
-    const u32 link_bytes = __reduce_add_sync(~0u, crosses ? bytes : 0);
+    const u32 link_bytes = __reduce_add_sync(~0u, over_link ? bytes : 0);
     if (is_elected(0)) transfer_.begin(link_, link_bytes);
     recorder.count(true, link_bytes);
-    if (Recorder::kOn) recorder.count(false, __reduce_add_sync(~0u, loads && !crosses ? bytes : 0));
+    if (Recorder::kOn)
+      recorder.count(false, __reduce_add_sync(~0u, loads && !over_link ? bytes : 0));
   }
 
   __device__ void store(const Item& item, u32 offset, u32 bytes) {
@@ -128,21 +131,22 @@ class DispatchWarp {
     bulk_commit();
   }
 
-  // Of the batch before: signals tile_filled, a count of copy chunks.
+  // Signals tile_filled, a count of copy chunks, for the previous batch: a release at gpu scope by
+  // every lane for its own stores. The partner is RowsReady::wait().
   __device__ void release(const Item& item) {
     if (step_ == 0) return;
-    bulk_wait<0>();  // complete, not only read
+    bulk_wait<0>();  // the stores are complete
     recorder.begin_wait();
     if (is_elected(1)) wait_transferred(transfer_.end_ns());
     __syncwarp();
     recorder.end_wait(kWaitLink, -1, -1);
-    fence_acq_rel_gpu();  // each lane for its own stores
+    fence_acq_rel_gpu();
     for_rows(item, [&](int row) { add_relaxed_gpu(&p_.tile_filled[row / p_.g.block_m], 1); });
-    recorder.end_part(kBytesPerEvent);
+    recorder.end_if_moved(kBytesPerEvent);
   }
 
-  // The elected lane of a batch keeps its transfer over the link; two lanes take turns, since two
-  // batches are under way.
+  // Whether this lane holds the link transfer of the batch so many batches ago. Lanes 0 and 1
+  // alternate, since two batches are in flight.
   __device__ bool is_elected(int batches_ago) const {
     return lane_ == static_cast<int>((step_ - batches_ago) % 2);
   }
@@ -152,9 +156,9 @@ class DispatchWarp {
   u32* queue_head_;
   char (*stages_)[kCopyChunkBytes];
   u64* full_;
-  int lane_, stage_, k_, num_items_;  // stage_: this lane's item of a batch; kCopyStages: none
-  u32 step_ = 0;                      // batches done
-  int ticket_ = 0;                    // lane 0's
+  int lane_, stage_, k_, num_items_;  // stage_: of this lane's item; kCopyStages: no item
+  u32 step_ = 0;                      // batches begun
+  int ticket_ = 0;                    // in lane 0
   LinkTransfer transfer_;             // of the batch that elected this lane
 };
 

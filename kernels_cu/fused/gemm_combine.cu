@@ -1,6 +1,7 @@
-// The down GEMM and combine in one launch (COMET's layer1). Every CTA multiplies. Two of its warps
-// sum and push partial rows as tiles end, and add up what comes home. When no tile is left, the
-// warps that loaded and scheduled help them.
+// The down GEMM and combine in one launch (COMET's layer1). In every CTA two warpgroups multiply
+// and signal tile_done. Two combine warps sum finished rows by token, push partial rows to their
+// homes, and reduce this rank's own tokens. When no tile is left, the load and scheduler warps
+// combine too. Macros: TRACE, LINK.
 #include "fused/arrivals.cuh"
 #include "fused/combine_warp.cuh"
 #include "gemm/kernel_body.cuh"
@@ -14,13 +15,15 @@ struct Memory {
   CombineStages sums[kCommWarps];
 };
 static_assert(sizeof(Memory) <= 227 * 1024, "shared memory of an SM");
-static_assert(2 * sizeof(CombineStages) <= sizeof(Shared::stages), "room for the helpers");
+static_assert(2 * sizeof(CombineStages) <= sizeof(Shared::stages),
+              "helpers reuse the GEMM's stages");
 
-// A barrier of the CTA: the warps that multiply arrive, the first two warps wait.
-constexpr int kConsumersDone = 1, kThreadsDone = 128 * kWarpgroups + 2 * 32;
+// Named barrier of the CTA: multiplying warps arrive when no tile is left, helper warps wait.
+constexpr int kConsumersDoneBarrier = 1, kConsumersDoneThreads = 128 * kWarpgroups + 2 * 32;
 
-// After the stores of a tile: each warp signals tile_done for its part.
-struct PartStored {
+// Signals tile_done once a warp that multiplies has stored its part of a tile: a release at gpu
+// scope by lane 0 after __syncwarp. The partner is CombineWarp::wait_addends().
+struct TileDoneSignal {
   static constexpr bool kSignals = true;
   const ExchangeParams& params;
 
@@ -53,9 +56,9 @@ struct Roles {
   __device__ void communicate(int warp) {
     CombineStages* sums = &memory.sums[warp - kFirstCommWarp];
     if (warp < kFirstCommWarp) {
-      // Helpers use the memory of the GEMM's stages: both warpgroups have waited for all that was
-      // loaded there, also by the neighbour, and have read it.
-      named_barrier(kConsumersDone, kThreadsDone);
+      // Helpers reuse the memory of the GEMM's stages. At the barrier both warpgroups have read
+      // every stage, so no load into them is pending, not even a multicast of the neighbour.
+      named_barrier(kConsumersDoneBarrier, kConsumersDoneThreads);
       sums = reinterpret_cast<CombineStages*>(memory.gemm.stages) + warp;
       if (threadIdx.x % 32 == 0) {
         sums->init();
@@ -64,29 +67,28 @@ struct Roles {
       __syncwarp();
     }
     if (!params.state->ok) return;
-    if (!takes_part(params, warp < kFirstCommWarp ? kHelpers : kCombiners, num_comm)) return;
+    if (!takes_part(params, warp < kFirstCommWarp ? kHelperRole : kCombineRole, num_comm)) return;
     CombineWarp combine(params, link, *sums);
     combine.recorder = Recorder(params.trace(), 1, kReduceAndPush);
     combine.run();
   }
   __device__ void multiply(Shared& shared, const GemmParams& p, int warp) {
-    const PartStored part_stored{params};
-    Epilogue<Math, PartStored> epilogue(shared, p, warp, part_stored);
+    const TileDoneSignal tile_done{params};
+    Epilogue<Math, TileDoneSignal> epilogue(shared, p, warp, tile_done);
     Recorder recorder(params.trace(), 1, kDown);
     consume<Operands>(shared, p, warp / 4, epilogue, recorder);
-    named_barrier_arrive(kConsumersDone, kThreadsDone);
+    named_barrier_arrive(kConsumersDoneBarrier, kConsumersDoneThreads);
   }
 };
 
 }  // namespace
 
-// Dynamic shared memory, which the host reads from the compiled file.
+// Bytes of dynamic shared memory. The host reads it from the compiled kernel.
 extern "C" __constant__ const int shared_bytes = sizeof(Memory);
 
-// Grid: as in dispatch_gemm. As many combine warps work, and as many helpers, as `num_comm` CTAs
-// have; ranks may differ. All make progress: tiles wait for no combine warp; a push waits for tiles
-// of this rank; a home sum waits for pushes of its N-chunk, which every warp of every rank comes to
-// first.
+// Grid: as in dispatch_gemm. num_comm: combine warps and helpers of so many CTAs work; ranks may
+// differ. No deadlock: tiles wait for no combine warp; a push waits for tiles of this rank only; a
+// reduction at home waits for pushes of its N-chunk, which every warp of every rank does first.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     gemm_combine(const __grid_constant__ ExchangeParams params,
                  const __grid_constant__ GemmParams p, const __grid_constant__ TensorMap a_map,

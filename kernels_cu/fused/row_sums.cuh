@@ -1,6 +1,7 @@
-// Sums of rows, by one warp. It lists the addends of a batch of tokens. Bulk copies bring their
-// rows through stages of shared memory, several ahead of the one that is added, and each token's
-// sum is stored.
+// Sums of rows by one warp, the base of CombineWarp. The warp lists the addends of a batch of up to
+// 32 tokens. Bulk loads bring their rows through a pipeline of stages in shared memory. The warp
+// adds them in fp32 and stores each token's sum. It synchronises only its own lanes; the caller
+// waits for flags.
 #pragma once
 
 #include "common/packed_rows.cuh"
@@ -10,47 +11,47 @@
 
 namespace cometrt {
 
-constexpr int kSumColumns = 1024;                 // of one row, in a stage
+constexpr int kSumColumns = 1024;                 // columns of a row in a stage
 constexpr int kSumStages = 3, kRowsPerStage = 2;  // one stage is added while the others load
-constexpr int kVectors = kSumColumns / 256;       // of eight columns, a lane
-constexpr int kVectorsAhead = TRACE ? 2 : 3;      // a trace leaves no registers for more
-constexpr int kMaxAddends =
-    COMETRT_MAX_ADDENDS;  // of a batch of tokens; a token has topk + ranks at most
+constexpr int kVectors = kSumColumns / 256;       // 16-byte vectors of a row, per lane
+constexpr int kVectorsAhead = TRACE ? 2 : 3;  // read ahead from a stage; a trace needs registers
+constexpr int kMaxAddends = COMETRT_MAX_ADDENDS;  // of a batch; a token has at most topk + ranks
 constexpr int kAddendsPerLane = kMaxAddends / 32;
-constexpr int kRowsAtOnce = 8;  // of a token: their loads are issued together
+constexpr int kRowsAtOnce = 8;  // row indices of a token that are loaded at once
 
 struct TokenEnd {
-  int addend, token;  // the token's addends end before `addend`
+  int addend, token;  // `addend`: one past the token's last addend
 };
 
-// A block that is stored and crosses the link: the flag to signal then, or null.
+// A pushed block in flight: the flag to signal at the end of its transfer, or null.
 struct SentBlock {
   u64* flag;
   u64 transferred_ns;
 };
 
-// Shared memory of one warp. What it needs now and then lies here too: registers are for sums.
+// Shared memory of one combine warp. It also holds rarely used state, since registers hold the
+// sums.
 struct alignas(128) CombineStages {
   __nv_bfloat16 values[kSumStages][kRowsPerStage][kSumColumns];
-  u64 full[kSumStages];  // the lane of each row arrives
-  // The addends of a batch of tokens, token after token: a row of this rank's, or ~staging row; its
-  // weight; and for each token that has addends, where they end.
+  u64 full[kSumStages];  // completed by the rows' bulk loads; the loading lane of each row arrives
+  // Addends of a batch, token by token. rows: a row of partial_rows, or ~staging row. weights: its
+  // weight, or the contributor's ring distance until wait_addends(). ends: of tokens with addends.
   int rows[kMaxAddends];
   float weights[kMaxAddends];
   TokenEnd ends[32 + 1];
-  SentBlock summed, pushed;  // the block at hand, and the one before; lane 0's
+  SentBlock summed, pushed;  // current block, and the last one, not signalled yet; lane 0 only
   u64 epoch;
-  int block, list;  // what this warp has popped, and from which queue; list is lane 0's
+  int block, list;  // popped block, and its queue (lane 0 only)
 
-  // By one thread. A fence of the barriers follows.
+  // By one thread. mbarrier_init_fence must follow.
   __device__ void init() {
     for (u64& barrier : full) mbarrier_init(&barrier, kRowsPerStage);
     pushed.flag = nullptr;
   }
 };
 
-// What a row of a stage holds: kSumColumns columns of one addend. Ranges of columns follow each
-// other, and in each the addends as they are listed.
+// Position of a stage row in the sequence of loads: for each range of kSumColumns columns, all
+// addends in the order of the list.
 struct SumCursor {
   int addend, column;
 
@@ -59,7 +60,7 @@ struct SumCursor {
   }
 };
 
-// The sums of one combine warp; all its lanes stay together.
+// The sums of one combine warp. All lanes run converged.
 class RowSums {
  protected:
   __device__ RowSums(const ExchangeParams& p, CombineStages& stages)
@@ -68,9 +69,9 @@ class RowSums {
   __device__ int begin(int n_chunk) const { return n_chunk * p_.n_chunk_columns; }
   __device__ int end(int n_chunk) const { return min(begin(n_chunk + 1), p_.g.hidden); }
 
-  // A lane lists the addends of its token, or -1 behind the last: its rows here in the order of k,
-  // and its staging rows, where `staging_rows` [ranks] is given. Returns the number of tokens for
-  // whose addends there was room.
+  // Lists the addends of a batch, a token a lane (-1: none): its rows on this rank in the order of
+  // k, then its staging rows by ring distance, if `staging_rows` [ranks] is not null. Returns the
+  // number of tokens that fitted.
   __device__ int list_addends(int token, const int* staging_rows) {
     const int* rows = p_.pair_row + static_cast<long long>(token) * p_.g.topk;
     const int topk = token >= 0 ? p_.g.topk : 0;
@@ -89,7 +90,7 @@ class RowSums {
       const int left = __shfl_up_sync(~0u, at, step);
       if (lane_ >= step) at += left;
     }
-    const u32 listed = __ballot_sync(~0u, token >= 0 && at <= kMaxAddends);  // the first ones
+    const u32 listed = __ballot_sync(~0u, token >= 0 && at <= kMaxAddends);  // a prefix
     const u32 some = __ballot_sync(~0u, count > 0) & listed;
     const int tokens = __popc(listed);
     num_addends_ = __shfl_sync(~0u, at, tokens - 1);
@@ -106,7 +107,7 @@ class RowSums {
       }
       for (int d = 1; d < ranks; ++d) {
         if (staging_rows[d] < 0) continue;
-        s_.weights[at] = __int_as_float(d);  // until wait_addends
+        s_.weights[at] = __int_as_float(d);
         s_.rows[at++] = ~staging_rows[d];
       }
     }
@@ -114,17 +115,17 @@ class RowSums {
     return tokens;
   }
 
-  // Stores the sums of the listed addends: the N-chunk's columns of rows of `to`.
+  // Sums the listed addends over the N-chunk's columns and stores them in `to` [tokens, hidden].
   __device__ void sum_batch(int n_chunk, __nv_bfloat16* to) {
     const int first = begin(n_chunk), last = end(n_chunk);
     store_zeros(to, first, last);
     const int copies = (last - first + kSumColumns - 1) / kSumColumns * num_addends_;
     if (copies == 0) return;
-    SumCursor ahead{0, first};  // of this lane's row of the next stage
+    SumCursor ahead{0, first};  // this lane's next row to load
     ahead.advance(lane_ % kRowsPerStage, num_addends_);
 #pragma unroll 1
     for (int i = 0; i < kSumStages; ++i) {
-      load((at_.stage + i) % kSumStages, ahead, copies - kRowsPerStage * i, last);
+      load((state_.stage + i) % kSumStages, ahead, copies - kRowsPerStage * i, last);
     }
     float sum[kVectors][8] = {};
     int addend = 0, column = first + 8 * lane_, token = 0;
@@ -146,13 +147,13 @@ class RowSums {
     };
 #pragma unroll 1
     for (int left = copies; left > 0; left -= kRowsPerStage) {
-      // Vectors beyond a row's last column, or of a row that was not loaded, go into sums that are
-      // not stored.
-      uint4 vectors[kVectorsAhead];  // read from the stage while those before are added
+      // Vectors past the last column, or of a row that was not loaded, go into sums that are not
+      // stored.
+      uint4 vectors[kVectorsAhead];  // read-ahead from shared memory
       const float weights[] = {s_.weights[addend],
                                s_.weights[addend + 1 < num_addends_ ? addend + 1 : 0]};
-      mbarrier_wait(&s_.full[at_.stage], at_.parity);
-      const uint4* values = reinterpret_cast<const uint4*>(s_.values[at_.stage]) + lane_;
+      mbarrier_wait(&s_.full[state_.stage], state_.parity);
+      const uint4* values = reinterpret_cast<const uint4*>(s_.values[state_.stage]) + lane_;
 #pragma unroll
       for (int i = 0; i < kVectorsAhead; ++i) vectors[i] = values[32 * i];
       const auto add = [&](int i) {
@@ -166,18 +167,18 @@ class RowSums {
 #pragma unroll
       for (int i = kVectors; i < kRowsPerStage * kVectors; ++i) {
         if (i + kVectorsAhead == kRowsPerStage * kVectors) {
-          __syncwarp();  // the stage has been read
-          load(at_.stage, ahead, left - kSumStages * kRowsPerStage, last);
-          at_.advance();
+          __syncwarp();  // all lanes have read the stage: refill it
+          load(state_.stage, ahead, left - kSumStages * kRowsPerStage, last);
+          state_.advance();
         }
         add(i);
       }
       if (left > 1) end_addend();
     }
-    __syncwarp();  // the list may be written again
+    __syncwarp();  // all lanes have read the list
   }
 
-  // For tokens without addends.
+  // For tokens of the batch without addends.
   __device__ void store_zeros(__nv_bfloat16* to, int first, int last) const {
     const float zeros[8] = {};
     for (u32 left = empty_; left != 0; left &= left - 1) {
@@ -186,8 +187,8 @@ class RowSums {
     }
   }
 
-  // Loads a stage: a lane the row that it stands for, if there are so many left. A lane without one
-  // arrives without bytes.
+  // Refills a stage, by one lane a row. `left`: rows left to load. A lane without a row only
+  // arrives.
   __device__ void load(int stage, SumCursor& of, int left, int last) {
     if (lane_ >= kRowsPerStage || left <= 0) return;
     u64* full = &s_.full[stage];
@@ -212,8 +213,8 @@ class RowSums {
   int lane_, num_addends_ = 0;
 
  private:
-  u32 empty_ = 0;                 // tokens of the batch without addends, a bit each
-  PipelineState<kSumStages> at_;  // goes on from batch to batch
+  u32 empty_ = 0;                    // bit mask of the batch's tokens without addends
+  PipelineState<kSumStages> state_;  // continues across batches
 };
 
 }  // namespace cometrt

@@ -1,5 +1,6 @@
-// A warpgroup multiplies its 64 rows of each work tile, stage by stage, and hands them to the
-// epilogue.
+// The consumer: a warpgroup multiplies its 64 rows of each work tile, stage by stage, and passes
+// the accumulators to the epilogue. It waits for Shared::full (the producers) and arrives on
+// Shared::empty of both CTAs.
 #pragma once
 
 #include "common/trace.cuh"
@@ -8,21 +9,22 @@
 
 namespace cometrt {
 
-constexpr int kMaxBlocksOfStep = 4;  // K blocks between two steps of the epilogue
+constexpr int kMaxKBlocksPerStep = 4;  // K blocks between two epilogue steps
 
-// This warp has read the stage. Signals both CTAs, since either may load into both.
+// By a warp that has read the stage: arrives on `empty` of both CTAs, since either may multicast
+// into both.
 __device__ inline void release_stage(Shared& shared, int stage) {
   const u32 lane = threadIdx.x % 32;
   if (lane < kClusterSize) mbarrier_arrive_at(&shared.empty[stage], lane);
 }
 
-// d [64, 256] += a [64, BLOCK_K] b [256, BLOCK_K]^T, or = for the first stage of a tile.
+// d [64, 256] += a [64, BLOCK_K] b [256, BLOCK_K]^T. The first stage of a tile overwrites d.
 template <typename Operands>
-__device__ inline void multiply_stage(Shared& shared, const StageState& at, int warpgroup,
+__device__ inline void multiply_stage(Shared& shared, const StageState& state, int warpgroup,
                                       bool first, float (&d)[128]) {
-  mbarrier_wait(&shared.full[at.stage], at.parity);
-  const u64 a = Operands::a_descriptor(shared.stages[at.stage], warpgroup);
-  const u64 b = Operands::b_descriptor(shared.stages[at.stage]);
+  mbarrier_wait(&shared.full[state.stage], state.parity);
+  const u64 a = Operands::a_descriptor(shared.stages[state.stage], warpgroup);
+  const u64 b = Operands::b_descriptor(shared.stages[state.stage]);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < BLOCK_K / 16; ++step) {
@@ -31,25 +33,25 @@ __device__ inline void multiply_stage(Shared& shared, const StageState& at, int 
   wgmma_commit();
 }
 
-// d [64, 256] = a [64, K] b [256, K]^T. Meanwhile the epilogue stores the last tile, a step every
-// few K blocks. A stage is released when the next stage's products are under way: its own are
-// complete then. Returns the last stage, whose products are still under way.
+// d [64, 256] = a [64, K] b [256, K]^T. Meanwhile the epilogue stores the previous tile, one step
+// every few K blocks. A stage is released after the next stage's wgmma are issued and its own are
+// complete. Returns the last stage, whose wgmma still run and which the caller releases.
 template <typename Operands, typename Epilogue>
-__device__ inline int multiply(Shared& shared, StageState& at, int num_k_blocks, int warpgroup,
+__device__ inline int multiply(Shared& shared, StageState& state, int num_k_blocks, int warpgroup,
                                float (&d)[128], Epilogue& epilogue) {
-  int last = at.stage;
+  int last = state.stage;
   const auto next = [&](bool first) {
-    multiply_stage<Operands>(shared, at, warpgroup, first, d);
+    multiply_stage<Operands>(shared, state, warpgroup, first, d);
     if (!first) {
       wgmma_wait<1>();
       release_stage(shared, last);
     }
-    last = at.stage;
-    at.advance();
+    last = state.stage;
+    state.advance();
   };
   int k = 0;
   if (num_k_blocks >= Epilogue::kSteps) {
-    const int every = min(num_k_blocks / Epilogue::kSteps, kMaxBlocksOfStep);
+    const int every = min(num_k_blocks / Epilogue::kSteps, kMaxKBlocksPerStep);
 #pragma unroll
     for (int step = 0; step < Epilogue::kSteps; ++step) {
       next(step == 0);
@@ -66,27 +68,29 @@ __device__ inline int multiply(Shared& shared, StageState& at, int num_k_blocks,
   return last;
 }
 
-// A tile of which this warpgroup has no rows: its stages are released unread.
-__device__ inline void skip_tile(Shared& shared, StageState& at, int num_k_blocks) {
-  for (int k = 0; k < num_k_blocks; ++k, at.advance()) {
-    mbarrier_wait(&shared.full[at.stage], at.parity);
-    release_stage(shared, at.stage);
+// For a tile without rows of this warpgroup: releases its stages unread.
+__device__ inline void skip_tile(Shared& shared, StageState& state, int num_k_blocks) {
+  for (int k = 0; k < num_k_blocks; ++k, state.advance()) {
+    mbarrier_wait(&shared.full[state.stage], state.parity);
+    release_stage(shared, state.stage);
   }
 }
 
+// The main loop of a multiplying warpgroup over all work tiles of its CTA.
 template <typename Operands, typename Epilogue>
 __device__ inline void consume(Shared& shared, const GemmParams& p, int warpgroup,
                                Epilogue& epilogue, Recorder recorder = {}) {
   TileScheduler<32> scheduler(shared);
-  StageState at;
+  StageState state;
   WorkTile tile, next;
   for (bool more = scheduler.next(tile); more; tile = next) {
     const int num_k_blocks = p.problem_of(tile).num_k_blocks;
     if (warpgroup * kHalfM < tile.rows) {
       float d[128];
-      if (Recorder::kOn) mbarrier_wait(&shared.full[at.stage], at.parity);  // then the work begins
+      // The traced event begins when the first stage is full.
+      if (Recorder::kOn) mbarrier_wait(&shared.full[state.stage], state.parity);
       recorder.begin();
-      const int last = multiply<Operands>(shared, at, num_k_blocks, warpgroup, d, epilogue);
+      const int last = multiply<Operands>(shared, state, num_k_blocks, warpgroup, d, epilogue);
       more = scheduler.next(next);
       wgmma_wait<0>();
       release_stage(shared, last);
@@ -94,7 +98,7 @@ __device__ inline void consume(Shared& shared, const GemmParams& p, int warpgrou
       epilogue.stash(tile, d);
     } else {
       epilogue.flush();
-      skip_tile(shared, at, num_k_blocks);
+      skip_tile(shared, state, num_k_blocks);
       epilogue.stash_zeros(tile);
       more = scheduler.next(next);
     }

@@ -1,6 +1,7 @@
-// From a warp's accumulators to the results. A tile's results are rounded and stashed in registers.
-// They are stored step by step while the next tile is multiplied, since both warpgroups would
-// otherwise wait for the SM's stores at the same time.
+// The epilogue of a multiplying warp. It rounds a tile's accumulators to bf16 and stashes them in
+// registers, then stores them in steps under the next tile's main loop. Storing them at once would
+// stall both warpgroups on the SM's stores. Policies say what is computed (Forward) and who is
+// signalled (NoSignal, or a kernel's own).
 #pragma once
 
 #include "common/activation.cuh"
@@ -18,25 +19,23 @@ __device__ inline float2 unpack(u32 pair) {
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
 }
 
-// Stores a warp's epilogue subtile: 64 columns of its 16 rows, first the upper eight rows, then the
-// others. Through shared memory, so that each store is 16 bytes and eight lanes write 128 bytes of
-// a row.
+// Stores an epilogue subtile of a warp: 64 columns of its 16 rows, rows 0 to 7 and then 8 to 15. It
+// goes through shared memory, so that eight lanes write 128 contiguous bytes of a row.
 class SubtileStore {
  public:
   __device__ explicit SubtileStore(EpilogueTile& tile)
       : tile_(reinterpret_cast<char*>(tile.values)) {}
 
-  // `pairs` [16]: eight columns after the other, this thread's two values of row r, then of r + 8,
-  // as the accumulators have them. `to`: row 0, column 0 of the 64; the first `columns` exist.
+  // `pairs` [16]: for each 8 columns, this thread's bf16 pair of row r and of row r + 8, as in the
+  // accumulators. `to`: row 0, column 0 of the subtile, which has `columns` valid columns.
   __device__ void store(const u32* pairs, __nv_bfloat16* to, int columns, long long stride) {
     const int lane = threadIdx.x % 32, vector = lane % 8;
     to += lane / 8 * stride + 8 * vector;
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper, to += 8 * stride) {
-      __syncwarp();  // what was there has been read
+      __syncwarp();  // all lanes have read the last rows
 #pragma unroll
-      for (int i = 0; i < 2;
-           ++i) {  // 32 columns: matrices 4 i to 4 i + 3, 16 bytes a row, swizzled
+      for (int i = 0; i < 2; ++i) {  // four 8 x 8 matrices: 32 columns, 16-byte vectors swizzled
         char* row = tile_ + lane % 8 * 128 + 16 * ((4 * i + lane / 8) ^ (lane % 8));
         store_matrices(row, pairs[8 * i + upper], pairs[8 * i + 2 + upper],
                        pairs[8 * i + 4 + upper], pairs[8 * i + 6 + upper]);
@@ -46,7 +45,7 @@ class SubtileStore {
       for (int i = 0; i < 2; ++i) {
         const int row = 4 * i + lane / 8;
         const int4 value = *reinterpret_cast<int4*>(tile_ + row * 128 + 16 * (vector ^ row));
-        // Read late, if at all: evicted before the operands.
+        // Streaming stores: results must not evict operands from L2.
         if (8 * vector < columns) __stcs(reinterpret_cast<int4*>(to + 4 * i * stride), value);
       }
     }
@@ -56,21 +55,21 @@ class SubtileStore {
   char* tile_;
 };
 
-// The mathematics of the forward, by subtiles of 64 columns. `kActivation` -1: out = d. Else out =
-// act(d), and z = d where `kWriteZ`. out is computed from the rounded z, so that backward finds the
-// same bits.
+// What the forward stores of accumulators d, by subtiles of 64 columns. `kActivation` -1: out = d.
+// Otherwise out = act(d), and z = d if `kWriteZ`. out is computed from the rounded z, so that
+// backward recomputes the same bits.
 template <int kActivation, bool kWriteZ>
 struct Forward {
   static constexpr bool kActivates = kActivation >= 0, kGated = kActivates && is_gated(kActivation);
-  static constexpr int kColumns = kGated ? kHalfN : BLOCK_N;  // of out in a tile
-  // Steps of a subtile: z (gate, then up) is stored, where it is written; out is computed, the
-  // first half and then the rest, where there is an activation; out is stored.
+  static constexpr int kColumns = kGated ? kHalfN : BLOCK_N;  // columns of out in an N-tile
+  // Steps of a subtile: store z (gate, then up); activate its first half; activate the rest and
+  // store out. Kernels without z or activation have no such steps.
   static constexpr int kStoresOfZ = kActivates && kWriteZ ? (kGated ? 2 : 1) : 0;
   static constexpr int kSteps = kStoresOfZ + (kActivates ? 2 : 1);
 
-  // A step of the subtile whose first row and column of out are these. `first` [16]: its results,
-  // of gate or all there is, from its activation on out; those of up are 32 further. The compiler
-  // must know `step`.
+  // Does one step of the subtile that begins at `row` and `column` of out. `first` [16]: its
+  // stashed pairs (of gate, if gated; then up's are 32 further), replaced by out when activated.
+  // `step` must be a compile-time constant after unrolling, since `first` is indexed in registers.
   __device__ static void store(int step, u32* first, SubtileStore& subtile, const Problem& problem,
                                long long row, int column) {
     const u32* up = kGated ? first + 32 : first;
@@ -100,14 +99,14 @@ struct Forward {
   }
 };
 
-// Where nobody waits for a tile's results.
+// For GEMMs whose results only later launches read.
 struct NoSignal {
   static constexpr bool kSignals = false;
   __device__ void signal(const WorkTile&) const {}
 };
 
-// One warp's way from accumulators to memory: stash, then steps under the next tile's main loop.
-// `Math` says what a step stores. `tile_stored.signal(tile)` comes a step after the last store.
+// One warp's epilogue: stash() a tile, then its steps under the next tile's main loop. `Math`: what
+// a step stores. `TileStored`: signal(tile) is called one step after the tile's last store.
 template <typename Math, typename TileStored>
 class Epilogue {
   static constexpr int kWarpRows = kHalfM / 4;
@@ -116,24 +115,24 @@ class Epilogue {
   static constexpr int kSteps =
       Math::kColumns / kSubtileColumns * Math::kSteps + (TileStored::kSignals ? 1 : 0);
 
-  // `warp` counts those that multiply.
+  // `warp`: index among the multiplying warps.
   __device__ Epilogue(Shared& shared, const GemmParams& p, int warp, const TileStored& tile_stored)
       : subtile_(shared.epilogue_tiles[warp]), p_(p), warp_(warp), tile_stored_(tile_stored) {}
 
-  // Rounds a tile's results and keeps them. Its steps begin with the next tile.
+  // Rounds a tile's accumulators into the stash.
   __device__ void stash(const WorkTile& tile, const float (&d)[128]) {
 #pragma unroll
     for (int i = 0; i < 64; ++i) stash_[i] = pack(d[2 * i], d[2 * i + 1]);
     tile_ = tile;
   }
-  // This warp's rows of the tile are all padding: their results are zero.
+  // For a tile whose rows of this warp are all padding: their results are zero.
   __device__ void stash_zeros(const WorkTile& tile) {
 #pragma unroll
     for (int i = 0; i < 64; ++i) stash_[i] = 0;
     tile_ = tile;
   }
 
-  // The compiler must know `index`.
+  // One step of the stashed tile, if there is one. `index`: a constant after unrolling.
   __device__ void store_step(int index) {
     if (tile_.m_tile < 0) return;
     if (TileStored::kSignals && index == kSteps - 1) {
@@ -147,7 +146,7 @@ class Epilogue {
     }
     if (index == kSteps - 1) tile_.m_tile = -1;
   }
-  // All steps of the stashed tile, if there is one.
+  // All steps of the stashed tile.
   __device__ void flush() {
 #pragma unroll
     for (int index = 0; index < kSteps; ++index) store_step(index);
@@ -158,7 +157,7 @@ class Epilogue {
   const GemmParams& p_;
   int warp_;
   const TileStored& tile_stored_;
-  u32 stash_[64];  // bf16 pairs in the accumulators' order
+  u32 stash_[64];  // bf16 pairs in accumulator order
   WorkTile tile_{-1, 0, 0, 0, 0};
 };
 

@@ -1,5 +1,7 @@
-// Grouped GEMM, forward forms: up (with activation) and down. Macros: ACTIVATION, a number of
-// common/activation.cuh or -1; WRITE_Z, 1 when training.
+// The grouped GEMM alone: the up GEMM with its activation, or the down GEMM, of a forward in the
+// modes "sequential" and "chunked". Operands are complete before the launch, so nothing waits for a
+// peer. Macros: ACTIVATION, an Activation of common/activation.cuh or -1; WRITE_Z, 1 to store z for
+// backward.
 #include "gemm/kernel_body.cuh"
 
 #ifndef ACTIVATION
@@ -32,10 +34,10 @@ struct Roles {
 
 }  // namespace
 
-// Dynamic shared memory, which the host reads from the compiled file.
+// Bytes of dynamic shared memory. The host reads it from the compiled kernel.
 extern "C" __constant__ const int shared_bytes = sizeof(Shared);
 
-// Grid: an even number of CTAs, at most as many as run at once. Dynamic shared memory: Shared.
+// Grid: an even number of CTAs, at most as many as fit on the GPU at once.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     grouped_gemm(const __grid_constant__ GemmParams p, const __grid_constant__ TensorMap a_map,
                  const __grid_constant__ TensorMap a_half_map,

@@ -1,4 +1,5 @@
-// What every kernel of the engine does: the roles of a CTA's warps.
+// The body of every kernel of the engine: sets up barriers and registers, then runs each warp's
+// role.
 #pragma once
 
 #include "gemm/consumer.cuh"
@@ -8,15 +9,17 @@
 
 namespace cometrt {
 
-// Runs a CTA. Roles has: Registers, a RegisterBudget; Operands, an operand policy; init(), by one
-// thread, for barriers of its own; load(shared, p, operands) by the load warp's first thread;
-// communicate(warp) by the warps of the first warpgroup, of which the first two come when they are
-// out of work; multiply(shared, p, warp) by the others.
+// Runs a CTA. A kernel's Roles has
+//   Registers, a RegisterBudget; Operands, an operand policy;
+//   init(): by one thread, initialises barriers of its own;
+//   load(shared, p, operands): by the load warp's first thread;
+//   communicate(warp): by all warps of warpgroup 0, the load and scheduler warps after their loops;
+//   multiply(shared, p, warp): by the multiplying warps.
 template <typename Roles>
 __device__ inline void run_cta(Shared& shared, const GemmParams& p,
                                const typename Roles::Operands& operands, Roles& roles) {
   const u32 cta = cluster_cta();
-  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);  // warp-uniform
   if (threadIdx.x == 0) {
     init_barriers(shared);
     roles.init();
@@ -24,7 +27,7 @@ __device__ inline void run_cta(Shared& shared, const GemmParams& p,
   }
   cluster_barrier();
   if (warp < kFirstMultiplyWarp) {
-    register_dealloc<Roles::Registers::kOfFirst>();
+    register_dealloc<Roles::Registers::kFirstWarpgroup>();
     if (threadIdx.x == 32 * kLoadWarp) {
       roles.load(shared, p, operands);
     } else if (threadIdx.x == 32 * kSchedulerWarp && cta == 0) {
@@ -34,10 +37,10 @@ __device__ inline void run_cta(Shared& shared, const GemmParams& p,
     roles.communicate(warp);
     __syncwarp();
   } else {
-    register_alloc<Roles::Registers::kOfMultiply>();
+    register_alloc<Roles::Registers::kMultiplyWarpgroups>();
     roles.multiply(shared, p, warp - kFirstMultiplyWarp);
   }
-  cluster_barrier();  // nobody leaves while the neighbour may still write here
+  cluster_barrier();  // the neighbour may write to this CTA's shared memory until it is done
 }
 
 }  // namespace cometrt

@@ -1,5 +1,5 @@
-// An operand policy says how a kind of GEMM finds its operands: which boxes the loading thread
-// brings into a stage, where a warpgroup's parts lie in it, and how they step along K.
+// Operand policies: which boxes the load thread brings into a stage, and the wgmma descriptors of a
+// stage. Used by produce() and consume(); loads complete on Shared::full.
 #pragma once
 
 #include "gemm/tile.cuh"
@@ -8,15 +8,15 @@
 
 namespace cometrt {
 
-// a [rows, K] and b [expert, columns, K], both with K innermost. `kGated`: an N-tile is 128 gate
-// columns and the up columns that belong to them.
+// Operands a [rows, K] and b [expert, columns, K], both with K innermost. `kGated`: an N-tile is
+// 128 gate columns and their 128 up columns.
 template <bool kGated>
 struct RowsTimesWeights {
-  const TensorMap *a, *a_half, *b;  // boxes of BLOCK_M rows, kHalfM rows, kHalfN columns
-  // The next M-tiles of the expert read the same weights again; rows are read once more at most.
+  const TensorMap *a, *a_half, *b;  // boxes of BLOCK_M rows, kHalfM rows, kHalfN columns of b
+  // Weights stay in L2: the expert's next M-tiles read them again. Rows are read at most twice.
   u64 a_policy, b_policy;
 
-  static constexpr u64 kStep = 2;  // of both descriptors, for the next 16 columns of K
+  static constexpr u64 kStep = 2;  // descriptor increment for the next 16 columns of K
 
   __device__ RowsTimesWeights(const TensorMap& a, const TensorMap& a_half, const TensorMap& b)
       : a(&a),
@@ -25,12 +25,13 @@ struct RowsTimesWeights {
         a_policy(cache_policy<CacheHint::kEvictNormal>()),
         b_policy(cache_policy<CacheHint::kEvictLast>()) {}
 
-  // Of A, into this CTA's stages. What a neighbour loads for both counts too.
+  // Bytes of A that arrive in a stage of this CTA, those that the neighbour multicasts included.
   __device__ static u32 a_bytes(const WorkTile& tile) {
     return tile.rows > kHalfM ? sizeof(Stage::a) : sizeof(Stage::a) / 2;
   }
 
-  // This CTA's halves of the K columns [c0, c0 + BLOCK_K). Coordinates innermost first.
+  // Loads this CTA's share of columns [c0, c0 + BLOCK_K) of K, as WorkTile::a() and b() name it. A
+  // half that both CTAs use is multicast to both (mask 0b11).
   __device__ void load(Stage& stage, u64* full, const WorkTile& tile, int c0) const {
     const int row = tile.m_tile * BLOCK_M;
     if (tile.a() == kBothHalves) {

@@ -1,6 +1,8 @@
-// The grouped GEMM engine: its parameters and its shared memory.
+// The grouped GEMM engine: constants, kernel parameters and the shared memory of a CTA.
 //
 //   out[rows of an M-tile, columns of an N-tile] = a[rows, :] b[expert, columns, :]^T
+//
+// Included by every part of the engine. The mbarriers in Shared synchronise the cluster's warps.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,26 +11,26 @@
 
 namespace cometrt {
 
-constexpr int kWarpgroups = 2;  // that multiply: each has 64 rows of the tile, and all columns
+constexpr int kWarpgroups = 2;  // that multiply; each computes 64 rows and all columns of a tile
 constexpr int kHalfM = BLOCK_M / kWarpgroups, kHalfN = BLOCK_N / 2;
-constexpr int kStages = 4;
-constexpr int kThreads = 128 * (1 + kWarpgroups);  // the first warpgroup does not multiply
+constexpr int kStages = 4;                         // of operands: 192 KB
+constexpr int kThreads = 128 * (1 + kWarpgroups);  // warpgroup 0 loads, schedules, communicates
 constexpr int kSubtileRows = 8, kSubtileColumns = 64;
-constexpr int kSchedulerStages = 2;
+constexpr int kSchedulerStages = 2;  // work tiles in flight between the scheduler and its readers
 
-// One of the GEMMs that a launch computes; a work tile's kind says which.
+// One of the GEMMs that a launch computes. A work tile names its problem (WorkTile::kind).
 struct Problem {
   __nv_bfloat16* out;  // [rows, num_columns]
-  __nv_bfloat16* z;    // [rows, gate and up, num_columns], where it is written
+  __nv_bfloat16* z;    // [rows, gate and up, num_columns]; null if the kernel stores no z
   int num_k_blocks, num_columns;
 };
 
-// Mirrored by gemm_params.
+// Mirrored by gemm_params_dtype of cometrt/kernels/params.py.
 struct GemmParams {
   const WorkTile* work_tiles;  // [*num_steps, kClusterSize]
   const int* num_steps;
-  int* progress;  // [2]: cluster steps scheduled, clusters finished; both 0 between launches
-  const u32* ok;  // where it points to 0, the list is not complete: nothing is done; may be null
+  int* progress;  // [2]: cluster steps popped, clusters finished; both 0 between launches
+  const u32* ok;  // null, or ExchangeState::ok: while 0 the list is incomplete and no tile runs
   Problem problems[1];
 
   __device__ const Problem& problem_of(const WorkTile& tile) const {
@@ -37,30 +39,29 @@ struct GemmParams {
   }
 };
 
-// BLOCK_K columns of both operands. Rows of 128 bytes, with the 128-byte swizzle.
+// One pipeline stage: BLOCK_K columns of both operands. Rows of 128 bytes, in the 128-byte swizzle.
 struct Stage {
   __nv_bfloat16 a[2][kHalfM * BLOCK_K];
-  __nv_bfloat16 b[2][kHalfN * BLOCK_K];  // gated: gate rows, then the up rows that belong to them
+  __nv_bfloat16 b[2][kHalfN * BLOCK_K];  // gated: gate columns, then their up columns
 };
 
-// Where a warp turns its results from the accumulators' layout into rows. Rows of 128 bytes,
-// swizzled.
+// A warp's staging buffer from the accumulator layout to rows. Rows of 128 bytes, swizzled.
 struct EpilogueTile {
   __nv_bfloat16 values[kSubtileRows * kSubtileColumns];
 };
 
 struct Shared {
   Stage stages[kStages];
-  EpilogueTile epilogue_tiles[4 * kWarpgroups];  // of each warp that multiplies
+  EpilogueTile epilogue_tiles[4 * kWarpgroups];  // one a warp that multiplies
   WorkTile work_tiles[kSchedulerStages];
-  u64 full[kStages];                      // the stage holds this CTA's next BLOCK_K columns
-  u64 empty[kStages];                     // all warps of the cluster have read this stage
-  u64 scheduler_full[kSchedulerStages];   // this CTA's work tile is there
-  u64 scheduler_empty[kSchedulerStages];  // of the first CTA: all warps of the cluster have read it
+  u64 full[kStages];                     // the stage holds this CTA's next BLOCK_K columns
+  u64 empty[kStages];                    // all multiplying warps of the cluster have read the stage
+  u64 scheduler_full[kSchedulerStages];  // this CTA's work tile has arrived
+  u64 scheduler_empty[kSchedulerStages];  // in CTA 0: all readers of the cluster have read it
 };
 static_assert(sizeof(Shared) <= 227 * 1024, "shared memory of an SM");
 
-// A place in a ring of kCount stages. The parity flips with each round.
+// Stage and parity of a thread in a pipeline of kCount stages. The parity flips when it wraps.
 template <int kCount>
 struct PipelineState {
   int stage = 0;

@@ -1,5 +1,6 @@
-// Who computes what: one thread of a cluster takes work tiles from the list as the cluster comes
-// free, and hands them to all warps of both CTAs.
+// The dynamic tile scheduler. One thread of each cluster pops cluster steps from the work list as
+// the cluster comes free and sends each CTA its work tile. Load and multiply warps read it.
+// Synchronises them by scheduler_full and scheduler_empty of Shared.
 #pragma once
 
 #include "gemm/tile.cuh"
@@ -7,65 +8,65 @@
 
 namespace cometrt {
 
-constexpr u32 kArrivalsOfStage = kClusterSize * kWarpgroups * 4;  // each warp of each CTA
-constexpr int kEndOfWork = -2;  // in place of an M-tile: no work tile is left
-// Each warp that multiplies and the one that loads, of each CTA.
-constexpr u32 kArrivalsOfScheduler = kClusterSize * (4 * kWarpgroups + 1);
+constexpr int kEndOfWork = -2;  // WorkTile::m_tile when no step is left
+// Arrivals that end a phase: multiplying warps of both CTAs; those and both load warps.
+constexpr u32 kEmptyArrivals = kClusterSize * kWarpgroups * 4;
+constexpr u32 kSchedulerEmptyArrivals = kClusterSize * (4 * kWarpgroups + 1);
 
-// By one thread. A fence of the barriers and a barrier of the cluster follow.
+// By one thread of each CTA. mbarrier_init_fence and a cluster barrier must follow.
 __device__ inline void init_barriers(Shared& shared) {
   for (int i = 0; i < kStages; ++i) {
     mbarrier_init(&shared.full[i], 1);
-    mbarrier_init(&shared.empty[i], kArrivalsOfStage);
+    mbarrier_init(&shared.empty[i], kEmptyArrivals);
   }
   for (int i = 0; i < kSchedulerStages; ++i) {
     mbarrier_init(&shared.scheduler_full[i], 1);
-    mbarrier_init(&shared.scheduler_empty[i], kArrivalsOfScheduler);
+    mbarrier_init(&shared.scheduler_empty[i], kSchedulerEmptyArrivals);
   }
 }
 
-// The scheduler thread, in the cluster's first CTA. A cluster takes its next tiles when it comes
-// free, so that clusters that start late or meet small tiles even out. The data's own arrival
-// signals `scheduler_full`.
+// The scheduler warp's first thread, in CTA 0 of each cluster. Clusters pop steps one by one, so
+// that late clusters and small tiles balance. The bytes of each store_async complete
+// scheduler_full. The last cluster to finish sets `progress` back to 0 for the next launch.
 __device__ inline void schedule_tiles(Shared& shared, const GemmParams& p) {
-  const u32 listed = *p.num_steps, num_clusters = gridDim.x / kClusterSize;
-  const u32 num_steps = p.ok == nullptr || *p.ok ? listed : 0;
-  PipelineState<kSchedulerStages> at;
-  for (bool ends = false; !ends; at.advance()) {
-    mbarrier_wait(&shared.scheduler_empty[at.stage], at.parity ^ 1);
+  const u32 listed_steps = *p.num_steps, num_clusters = gridDim.x / kClusterSize;
+  const u32 num_steps = p.ok == nullptr || *p.ok ? listed_steps : 0;
+  PipelineState<kSchedulerStages> state;
+  for (bool ends = false; !ends; state.advance()) {
+    mbarrier_wait(&shared.scheduler_empty[state.stage], state.parity ^ 1);
     const u32 step = atomicAdd(&p.progress[0], 1);
     ends = step >= num_steps;
     for (int cta = 0; cta < kClusterSize; ++cta) {
       const long long index = static_cast<long long>(step) * kClusterSize + cta;
       const int4 tile = ends ? make_int4(kEndOfWork, 0, 0, 0)
                              : reinterpret_cast<const int4*>(p.work_tiles)[index];
-      mbarrier_arrive_expect_at(&shared.scheduler_full[at.stage], cta, sizeof(WorkTile));
-      store_async(&shared.work_tiles[at.stage], tile, &shared.scheduler_full[at.stage], cta);
+      mbarrier_arrive_expect_at(&shared.scheduler_full[state.stage], cta, sizeof(WorkTile));
+      store_async(&shared.work_tiles[state.stage], tile, &shared.scheduler_full[state.stage], cta);
     }
   }
   __threadfence();
   if (atomicAdd(&p.progress[1], 1) == num_clusters - 1) p.progress[0] = p.progress[1] = 0;
 }
 
-// A warp's view of the work tiles. `kLanes` 1: that of the one thread that loads.
+// A reader of the scheduler: the load thread (kLanes 1) or a multiplying warp (kLanes 32).
 template <int kLanes>
 class TileScheduler {
  public:
   __device__ explicit TileScheduler(Shared& shared) : shared_(shared) {}
 
-  // False when none is left.
+  // Waits for this CTA's next work tile. False when no step is left.
   __device__ bool next(WorkTile& tile) {
-    mbarrier_wait(&shared_.scheduler_full[at_.stage], at_.parity);
-    tile = shared_.work_tiles[at_.stage];
+    mbarrier_wait(&shared_.scheduler_full[state_.stage], state_.parity);
+    tile = shared_.work_tiles[state_.stage];
     if (kLanes > 1) __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive_at(&shared_.scheduler_empty[at_.stage], 0);
-    at_.advance();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive_at(&shared_.scheduler_empty[state_.stage], 0);
+    state_.advance();
     return tile.m_tile != kEndOfWork;
   }
 
  private:
   Shared& shared_;
-  PipelineState<kSchedulerStages> at_;
+  PipelineState<kSchedulerStages> state_;
 };
 
 }  // namespace cometrt

@@ -1,4 +1,5 @@
-// Bulk copies: rows between global and shared memory, and tiles by tensor map.
+// PTX wrappers for bulk copies (TMA): contiguous bytes between global and shared memory, and boxes
+// of a tensor map into shared memory. Loads complete on an mbarrier, stores in a bulk group.
 #pragma once
 
 #include "hopper/mbarrier.cuh"
@@ -9,7 +10,7 @@ struct alignas(128) TensorMap {  // CUtensorMap, encoded on the host
   u64 opaque[16];
 };
 
-// In which order L2 evicts what a copy reads or writes.
+// L2 eviction priority of what a copy reads or writes.
 enum class CacheHint { kEvictNormal, kEvictLast, kEvictFirst };
 
 template <CacheHint kHint>
@@ -25,7 +26,7 @@ __device__ inline u64 cache_policy() {
   return policy;
 }
 
-// Global to shared; completes on the barrier. Addresses and bytes are multiples of 16.
+// Global to shared. Completes on the mbarrier. Addresses and `bytes` are multiples of 16.
 template <CacheHint kHint = CacheHint::kEvictNormal>
 __device__ inline void bulk_load(void* shared, const void* global, u32 bytes, u64* barrier) {
   asm volatile(
@@ -35,7 +36,7 @@ __device__ inline void bulk_load(void* shared, const void* global, u32 bytes, u6
       : "memory");
 }
 
-// Shared to global; completes in this thread's bulk group.
+// Shared to global. Completes in this thread's next bulk group.
 template <CacheHint kHint = CacheHint::kEvictNormal>
 __device__ inline void bulk_store(void* global, const void* shared, u32 bytes) {
   asm volatile(
@@ -47,18 +48,21 @@ __device__ inline void bulk_store(void* global, const void* shared, u32 bytes) {
 
 __device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// At most kPending groups have not read their shared memory yet: older stages may be refilled.
+// Until at most kPending of this thread's groups still read shared memory. Stages of older groups
+// may be refilled then.
 template <int kPending>
 __device__ inline void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// At most kPending groups are not complete yet: what older ones wrote may be signalled.
+// Until at most kPending of this thread's groups are incomplete. What older groups wrote may be
+// signalled then.
 template <int kPending>
 __device__ inline void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// A box of the tensor map into this CTA's shared memory. Coordinates are innermost first.
 __device__ inline void tensor_load_2d(void* shared, const TensorMap* map, int column, int row,
                                       u64* barrier) {
   asm volatile(

@@ -1,4 +1,5 @@
-// CTAs of a cluster: each sees the others' shared memory, and copies may land in several.
+// PTX wrappers for clusters: barriers, mbarrier arrivals and stores in another CTA's shared memory,
+// and multicast loads.
 #pragma once
 
 #include "hopper/bulk.cuh"
@@ -11,7 +12,7 @@ __device__ inline u32 cluster_cta() {
   return rank;
 }
 
-// All threads of all CTAs: what they did before it happens before what they do after it.
+// By all threads of the cluster. Releases and acquires at cluster scope.
 __device__ inline void cluster_barrier() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
@@ -19,9 +20,9 @@ __device__ inline void cluster_barrier() {
           : "memory");
 }
 
-// On the barrier at the same place in a CTA of the cluster, this one's own included. Orders no
-// ordinary accesses of this thread before it for the other CTA (release at cluster scope would be
-// a fence of the whole GPU): for stages that completed wgmma has read, and nothing else.
+// Arrives on the barrier at the same shared address of CTA `cta`, which may be this one. It has no
+// release at cluster scope, which would compile to a fence of the whole GPU. So it protects only
+// shared memory that was read, by completed wgmma or into registers, and not written.
 __device__ inline void mbarrier_arrive_at(u64* barrier, u32 cta) {
   asm volatile(
       "{\n"
@@ -33,6 +34,7 @@ __device__ inline void mbarrier_arrive_at(u64* barrier, u32 cta) {
       : "memory");
 }
 
+// As above, and adds `bytes` to what that barrier's phase waits for.
 __device__ inline void mbarrier_arrive_expect_at(u64* barrier, u32 cta, u32 bytes) {
   asm volatile(
       "{\n"
@@ -44,7 +46,7 @@ __device__ inline void mbarrier_arrive_expect_at(u64* barrier, u32 cta, u32 byte
       : "memory");
 }
 
-// 16 bytes to the same place in a CTA of the cluster; completes on its barrier.
+// Stores 16 bytes at the same shared address of CTA `cta`. Completes on that CTA's barrier.
 __device__ inline void store_async(void* shared, int4 value, u64* barrier, u32 cta) {
   asm volatile(
       "{\n"
@@ -58,7 +60,8 @@ __device__ inline void store_async(void* shared, int4 value, u64* barrier, u32 c
       : "memory");
 }
 
-// Into the same place of each CTA in `ctas`; completes on the barrier at the same place of each.
+// A box of the tensor map, at the same shared address of every CTA in the bit mask `ctas`.
+// Completes on the barrier of each of them.
 __device__ inline void tensor_load_4d_multicast(void* shared, const TensorMap* map, int c0, int c1,
                                                 int c2, int c3, u64* barrier, u16 ctas,
                                                 u64 policy) {

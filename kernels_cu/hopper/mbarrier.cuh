@@ -1,4 +1,5 @@
-// Barriers in shared memory that count arrivals and bytes. Their parity flips with each phase.
+// PTX wrappers for mbarriers: barriers in shared memory that count arrivals and bytes of copies. A
+// phase ends when both counts are reached; waits name the phase by its parity.
 #pragma once
 
 #include "hopper/memory.cuh"
@@ -15,7 +16,8 @@ __device__ inline void mbarrier_init(u64* barrier, u32 arrivals) {
                : "memory");
 }
 
-// Makes the initialised barriers visible to the async proxy; then a block barrier for the rest.
+// By the thread that initialised barriers: makes them visible to the async proxy and the cluster. A
+// barrier of the CTA or cluster must follow for the other threads.
 __device__ inline void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -25,6 +27,7 @@ __device__ inline void mbarrier_arrive(u64* barrier) {
                : "memory");
 }
 
+// Arrives, and adds `bytes` to what this phase waits for.
 __device__ inline void mbarrier_arrive_expect(u64* barrier, u32 bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -32,7 +35,7 @@ __device__ inline void mbarrier_arrive_expect(u64* barrier, u32 bytes) {
       : "memory");
 }
 
-__device__ inline bool mbarrier_test(u64* barrier, u32 phase) {
+__device__ inline bool mbarrier_test(u64* barrier, u32 parity) {
   u32 done;
   asm volatile(
       "{\n"
@@ -41,14 +44,15 @@ __device__ inline bool mbarrier_test(u64* barrier, u32 phase) {
       "selp.u32 %0, 1, 0, p;\n"
       "}\n"
       : "=r"(done)
-      : "r"(shared_address(barrier)), "r"(phase)
+      : "r"(shared_address(barrier)), "r"(parity)
       : "memory");
   return done;
 }
 
-// Only for what this CTA's own copies and threads complete: it has no deadline.
-__device__ inline void mbarrier_wait(u64* barrier, u32 phase) {
-  while (!mbarrier_test(barrier, phase)) {
+// Until the phase of that parity has ended. It has no deadline: use it only for barriers that
+// threads and copies of this cluster complete.
+__device__ inline void mbarrier_wait(u64* barrier, u32 parity) {
+  while (!mbarrier_test(barrier, parity)) {
   }
 }
 

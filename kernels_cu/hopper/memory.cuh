@@ -1,4 +1,5 @@
-// Ordered accesses to flags, fences between the generic and the async proxy, the clock.
+// PTX wrappers for memory order: flag loads and stores with their scope, fences, named barriers and
+// the clock. Nothing here knows what a flag means: kernels_cu/README.md lists who waits for what.
 #pragma once
 
 namespace cometrt {
@@ -13,14 +14,16 @@ __device__ inline u64 global_timer_ns() {
   return now;
 }
 
-// threadIdx.x, read anew: the compiler does not keep in registers what follows from it.
+// threadIdx.x, read from the special register at each call. The compiler then keeps no value
+// derived from it in a register.
 __device__ inline int thread_index() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
 }
 
-// ---- flags. gpu scope: peers on this GPU's partition of the call; sys scope: other ranks -------
+// Flags. Scope gpu: threads of this rank's kernels. Scope sys: other ranks and the host; kernels
+// use those only through protocol/peers.cuh.
 
 __device__ inline u32 load_acquire_gpu(const u32* flag) {
   u32 value;
@@ -34,7 +37,7 @@ __device__ inline u64 load_acquire_sys(const u64* flag) {
   return value;
 }
 
-// A fence then acquires it.
+// Orders nothing alone. A fence after it makes it an acquire.
 __device__ inline u64 load_relaxed_sys(const u64* flag) {
   u64 value;
   asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
@@ -45,7 +48,7 @@ __device__ inline void add_release_gpu(u32* flag, u32 value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 
-// After a fence.
+// A release only together with a fence of this thread before it.
 __device__ inline void add_relaxed_gpu(u32* flag, u32 value) {
   asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
@@ -80,22 +83,22 @@ __device__ inline void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" :
 
 __device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
-// Between accesses of this thread through one proxy and later ones through the other: after an
-// ordinary acquire and before a TMA load of what it protects, and after ordinary stores that a
-// bulk copy will read.
+// Orders this thread's accesses through the generic proxy before its later ones through the async
+// proxy, and the reverse. It stands between an acquire and a TMA load of the protected data, and
+// between ordinary stores and a bulk copy that reads them.
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-// The same pointer, without the compiler knowing that all lanes of the warp have it. Else it would
-// merge the lanes' atomics into one and wait for the answer at once, also where one lane alone
-// takes part and needs the answer much later.
+// The same pointer, hidden from the compiler's uniformity analysis. For a uniform pointer the
+// compiler aggregates a warp's atomics and waits for the result at once. A single lane that needs
+// the result only later must not wait.
 template <typename T>
-__device__ inline T* own_pointer(T* pointer) {
+__device__ inline T* opaque_pointer(T* pointer) {
   const u64 bits = reinterpret_cast<u64>(pointer);
   return reinterpret_cast<T*>(__shfl_sync(~0u, bits, thread_index() % 32));
 }
 
-// Among `threads` threads of the block, those that only arrive included; barrier 0 is
-// __syncthreads.
+// Barrier `id` of the CTA, among `threads` threads: those that wait plus those that only arrive.
+// Barrier 0 is __syncthreads.
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

@@ -1,13 +1,12 @@
-// The tensor core instruction of Hopper: a warpgroup multiplies tiles that lie in shared memory.
+// PTX wrappers for wgmma: a warpgroup multiplies bf16 tiles in shared memory into fp32 registers.
 #pragma once
 
 #include "hopper/mbarrier.cuh"
 
 namespace cometrt {
 
-// Describes a K-major bf16 tile of 64 columns (128 bytes) with the 128-byte swizzle that a
-// tensor map with the same swizzle writes: groups of 8 rows are 1024 bytes apart. The tile is
-// 1024-byte aligned. The next 16 columns are 32 bytes further: add 2.
+// Descriptor of a K-major bf16 tile of 64 columns (128 bytes), 1024-byte aligned, in the 128-byte
+// swizzle. Groups of 8 rows are 1024 bytes apart. Add 2 for the next 16 columns (32 bytes).
 __device__ inline u64 wgmma_descriptor(const void* tile) {
   const u64 kStrideBytes = 1024, kSwizzle128 = 1;
   return ((shared_address(tile) & 0x3ffff) >> 4) | (1ull << 16) | ((kStrideBytes >> 4) << 32) |
@@ -25,9 +24,9 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// d [64, 128] += a [64, 16] b [128, 16]^T; with accumulate = 0, d is overwritten.
-// Thread t of the warpgroup holds d[i] at row 16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2),
-// column 8 * (i / 4) + 2 * (t % 4) + i % 2.
+// d [64, 128] = a [64, 16] b [128, 16]^T, added to d unless `accumulate` is 0. Asynchronous:
+// complete after wgmma_commit and wgmma_wait. Thread t of the warpgroup holds d[i] at row 16 * (t /
+// 32) + t % 32 / 4 + 8 * (i / 2 % 2), column 8 * (i / 4) + 2 * (t % 4) + i % 2.
 __device__ inline void wgmma_m64n128k16(float (&d)[64], u64 a, u64 b, int accumulate) {
   asm volatile(
       "{\n"

@@ -1,14 +1,16 @@
-// The planner's first step, and what it reads of other ranks.
+// Step 1 of the planner: clear tables, and count pairs while copying all ranks' routing. It reads
+// peers' memory after acquiring source_ready, in this block or in one that end_step() ordered
+// before it.
 #pragma once
 
-#include "plan/items.cuh"
+#include "plan/token_tile.cuh"
 #include "protocol/agree.cuh"
 #include "protocol/emulated_link.cuh"
 
 namespace cometrt {
 
-// 1. Clears a slice of `count`: every table is -1, router weights are 0, what later steps count up
-// is 0.
+// Step 1. Clears slice `slice` of `count`: tables to -1, row_weight and counters of later steps to
+// 0.
 __device__ inline void clear_tables(const PlanParams& p, int slice, int count) {
   const long long first = static_cast<long long>(slice) * kTokenTile + threadIdx.x;
   const long long step = static_cast<long long>(count) * kTokenTile;
@@ -20,15 +22,15 @@ __device__ inline void clear_tables(const PlanParams& p, int slice, int count) {
     p.block_order_idx[i] = -1;
 }
 
-// A source's tokens as this block knows them (-1: the world has stopped), its ids, and when those
-// of a token tile will have crossed the link, which the first thread knows.
+// What count_pairs() reads of a source.
 struct Routing {
-  int tokens;
-  const int* ids;
-  u64 transferred_ns;
+  int tokens;          // of the source; -1: the world has stopped
+  const int* ids;      // [tokens, topk], in the source's memory
+  u64 transferred_ns;  // end of the token tile's link transfer; in thread 0
 };
 
-// Waits for the source and begins the transfer of a token tile's ids. Acquires source_ready.
+// By all threads: waits for the source and begins the link transfer of a token tile's ids. Acquires
+// source_ready in thread 0; the block's barrier passes it on.
 __device__ inline Routing find_routing(const ExchangeParams& params, const EmulatedLink& link,
                                        const PlanParams& p, int token_tile_idx, int source) {
   __shared__ int shared_tokens;
@@ -45,13 +47,13 @@ __device__ inline Routing find_routing(const ExchangeParams& params, const Emula
 }
 
 __device__ inline void report_wrong_pair(const PlanParams& p, long long pair) {
-  atomicMax(&p.progress->wrong_pair, ~static_cast<u64>(pair));  // the first one stands
+  atomicMax(&p.progress->wrong_pair, ~static_cast<u64>(pair));  // the lowest pair wins
 }
 
-// 1. Copies a token tile's ids into this rank's table and checks them. Counts pairs by (source,
-// token tile, expert) and (source, expert), and tokens by (source, EP group). `meanwhile()` runs
-// while the ids arrive. Blocks whose waits ended may know less of a source than others: no tables
-// are made of that. A block a (token tile, source).
+// Step 1, a block per (token tile, source). Copies the tile's ids into this rank's table and checks
+// them. Counts pairs by (source, token tile, expert) and (source, expert), and tokens by (source,
+// EP group). `meanwhile()` runs while the ids arrive. If the world has stopped, blocks may see
+// different numbers of tokens; largest_need then keeps later steps from using them.
 template <typename Meanwhile>
 __device__ inline void count_pairs(const PlanParams& p, int token_tile_idx, int source,
                                    const Routing& routing, u32* members, Meanwhile meanwhile) {
@@ -76,13 +78,13 @@ __device__ inline void count_pairs(const PlanParams& p, int token_tile_idx, int 
       if (!used || k + i >= topk) continue;
       bool wrong = ids[i] < -1 || ids[i] >= p.g.num_experts;
       if (ids[i] >= 0 && !wrong) {
-        wrong = choose(members, ids[i]) >> lane & 1;  // chosen before
+        wrong = choose(members, ids[i]) >> lane & 1;  // an id must not repeat within a token
         groups |= 1ull << (ids[i] / p.g.local_experts);
       }
       if (wrong) report_wrong_pair(p, first_pair + k + i);
     }
   }
-  for (int first = 0; first < p.g.ep; first += 32) {  // a lane sums an EP group
+  for (int first = 0; first < p.g.ep; first += 32) {  // one EP group a lane
     int count = 0;
     for (int group = first; group < min(first + 32, p.g.ep); ++group) {
       const u32 with = __ballot_sync(~0u, groups >> group & 1);
@@ -103,9 +105,9 @@ __device__ inline void count_pairs(const PlanParams& p, int token_tile_idx, int 
   }
 }
 
-// 2. Copies a token tile's router weights from the source's table into this rank's and checks them.
-// The first thread returns when they will have crossed the link. A block a (token tile, source).
-__device__ inline u64 take_weights(const PlanParams& p, int token_tile_idx, int source,
+// Step 2, a block per (token tile, source). Copies the tile's router weights from the source's
+// table into this rank's and checks them. Thread 0 returns the end of their link transfer.
+__device__ inline u64 copy_weights(const PlanParams& p, int token_tile_idx, int source,
                                    const float* from, const EmulatedLink* link) {
   const int tokens = p.num_tokens[source], topk = p.g.topk;
   const int begin = token_tile_idx * kTokenTile * topk,

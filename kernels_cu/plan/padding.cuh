@@ -1,11 +1,12 @@
-// Padding rows are zero in every pass: 0 * NaN would be NaN in weight gradients.
+// Zeroes padding rows. `prepare` does it for dispatch_gemm, and `dispatch` for the other modes.
+// Padding must be zero in every pass, since 0 * NaN would be NaN in weight gradients.
 #pragma once
 
 #include "protocol/exchange_params.cuh"
 
 namespace cometrt {
 
-// By warp `index` of `count`. Each expert has at most block_m - 1 of them, behind its rows.
+// By warp `index` of `count`. An expert has at most block_m - 1 padding rows, behind its rows.
 __device__ inline void zero_padding_rows(const ExchangeParams& params, int index, int count) {
   const int experts = params.g.local_experts;
   for (int i = index; i < experts * params.g.block_m; i += count) {

@@ -1,24 +1,28 @@
 // The device planner: the tables of cometrt/plan/reference.py, bit for bit, in one launch and
-// without a host synchronisation. Read the steps in order; each says what it adds. `prepare` is all
-// of a forward that comes before dispatch_gemm: it also waits for all ranks, takes their routing,
-// and writes the tile orders of both GEMMs.
+// without host synchronisation. `plan` makes only the plan. `prepare` is everything between
+// `publish` and the first GEMM of a forward: it waits for all ranks (source_ready), copies their
+// routing, plans, and writes the tile orders of both GEMMs.
 //
-// The planner is bound by latency: by the number of loads that depend on each other, and by the
-// number of times that all blocks wait for each other. So an item's loads are issued together,
-// steps that do not depend on each other are one step, and router weights cross the link while
-// tiles are made.
+// Five steps, in this order:
+//   1. count:   copy ids, count pairs by expert        (counts.cuh)
+//   2. tile:    tiles and orders of all ranks; weights (tiles.cuh, counts.cuh)
+//   3. place:   the row of each pair                   (row_tables.cuh)
+//   4. sum:     prefix sums along the orders           (row_tables.cuh)
+//   5. stage:   pulls, sends and staging rows          (row_tables.cuh)
 //
-// Blocks pop a step's items from a queue. A step ends when its items are done, so that any number
-// of resident blocks makes progress: other kernels may hold SMs for as long as they run. A block
-// that starts late finds the queues empty.
+// Blocks pop a step's items from a queue (work_queue.cuh). A grid barrier ends the step when all
+// its items are done (end_step). It counts items and not blocks, so any number of resident blocks
+// makes progress. A block that starts late finds the queues empty.
 //
-// A run (c, s, i) is the rows of source s in the tile with order index i of rank c. Rows of one
-// expert and source lie in token order, so a run is a range of the sorted pairs of (s, expert), and
-// every rank finds the runs of every other from pair counts alone. It needs those of its own rows,
-// whose pairs lie sorted in row_pair, and those of its own tokens on all ranks.
+// Latency bounds the planner: chains of dependent loads, and grid barriers. So an item issues its
+// loads together, independent work shares a step, and router weights cross the link during step 2.
+//
+// A run (c, s, i) is the set of rows of source s in the tile with order index i of rank c. Rows of
+// one expert and source lie in token order. So a run is a range of the sorted pairs of (s, expert),
+// and every rank derives every other's runs from pair counts alone.
 #include "plan/counts.cuh"
 #include "plan/padding.cuh"
-#include "plan/places.cuh"
+#include "plan/row_tables.cuh"
 #include "plan/tiles.cuh"
 #include "plan/work_queue.cuh"
 #include "scheduler/tile_order.cuh"
@@ -28,17 +32,18 @@ using namespace cometrt;
 namespace {
 
 constexpr int kBlocksPerSm = COMETRT_PLAN_BLOCKS_PER_SM;
-constexpr u64 kPlanAloneNs = 10000000000ull;  // the deadline of `plan`, which has no world
+constexpr u64 kPlanAloneNs = 10000000000ull;  // deadline of `plan`, which has no world's timeout
 
-// What a block's threads share.
+// Shared memory of a block.
 struct BlockState {
   int warps[kWarps];  // for block_scan
-  int item;           // the one that the block has popped
-  bool goes_on;
+  int item;           // the last popped item
+  bool goes_on;       // result of end_step
 };
 
-// Ends a step: this block's items of it are done; waits until those of all blocks are. False if the
-// wait ended without them: then the block leaves.
+// The grid barrier that ends a step. Thread 0 adds this block's `mine` items to done[step], a
+// release at gpu scope after the block's barrier, then acquires `all` of them; the barrier behind
+// it passes that on. False if the wait failed: then the block returns.
 template <typename Calls>
 __device__ bool end_step(const PlanParams& p, BlockState& block, const Calls& calls, PlanStep step,
                          int mine, int all) {
@@ -52,12 +57,15 @@ __device__ bool end_step(const PlanParams& p, BlockState& block, const Calls& ca
   return block.goes_on;
 }
 
-// All steps. What differs between the two kernels is in `calls`: find(token_tile, source), see
-// Routing; take(token_tile, source) brings weights and returns when they will have crossed;
-// agree(), by one thread: whether all ranks make the same call; wait(step, flag, count);
-// num_orders(), order(i): items that need only the tiles of this rank. True for one thread of the
-// grid, when all is done and the tables are filled. Nothing reads the tables of a call that is
-// wrong: they are not filled. Shared memory: _shared_words of cometrt/cuda/planner.py.
+// All steps. Returns true in one thread of the grid, after the last item of the last step. Tables
+// stay unfilled if the routing is wrong or a rank exceeds its capacity. `calls` has what differs
+// between the two kernels:
+//   find_routing(token_tile, source): a Routing;
+//   copy_weights(token_tile, source): the end of their link transfer;
+//   agree(): by one thread, whether all ranks make the same call;
+//   wait(step, flag, count): by one thread, for the grid barrier;
+//   num_orders(), order(i): items that need only this rank's tiles: tile orders and padding.
+// Shared memory: _shared_words of cometrt/cuda/planner.py.
 template <typename Calls>
 __device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, const Calls& calls) {
   const int size = p.g.size, token_tiles = num_token_tiles(p), rank = p.g.rank;
@@ -78,16 +86,16 @@ __device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, c
     if (slice >= 0) clear_tables(p, slice, slices), ++done;
     return slice >= 0;
   };
-  for (int i; (i = to_count.pop(item)) >= 0; ++done) {  // ranks read from each other evenly
+  for (int i; (i = to_count.pop(item)) >= 0; ++done) {  // each rank starts at its own source
     const int source = (rank + i) % size;
-    const Routing routing = calls.find(i / size, source);
-    count_pairs(p, i / size, source, routing, shared, clear);  // clears while ids arrive
+    const Routing routing = calls.find_routing(i / size, source);
+    count_pairs(p, i / size, source, routing, shared, clear);  // clears tables while ids arrive
   }
   while (clear()) {
   }
   const int columns = p.g.num_experts + size * p.g.local_experts;
-  const int before_takes = size + 1 + (columns + kWarps - 1) / kWarps;
-  WorkQueue to_tile = queue(kTileList, before_takes + pairs);
+  const int num_tile_items = size + 1 + (columns + kWarps - 1) / kWarps;
+  WorkQueue to_tile = queue(kTileList, num_tile_items + pairs);
   if (!end(kCounted, done, pairs + slices)) return false;
 
   u64 transferred_ns = 0;
@@ -98,23 +106,23 @@ __device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, c
     } else if (i == size) {
       make_bases(p, words, block.warps);
       if (threadIdx.x == 0 && !calls.agree()) atomicMax(&p.progress->largest_need, ~0ull);
-    } else if (i < before_takes) {
+    } else if (i < num_tile_items) {
       sum_token_tiles(p, (i - size - 1) * kWarps + threadIdx.x / 32);
     } else {
-      const int at = i - before_takes;
-      transferred_ns = max(transferred_ns, calls.take(at / size, (rank + at) % size));
+      const int at = i - num_tile_items;
+      transferred_ns = max(transferred_ns, calls.copy_weights(at / size, (rank + at) % size));
     }
   }
   wait_transferred(transferred_ns);
   WorkQueue to_place = queue(kPlaceList, pairs);
-  if (!end(kTiled, done, before_takes + pairs)) return false;
+  if (!end(kTiled, done, num_tile_items + pairs)) return false;
   if (p.progress->wrong_pair != 0 || p.progress->largest_need != 0) return false;
 
   done = 0;
-  for (int i; (i = to_place.pop(item)) >= 0; ++done) {  // own token tiles take longest: first
+  for (int i; (i = to_place.pop(item)) >= 0; ++done) {  // own token tiles first: the longest
     place_rows(p, i % token_tiles, (rank + i / token_tiles) % size, shared);
   }
-  // For blocks that have nothing else to do: so no ticket is requested ahead.
+  // Idle blocks do these before the grid barrier; step 5 counts them.
   WorkQueue to_order = queue(kOrderList, calls.num_orders());
   int ordered = 0;
   for (int i; (i = to_order.pop(item)) >= 0; ++ordered) calls.order(i, block.warps);
@@ -131,7 +139,7 @@ __device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, c
 
   done = ordered;
   for (int part; (part = to_stage.pop(item)) >= 0; ++done) {
-    const int i = threadIdx.x / 32 * parts + part;  // a warp each: neighbours in different blocks
+    const int i = threadIdx.x / 32 * parts + part;  // one a warp, spread over blocks
     if (i < staging_items) {
       place_staging_rows(p, i % size, i / size * 32);
     } else if (i < all) {
@@ -144,16 +152,16 @@ __device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, c
   return planned + done == static_cast<u32>(calls.num_orders() + parts);
 }
 
-// The plan alone, from tables that this rank has already.
+// `plan`: from routing tables that are already in PlanParams.
 struct PlanAlone {
   const PlanParams& p;
 
   __device__ long long pairs() const { return static_cast<long long>(p.g.max_tokens) * p.g.topk; }
-  __device__ Routing find(int, int source) const {
+  __device__ Routing find_routing(int, int source) const {
     return {p.num_tokens[source], p.ids + source * pairs(), 0};
   }
-  __device__ u64 take(int token_tile, int source) const {
-    return take_weights(p, token_tile, source, p.weights + source * pairs(), nullptr);
+  __device__ u64 copy_weights(int token_tile, int source) const {
+    return cometrt::copy_weights(p, token_tile, source, p.weights + source * pairs(), nullptr);
   }
   __device__ bool agree() const { return true; }
   __device__ bool wait(PlanStep, const u32* flag, u32 count) const {
@@ -167,30 +175,30 @@ struct PlanAlone {
   __device__ void order(int, int*) const {}
 };
 
-// The plan of a forward, and what follows from it: the tile orders of both GEMMs, and zeros in the
-// padding of params.rows where dispatch_gemm fills the rest.
+// `prepare`: the plan of a forward from all ranks' heaps, the tile orders of both GEMMs, and zeros
+// in the padding rows of params.rows for dispatch_gemm.
 struct PlanOfCall {
   const ExchangeParams& params;
   const PlanParams& p;
   const TileOrderParams &up, &down;
   const EmulatedLink& link;
 
-  __device__ Routing find(int token_tile, int source) const {
-    return find_routing(params, link, p, token_tile, source);
+  __device__ Routing find_routing(int token_tile, int source) const {
+    return cometrt::find_routing(params, link, p, token_tile, source);
   }
-  __device__ u64 take(int token_tile, int source) const {
+  __device__ u64 copy_weights(int token_tile, int source) const {
     const u64 epoch = params.world.epoch();
     const float* weights = params.routing<float>(source, epoch, params.weights_offset);
-    return take_weights(p, token_tile, source, weights, &link);
+    return cometrt::copy_weights(p, token_tile, source, weights, &link);
   }
   __device__ bool agree() const { return all_agree(params); }
-  // More patient than the waits for peers within a step, whose reports say more.
+  // Its deadline is longer than that of waits for peers within a step, whose reports say more.
   __device__ bool wait(PlanStep step, const u32* flag, u32 count) const {
     return wait_until(
         params.world, {kPlanStep, params.world.rank, step, -1}, params.world.epoch(), count,
         [&] { return load_acquire_gpu(flag); }, COMETRT_PLAN_PATIENCE);
   }
-  // Of each GEMM's order. Every share reads the whole plan and writes a part of the list.
+  // Shares of each GEMM's tile order. A share reads the whole plan and writes a part of the list.
   __device__ int num_order_shares() const {
     return up.work_tiles == nullptr ? 0 : static_cast<int>(max(1u, gridDim.x / 8));
   }
@@ -220,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(kTokenTile, kBlocksPerSm)
   make_plan(p, reinterpret_cast<u32*>(shared), block, PlanAlone{p});
 }
 
-// Sets params.state->ok, which was 0, when all is done: then later kernels go on.
+// Sets params.state->ok at the end: later kernels do nothing while it is 0.
 extern "C" __global__ void __launch_bounds__(kTokenTile, kBlocksPerSm)
     prepare(const __grid_constant__ ExchangeParams params, const __grid_constant__ PlanParams p,
             const __grid_constant__ TileOrderParams up,

@@ -1,16 +1,17 @@
-// Step 2 of the planner: what follows from pair counts alone.
+// Step 2 of the planner: tiles, orders and offsets of all ranks. They follow from pair counts
+// alone.
 #pragma once
 
 #include "common/scan.cuh"
-#include "plan/items.cuh"
+#include "plan/token_tile.cuh"
 
 namespace cometrt {
 
-// The rows of a rank's experts, from pair counts. Tables in shared memory.
+// Rows and tiles of one rank's experts, in shared memory.
 struct RankTiles {
   const Geometry& g;
-  int* before;      // [size + 1, local_experts] rows from sources nearer than d
-  int* order_idx;   // [num_phases, local_experts] in the dispatch order, of the first tile
+  int* before;      // [size + 1, local_experts]: rows from sources nearer than d
+  int* order_idx;   // [num_phases, local_experts]: order index of the first tile
   int* first_tile;  // [local_experts]
 
   __device__ RankTiles(const Geometry& geometry, int* shared) : g(geometry), before(shared) {
@@ -18,23 +19,24 @@ struct RankTiles {
     first_tile = order_idx + g.num_phases * g.local_experts;
   }
   __device__ int rows(int expert) const { return before[g.size * g.local_experts + expert]; }
-  // Tiles of the expert whose rows all come from sources at most d away.
+  // Tiles of the expert whose rows all come from ring distances up to d.
   __device__ int tiles_within(int d, int expert) const {
     const int end = before[(d + 1) * g.local_experts + expert], all = rows(expert);
     return end == all ? (all + g.block_m - 1) / g.block_m : end / g.block_m;
   }
+  // Ring distance of the farthest row of the expert's index-th tile.
   __device__ int tile_distance(int expert, int index) const {
     const int end = min((index + 1) * g.block_m, rows(expert));
     int d = 0;
     while (before[(d + 1) * g.local_experts + expert] < end) ++d;
     return d;
   }
-  // Tiles of the expert in phases up to that one; -1: none.
+  // Tiles of the expert in phases [0, phase]; phase -1: none.
   __device__ int tiles_upto_phase(int phase, int expert) const {
     return phase < 0 ? 0 : tiles_within(last_distance(g, phase), expert);
   }
-  // The order index of the index-th tile of the expert, which has that distance.
-  __device__ int place(int expert, int index, int d) const {
+  // Order index of the expert's index-th tile, whose farthest row has ring distance d.
+  __device__ int tile_order_idx(int expert, int index, int d) const {
     int phase = 0;
     while (last_distance(g, phase) < d) ++phase;
     return order_idx[phase * g.local_experts + expert] + index -
@@ -42,7 +44,8 @@ struct RankTiles {
   }
 };
 
-// 2. The tiles of every rank, a block each; the block of this rank also writes its tables.
+// Step 2, a block per rank c. Orders rank c's tiles. For this rank it also writes the plan's
+// tables.
 __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* warps) {
   const RankTiles tiles(p.g, shared);
   const int experts = p.g.local_experts, size = p.g.size, thread = threadIdx.x;
@@ -83,7 +86,7 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
   if (thread == 0) {
     p.rank_num_tiles[c] = num_tiles;
     const u64 need = static_cast<u64>(num_tiles) * p.g.block_m;
-    if (need > static_cast<u64>(p.g.capacity)) {  // the largest need, of the lowest rank
+    if (need > static_cast<u64>(p.g.capacity)) {  // the largest need wins, then the lowest rank
       atomicMax(&p.progress->largest_need, need << 16 | static_cast<u64>(0xffff - c));
     }
   }
@@ -92,12 +95,12 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
   const bool mine = c == p.g.rank;
   for (int i = thread; i < (size + 1) * experts; i += kTokenTile) {
     const int row = tiles.first_tile[i % experts] * p.g.block_m + tiles.before[i];
-    p.rank_rows[rank_rows_at(p, c, 0, i)] = row;
+    p.rank_rows[rank_rows_idx(p, c, 0, i)] = row;
   }
   const long long first_of_rank = static_cast<long long>(c) * p.g.max_tiles;
   for (int e = thread / 32; e < experts; e += kWarps) {  // a warp each
     for (int index = thread % 32; index < tiles.tiles_within(size - 1, e); index += 32) {
-      const int d = tiles.tile_distance(e, index), order_idx = tiles.place(e, index, d);
+      const int d = tiles.tile_distance(e, index), order_idx = tiles.tile_order_idx(e, index, d);
       const int tile = tiles.first_tile[e] + index;
       p.rank_order[first_of_rank + order_idx] = tile * experts + e;
       p.rank_tile_order_idx[first_of_rank + tile] = order_idx;
@@ -118,13 +121,13 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
   }
 }
 
-// 2. Where staging rows, sends and the lists of own tokens begin. One block.
+// Step 2, one block. Offsets of staging rows, of sends and of the lists of own tokens by expert.
 __device__ inline void make_bases(const PlanParams& p, int* tokens, int* warps) {
   const int size = p.g.size, ep = p.g.ep, tp = p.g.tp, rank = p.g.rank, thread = threadIdx.x;
   for (int i = thread; i < size * ep; i += kTokenTile) tokens[i] = p.token_counts[i];
   for (int s = thread; s < size; s += kTokenTile) p.out_num_tokens[s] = p.num_tokens[s];
   __syncthreads();
-  // Staging rows: contributors by ring distance from the home, whose own sum is not staged.
+  // A home's staging buffer: contributors by ring distance. The home's own sum is not staged.
   for (int home = thread; home < size; home += kTokenTile) {
     int base = 0;
     if (home == rank) p.send_base[home] = p.staging_base[0] = 0;
@@ -158,8 +161,8 @@ __device__ inline void make_bases(const PlanParams& p, int* tokens, int* warps) 
   }
 }
 
-// 2. Prefix sums of a column of token tile counts, in place. Columns: this source's experts, then
-// the local experts of all sources. A warp each.
+// Step 2, a warp per column. Prefix sums over token tiles of token_tile_counts, in place. Columns:
+// all experts for this rank as source, then this rank's experts for all other sources.
 __device__ inline void sum_token_tiles(const PlanParams& p, int column) {
   const int experts = p.g.num_experts, token_tiles = num_token_tiles(p), lane = threadIdx.x % 32;
   int source = p.g.rank, expert = column;

@@ -1,21 +1,22 @@
-// A queue of work items that the blocks of a launch pop as they come free.
+// A queue of work items that the blocks of the planner pop as they come free. Its head is a relaxed
+// atomic in PlanProgress, which protects no data.
 #pragma once
 
 #include "hopper/memory.cuh"
 
 namespace cometrt {
 
-// A block's end of a queue of items [0, count). It requests its next ticket ahead: the answer
-// arrives while the block works on something else, or waits for it.
+// One block's view of a queue of items [0, count). It requests the next ticket ahead, so that the
+// atomic's latency overlaps with the current item.
 class WorkQueue {
  public:
-  // queue_head: shared by all blocks; 0 before the first pop.
+  // queue_head: in global memory, shared by all blocks, 0 before the first pop.
   __device__ WorkQueue(u32* queue_head, int count) : queue_head_(queue_head), count_(count) {
     request();
   }
 
-  // By all threads, when they have finished the last item: the next one, or -1 if none is left.
-  // `shared`: a word of the block's shared memory, overwritten by the next pop.
+  // By all threads of the block: the next item, or -1 if none is left. `shared`: a word of shared
+  // memory, valid until the next pop.
   __device__ int pop(int* shared) {
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -33,7 +34,7 @@ class WorkQueue {
 
   u32* queue_head_;
   int count_;
-  int ticket_ = 0;  // the first thread's
+  int ticket_ = 0;  // in thread 0
 };
 
 }  // namespace cometrt

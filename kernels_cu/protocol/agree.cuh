@@ -1,5 +1,6 @@
-// Every exchange waits for all ranks, so that ranks are at most one exchange apart. It goes on only
-// if all ranks make the same call.
+// The start of an exchange on the receiving side: wait until every rank has published, then check
+// that all make the same call. Used by `prepare` (forward) and `agree` (backward). Since every
+// exchange waits for all ranks, ranks are at most one epoch apart.
 #pragma once
 
 #include "protocol/exchange_params.cuh"
@@ -7,8 +8,9 @@
 
 namespace cometrt {
 
-// The number of source s's tokens, once it has published; 0 if its call is of another layer. -1 if
-// the wait ended without it: the world has stopped. One thread. Acquires source_ready.
+// By one thread: waits for source s and returns its number of tokens. 0 if the number cannot belong
+// to this layer: all_agree() then finds the mismatch. -1 if the world has stopped. Acquires
+// source_ready at system scope; its partner is begin_exchange() of publish.cu.
 __device__ inline int wait_source(const ExchangeParams& params, int s) {
   const u64 epoch = params.world.epoch();
   const u64* flag = &params.world.own().source_ready[s];
@@ -19,12 +21,12 @@ __device__ inline int wait_source(const ExchangeParams& params, int s) {
   return found >= 0 && found <= params.g.max_tokens ? static_cast<int>(found) : 0;
 }
 
-// One thread, after all sources: whether all ranks make the same call and the world still runs. A
-// rank that finds a mismatch stops the world.
+// By one thread behind a barrier with the threads that waited for the sources: whether all ranks
+// make the same call and the world still runs. A mismatch stops the world.
 __device__ inline bool all_agree(const ExchangeParams& params) {
   const Header* headers = params.world.own().header[params.world.epoch() & 1];
   const Header mine = headers[params.world.rank];
-  const bool stopped = params.world.stopped();
+  const bool stopped = is_stopped(params.world);
   bool same = true;
   for (int s = 0; s < params.world.size; ++s) {
     const Header& other = headers[s];

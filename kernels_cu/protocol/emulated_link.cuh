@@ -1,6 +1,7 @@
-// The emulated link: between virtual ranks of one GPU, a flag is signalled when a real link would
-// have transferred what it protects. Only where LINK is 1: else nothing of it is in the machine
-// code.
+// Link emulation for virtual ranks that share a GPU: a flag is signalled no earlier than a real
+// link would have transferred the data behind it. Used by every kernel that moves data between
+// ranks. Macro LINK: 1 compiles it in. Without it these functions are empty and production kernels
+// contain none of it.
 #pragma once
 
 #include "hopper/memory.cuh"
@@ -11,47 +12,47 @@
 
 namespace cometrt {
 
-// Mirrored by pace_dtype in cometrt/kernels/params.py. Not read where LINK is 0.
+// One direction of a rank's link. Mirrored by emulated_link_dtype in cometrt/kernels/params.py.
 struct EmulatedLink {
-  u64* free_at_ns;  // when the link of this rank and direction is free again
+  u64* free_at_ns;  // when the last transfer so far leaves the link; advanced by relaxed atomics
   u64 femtoseconds_per_byte, latency_ns;
 };
 
 #if LINK
 
-// Bytes under way. The end is computed where it is needed: until then no thread waits for the
-// atomic's answer.
+// A transfer in flight. end_ns() is computed late, so that no thread waits for the atomic's result
+// before it needs it.
 struct LinkTransfer {
-  u64 begin_ns = 0, needs_ns = 0;  // needs_ns 0: nothing is under way
+  u64 begin_ns = 0, duration_ns = 0;  // duration_ns 0: none in flight
 
-  // When the bytes leave. Idle time earns no credit: a transfer over a free link begins now.
+  // Queues the bytes behind those on the link. A transfer over an idle link begins now.
   __device__ void begin(const EmulatedLink& link, u64 bytes) {
-    needs_ns = 0;
+    duration_ns = 0;
     if (bytes == 0) return;
     const u64 cost_ns = bytes * link.femtoseconds_per_byte / 1000000;
     max_relaxed_gpu(link.free_at_ns, global_timer_ns());
-    needs_ns = cost_ns + link.latency_ns;
+    duration_ns = cost_ns + link.latency_ns;
     begin_ns = fetch_add_relaxed_gpu(link.free_at_ns, cost_ns);
   }
-  __device__ u64 end_ns() const { return needs_ns != 0 ? begin_ns + needs_ns : 0; }
+  __device__ u64 end_ns() const { return duration_ns != 0 ? begin_ns + duration_ns : 0; }
 };
 
-// When the bytes will have been transferred.
+// Begins a transfer; returns when it ends.
 __device__ inline u64 begin_transfer(const EmulatedLink& link, u64 bytes) {
   LinkTransfer transfer;
   transfer.begin(link, bytes);
   return transfer.end_ns();
 }
 
-// After the copy, before the signal of its flag.
+// After a copy and before the signal of its flag.
 __device__ inline void wait_transferred(u64 transferred_ns) {
   while (transferred_ns > global_timer_ns()) {
   }
 }
 
-// The link for one lane alone; see own_pointer.
-__device__ inline EmulatedLink own_link(EmulatedLink link) {
-  link.free_at_ns = own_pointer(link.free_at_ns);
+// For use by a single lane: see opaque_pointer.
+__device__ inline EmulatedLink opaque_link(EmulatedLink link) {
+  link.free_at_ns = opaque_pointer(link.free_at_ns);
   return link;
 }
 
@@ -64,7 +65,7 @@ struct LinkTransfer {
 
 __device__ inline constexpr u64 begin_transfer(const EmulatedLink&, u64) { return 0; }
 __device__ inline void wait_transferred(u64) {}
-__device__ inline EmulatedLink own_link(const EmulatedLink&) { return {}; }
+__device__ inline EmulatedLink opaque_link(const EmulatedLink&) { return {}; }
 
 #endif
 

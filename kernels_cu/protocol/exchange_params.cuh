@@ -1,5 +1,5 @@
-// One forward or backward as its kernels see it. Mirrored by call_dtype in
-// cometrt/kernels/params.py. What a call does not use is null.
+// Parameters and state of one exchange (a forward or a backward), shared by all its kernels.
+// Structs are mirrored in cometrt/kernels/params.py under the same names with _dtype.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,89 +11,96 @@
 
 namespace cometrt {
 
-// Whether a call takes part in an exchange. If not, it does nothing on this rank but set its
-// results to NaN.
+// What `publish` decides of a call. Unless it is active, the call does nothing on this rank but set
+// its results to NaN.
 enum ExchangeStatus : u32 {
-  kInert,          // the world is stopped, or an earlier call's error has not been raised yet
-  kForwardFailed,  // a backward, of a forward that failed or was inert
+  kInert,          // the world has stopped, or an earlier call's error has not been raised yet
+  kForwardFailed,  // a backward whose forward failed or was inert
   kActive,
 };
 
+// Device memory of a layer, between the kernels of a call. Stream order synchronises them.
 struct ExchangeState {
-  u32 ticket;    // blocks of `publish` that have finished
+  u32 ticket;    // blocks of `publish` that have finished; the last one sets it back to 0
   u32 status;    // ExchangeStatus; `publish` sets it
-  u32 ok;        // the plan is complete, or agreed on; where it is 0, later kernels do nothing
-  u32 reported;  // a block of `finish` has found that the call failed
+  u32 ok;        // `prepare` or `agree` sets it to 1; later kernels do nothing while it is 0
+  u32 reported;  // a block of `finish` has reported that the call failed
 };
 
-// What ExchangeParams::state points to; only kernels with TRACE read the rest.
+// What ExchangeParams::state points to. Only kernels built with TRACE read `trace`.
 struct TracedExchangeState : ExchangeState {
   TraceLane* trace;  // [CTAs, kTraceLanes]; null: nothing is recorded
 };
 
-// Numbers of REPORTS in cometrt/cuda/report.py.
+// Indices into REPORTS of cometrt/cuda/report.py.
 enum ReportKind : u64 { kNothing, kWrongRouting, kNoForward, kStopped, kStaleGraph };
 
-constexpr int kNumReports =
-    COMETRT_NUM_REPORTS;  // the first for calls that hold later ones, the second for others
+// Report 0: calls that hold later ones until the host has raised their error. Report 1: others.
+constexpr int kNumReports = COMETRT_NUM_REPORTS;
 
 constexpr int kMaxTopk = COMETRT_MAX_TOPK;
 
-// In the host's memory, kNumReports for all layers of a world: the first call that failed since the
-// host last read it; then the host sets `kind` to 0 again. Mirrored by call_report_dtype.
+// The first call that failed since the host last looked. kNumReports of them lie in host memory,
+// for all layers of a world. The host reads one and sets its `kind` back to 0.
 struct ExchangeReport {
-  u64 kind;  // ReportKind; written last: then the rest is valid
+  u64 kind;  // ReportKind; written last, behind a fence: then the rest is valid
   u64 epoch;
   long long layer, operation;
-  u64 wrong_pair, largest_need;  // as PlanProgress has them
-  float wrong_weight;
-  int wrong_ids[kMaxTopk + 1];  // of the pair's token, [topk]
+  u64 wrong_pair, largest_need;  // of PlanProgress
+  float wrong_weight;            // of the wrong pair
+  int wrong_ids[kMaxTopk + 1];   // [topk], of the wrong pair's token
 };
 
-// Roles that a launch argument limits. The first warps that arrive take them.
-enum Arrivals : int { kPullers, kCombiners, kHelpers, kNumArrivals };
-static_assert(kNumArrivals == COMETRT_NUM_ARRIVALS);
+// Roles of the fused kernels whose number of warps a launch argument limits (fused/arrivals.cuh).
+enum LimitedRole : int { kDispatchRole, kCombineRole, kHelperRole, kNumLimitedRoles };
+static_assert(kNumLimitedRoles == COMETRT_NUM_ARRIVALS);
 
+// What a call does not use is null or 0.
 struct ExchangeParams {
   World world;
   Geometry g;
+  // num_tokens: of this rank. ids_are_64: `ids` is int64. weighted: multiply rows by row_weight
+  // when combining (forward).
   int num_n_chunks, num_tokens, ids_are_64, weighted;
   int n_chunk_columns, num_counters;
-  // Byte offsets in the heap's regions.
+  // Byte offsets of this layer's arrays in the heap's regions, the same on every rank.
   u64 x_offset, dy_offset, ids_offset, weights_offset, staging_offset, dweight_offset,
       partials_offset;
-  // The header.
+  // Fields of the header.
   long long operation, layer, spec_hash;
-  const long long* forward_epoch;  // points to 0: that forward failed
+  const long long* forward_epoch;  // backward: points to its forward's epoch, 0 if that failed
   ExchangeState* state;
   ExchangeReport* report;
-  // publish: what it puts into the heap. What it saves for backward: the call's epoch (0 if it
-  // fails), and x, with zeros up to max_tokens.
+  // Inputs that `publish` copies into the heap. For backward it saves the call's epoch (0 if it
+  // fails) and x, padded with zeros to max_tokens.
   const void *x, *dy, *ids;
   const float* weights;
   long long* saved_epoch;
   void* saved_x;
-  // The planner's routing tables of all ranks and its progress; null in backward.
+  // Forward: the planner's copy of all ranks' routing tables, and its progress. Read for reports.
   const int* all_ids;
   const float* all_weights;
   const PlanProgress* progress;
-  // The plan.
+  // The plan: fields of cometrt.plan.Plan.
   const int *expert_offsets, *expert_rows;
   const float* row_weight;
   const int *pair_row, *pull_tokens, *pull_offsets, *send_tokens, *send_offsets, *send_base;
   const int *push_blocks, *num_blocks, *staging_row, *staging_base;
-  // Rows: pulled from the heap's array at pull_offset; combined into out.
+  // rows: [capacity, hidden], pulled from the homes' arrays at pull_offset. partial_rows: the last
+  // GEMM's results, summed by token into `out` [num_tokens, hidden]. dweight_rows [capacity] into
+  // out_dweight [num_tokens, topk].
   u64 pull_offset;
   __nv_bfloat16* rows;
   const __nv_bfloat16* partial_rows;
   __nv_bfloat16* out;
   const float* dweight_rows;
   float* out_dweight;
-  // All that kernels of a forward count up, the planner's and those below. publish sets it to zero.
+  // All counters of a forward: PlanProgress, the planner's, and those below. `publish` zeroes them.
   u32* counters;
-  // Fused kernels. tile_filled: copy chunks of rows that are in place, by M-tile. tile_done: warps
-  // whose results are stored, by M-tile and N-chunk. queue_heads: of copy chunks to pull; then, for
-  // each N-chunk, of blocks to push and of blocks to add up at home. arrivals: warps, by Arrivals.
+  // Fused kernels only. tile_filled [max_tiles]: copy chunks in place, of rows of an M-tile.
+  // tile_done [max_tiles, num_n_chunks]: warps that have stored their part of an N-tile.
+  // queue_heads [1 + 2 * num_n_chunks]: of copy chunks to pull; then per N-chunk of blocks to push
+  // and of blocks to reduce at home. arrivals [kNumLimitedRoles]: warps that have asked for a role.
   u32 *tile_filled, *tile_done, *queue_heads, *arrivals;
 
   __device__ TraceLane* const* trace() const {
@@ -103,12 +110,12 @@ struct ExchangeParams {
   __device__ T* data(int rank, u64 offset) const {
     return rows_of<T>(world, rank, offset);
   }
-  // Ids or router weights: each parity of the epoch has its region.
+  // Ids or router weights of an epoch.
   template <typename T>
   __device__ T* routing(int rank, u64 epoch, u64 offset) const {
     return routing_of<T>(world, rank, epoch, offset);
   }
-  // At the home: the flags of a contributor's block, one an N-chunk.
+  // In the home's memory: the flags [num_n_chunks] of a contributor's block.
   __device__ u64* partials_ready(int home, int contributor, int block) const {
     const long long index = static_cast<long long>(contributor) * g.blocks_per_home + block;
     return flags_of(world, home, partials_offset) + index * num_n_chunks;

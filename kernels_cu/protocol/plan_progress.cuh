@@ -1,11 +1,12 @@
-// How far `prepare` has come in a call.
+// Progress of the planner within one call: its queue heads and step counters. `publish` zeroes it,
+// plan/plan.cu advances it, and `finish` reads its errors for the report.
 #pragma once
 
 #include "hopper/memory.cuh"
 
 namespace cometrt {
 
-// Queues of work items; blocks pop from each by its queue head.
+// Queues of work items; blocks pop from each by a queue head.
 enum WorkList : int {
   kCountList,
   kClearList,
@@ -16,13 +17,13 @@ enum WorkList : int {
   kStagingList,
   kNumLists
 };
-// A step ends when its items are done, whichever blocks did them.
+// Steps of the planner. A step ends when done[step] counts all its items.
 enum PlanStep : int { kCounted, kTiled, kPlaced, kSummed, kPlanned, kNumSteps };
 
-// All zero when the kernel begins. Mirrored by plan_progress in cometrt/kernels/params.py.
+// All zero when the planner begins. Mirrored by plan_progress_dtype in cometrt/kernels/params.py.
 struct PlanProgress {
-  // 0: none. ~pair of the first wrong pair; (rows << 16 | 0xffff - rank) of the largest need over
-  // capacity.
+  // wrong_pair: ~pair of the first invalid pair. largest_need: rows << 16 | (0xffff - rank) of the
+  // rank that exceeds its capacity the most, or ~0 if there is no plan for another reason. 0: none.
   u64 wrong_pair, largest_need;
   u32 queue_heads[kNumLists], done[kNumSteps];
 };

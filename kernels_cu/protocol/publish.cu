@@ -1,5 +1,6 @@
-// The start of an exchange: publish, wait until all ranks have published, agree that all make the
-// same call. And its end.
+// The first and the last kernels of an exchange: `publish` puts this rank's inputs into the heap
+// and signals source_ready on every rank; `agree` (backward) waits for all ranks; `finish` reports
+// a failed call to the host. In a forward `prepare` of plan/plan.cu stands for `agree`.
 #include "protocol/agree.cuh"
 
 using namespace cometrt;
@@ -7,9 +8,9 @@ using namespace cometrt;
 namespace {
 
 constexpr int kPublishThreads = 512, kThreads = 256;
-constexpr int kVectorsAtOnce = 4;  // loads that are issued together
+constexpr int kVectorsAtOnce = 4;  // loads in flight per thread
 
-// By all threads of the grid; a multiple of 16 bytes.
+// By all threads of the grid. `bytes` is a multiple of 16.
 __device__ void copy_bytes(char* to, const void* from, u64 bytes) {
   if (from == nullptr || from == to) return;
   const u64 step = static_cast<u64>(gridDim.x) * blockDim.x, count = bytes / 16;
@@ -33,21 +34,21 @@ __device__ void zero_bytes(char* to, u64 bytes) {  // a multiple of 16
   }
 }
 
-constexpr u32 kInertBlock = 1 << 16;  // in a ticket
+constexpr u32 kInertBlock = 1 << 16;  // added to the ticket by a block that found the call inert
 
-// What a call's status follows from, as a warp reads it.
-struct Standing {
-  u64 generation, held, aborts[kMaxRanks / 32];  // a lane each
+// By a warp: loads what a call's status depends on, then derives the status. The loads overlap.
+struct StatusInputs {
+  u64 generation, held, aborts[kMaxRanks / 32];  // aborts: of rank 32 * i + lane
   long long forward_epoch;
 
-  __device__ explicit Standing(const ExchangeParams& params) {
+  __device__ explicit StatusInputs(const ExchangeParams& params) {
     const ControlBlock& own = params.world.own();
-    generation = load_relaxed_sys(&own.generation);
+    generation = poll(&own.generation);
     held = own.held;
 #pragma unroll
     for (int i = 0; i < kMaxRanks / 32; ++i) {
       const int rank = 32 * i + threadIdx.x % 32;
-      aborts[i] = rank < params.world.size ? load_relaxed_sys(&own.abort[rank]) : 0;
+      aborts[i] = rank < params.world.size ? poll(&own.abort[rank]) : 0;
     }
     forward_epoch = params.forward_epoch == nullptr ? 0 : *params.forward_epoch;
   }
@@ -60,8 +61,9 @@ struct Standing {
   }
 };
 
-// One warp, when all that this rank brings is in place: writes its header on every rank, then
-// signals source_ready. An inert call signals nothing and counts no epoch.
+// By one warp, after all blocks have published: a lane a peer writes this rank's header there and
+// signals source_ready at system scope. The partner is wait_source(). A call that is not active
+// signals nothing and counts no epoch.
 __device__ void begin_exchange(const ExchangeParams& params, u64 epoch, ExchangeStatus status) {
   const int me = params.world.rank;
   if (threadIdx.x == 0) {
@@ -87,9 +89,10 @@ __device__ void begin_exchange(const ExchangeParams& params, u64 epoch, Exchange
   }
 }
 
+// By one thread: the host reads the report when it sees `kind`.
 __device__ void write_report(const ExchangeParams& params, ReportKind kind) {
   volatile ExchangeReport& report = params.report[kind >= kStopped];
-  if (report.kind != kNothing) return;  // the first one stands
+  if (report.kind != kNothing) return;  // the first failure stands
   report.epoch = params.world.epoch();
   report.layer = params.layer;
   report.operation = params.operation;
@@ -106,13 +109,13 @@ __device__ void write_report(const ExchangeParams& params, ReportKind kind) {
       }
     }
   }
-  __threadfence_system();
+  fence_host();
   report.kind = kind;
 }
 
-// One thread, once a call. From here on the failure concerns later calls: this call's backward;
-// and, where nothing is stopped and so every rank finds it, all calls until the host has raised the
-// error.
+// By one thread, once a call. Marks the call as failed for its backward (saved_epoch) and reports
+// it. If the world still runs, every rank finds the same failure: `held` then makes later calls
+// inert until the host has raised the error.
 __device__ void report_failure(const ExchangeParams& params, bool stopped) {
   if (params.saved_epoch != nullptr) *params.saved_epoch = 0;
   ControlBlock& own = control_of(params.world, params.world.rank);
@@ -125,8 +128,7 @@ __device__ void report_failure(const ExchangeParams& params, bool stopped) {
   }
 }
 
-// Copies this block's share of what the rank brings into the heap, and clears what the call counts
-// up.
+// Copies this block's share of the inputs into the heap and zeroes its share of the counters.
 __device__ void publish_share(const ExchangeParams& params, u64 epoch) {
   const int me = params.world.rank, first = blockIdx.x * blockDim.x + threadIdx.x;
   const u64 row_bytes = 2ull * params.g.hidden, bytes = params.num_tokens * row_bytes;
@@ -163,15 +165,16 @@ __device__ void publish_share(const ExchangeParams& params, u64 epoch) {
 
 }  // namespace
 
-// Copies x, dy, ids and router weights into the heap. The last block to finish begins the exchange;
-// no block waits for another. An inert call writes nothing there: peers that go on for a while may
-// still read what the last one published. If the world stops meanwhile, the call is inert as soon
-// as one warp has seen it. `prepare` (forward) and `agree` (backward) acquire source_ready.
+// Copies x, dy, ids and router weights into the heap. The last block to finish begins the exchange,
+// so no block waits for another. An inert call writes nothing to the heap: slow peers may still
+// read what the call before it published. The call is inert if any warp has seen the world stopped.
+// Each block's gpu-scope fences and ticket order its stores before the last block's system-scope
+// release of source_ready, which `prepare` and `agree` acquire.
 extern "C" __global__ void __launch_bounds__(kPublishThreads)
     publish(const __grid_constant__ ExchangeParams params) {
   __shared__ u32 before;
   const u64 epoch = params.world.epoch() + 1;
-  ExchangeStatus status = Standing(params).status(params);
+  ExchangeStatus status = StatusInputs(params).status(params);
   if (status == kActive) publish_share(params, epoch);
   const bool inert = __syncthreads_or(status == kInert);
   if (threadIdx.x == 0) {
@@ -179,13 +182,14 @@ extern "C" __global__ void __launch_bounds__(kPublishThreads)
     before = atomicAdd(&params.state->ticket, inert ? kInertBlock + 1 : 1u);
     fence_acq_rel_gpu();
   }
-  __syncthreads();  // every block's stores happen before each lane's release
+  __syncthreads();  // orders the ticket's acquire before every lane's release
   if (before % kInertBlock != gridDim.x - 1 || threadIdx.x >= 32) return;
   if (before >= kInertBlock) status = kInert;
   begin_exchange(params, epoch, status);
 }
 
-// One CTA: waits for all ranks, and sets `ok` if all make the same call. Acquires source_ready.
+// One CTA, in backward: waits for all ranks and sets `ok` if all make the same call. Acquires
+// source_ready.
 extern "C" __global__ void __launch_bounds__(kThreads)
     agree(const __grid_constant__ ExchangeParams params) {
   if (params.state->status != kActive) return;
@@ -194,14 +198,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) params.state->ok = all_agree(params);
 }
 
-// The end of an exchange. If the call failed or was inert, or the world has stopped, its results
-// are NaN and the host gets a report. Each block decides for itself, since the world may stop
-// meanwhile; the first that writes NaN reports.
+// The end of an exchange. If the call failed or was inert, or the world has stopped, the results
+// become NaN and the host gets a report. Each block checks by itself, since the world may stop
+// meanwhile. The first block that finds a failure reports it.
 extern "C" __global__ void __launch_bounds__(kThreads)
     finish(const __grid_constant__ ExchangeParams params) {
   __shared__ bool failed;
   if (threadIdx.x == 0) {
-    const bool stopped = params.world.stopped();
+    const bool stopped = is_stopped(params.world);
     failed = !params.state->ok || stopped;
     if (failed && atomicExch(&params.state->reported, 1u) == 0) report_failure(params, stopped);
   }

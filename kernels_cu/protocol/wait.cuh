@@ -1,18 +1,20 @@
-// Waits that end: by the flag, by a deadline, or because another rank stopped the world.
+// Waits for a flag of another rank or role, used by every kernel that waits for one. Each ends by
+// the flag, by a deadline, or because a rank has stopped the world.
 #pragma once
 
 #include "protocol/peers.cuh"
 
 namespace cometrt {
 
-// What a thread waits for; -1 where tile or N-chunk does not apply.
+// What a thread waits for, as a failure reports it. -1: does not apply.
 struct WaitTarget {
   Flag flag;
   int peer, tile, chunk;
 };
 
-// Cold. Every rank gets the failure record, then the abort. The first failure of a rank stands;
-// those of an older generation come too late.
+// Stops the world: signals this rank's failure record and then its abort flag on every rank. Their
+// readers are is_stopped() and the hosts. A rank reports one failure a generation. A stale kernel,
+// of an older generation than the last reported, reports none. Out of line: a cold path.
 __device__ __noinline__ void stop_world(const World& world, FailureKind kind, WaitTarget target,
                                         u64 epoch, u64 expected, u64 found) {
   if (atomicMax(&control_of(world, world.rank).reported, world.generation) >= world.generation)
@@ -35,9 +37,10 @@ __device__ __noinline__ void stop_world(const World& world, FailureKind kind, Wa
   }
 }
 
-// True once load() >= expected, acquired if load acquires. False if the wait ended without it: by
-// the deadline, `patience` times the world's timeout, or because the world has stopped. Then the
-// caller leaves the kernel. One thread waits; a barrier of its CTA or warp follows.
+// By one thread: waits until load() >= expected and returns true. `load` acquires; a barrier of the
+// warp or CTA passes it on. False if the world has stopped, or if the deadline has passed, which
+// stops the world. Then the caller must use nothing that the flag protects. `patience`: the
+// deadline in multiples of the world's timeout.
 template <typename Load>
 __device__ inline bool wait_until(const World& world, WaitTarget target, u64 epoch, u64 expected,
                                   Load load, u32 patience = 1) {
@@ -47,9 +50,9 @@ __device__ inline bool wait_until(const World& world, WaitTarget target, u64 epo
   for (u32 polls = 1;; ++polls) {
     found = load();
     if (found >= expected) return true;
-    __nanosleep(polls < 8 ? 0 : 50);  // leaves memory bandwidth to others
+    __nanosleep(polls < 8 ? 0 : 50);  // saves memory bandwidth
     if (polls % 64 == 0) {
-      if (world.stopped()) return false;
+      if (is_stopped(world)) return false;
       if (global_timer_ns() > deadline) {
         stop_world(world, kTimeout, target, epoch, expected, found);
         return false;

@@ -1,20 +1,20 @@
-// Pipeline chunks: even ranges of the dispatch order that mode "chunked" pulls, multiplies and
-// pushes one behind the other.
+// Pipeline chunks of mode "chunked": even ranges of the dispatch order, whose transfers overlap
+// with the GEMM of another chunk. Used by the tile order and by the row kernels of sequential/.
 #pragma once
 
 #include "hopper/memory.cuh"
 
 namespace cometrt {
 
-// The first order index of the index-th of `count` chunks: pipeline_chunk_begin of
-// cometrt/plan/turns.py.
+// The first order index of chunk `index` of `count`, as pipeline_chunk_begin of
+// cometrt/plan/tile_order.py has it.
 __device__ inline int pipeline_chunk_begin(int num_tiles, int index, int count) {
   return static_cast<int>(static_cast<long long>(num_tiles) * index / count);
 }
 
-// Mirrored by part_dtype in cometrt/kernels/params.py.
+// The chunk of a launch. Mirrored by pipeline_chunk_dtype in cometrt/kernels/params.py.
 struct PipelineChunk {
-  const int* block_order_idx;  // PlanParams'; null where count is 1
+  const int* block_order_idx;  // of PlanParams; null if count is 1
   int index, count;
 };
 

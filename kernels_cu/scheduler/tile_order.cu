@@ -1,4 +1,5 @@
-// The tile order of a GEMM as a launch of its own, for GEMMs outside a layer.
+// Writes the tile order of a GEMM in a launch of its own, for GEMMs outside a layer. In a layer
+// `prepare` does it.
 #include "scheduler/tile_order.cuh"
 
 using namespace cometrt;

@@ -1,6 +1,12 @@
-// The tile order of a GEMM: a list of cluster steps, each the work tiles of both CTAs of a cluster.
-// It follows from the plan as cometrt/plan/turns.py says, bit for bit. Each block finds where all
-// tile runs begin and writes its share of the steps.
+// Writes the tile order of a GEMM: a list of cluster steps, each with the work tiles of both CTAs.
+// It equals that of cometrt/plan/tile_order.py bit for bit. Used by `prepare` and by tile_order.cu.
+//
+// Order: for each N-chunk, the M-tiles in dispatch order (or backwards). M-tiles of one expert that
+// follow each other are a tile run. Within a run, all M-tiles take one raster group of N-tiles
+// before the next group. Two large M-tiles pair up and share B. A tile without partner takes two
+// N-tiles in a step and shares A.
+//
+// Every block derives where all runs begin, then writes its share of the steps.
 #pragma once
 
 #include "common/scan.cuh"
@@ -9,24 +15,25 @@
 
 namespace cometrt {
 
-// The plan's tables that an order follows from.
+// The tables of the plan that determine an order.
 struct PlannedTiles {
   const int *tile_order, *num_tiles, *tile_expert, *expert_offsets, *expert_rows;
 };
 
-// Mirrored by turns_params in cometrt/kernels/params.py.
+// Mirrored by tile_order_params_dtype in cometrt/kernels/params.py.
 struct TileOrderParams {
   WorkTile* work_tiles;
   int *num_steps, *progress;
-  // num_n_tiles: of the result. n_chunk: N-tiles for which the whole order is walked. raster_group:
-  // N-tiles, within an N-chunk, that all tiles of a run take before the next ones; even, or no less
-  // than n_chunk.
+  // num_n_tiles: of the GEMM. n_chunk: N-tiles of an N-chunk. raster_group: N-tiles of a raster
+  // group, even or at least n_chunk. backwards: walk the dispatch order from its end.
   int num_n_tiles, backwards, n_chunk, raster_group;
-  // Pipeline chunks have a list each: room for max_steps in `work_tiles`, counts 3 words apart.
+  // Each pipeline chunk has a list of its own: max_steps steps in work_tiles, and 3 words of
+  // counters (num_steps and progress[2]).
   int num_pipeline_chunks, max_steps;
 };
 
-// Order indices of a pipeline chunk of the plan's order, which begins at `first`.
+// The M-tiles of a pipeline chunk, which begins at `first` of the dispatch order. Indices count
+// from its first tile, or from its last if backwards.
 struct Order {
   const PlannedTiles& tiles;
   bool backwards;
@@ -42,17 +49,17 @@ struct Order {
   }
 };
 
-// The tiles of one expert that follow each other around an order index. All have more than 64 rows,
-// but for the expert's last.
+// The tile run around an order index: tiles of one expert with consecutive numbers. Only the
+// expert's last tile can be small, with at most 64 rows.
 struct TileRun {
-  int begin, size, small;  // small: the order index of a tile of at most 64 rows, or -1
+  int begin, size, small;  // small: order index of the small tile, or -1
 
   TileRun() = default;
   __device__ TileRun(const Order& order, int index) {
     const int tile = order.tile(index), expert = order.expert(index);
     const int first = order.tiles.expert_offsets[expert] / BLOCK_M;
     const int last = first + (order.tiles.expert_rows[expert] - 1) / BLOCK_M;
-    // How far the run goes on from here, by bisection.
+    // How many tiles of the run follow in that direction, by bisection.
     const auto extent = [&](int direction) {
       const int step = order.backwards ? -direction : direction;
       int low = 0, high = step > 0 ? last - tile : tile - first;
@@ -72,11 +79,11 @@ struct TileRun {
   }
   __device__ int pairs() const { return (size - (small >= 0)) / 2; }
   __device__ int singles() const { return size - 2 * pairs(); }
-  // Large tiles before an order index.
+  // Large tiles of the run before an order index.
   __device__ int large_before(int index) const {
     return index - begin - (small >= 0 && small < index);
   }
-  // A pair of tiles has a step with each N-tile; a single tile takes two N-tiles in a step.
+  // Steps of the run for `n_tiles` N-tiles: a pair takes one N-tile a step, a single tile two.
   __device__ int steps(int n_tiles) const {
     return pairs() * n_tiles + singles() * ((n_tiles + 1) / 2);
   }
@@ -88,14 +95,14 @@ __device__ inline WorkTile work_tile_of(const Order& order, int index, int n_til
           static_cast<u16>(a | b << 2)};
 }
 
-// A tile run, and its first step in the list.
+// A tile run and its first step in the list.
 struct PlacedRun {
   TileRun run;
   int step;
 };
 
-// Writes the step of a tile and an N-tile, one of [first, first + n_tiles), if they have one: the
-// second tile of a pair has one with each N-tile, a single tile with every other.
+// Writes the step that belongs to the tile at `index` and N-tile first + n_tile of an N-chunk, if
+// there is one: for a pair, the second tile writes; for a single tile, every other N-tile.
 __device__ inline void write_step(const Order& order, const PlacedRun& placed, int index, int first,
                                   int n_tiles, int raster_group, int n_tile, WorkTile* work_tiles) {
   const TileRun& run = placed.run;
@@ -118,7 +125,7 @@ __device__ inline void write_step(const Order& order, const PlacedRun& placed, i
                 : WorkTile{-1, 0, 0, 0, 0};
 }
 
-// The list of a pipeline chunk.
+// Writes block `block` of `blocks`'s share of the list of a pipeline chunk.
 template <int kThreads>
 __device__ inline void write_steps(const TileOrderParams& p, const Order& order, int chunk,
                                    int block, int blocks, int* shared) {
@@ -152,7 +159,8 @@ __device__ inline void write_steps(const TileOrderParams& p, const Order& order,
   }
 }
 
-// By blocks of kThreads threads: share `block` of `blocks`. `shared`: as for block_scan.
+// By all threads of a block, share `block` of `blocks`. kThreads: threads of a block. `shared`: as
+// for block_scan.
 template <int kThreads>
 __device__ inline void write_tile_order(const TileOrderParams& p, const PlannedTiles& tiles,
                                         int block, int blocks, int* shared) {

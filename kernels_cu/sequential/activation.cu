@@ -1,4 +1,6 @@
-// Mode "sequential" with cuBLAS: activations, and what follows the backward's first GEMM.
+// Element-wise kernels between cuBLAS GEMMs: the forward's activation, and what follows the
+// backward's first GEMM. Used with gemm="cublas" and by every backward. Stream order synchronises
+// them.
 #include <cuda_bf16.h>
 
 #include "common/geometry.cuh"
@@ -12,7 +14,7 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 
 }  // namespace
 
-// a [rows, I_s] = act(z [rows, up_columns]). A warp a row.
+// a [rows, I_s] = act(z [rows, up_columns]). One warp per row.
 extern "C" __global__ void __launch_bounds__(kThreads)
     activate(const __grid_constant__ ActivationParams p) {
   const int num_rows = p.expert_offsets[p.g.local_experts], width = p.g.local_intermediate;
@@ -28,7 +30,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// From da' [rows, I_s] fp32 and z: dweight = <da', a>, dz = dact(z, weight * da'), weight * a.
+// From da' [rows, I_s] (fp32) and z: dweight = <da', a>, dz = dact(z, weight * da'), a = weight *
+// act(z). One warp per row.
 extern "C" __global__ void __launch_bounds__(kThreads)
     activate_backward(const __grid_constant__ ActivationParams p) {
   const int num_rows = p.expert_offsets[p.g.local_experts], width = p.g.local_intermediate;

@@ -1,4 +1,5 @@
-// Parameters of activation.cu. Mirrored by activation_params in cometrt/kernels/params.py.
+// Parameters of sequential/activation.cu. Mirrored by activation_params_dtype in
+// cometrt/kernels/params.py.
 #pragma once
 
 #include <cuda_bf16.h>

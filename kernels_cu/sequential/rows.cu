@@ -1,6 +1,8 @@
-// Launches that move rows: dispatch pulls them from their homes, push sums them and pushes partial
-// rows back, home_reduce adds up what has come. A launch serves all of a call or one pipeline
-// chunk, on all SMs or beside a GEMM. The comm warps of the fused kernels do the same.
+// Row movement in launches of its own, for modes "sequential" and "chunked" and for backward:
+// `dispatch` pulls token rows from their homes, `push` sums rows by token and pushes partial rows
+// to the homes, `home_reduce` adds them up. A launch serves a whole call or one pipeline chunk, on
+// all SMs or beside a GEMM. Only partials_ready (push to home_reduce) is a flag; stream order does
+// the rest.
 #include "common/packed_rows.cuh"
 #include "hopper/bulk.cuh"
 #include "plan/padding.cuh"
@@ -14,13 +16,12 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kPullWarps = COMETRT_PULL_WARPS;
-constexpr int kPushThreads = 768;  // fill an SM, so that a GEMM beside them gets whole SMs
-constexpr int kVectorsAtOnce = 4;  // of eight columns, a lane
+constexpr int kPushThreads = 768;  // one CTA fills an SM, so a GEMM beside it gets whole SMs
+constexpr int kVectorsAtOnce = 4;  // 16-byte vectors of a row, per lane
 
-using Sums = float[kVectorsAtOnce][8];  // of columns first + 256 * i + 8 * lane
+using Sums = float[kVectorsAtOnce][8];  // [i]: columns first + 256 * i + 8 * lane and the next 7
 
-// Adds the rows that the lanes of a warp hold (null: none), times their weights, in the order of
-// lanes.
+// By a warp: adds one row per lane (null: none), times its weight, in lane order.
 __device__ inline void add_rows(Sums& sum, const __nv_bfloat16* mine, float weight_of_mine,
                                 int first, int hidden) {
   const int column = first + threadIdx.x % 32 * 8;
@@ -29,7 +30,7 @@ __device__ inline void add_rows(Sums& sum, const __nv_bfloat16* mine, float weig
     const u64 address = __shfl_sync(~0u, reinterpret_cast<u64>(mine), from);
     const float weight = __shfl_sync(~0u, weight_of_mine, from);
     const __nv_bfloat16* row = reinterpret_cast<const __nv_bfloat16*>(address) + column;
-    uint4 vectors[kVectorsAtOnce];  // loads together
+    uint4 vectors[kVectorsAtOnce];  // all loads in flight at once
 #pragma unroll
     for (int i = 0; i < kVectorsAtOnce; ++i) {
       vectors[i] = column + 256 * i < hidden ? *reinterpret_cast<const uint4*>(row + 256 * i)
@@ -40,7 +41,7 @@ __device__ inline void add_rows(Sums& sum, const __nv_bfloat16* mine, float weig
   }
 }
 
-// Adds a token's rows on this rank in the order of k.
+// By a warp: adds a token's rows on this rank in the order of k.
 __device__ inline void add_local_rows(const ExchangeParams& params, long long token, int first,
                                       Sums& sum) {
   const int lane = threadIdx.x % 32;
@@ -60,7 +61,7 @@ __device__ inline void store_sums(__nv_bfloat16* row, const Sums& sum, int first
   }
 }
 
-// Indices [first, end) of a call's pulls or blocks.
+// Indices [first, end) into pull_tokens or push_blocks.
 struct Range {
   int first, end;
 };
@@ -71,15 +72,16 @@ __device__ inline int chunk_begin(const ExchangeParams& params, const PipelineCh
                               index, chunk.count);
 }
 
-// The pulls that tiles of the chunk need first.
+// The tokens that tiles of the pipeline chunk need first.
 __device__ inline Range pulls_of(const ExchangeParams& params, const PipelineChunk& chunk) {
   if (chunk.count == 1) return {0, params.pull_offsets[params.g.max_tiles]};
   return {params.pull_offsets[chunk_begin(params, chunk, chunk.index)],
           params.pull_offsets[chunk_begin(params, chunk, chunk.index + 1)]};
 }
 
-// The blocks that are complete when the chunk and all later ones are: the down GEMM walks
-// backwards, and blocks lie in the order in which it finishes them. By all threads of the CTA.
+// By all threads of the CTA: the blocks whose last tile lies in the pipeline chunk. The down GEMM
+// walks the dispatch order backwards, and push_blocks lists blocks in the order in which it
+// finishes them.
 __device__ inline Range blocks_of(const ExchangeParams& params, const PipelineChunk& chunk) {
   const int num_blocks = *params.num_blocks;
   if (chunk.count == 1) return {0, num_blocks};
@@ -95,6 +97,7 @@ __device__ inline Range blocks_of(const ExchangeParams& params, const PipelineCh
   return blocks;
 }
 
+// By a warp: stores this rank's dweight of a token in the home's memory, by shard.
 __device__ inline void send_dweight(const ExchangeParams& params, int home, long long token) {
   const int k = threadIdx.x % 32;
   const long long local = token - static_cast<long long>(home) * params.g.max_tokens;
@@ -107,15 +110,17 @@ __device__ inline void send_dweight(const ExchangeParams& params, int home, long
   }
 }
 
-// A block that crosses the link: its flags, one an N-chunk, are signalled when it has crossed.
+// A pushed block in flight: its flags, one per N-chunk, to signal at the end of the transfer.
 struct SentBlock {
   u64* flags;
   u64 transferred_ns;
 };
 
+// By one thread, after its subgroup's barrier: releases partials_ready at system scope. The partner
+// is home_reduce at the home.
 __device__ inline void signal_sent(const ExchangeParams& params, const SentBlock& sent) {
   wait_transferred(sent.transferred_ns);
-  fence_acq_rel_sys();
+  fence_system();
   for (int i = 0; i < params.num_n_chunks; ++i) {
     signal(sent.flags + i, params.world.epoch());
   }
@@ -123,10 +128,10 @@ __device__ inline void signal_sent(const ExchangeParams& params, const SentBlock
 
 }  // namespace
 
-// Every token that this rank needs crosses the link once and is written to all its rows. With the
-// first chunk, padding rows become zero. Each of the first `lanes` lanes of four warps has a stage
-// of shared memory; the other warps write the padding. Clusters of two, here and in `push`: so the
-// SMs that stay free are pairs, as the engine needs them.
+// Pulls the tokens of a pipeline chunk: each crosses the link once and is stored to all its rows on
+// this rank. The first `lanes` lanes of kPullWarps warps have a stage of shared memory each. With
+// chunk 0, the other warps zero the padding rows. Clusters of two, here and in `push`, leave the
+// free SMs in pairs, as the GEMM beside them needs.
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     dispatch(const __grid_constant__ ExchangeParams params,
              const __grid_constant__ EmulatedLink link, const __grid_constant__ PipelineChunk chunk,
@@ -148,15 +153,15 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads,
     char* buffer = shared + static_cast<u64>(stage) * row_bytes;
     int i = pulls.first + blockIdx.x * kPullWarps * lanes + stage;
     int next = i < pulls.end ? params.pull_tokens[i] : 0;
-    u64 all_crossed_ns = 0;  // nothing reads the rows before the launch ends: one wait for the link
+    u64 transferred_ns = 0;  // one wait at the end: nothing reads the rows before the launch ends
     for (u32 round = 0; i < pulls.end; i += stages, ++round) {
       const int token = next;
-      bulk_wait_read<0>();  // this stage's last stores have read it
+      bulk_wait_read<0>();  // the last stores have read this lane's stage
       const __nv_bfloat16* from =
           params.data<__nv_bfloat16>(token / params.g.max_tokens, params.pull_offset) +
           static_cast<long long>(token % params.g.max_tokens) * params.g.hidden;
-      const bool crosses = token / params.g.max_tokens != params.world.rank;
-      if (crosses) all_crossed_ns = max(all_crossed_ns, begin_transfer(link, row_bytes));
+      const bool over_link = token / params.g.max_tokens != params.world.rank;
+      if (over_link) transferred_ns = max(transferred_ns, begin_transfer(link, row_bytes));
       mbarrier_arrive_expect(&full[stage], row_bytes);
       bulk_load(buffer, from, row_bytes, &full[stage]);
       if (i + stages < pulls.end) next = params.pull_tokens[i + stages];
@@ -170,7 +175,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads,
       bulk_commit();
     }
     bulk_wait<0>();
-    wait_transferred(all_crossed_ns);
+    wait_transferred(transferred_ns);
     return;
   }
   if (chunk.index != 0) return;
@@ -178,8 +183,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads,
                     gridDim.x * (kWarps - kPullWarps));
 }
 
-// A subgroup of 256 threads a token block: stores the partial rows in the home's staging buffer,
-// then signals partials_ready, which home_reduce acquires.
+// Sums and pushes token blocks, a subgroup of 256 threads a block: stores the partial rows in the
+// home's staging buffer, then signals partials_ready there.
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kPushThreads, 1)
     push(const __grid_constant__ ExchangeParams params, const __grid_constant__ EmulatedLink link,
          const __grid_constant__ PipelineChunk chunk) {
@@ -187,14 +192,14 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kPushThre
   const int subgroup = threadIdx.x / kThreads, thread = threadIdx.x % kThreads, warp = thread / 32;
   const int size = params.g.block_tokens, num_subgroups = gridDim.x * (kPushThreads / kThreads);
   const Range blocks = blocks_of(params, chunk);
-  SentBlock sent{};  // the last block, while it crosses the link; one thread's
-  // Subgroups of one CTA are far apart, so that few blocks spread over all CTAs.
+  SentBlock sent{};  // the last block, not signalled yet; of the subgroup's first thread
+  // Blocks go to CTAs first, then to subgroups, so that few blocks use many SMs.
   for (int i = blocks.first + subgroup * gridDim.x + blockIdx.x; i < blocks.end;
        i += num_subgroups) {
     const int home = params.push_blocks[i] / params.g.blocks_per_home;
     const int block = params.push_blocks[i] % params.g.blocks_per_home;
     const int first = params.send_offsets[home] + block * size;
-    // This rank itself has no sends, so that the next offset is the end of this home's.
+    // A rank has no sends to itself, so the next offset ends this home's range.
     const int count = min(size, params.send_offsets[home + 1] - first);
     u64 transferred_ns = 0;
     if (thread == 0) transferred_ns = begin_transfer(link, 2ull * count * params.g.hidden);
@@ -210,7 +215,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kPushThre
       }
       if (params.dweight_rows != nullptr) send_dweight(params, home, token);
     }
-    named_barrier(1 + subgroup, kThreads);  // all stores of the block happen before its signal
+    named_barrier(1 + subgroup, kThreads);  // orders the block's stores before its signal
     if (thread == 0) {
       if (sent.flags != nullptr) signal_sent(params, sent);
       sent = {params.partials_ready(home, params.world.rank, block), transferred_ns};
@@ -220,8 +225,9 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kPushThre
   if (sent.flags != nullptr) signal_sent(params, sent);
 }
 
-// A CTA a token block of this rank: own rows first, in fp32, then the contributors by ring
-// distance. Acquires partials_ready.
+// Reduces this rank's own tokens in fp32, a CTA a token block: local rows in the order of k, then
+// contributors by ring distance. Each thread acquires the flags that it checks at system scope; the
+// CTA's barrier passes them on.
 extern "C" __global__ void __launch_bounds__(kThreads)
     home_reduce(const __grid_constant__ ExchangeParams params) {
   if (!params.state->ok) return;

@@ -1,21 +1,21 @@
-// What the planner's steps have in common: token tiles, a token's pairs, where tables lie.
+// Helpers of the planner's steps: token tiles, loads of a token's pairs, bit masks of chosen
+// experts.
 #pragma once
 
 #include "plan/plan.cuh"
 
 namespace cometrt {
 
-constexpr int kTokenTile =
-    COMETRT_TOKEN_TILE;  // tokens that a block counts or places: one a thread
+constexpr int kTokenTile = COMETRT_TOKEN_TILE;  // tokens of a work item: one a thread of the block
 constexpr int kWarps = kTokenTile / 32;
-constexpr u32 kNever = 0xffffffffu;
-constexpr int kPairsAtOnce = 8, kRowsAtOnce = 4;
+constexpr u32 kNoOrderIdx = 0xffffffffu;          // first_order_idx of a token that no tile needs
+constexpr int kPairsAtOnce = 8, kRowsAtOnce = 4;  // loads in flight per thread
 
 __device__ inline int num_token_tiles(const PlanParams& p) {
   return (p.g.max_tokens + kTokenTile - 1) / kTokenTile;
 }
 
-// Words of a token's pairs from k on, -1 beyond the last; as vectors where these are aligned.
+// Loads a token's pairs [k, k + kPairsAtOnce), -1 beyond topk. Vector loads if rows are aligned.
 __device__ inline void load_pairs(const int* words, int k, int topk, int (&out)[kPairsAtOnce]) {
 #pragma unroll
   for (int i = 0; i < kPairsAtOnce; i += 4) {
@@ -45,10 +45,12 @@ __device__ inline void store_pairs(int* words, int k, int topk, const int (&from
   }
 }
 
-// Which tokens of the tile chose an expert: 4 words an expert, in shared memory.
-__device__ inline u32 choose(u32* members, int expert) {  // returns the word as it was
+// `members` [experts, 4], in shared memory: bit mask of the tile's tokens that chose an expert.
+// Sets this thread's bit and returns the word before.
+__device__ inline u32 choose(u32* members, int expert) {
   return atomicOr(&members[4 * expert + threadIdx.x / 32], 1u << (threadIdx.x % 32));
 }
+// Tokens before this thread's that chose the expert.
 __device__ inline int chosen_before(const u32* members, int expert) {
   const int warp = threadIdx.x / 32;
   int count = __popc(members[4 * expert + warp] & ((1u << (threadIdx.x % 32)) - 1));
@@ -57,9 +59,9 @@ __device__ inline int chosen_before(const u32* members, int expert) {
   return count;
 }
 
-// Where the tables of rank c have its rows of a local expert from the source at ring distance d;
-// d = size: where the expert ends.
-__device__ inline long long rank_rows_at(const PlanParams& p, int c, int d, int expert) {
+// Index into rank_rows: rank c's first row of a local expert from the source at ring distance d. d
+// = size: the end of the expert's rows.
+__device__ inline long long rank_rows_idx(const PlanParams& p, int c, int d, int expert) {
   return (static_cast<long long>(c) * (p.g.size + 1) + d) * p.g.local_experts + expert;
 }
 

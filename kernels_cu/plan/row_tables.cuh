@@ -1,24 +1,28 @@
-// Steps 3 to 5 of the planner: where each pair and each token goes.
+// Steps 3 to 5 of the planner: the row of each pair, and the order of pulls, sends and staging
+// rows.
 #pragma once
 
 #include "common/scan.cuh"
-#include "plan/items.cuh"
+#include "plan/token_tile.cuh"
 
 namespace cometrt {
 
-// 3. This rank's rows and, for its own tokens, the sorted tokens of each expert; the first tile
-// that needs each token, on this rank for all sources, and on all ranks for its own tokens; how
-// many tokens need each run first. A block a (token tile, source).
+// Step 3, a block per (token tile, source). Writes
+//   - this rank's rows: pair_row, row_pair, row_weight;
+//   - for own tokens, pair_list;
+//   - first_order_idx: the first tile that needs a token, on this rank for all sources, and on
+//   every
+//     rank for own tokens;
+//   - run_counts: how many tokens need each tile first.
 __device__ inline void place_rows(const PlanParams& p, int token_tile_idx, int source,
                                   u32* members) {
   const int experts = p.g.local_experts, num_experts = p.g.num_experts, topk = p.g.topk;
   const int tp = p.g.tp, size = p.g.size, rank = p.g.rank, thread = threadIdx.x;
   const bool own = source == rank;
-  // Pairs of a source elsewhere matter only where their expert is here.
+  // Of another source, only pairs of this rank's experts matter.
   const int begin = own ? 0 : rank / tp * experts, end = own ? num_experts : begin + experts;
   const int first_shard = own ? 0 : rank % tp, end_shard = own ? tp : first_shard + 1;
-  // For the first pair of each expert in the token tile: its index in the list, its row on each
-  // shard.
+  // For each expert's first pair in the token tile: its index in pair_list, its row on each shard.
   int* starts = reinterpret_cast<int*>(members + 4 * num_experts);  // [num_experts]
   int* rows = starts + num_experts;                                 // [tp, num_experts]
   u32* firsts = reinterpret_cast<u32*>(rows + tp * num_experts);    // [size, kTokenTile]
@@ -29,18 +33,18 @@ __device__ inline void place_rows(const PlanParams& p, int token_tile_idx, int s
   const bool used = token < p.num_tokens[source];
   const long long global_token = static_cast<long long>(source) * p.g.max_tokens + token;
   const long long first_pair = global_token * topk;
-  int ids[kPairsAtOnce];  // the first loads are issued here; few tokens have more pairs
+  int ids[kPairsAtOnce];  // loaded early, since most layers have topk <= kPairsAtOnce
   if (token < p.g.max_tokens) load_pairs(p.ids + first_pair, 0, topk, ids);
   for (int e = begin + thread; e < end; e += kTokenTile) {
     reinterpret_cast<uint4*>(members)[e] = make_uint4(0, 0, 0, 0);
     starts[e] = p.list_start[e] + counts[e];
     for (int shard = first_shard; shard < end_shard; ++shard) {
       const int c = e / experts * tp + shard, d = ring_distance(p.g, c, source);
-      rows[shard * num_experts + e] = p.rank_rows[rank_rows_at(p, c, d, e % experts)] + counts[e];
+      rows[shard * num_experts + e] = p.rank_rows[rank_rows_idx(p, c, d, e % experts)] + counts[e];
     }
   }
-  firsts[rank * kTokenTile + thread] = kNever;
-  for (int c = 0; c < size && own; ++c) firsts[c * kTokenTile + thread] = kNever;
+  firsts[rank * kTokenTile + thread] = kNoOrderIdx;
+  for (int c = 0; c < size && own; ++c) firsts[c * kTokenTile + thread] = kNoOrderIdx;
   __syncthreads();
   for (int k = 0; k < topk && used; k += kPairsAtOnce) {
     if (k > 0) load_pairs(p.ids + first_pair, k, topk, ids);
@@ -52,7 +56,7 @@ __device__ inline void place_rows(const PlanParams& p, int token_tile_idx, int s
   __syncthreads();
   for (int k = 0; k < topk && used; k += kPairsAtOnce) {
     if (topk > kPairsAtOnce) load_pairs(p.ids + first_pair, k, topk, ids);
-    int indices[kPairsAtOnce], weights[kPairsAtOnce];  // loads together, before the stores
+    int indices[kPairsAtOnce], weights[kPairsAtOnce];  // all loads before the stores
     load_pairs(reinterpret_cast<const int*>(p.weights) + first_pair, k, topk, weights);
 #pragma unroll
     for (int i = 0; i < kPairsAtOnce; ++i) {
@@ -88,28 +92,27 @@ __device__ inline void place_rows(const PlanParams& p, int token_tile_idx, int s
     }
   }
   if (!used) return;
-  const auto keep = [&](int j, long long at, int c) {
+  const auto add_first_use = [&](int j, long long at, int c) {
     const u32 first = firsts[c * kTokenTile + thread];
     p.first_order_idx[at] = first;
-    if (first != kNever) atomicAdd(&p.run_counts[j * p.g.max_tiles + first], 1);
+    if (first != kNoOrderIdx) atomicAdd(&p.run_counts[j * p.g.max_tiles + first], 1);
   };
-  keep(source, global_token, rank);
+  add_first_use(source, global_token, rank);
   for (int c = 0; c < size && own; ++c) {
-    keep(size + c, static_cast<long long>(size + c) * p.g.max_tokens + token, c);
+    add_first_use(size + c, static_cast<long long>(size + c) * p.g.max_tokens + token, c);
   }
 }
 
-// 4. Prefix sums along the orders: of pulls forwards over all sources, of sends and staging rows
-// backwards for each home. A block a column; j = -1 for pulls. A thread sums neighbours.
+// Step 4, a block per column j. Prefix sums of run_counts along an order. j = -1: pulls of all
+// sources in dispatch order. j >= 0: sends or staging rows in the order of gemm_combine, which is
+// backwards.
 __device__ inline void sum_runs(const PlanParams& p, int j, int* warps) {
   const int size = p.g.size, max_tiles = p.g.max_tiles;
   const int share = (max_tiles + kTokenTile - 1) / kTokenTile;
   const int begin = threadIdx.x * share, end = min(begin + share, max_tiles);
-  const auto place = [&](int i) {
-    return j < 0 ? i : max_tiles - 1 - i;
-  };  // gemm_combine walks back
+  const auto order_idx = [&](int i) { return j < 0 ? i : max_tiles - 1 - i; };
   const auto count = [&](int i) {
-    if (j >= 0) return p.run_counts[j * max_tiles + place(i)];
+    if (j >= 0) return p.run_counts[j * max_tiles + order_idx(i)];
     int sum = 0;
 #pragma unroll 8
     for (int s = 0; s < size; ++s) sum += p.run_counts[s * max_tiles + i];
@@ -122,7 +125,7 @@ __device__ inline void sum_runs(const PlanParams& p, int j, int* warps) {
   int* out = j < 0 ? p.pull_offsets : p.run_starts + j * max_tiles;
   for (int i = begin; i < end; ++i) {
     const int here = count(i);
-    out[place(i)] = sum;
+    out[order_idx(i)] = sum;
     sum += here;
   }
   if (threadIdx.x == 0) {
@@ -134,31 +137,32 @@ __device__ inline void sum_runs(const PlanParams& p, int j, int* warps) {
   }
 }
 
-// 5. The index of a block among those that are pushed, by (when gemm_combine finishes them,
-// distance of the home, block): the number of blocks that are complete before, of nearer homes with
-// this order index.
-__device__ inline int push_place(const PlanParams& p, int home, int block, int order_idx) {
-  int place = block;
+// Step 5. Index in push_blocks of a block whose last tile has that order index. Blocks are sorted
+// by (when gemm_combine finishes them, ring distance of the home, block). So the index is the
+// number of blocks that are complete before, those of nearer homes with the same order index
+// included.
+__device__ inline int push_idx(const PlanParams& p, int home, int block, int order_idx) {
+  int index = block;
   const int mine = ring_distance(p.g, p.g.rank, home);
 #pragma unroll 4
   for (int d = 1; d < p.g.size; ++d) {
     const int other = (p.g.rank + d) % p.g.size, at = other * p.g.max_tiles + order_idx;
     const int tokens = p.run_starts[at] + (d < mine ? p.run_counts[at] : 0);
-    const bool all = tokens == p.column_tokens[other];  // then the last need not be full
+    const bool all = tokens == p.column_tokens[other];  // a home's last block may be partial
     const int whole = (tokens + (all ? p.g.block_tokens - 1 : 0)) / p.g.block_tokens;
-    place += d == mine ? 0 : whole;
+    index += d == mine ? 0 : whole;
   }
-  return place;
+  return index;
 }
 
-// 5. Pulls and sends of the tokens that need this tile first; they lie in it by (distance, token).
-// A warp an order index.
+// Step 5, a warp per order index. Writes pull_tokens, send_tokens and push_blocks for the tokens
+// that need this tile first. In a tile they are sorted by (ring distance, token).
 __device__ inline void place_pulls(const PlanParams& p, int order_idx) {
   const int lane = threadIdx.x % 32, max_tiles = p.g.max_tiles;
   if (order_idx >= p.rank_num_tiles[p.g.rank]) return;
   const long long first_row = static_cast<long long>(p.tile_order[order_idx]) * p.g.block_m;
   int pulls = p.pull_offsets[order_idx];
-  int last_source = -1, sent = 0;  // of the rows before: the last source, its tokens
+  int last_source = -1, sent = 0;  // source of the last row so far, and its tokens so far
   for (int first = 0; first < p.g.block_m; first += 32 * kRowsAtOnce) {
     int tokens[kRowsAtOnce];
     bool here[kRowsAtOnce];
@@ -188,7 +192,7 @@ __device__ inline void place_pulls(const PlanParams& p, int order_idx) {
           if ((at + 1) % p.g.block_tokens == 0 || at + 1 == p.column_tokens[s]) {
             const int item = s * p.g.blocks_per_home + block;
             p.block_order_idx[item] = order_idx;
-            p.push_blocks[push_place(p, s, block, order_idx)] = item;
+            p.push_blocks[push_idx(p, s, block, order_idx)] = item;
           }
         }
       }
@@ -200,20 +204,21 @@ __device__ inline void place_pulls(const PlanParams& p, int order_idx) {
   }
 }
 
-// 5. The staging rows of this home's tokens in the runs of rank c at 32 order indices. A warp: a
-// lane looks a run up, then all lanes work on those that are not empty.
+// Step 5, a warp per rank c and 32 order indices. Writes staging_row for this home's tokens in rank
+// c's runs. Each lane looks up one run; then all lanes walk each run that is not empty.
 __device__ inline void place_staging_rows(const PlanParams& p, int c, int first_order_idx) {
   const int lane = threadIdx.x % 32, max_tiles = p.g.max_tiles, mine = first_order_idx + lane;
   const int experts = p.g.local_experts, back = ring_distance(p.g, p.g.rank, c);
-  if (back == 0) return;                        // the home's own sum is not staged
-  int begin_of = 0, end_of = 0, first_row = 0;  // of the lane's run: in the list; its staging rows
+  if (back == 0) return;  // the home's own sum is not staged
+  int begin_of = 0, end_of = 0,
+      first_row = 0;  // the lane's run in pair_list; its first staging row
   if (mine < p.rank_num_tiles[c]) {
     const int column = (p.g.size + c) * max_tiles + mine;
     const int packed = p.rank_order[static_cast<long long>(c) * max_tiles + mine];
     const int tokens = p.run_counts[column];
     first_row = p.staging_base[back] + p.run_starts[column];
     const int expert = packed % experts, tile = packed / experts;
-    const long long rows = rank_rows_at(p, c, ring_distance(p.g, c, p.g.rank), expert);
+    const long long rows = rank_rows_idx(p, c, ring_distance(p.g, c, p.g.rank), expert);
     const int first = p.rank_rows[rows], end = p.rank_rows[rows + experts];
     const int start = p.list_start[c / p.g.tp * experts + expert] - first;
     begin_of = start + max(tile * p.g.block_m, first);
@@ -223,7 +228,7 @@ __device__ inline void place_staging_rows(const PlanParams& p, int c, int first_
   for (u32 runs = __ballot_sync(~0u, begin_of < end_of); runs; runs &= runs - 1) {
     const int which = __ffs(runs) - 1, order_idx = first_order_idx + which;
     const int begin = __shfl_sync(~0u, begin_of, which), end = __shfl_sync(~0u, end_of, which);
-    int place = __shfl_sync(~0u, first_row, which);
+    int next_row = __shfl_sync(~0u, first_row, which);
     for (int first = begin; first < end; first += 32 * kRowsAtOnce) {
       int tokens[kRowsAtOnce];
       bool here[kRowsAtOnce];
@@ -239,9 +244,9 @@ __device__ inline void place_staging_rows(const PlanParams& p, int c, int first_
 #pragma unroll
       for (int i = 0; i < kRowsAtOnce; ++i) {
         const u32 all = __ballot_sync(~0u, here[i]);
-        const int row = place + __popc(all & ((1u << lane) - 1));
+        const int row = next_row + __popc(all & ((1u << lane) - 1));
         if (here[i]) p.staging_row[static_cast<long long>(tokens[i]) * p.g.size + back] = row;
-        place += __popc(all);
+        next_row += __popc(all);
       }
     }
   }
