@@ -20,7 +20,7 @@ LAYERS = (
     {"plan"},
     {"world"},
     {"kernels", "trace", "heap", "buffers", "residuals", "legality"},
-    {"arguments", "executor"},
+    {"arguments", "executor", "call_scope"},
     {"host", "cuda"},
     {"memory", "tuner"},
     {"agreement"},
