@@ -26,7 +26,6 @@ import numpy as np
 from benchmarks.records import machine, spread, write
 from benchmarks.workloads import cuda_function, device_normal
 from cometrt.cuda.engine import GroupedGemm, order_tiles, raster_group_of
-from cometrt.cuda.gemm import ExpertGemm
 from cometrt.kernels.compiler import kernels_folder
 from cometrt.models import MODELS
 from cometrt.world.partitions import split_gpu, use_partition
@@ -127,19 +126,21 @@ def partitions_run(groups: Groups, b: Any) -> Any:
 
 
 def dense_run(rows: int, b: Any) -> Any:
-    gemm = ExpertGemm()
-    a = device_normal((rows, b.shape[2]))
-    out = cp.empty((rows, b.shape[1]), BF16)
-    return lambda: gemm("NT", a, b[0], out)
+    """cuBLAS, one expert with all rows."""
+    return cublas_run(device_normal((rows, b.shape[2])), b[:1])
 
 
 def batched_run(groups: Groups, b: Any) -> Any:
-    """cuBLAS, equal groups only."""
+    """cuBLAS, for equal groups without padding rows."""
+    return cublas_run(groups.a, b)
+
+
+def cublas_run(a: Any, b: Any) -> Any:
     from cupy.cuda import device
     from cupy_backends.cuda.libs import cublas
 
-    handle, rows = device.get_cublas_handle(), int(groups.sizes[0])
-    experts, columns, inner = b.shape
+    handle, (experts, columns, inner) = device.get_cublas_handle(), b.shape
+    rows = len(a) // experts
     out = cp.empty((experts * rows, columns), BF16)
     one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
 
@@ -147,7 +148,7 @@ def batched_run(groups: Groups, b: Any) -> Any:
         cublas.setStream(handle, cp.cuda.get_current_stream().ptr)
         cublas.gemmStridedBatchedEx(
             handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, columns, rows, inner, one.ctypes.data,
-            b.data.ptr, 14, inner, columns * inner, groups.a.data.ptr, 14, inner, rows * inner,
+            b.data.ptr, 14, inner, columns * inner, a.data.ptr, 14, inner, rows * inner,
             zero.ctypes.data, out.data.ptr, 14, columns, rows * columns, experts, 68, -1,
         )  # fmt: skip
 

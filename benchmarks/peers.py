@@ -17,15 +17,9 @@ itself. Exits with 1 where a cell was not measured.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import functools
-import importlib.util
-import json
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,15 +31,13 @@ import cupy as cp
 import cometrt
 from benchmarks.contenders import add_arguments, free_memory, measure_cell
 from benchmarks.records import Results, line, machine
+from benchmarks.rivals import CONTENDERS as RIVALS
+from benchmarks.rivals import measure_rival
 from benchmarks.workloads import SHAPES, Cell
 from cometrt.world.link import LINKS
 
 SMALL_FIRST = ("qwen3-30b-a3b", "qwen2-moe", "phi-3.5-moe", "mixtral-8x7b", "deepseek-v3")
 UNDER_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-RIVALS = {  # contenders of each
-    "torch": ["torch dedup", "torch pairs"],
-    "jax": ["jax ragged"],
-}
 
 
 class Threads:
@@ -82,66 +74,6 @@ class Processes:
 
 def is_under_mpi() -> bool:
     return any(int(os.environ.get(name, 1)) > 1 for name in UNDER_MPI)
-
-
-# ---- rivals --------------------------------------------------------------------------------
-
-
-def rival_command(rival: str, cells: list[Cell], args: argparse.Namespace, out: Path) -> list[str]:
-    module = f"benchmarks.rivals_{rival}"
-    ranks = cells[0].ranks
-    if rival == "torch":
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        start = [sys.executable, *launcher, "-m", module]
-    else:
-        start = [sys.executable, "-m", module, "--ranks", str(ranks)]
-    options = {
-        "cells": json.dumps([dataclasses.asdict(cell) for cell in cells]),
-        "pass": ",".join(args.passes),
-        "rounds": args.rounds,
-        "idle-ms": args.idle_ms,
-        "sustain-sec": args.sustain_sec,
-        "out": out,
-    }
-    return [
-        *start,
-        *(text for name, value in options.items() for text in (f"--{name}", str(value))),
-    ]
-
-
-def rival_rows(rival: str, cells: list[Cell], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run a rival until it ends or its time is over. What it has not measured says why."""
-    if importlib.util.find_spec(rival) is None:
-        rows, outcome = [], f"{rival} is not installed"
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "rows.json"
-            outcome = run_for(rival_command(rival, cells, args, out), args.rival_sec)
-            rows = json.loads(out.read_text()) if out.exists() else []
-    there = {(row["cell"], row["pass"], row["contender"]) for row in rows}
-    for cell in cells:
-        for which in args.passes:
-            for contender in RIVALS[rival]:
-                if (str(cell), which, contender) not in there:
-                    missing = {"cell": str(cell), "pass": which, "contender": contender}
-                    rows.append(missing | {"skipped": outcome})
-    return rows
-
-
-def run_for(command: list[str], seconds: float) -> str:
-    """How it ended."""
-    launcher = ("OMPI_", "PMI", "MPI", "PMIX", "HYDRA", "GFORTRAN")  # variables of mpirun
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        code = process.wait(seconds)
-        return "not measured" if code == 0 else f"failed with exit code {code}"
-    except subprocess.TimeoutExpired:
-        return f"stopped after {seconds:.0f} s"
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # all that it started
-            os.killpg(process.pid, 9)
-        process.wait()
 
 
 # ---- the run -------------------------------------------------------------------------------
@@ -195,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     ranks.barrier()
     measured = [cell for cell in cells if str(cell) not in results.skipped]
     for rival in args.rivals if first and measured else ():
-        for row in rival_rows(rival, measured, args):
+        for row in measure_rival(rival, measured, args, args.rival_sec):
             results.add_rival(row)
     if first and args.rivals:
         for cell in measured:
