@@ -48,7 +48,7 @@ class Experts:
         shape, geometry = layer.shape, layer.geometry
         size, tokens, _ = ids.shape
         routing = (ids, weights, np.full(size, tokens, np.int32))
-        self.plan = layer.executor.planner.plan(*map(cp.asarray, routing))
+        self.plan = layer.executor.queue.planner.plan(*map(cp.asarray, routing))
         hidden, inner, up = layer.spec.hidden, geometry.local_intermediate, geometry.up_columns
         self._w_up, self._w_down = expert_weights
         self._up = GroupedGemm(layer.spec.activation, write_z=True)

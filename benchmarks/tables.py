@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import best, figures, read, tflops
+from benchmarks.records import best, figures, medians, read, tflops
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,6 +27,8 @@ BESIDE = {  # columns of contenders
     "jax ragged": "JAX",
     "gemms": "GEMMs alone",
 }
+SHORT_MODELS, SHORT_TOKENS = ("qwen3-30b-a3b", "mixtral-8x7b"), 8192
+RIVALS = {"chunked": "chunked", "nccl": "NCCL", "torch": "PyTorch", "jax": "JAX"}  # by beginning
 PARTS = ("gemms", "planning")  # of a layer: not what it is compared with
 
 
@@ -123,20 +125,20 @@ def overlap_table() -> list[str]:
 
 
 def short_table() -> list[str]:
-    """For the README: the forward on as many GPUs as were measured."""
-    entries = list(peers("forward"))
-    most = max(entry["cell"]["ranks"] for *_, entry in entries)
-    entries = [one for one in entries if one[2]["cell"]["ranks"] == most]
-    shown = ["fused", "sequential", "nccl"]
-    lines = [
-        f"{most} GPUs, {gpus(entries)}; forward, TFLOP/s per GPU, by the slowest of them.",
-        "",
-        *heading(["layer", *(BESIDE[one] for one in shown), "over sequential"]),
-    ]
-    for name, _, entry in entries:
-        rates = [rate(entry, one) for one in shown]
-        lines.append(row([name, *rates, number(figures(entry), "over sequential")]))
-    return lines
+    """For the README: two models' forwards on as many GPUs as were measured."""
+    entries = {name: entry for name, _, entry in peers("forward")}
+    most = max(entry["cell"]["ranks"] for entry in entries.values())
+    shown = [entries.get(f"{model} W={most} T={SHORT_TOKENS}") for model in SHORT_MODELS]
+    lines = heading(["layer", "sequential", "fused", "best rival"])
+    for entry in filter(None, shown):
+        ms = {name: t for name, t in medians(entry).items() if name.startswith(tuple(RIVALS))}
+        rival = min(ms, key=ms.__getitem__)
+        name = next(shown for start, shown in RIVALS.items() if rival.startswith(start))
+        rates = [f"{tflops(entry, one):.0f}" for one in ("sequential", "fused", rival)]
+        lines.append(row([entry["cell"]["model"], *rates[:2], f"{rates[2]} ({name})"]))
+    machine = next(filter(None, shown))["machine"]
+    text = f"{most} x {machine['gpu']}, {machine['date']}, at {machine['commit']}; {SHORT_TOKENS}"
+    return [*lines, "", f"{text} tokens a GPU, bfloat16, the slowest GPU counts."]
 
 
 def link_table() -> list[str]:

@@ -1,5 +1,6 @@
 """Benchmarks: their command lines, cells, figures, result files and tables. CuPy is a stand-in."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 
-from benchmarks import records, tables, workloads
+from benchmarks import records, rivals, tables, workloads
+from benchmarks.timing import WARM_UP, Call, Method, measure, slowest
 from benchmarks.workloads import Cell
 from cometrt.plan import PlanShape
 from cometrt.specs import Geometry
@@ -152,8 +154,6 @@ def test_relative_errors():
 
 
 def test_times_are_those_of_the_slowest_rank():
-    from benchmarks.timing import slowest
-
     ranks = [{"a": [1.0, 4.0], "b": [2.0]}, {"a": [3.0, 2.0], "b": [1.0]}]
     assert slowest(ranks) == {"a": [3.0, 4.0], "b": [2.0]}
 
@@ -161,8 +161,6 @@ def test_times_are_those_of_the_slowest_rank():
 def test_a_measurement(cupy):
     """Every isolated call begins behind the start barrier; what is untimed comes before it; as many
     sustained calls as fit in the time."""
-    from benchmarks.timing import WARM_UP, Call, Method, measure
-
     done = []
     cupy.cuda.get_elapsed_time.return_value = 4.0
     world = types.SimpleNamespace(barrier=lambda: None, allgather=lambda value: [value])
@@ -181,44 +179,61 @@ def test_a_measurement(cupy):
 # ---- rivals ----------------------------------------------------------------------------------
 
 
-def test_a_rival_that_is_not_there_or_fails_says_so(cupy, monkeypatch):
-    from benchmarks import peers
+ARGS = argparse.Namespace(passes=["forward"], rounds=3, idle_ms=1.0, sustain_sec=0.0)
 
-    args = peers.parse(["--pass", "forward", "--rival-sec", "0.5"])
+
+def test_a_rival_that_is_not_there_or_fails_says_so(monkeypatch):
     cell = Cell("mixtral-8x7b", ranks=2)
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    rows = peers.rival_rows("torch", [cell], args)
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
+    rows = rivals.measure_rival("torch", [cell], ARGS, 1)
     assert [row["contender"] for row in rows] == ["torch dedup", "torch pairs"]
     assert {row["skipped"] for row in rows} == {"torch is not installed"}
 
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: name)
     for code, outcome in (
         ("import sys; sys.exit(3)", "failed with exit code 3"),
-        ("import time; time.sleep(60)", "stopped after 0 s"),
+        ("import time; time.sleep(60)", "stopped after 0.5 s"),
     ):
-        command = [sys.executable, "-c", code]
-        monkeypatch.setattr(peers, "rival_command", lambda *_, command=command: command)
-        (row,) = peers.rival_rows("jax", [cell], args)
+        monkeypatch.setattr(rivals, "command", lambda *_, code=code: [sys.executable, "-c", code])
+        (row,) = rivals.measure_rival("jax", [cell], ARGS, 0.5)
         assert row["skipped"] == outcome
 
 
-def test_rows_of_a_rival_join_the_table(cupy, tmp_path, monkeypatch):
-    from benchmarks import peers
-
+def test_rows_of_a_rival_join_the_table(tmp_path, monkeypatch):
     cell = Cell("mixtral-8x7b", ranks=2)
-    row = records.rival_row(cell, "forward", "jax ragged", [2.0, 3.0, 4.0], 2.5)
-    code = f"import sys, json; json.dump([{row!r}], open(sys.argv[1], 'w'))"
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
+    code = """
+import sys
+from pathlib import Path
+from benchmarks.rivals import Rows
+from benchmarks.workloads import Cell
+Rows(Path(sys.argv[1])).add(Cell("mixtral-8x7b", 2), "forward", "jax ragged", [2.0, 3.0, 4.0], 2.5)
+"""
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(
-        peers, "rival_command", lambda rival, cells, args, out: [sys.executable, "-c", code, out]
+        rivals, "command", lambda rival, cells, args, out: [sys.executable, "-c", code, out]
     )
-    (found,) = peers.rival_rows("jax", [cell], peers.parse([]))
+    (row,) = rivals.measure_rival("jax", [cell], ARGS, 30)
+    assert (row["model"], row["tokens"], row["ranks"]) == ("mixtral-8x7b", 8192, 2)
     results = records.Results(tmp_path / "peers_2.json", MACHINE)
     results.add(str(cell), {"forward": entry(cell, {"fused": 1.5})})
-    results.add_rival(found)
-    kept = records.read(tmp_path / "peers_2.json")["cells"][str(cell)]["forward"]["times"]
-    assert kept["jax ragged"] == {"isolated": row["isolated"], "sustained": 2.5}
-    assert "jax ragged" in records.line(str(cell), "forward", results.cells[str(cell)]["forward"])
+    results.add_rival(row)
+    kept = records.read(tmp_path / "peers_2.json")["cells"][str(cell)]["forward"]
+    isolated = {"median": 3.0, "p10": 2.0, "p90": 4.0}
+    assert kept["times"]["jax ragged"] == {"isolated": isolated, "sustained": 2.5}
+    assert records.figures(kept)["over jax ragged"] == pytest.approx(2)
+    assert "jax ragged" in records.line(str(cell), "forward", kept)
+
+
+def test_a_rival_understands_how_it_is_started(cupy, tmp_path):
+    cells = [Cell("qwen2-moe", ranks=4, skew=0.4), Cell("mixtral-8x7b", ranks=4, tokens=256)]
+    given = argparse.Namespace(passes=["forward", "both"], rounds=3, idle_ms=1.5, sustain_sec=0.5)
+    command = rivals.command("torch", cells, given, tmp_path / "rows.json")
+    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    at = command.index("benchmarks.rivals_torch")
+    args = rivals.parse(None, command[at + 1 :])
+    assert (args.cells, args.passes) == (cells, given.passes)
+    assert args.method == Method(3, 1.5, 0.5)
+    assert args.out == tmp_path / "rows.json"
 
 
 # ---- figures, files and tables -----------------------------------------------------------------
@@ -289,7 +304,8 @@ def test_the_table_of_virtual_ranks(results):
     assert lines[4:7] == [
         "| a | forward | 500, 400 | 333 | 417 (4) | 625 | 1.50 | 1.20 | 0.80 | 0.67 | 2.0% | 1.00 "
         "| abc |",
-        "| b | forward | 500 | 333 | 417 (4) | 625 | 1.50 | 1.20 | 0.80 | little | - | 1.00 | def |",
+        "| b | forward | 500 | 333 | 417 (4) | 625 | 1.50 | 1.20 | 0.80 | little | - | 1.00 "
+        "| def |",
         "| b | both | 250 | - | - | - | - | - | - | - | - | 1.00 | abc |",
     ]
     assert "Geometric mean over chunked: 1.20." in lines
@@ -314,7 +330,19 @@ def test_the_tables_of_several_gpus(results):
         "| a | 3.00 | - | 0.80 | 0.67 | columns | 500, 625, 1.50 | 400, 500, 2.00 | abc |",
         "| b | 3.00 | - | - | - | - | 500, 0, - | - | abc |",
     ]
-    assert tables.short_table()[4:] == ["| a | 500 | 333 | 250 | 1.50 |"]
+
+
+def test_the_short_table(results):
+    cell = Cell("qwen3-30b-a3b", ranks=4)
+    found = entry(cell, MS | {"nccl": 20.0, "torch dedup": 11.0})
+    results("peers_4.json", {"cells": {str(cell): {"forward": found}}})
+    assert tables.short_table() == [
+        "| layer | sequential | fused | best rival |",
+        "|---|---|---|---|",
+        "| qwen3-30b-a3b | 333 | 500 | 455 (PyTorch) |",
+        "",
+        "4 x A GPU, 2026-01-01, at abc; 8192 tokens a GPU, bfloat16, the slowest GPU counts.",
+    ]
 
 
 def test_the_table_of_the_link(results):
