@@ -145,7 +145,7 @@ def figures(entry: dict[str, Any]) -> dict[str, float]:
     fused, gemms = ms.get("fused"), ms.get("gemms")
     if fused is None:
         return {}
-    found = {f"over {name}": value / fused for name, value in ms.items()}
+    found = {f"over {name}": value / fused for name, value in ms.items() if name != "fused"}
     if chunked := best(entry, "chunked"):
         found["over chunked"] = ms[chunked] / fused
     if "planning" in ms:

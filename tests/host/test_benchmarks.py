@@ -4,15 +4,19 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 import types
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
+import benchmarks
+import cometrt
 from benchmarks import records, rivals, tables, workloads
 from benchmarks.timing import WARM_UP, Call, Method, measure, slowest
 from benchmarks.workloads import Cell
+from cometrt.models import Model
 from cometrt.plan import PlanShape
 from cometrt.specs import Geometry
 from tests.launch import ROOT
@@ -36,14 +40,19 @@ def start(module, *options):
 
 @pytest.fixture
 def cupy(monkeypatch):
+    """A stand-in, for modules that are imported anew."""
     cupy = MagicMock()
     for name, module in {"cupy": cupy, "cupy.cuda": cupy.cuda}.items():
         monkeypatch.setitem(sys.modules, name, module)
-    for name in ("peers", "layer", "contenders", "nccl"):  # they keep the CuPy they have found
-        monkeypatch.delitem(sys.modules, f"benchmarks.{name}", raising=False)
+    forget_those_with_cupy()
     yield cupy
+    forget_those_with_cupy()
+
+
+def forget_those_with_cupy():
     for name in ("peers", "layer", "contenders", "nccl"):
-        sys.modules.pop(f"benchmarks.{name}", None)
+        if sys.modules.pop(f"benchmarks.{name}", None):
+            delattr(benchmarks, name)
 
 
 # ---- command lines -----------------------------------------------------------------------------
@@ -176,6 +185,81 @@ def test_a_measurement(cupy):
     assert list(found["planning"]) == ["isolated"]
 
 
+class Array(types.ModuleType):
+    """NumPy as CuPy, for layers on the host."""
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+
+class Event:
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def contenders(cupy, monkeypatch):
+    array = Array("cupy")
+    array.cuda = cupy.cuda
+    cupy.cuda.Event = Event
+    cupy.cuda.get_elapsed_time = lambda begin, end: 1e3 * (end.at - begin.at)
+    monkeypatch.setitem(sys.modules, "cupy", array)
+    from benchmarks import contenders
+
+    def normal(shape, scale=1.0):
+        values = scale * np.random.default_rng(0).standard_normal(shape)
+        return values.astype(Cell("tiny").spec.numpy_dtype)
+
+    monkeypatch.setitem(workloads.SHAPES, "tiny", Model(64, 32, 8, 2))
+    monkeypatch.setattr(contenders, "device_normal", normal)
+    monkeypatch.setattr(
+        contenders, "StartBarrier", lambda world: types.SimpleNamespace(close=lambda ms: None)
+    )
+    monkeypatch.setattr(contenders, "num_sms", lambda: 132)
+    monkeypatch.setattr(contenders, "gpu_sms", lambda: 132)
+    return contenders
+
+
+def measured_on_host(contenders, *options):
+    parser = argparse.ArgumentParser()
+    contenders.add_arguments(parser)
+    quick = ["--rounds", "2", "--idle-ms", "0", "--sustain-sec", "0.001"]
+    args = parser.parse_args([*options, *quick, "--contenders", "fused,sequential"])
+    cell = Cell("tiny", ranks=2, tokens=24)
+    return cometrt.spawn(lambda world: contenders.measure_cell(world, cell, args), 2)
+
+
+def test_a_cell_is_checked_and_measured(contenders):
+    first, second = measured_on_host(contenders, "--pass", "forward,backward,both")
+    assert first == second
+    assert list(first) == ["forward", "backward", "both"]
+    for which, entry in first.items():
+        assert entry["flops"] == workloads.PASSES[which] * 24 * 2 * 64 * 32
+        assert entry["error"] == {"fused": 0, "sequential": 0}
+        assert sorted(entry["times"]) == ["fused", "sequential"]
+        for times in entry["times"].values():
+            assert times["isolated"]["median"] > 0
+            assert times["sustained"] > 0
+
+
+@pytest.mark.parametrize("wrong", ["y", "dx"])
+def test_wrong_results_are_not_timed(contenders, monkeypatch, wrong):
+    real = getattr(cometrt.MoELayer, "forward" if wrong == "y" else "backward")
+
+    def spoiled(self, *args, out, **more):
+        found = real(self, *args, out=out, **more)
+        if self.mode == "fused" and self.world.rank == 1:
+            (out if wrong == "y" else out.x)[0] = np.nan
+        return found
+
+    monkeypatch.setattr(cometrt.MoELayer, real.__name__, spoiled)
+    with pytest.raises(cometrt.CometError, match="differ"):
+        measured_on_host(contenders, "--pass", "both")
+
+
 # ---- rivals ----------------------------------------------------------------------------------
 
 
@@ -260,7 +344,7 @@ def test_figures():
     slow_link = records.figures(entry(Cell("mixtral-8x7b"), MS, link_ms=9.0))
     assert slow_link["efficiency"] == pytest.approx(0.9)
     alone = entry(Cell("mixtral-8x7b"), {"fused": 10.0})
-    assert records.figures(alone) == {"over fused": 1.0}
+    assert records.figures(alone) == {}
     assert records.tflops(alone, "fused") == pytest.approx(500)
     assert records.tflops(alone, "nccl") is None
 
