@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import cupy as cp
@@ -80,14 +80,14 @@ class Rank:
         config: cometrt.TileConfig | None,
     ) -> None:
         """Collective."""
-        self.world, self._training, self._all_ids = world, training, ids
+        self.world, self._training = world, training
         self._names, model = names, SHAPES[cell.model]
         self.layers = {
             name: self._layer(cell, name, config)
             for name in LAYERS
             if name in names or name == "sequential" or (name == "fused" and "planning" in names)
         }
-        first, rng = self.layers["sequential"], np.random.default_rng(world.rank)
+        first = self.layers["sequential"]
         cp.random.seed(world.rank)
         self.x = self.layers.get("fused", first).buffer()[: cell.tokens]
         self.x[...] = device_normal(self.x.shape)
@@ -97,12 +97,12 @@ class Rank:
             device_normal(first.geometry.w_down_shape, model.intermediate**-0.5),
         )
         self.ids = cp.asarray(ids[world.rank])
-        self.topk_weights = cp.asarray(rng.random(self.ids.shape, np.float32) + 0.5)
+        weights = np.random.default_rng(0).random(ids.shape, np.float32) + 0.5  # of all ranks
+        self.topk_weights = cp.asarray(weights[world.rank])
         self.y, self._grads = cp.empty_like(self.x), None
         self._experts: Experts | None = None
         self._nccl: NcclForward | None = None
         if "gemms" in names or "nccl" in names:
-            weights = np.stack(world.allgather(self.topk_weights.get()))
             self._experts = Experts(first, ids, weights, self.weights)
             nccl = Nccl.connect(world) if "nccl" in names else None
             if nccl is not None:
@@ -272,10 +272,10 @@ def measure_cell(
     return found
 
 
-def free_memory() -> None:
-    """Of the ranks that have ended, on all GPUs."""
+def free_memory(devices: Iterable[int]) -> None:
+    """Of ranks that have ended, on these GPUs."""
     gc.collect()  # cycles hold some
-    for device in range(cp.cuda.runtime.getDeviceCount()):
+    for device in devices:
         with cp.cuda.Device(device):
             cp.get_default_memory_pool().free_all_blocks()
 

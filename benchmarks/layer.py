@@ -13,9 +13,12 @@ With --out, passes that the file has of this commit and this GPU are not measure
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import cupy as cp
 
@@ -70,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
             except (cp.cuda.memory.OutOfMemoryError, cometrt.CometError) as error:
                 results.skip(name, error)
             finally:
-                free_memory()
+                free_memory([0])
             longest = max(longest, time.monotonic() - started)
         if name in results.skipped:
             print(f"{name} skipped: {results.skipped[name]['reason']}", flush=True)

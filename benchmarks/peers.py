@@ -20,7 +20,7 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,9 @@ class Threads:
     def run(self, fn: Any) -> Any:
         return cometrt.spawn(fn, self.size, "cuda", timeout_sec=20)[0]
 
+    def devices(self) -> Iterable[int]:
+        return range(cp.cuda.runtime.getDeviceCount())
+
     def barrier(self) -> None:
         pass
 
@@ -67,6 +70,9 @@ class Processes:
     def run(self, fn: Any) -> Any:
         with cometrt.connect(self._comm, "cuda", timeout_sec=20) as world:
             return fn(world)
+
+    def devices(self) -> Iterable[int]:
+        return [cp.cuda.Device().id]
 
     def barrier(self) -> None:
         self._comm.Barrier()
@@ -121,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
             results.add(str(cell), ranks.run(functools.partial(measure, cell=cell, args=args)))
         except (cp.cuda.memory.OutOfMemoryError, cometrt.CometError) as error:
             results.skip(str(cell), error)
-        free_memory()
+        free_memory(ranks.devices())
         if first:
             show(results, cell, args.passes)
     ranks.barrier()

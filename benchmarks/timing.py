@@ -85,6 +85,14 @@ class StartBarrier:
             kernels_folder() / "protocol" / "start_barrier.cu", "start_barrier"
         )
         self._opener = auxiliary_stream(_STREAM) if world.rank == 0 else None
+        self._wait(self._flags + 16, 0.0)  # all that is launched later has been launched once
+        if self._opener is not None:
+            with self._opener as stream:
+                self._wait(self._flags + 16, 0.0)
+                cp.cuda.runtime.memsetAsync(self._flags, 0, 8, stream.ptr)
+                stream.synchronize()
+        _synchronize()
+        world.barrier()
 
     def close(self, idle_ms: float) -> None:
         """Collective: what this rank queues next begins when all ranks have been idle for that

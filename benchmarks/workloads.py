@@ -237,9 +237,14 @@ def relative_error(found: Any, expected: Any) -> float:
 
 
 def cuda_function(source: Path, name: str) -> Any:
-    """CuPy's function for a kernel of a .cu file, on the current device."""
+    """CuPy's function for a kernel of a .cu file, loaded on the current device.
+
+    Loading may wait for the device: it must not happen while a peer's kernel waits for this rank.
+    """
     import cupy as cp
 
     from cometrt.kernels.compiler import compile_cubin
 
-    return cp.RawModule(path=str(compile_cubin(source).path)).get_function(name)
+    function = cp.RawModule(path=str(compile_cubin(source).path)).get_function(name)
+    assert function.kernel is not None
+    return function
