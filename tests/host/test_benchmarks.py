@@ -13,7 +13,7 @@ import pytest
 
 import benchmarks
 import cometrt
-from benchmarks import records, rivals, tables, workloads
+from benchmarks import records, rivals, tables, timing, workloads
 from benchmarks.timing import WARM_UP, Call, Method, measure, slowest
 from benchmarks.workloads import Cell
 from cometrt.models import Model
@@ -183,6 +183,48 @@ def test_a_measurement(cupy):
     timed_within = Call(lambda _: None, ended=cupy.cuda.Event())
     found = measure(world, barrier, {"planning": timed_within}, Method(1))
     assert list(found["planning"]) == ["isolated"]
+
+
+def test_the_start_barrier_opens_one_flag_while_the_other_is_reset(cupy, monkeypatch):
+    done = []
+
+    def kernel(grid, block, args):
+        done.append(("wait", int(args[0]), int(args[1])))
+
+    def memset(address, value, size, stream):
+        done.append(("set", address, value))
+
+    cupy.cuda.runtime.memsetAsync = memset
+    monkeypatch.setattr(timing, "cuda_function", lambda source, name: kernel)
+    monkeypatch.setattr("cometrt.world.partitions.auxiliary_stream", lambda number: MagicMock())
+    meet = types.SimpleNamespace(
+        rank=0,
+        timeout_sec=2.0,
+        allocate=lambda nbytes: [800],
+        barrier=lambda: done.append("all ranks"),
+    )
+    barrier = timing.StartBarrier(meet)
+    assert done[-2:] == [("set", 800, 0), "all ranks"]
+    done.clear()
+    for _ in range(2):
+        barrier.close(5)
+    never, idle, limit = 816, 5_000_000, 2_000_000_000
+    assert done == [
+        step
+        for flag, other in ((800, 808), (808, 800))
+        for step in (
+            ("wait", flag, limit),
+            "all ranks",
+            ("set", other, 0),
+            ("wait", never, idle),
+            ("set", flag, 1),
+        )
+    ]
+    meet.rank = 1
+    barrier = timing.StartBarrier(meet)
+    done.clear()
+    barrier.close(5)
+    assert done == [("wait", 800, limit), "all ranks"]
 
 
 class Array(types.ModuleType):
