@@ -1,8 +1,8 @@
 """Measure the grouped GEMM engine beside its peers on one GPU; print a table and write JSON.
 
-python benchmarks/engine.py [--out results.json] [--models mixtral-8x7b,...] [--rounds 15]
+    python -m benchmarks.engine [--models mixtral-8x7b,...] [--rounds 15] [--out engine.json]
 
-All contenders of a shape take turns in every round; medians. Random data, real rows only.
+All contenders of a shape take turns in every round, isolated; medians. Random data, real rows only.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ import math
 import os
 import random
 import statistics
-import sys
 import types
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import cupy as cp
 import ml_dtypes
 import numpy as np
 
-from benchmarks.files import machine, write
-from benchmarks.layer_cells import spread
+from benchmarks.records import machine, spread, write
+from benchmarks.workloads import cuda_function, device_normal
 from cometrt.cuda.engine import GroupedGemm, order_tiles, raster_group_of
-from cometrt.cuda.gemm import ExpertGemm
+from cometrt.kernels.compiler import kernels_folder
 from cometrt.models import MODELS
 from cometrt.world.partitions import split_gpu, use_partition
 
@@ -37,15 +36,7 @@ EXPERTS = {"deepseek-v3": 32}  # what fits; others: all
 SKEW = 0.256
 BLOCK_M = 128
 PARTITIONS, REPEATS = 8, 4
-
-
-def random_bf16(*shape: int, scale: float = 1.0) -> Any:
-    out = cp.empty(shape, BF16)
-    flat = out.reshape(-1)
-    for begin in range(0, flat.size, 1 << 28):
-        part = flat[begin : begin + (1 << 28)]
-        part[...] = (cp.random.standard_normal(part.size, np.float32) * scale).astype(BF16)
-    return out
+IDLE_NS = 1_000_000  # before what is timed
 
 
 def group_sizes(rows: int, experts: int, skew: float) -> np.ndarray:
@@ -79,7 +70,7 @@ class Groups:
         self.sizes, self.tiles = sizes, tiles_of(sizes)
         self.a = cp.zeros((int(self.tiles.offsets[-1]), inner), BF16)
         for begin, size in zip(self.tiles.offsets[:-1], sizes, strict=True):
-            self.a[begin : begin + size] = random_bf16(int(size), inner)
+            self.a[begin : begin + size] = device_normal((int(size), inner))
 
     def real_rows(self) -> Any:
         """Without padding, as other libraries want them."""
@@ -89,19 +80,19 @@ class Groups:
 
 def engine_run(groups: Groups, b: Any, activation: str | None, write_z: bool) -> Any:
     gemm = GroupedGemm(activation, write_z=write_z)
-    group = GROUP or raster_group_of(b.shape[2])
-    turns = order_tiles(groups.tiles, gemm.num_n_tiles(b.shape[1]), raster_group=group)
+    group = raster_group_of(b.shape[2])
+    order = order_tiles(groups.tiles, gemm.num_n_tiles(b.shape[1]), raster_group=group)
     rows, columns = len(groups.a), b.shape[1]
     out = cp.empty((rows, columns // 2 if activation else columns), BF16)
     z = cp.empty((rows, columns), BF16) if write_z else None
-    run = lambda: gemm(groups.a, b, out, turns, z=z)  # noqa: E731
+    run = lambda: gemm(groups.a, b, out, order, z=z)  # noqa: E731
     run.out = out
     return run
 
 
 def partitions_run(groups: Groups, b: Any) -> Any:
-    """The experts dealt to eight partitions of 16 SMs, all busy at once, `REPEATS` times in a row:
-    what it takes to start and join eight streams is not what is measured."""
+    """The experts spread over eight partitions of 16 SMs, all busy at once. `REPEATS` times in a
+    row, so that starting and joining eight streams hardly counts."""
     parts = split_gpu(PARTITIONS)
     jobs: list[Any] = []
     experts = len(b) // PARTITIONS
@@ -115,19 +106,19 @@ def partitions_run(groups: Groups, b: Any) -> Any:
         with use_partition(part):
             gemm = GroupedGemm(None)
             columns = gemm.num_n_tiles(b.shape[1])
-            turns = order_tiles(tiles, columns, raster_group=raster_group_of(b.shape[2]))
-        jobs.append((part, gemm, a, b[mine], out, turns))
+            order = order_tiles(tiles, columns, raster_group=raster_group_of(b.shape[2]))
+        jobs.append((part, gemm, a, b[mine], out, order))
     cp.cuda.Device().synchronize()
     ended = [cp.cuda.Event(disable_timing=True) for _ in parts]
 
     def run() -> None:
         current = cp.cuda.get_current_stream()
         begin = current.record()
-        for (part, gemm, a, b_part, out, turns), event in zip(jobs, ended, strict=True):
+        for (part, gemm, a, b_part, out, order), event in zip(jobs, ended, strict=True):
             part.stream.wait_event(begin)
             with use_partition(part):
                 for _ in range(REPEATS):
-                    gemm(a, b_part, out, turns)
+                    gemm(a, b_part, out, order)
             event.record(part.stream)
             current.wait_event(event)
 
@@ -135,19 +126,21 @@ def partitions_run(groups: Groups, b: Any) -> Any:
 
 
 def dense_run(rows: int, b: Any) -> Any:
-    gemm = ExpertGemm()
-    a = random_bf16(rows, b.shape[2])
-    out = cp.empty((rows, b.shape[1]), BF16)
-    return lambda: gemm("NT", a, b[0], out)
+    """cuBLAS, one expert with all rows."""
+    return cublas_run(device_normal((rows, b.shape[2])), b[:1])
 
 
 def batched_run(groups: Groups, b: Any) -> Any:
-    """cuBLAS, equal groups only."""
+    """cuBLAS, for equal groups without padding rows."""
+    return cublas_run(groups.a, b)
+
+
+def cublas_run(a: Any, b: Any) -> Any:
     from cupy.cuda import device
     from cupy_backends.cuda.libs import cublas
 
-    handle, rows = device.get_cublas_handle(), int(groups.sizes[0])
-    experts, columns, inner = b.shape
+    handle, (experts, columns, inner) = device.get_cublas_handle(), b.shape
+    rows = len(a) // experts
     out = cp.empty((experts * rows, columns), BF16)
     one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
 
@@ -155,7 +148,7 @@ def batched_run(groups: Groups, b: Any) -> Any:
         cublas.setStream(handle, cp.cuda.get_current_stream().ptr)
         cublas.gemmStridedBatchedEx(
             handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, columns, rows, inner, one.ctypes.data,
-            b.data.ptr, 14, inner, columns * inner, groups.a.data.ptr, 14, inner, rows * inner,
+            b.data.ptr, 14, inner, columns * inner, a.data.ptr, 14, inner, rows * inner,
             zero.ctypes.data, out.data.ptr, 14, columns, rows * columns, experts, 68, -1,
         )  # fmt: skip
 
@@ -186,7 +179,7 @@ def torch_run(groups: Groups, b: Any) -> Any:
 
 def check(run: Any, groups: Groups, b: Any, *, padded: bool) -> float:
     """Relative error of some rows of some experts against float64."""
-    if padded:  # ours: what is not written shows
+    if padded:  # ours: an element that is not written stays NaN
         run.out.fill(float("nan"))
     run()
     out, worst = run.out, 0.0
@@ -203,23 +196,16 @@ def check(run: Any, groups: Groups, b: Any, *, padded: bool) -> float:
     return worst
 
 
-_GATE = r"""
-extern "C" __global__ void gate(unsigned long long nanoseconds) {
-  unsigned long long begin, now;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
-  do { asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)); } while (now - begin < nanoseconds);
-}
-"""
-
-
 @functools.cache
-def _gate() -> Any:
-    return cp.RawKernel(_GATE, "gate")
+def _barrier() -> tuple[Any, Any]:
+    source = kernels_folder() / "protocol" / "start_barrier.cu"
+    return cuda_function(source, "start_barrier"), cp.zeros(1, cp.uint64)
 
 
 def hold_back() -> None:
-    """The GPU waits while the host gets ahead, so that what is timed starts at once."""
-    _gate()((1,), (1,), (np.uint64(1_000_000),))
+    """The GPU idles while the host queues what is timed, which then begins at once."""
+    kernel, never = _barrier()
+    kernel((1,), (1,), (np.uint64(never.data.ptr), np.uint64(IDLE_NS)))
 
 
 def measure(runs: dict[str, Any], rounds: int) -> dict[str, list[float]]:
@@ -251,7 +237,7 @@ def shapes(names: list[str]) -> Any:
 
 
 def measure_shape(label: str, rows: int, experts: int, n: int, k: int, rounds: int) -> dict:
-    b = random_bf16(experts, n, k, scale=k**-0.5)
+    b = device_normal((experts, n, k), k**-0.5)
     equal = Groups(group_sizes(rows, experts, 0.0), k)
     skewed = Groups(group_sizes(rows, experts, SKEW), k)
     runs = {
@@ -304,15 +290,13 @@ def line(label: str, result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--raster-group", type=int, help="of the engine's order; default: its own")
     args = parser.parse_args()
-    global GROUP
-    GROUP = args.raster_group
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     print(
         f"{'TFLOP/s':20s} engine  torch batchd  dense | /best /dense | skew, x torch | "
         "16-SM parts | activation | error, cuBLAS's"

@@ -1,11 +1,11 @@
-"""Measure what a fused forward costs the host: microseconds of a call, and its launches.
+"""Measure the host's time for a fused forward, in microseconds, and its launches.
 
-python benchmarks/host_time.py [--model qwen3-30b-a3b] [--tokens 128] [--calls 200] [--out r.json]
+    python -m benchmarks.host_time [--model qwen3-30b-a3b] [--tokens 128] [--calls 200] [--out FILE]
 
-One rank, memory from the pool, nothing waited for within a call; between groups of calls the device
-catches up, so that no call waits for room in its queue. Calls come again with the same memory, and
-so are replays; launches are counted in the first. Exits with 1 where the median is over 60 us, or a
-call is more than six launches.
+One rank, memory from the pool. Nothing waits within a call, and between groups of calls the device
+catches up, so that no call waits for room in its queue. Repeated calls have the same memory: they
+are replayed as a graph. Launches are counted in a call that is not. Exits with 1 where the median
+is over 60 us, or a call has more than six launches.
 """
 
 from __future__ import annotations
@@ -13,20 +13,16 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import cupy as cp
-import numpy as np
 
 import cometrt
-from benchmarks.files import machine, write
-from benchmarks.layer_cells import spread
-from cometrt.kernels.launch import Kernel
+from benchmarks.records import machine, spread, write
+from benchmarks.workloads import Cell, device_normal, routing
 from cometrt.models import MODELS
 
 MOST_LAUNCHES, MOST_US = 6, 60.0
@@ -34,30 +30,37 @@ GROUP = 20  # calls in a row
 WARM_UP = 2  # groups
 
 
-def inputs_of(spec: cometrt.MoESpec) -> tuple[Any, ...]:
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((spec.max_tokens, spec.hidden)).astype(spec.numpy_dtype)
-    ids = np.argsort(rng.random((spec.max_tokens, spec.num_experts)), axis=1)[:, : spec.topk]
-    weights = rng.random(ids.shape, np.float32)
-    parts = 2 if spec.gated else 1
-    w_up = cp.zeros((spec.num_experts, parts * spec.intermediate, spec.hidden), spec.numpy_dtype)
-    w_down = cp.zeros((spec.num_experts, spec.hidden, spec.intermediate), spec.numpy_dtype)
-    return cp.asarray(x), cp.asarray(ids.astype(np.int32)), cp.asarray(weights), w_up, w_down
+def inputs_of(cell: Cell, layer: cometrt.MoELayer) -> tuple[Any, ...]:
+    geometry, ids = layer.geometry, cp.asarray(routing(cell)[0])
+    return (
+        device_normal((cell.tokens, layer.spec.hidden)),
+        ids,
+        cp.random.random(ids.shape, dtype=cp.float32),
+        device_normal(geometry.w_up_shape, layer.spec.hidden**-0.5),
+        device_normal(geometry.w_down_shape, layer.spec.intermediate**-0.5),
+    )
 
 
-def launches_of(forward: Any) -> int:
-    real, count = Kernel.__call__, 0
+def launches_of(layer: cometrt.MoELayer, forward: Callable[[], Any]) -> int:
+    """Of one forward that is not replayed."""
+    executor, count = layer.executor, 0
+    kernels = dict(executor.kernels)
 
-    def counted(self: Kernel, *args: Any, **more: Any) -> None:
-        nonlocal count
-        count += 1
-        real(self, *args, **more)
+    def counted(kernel: Any) -> Any:
+        def launch(stream: int, *args: Any) -> None:
+            nonlocal count
+            count += 1
+            kernel(stream, *args)
 
-    Kernel.__call__ = counted  # type: ignore[method-assign]
+        return launch
+
+    executor.kernels |= {name: counted(kernel) for name, kernel in kernels.items()}
+    executor.graphs.enabled = False
     try:
         forward()
     finally:
-        Kernel.__call__ = real  # type: ignore[method-assign]
+        executor.kernels |= kernels
+        executor.graphs.enabled = True
     return count
 
 
@@ -76,33 +79,26 @@ def times_us(forward: Any, layer: cometrt.MoELayer, calls: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=list(MODELS), default="qwen3-30b-a3b")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--calls", type=int, default=200)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    model = MODELS[args.model]
-    spec = cometrt.MoESpec(
-        hidden=model.hidden,
-        intermediate=model.intermediate,
-        num_experts=model.num_experts,
-        topk=model.topk,
-        max_tokens=args.tokens,
-        capacity_factor=1.0,  # one rank: every routing fits
-    )
-
+    cell = Cell(args.model, ranks=1, tokens=args.tokens)
     found: dict[str, Any] = {"machine": machine(), "model": args.model, "tokens": args.tokens}
 
     def fn(world: cometrt.World) -> bool:
-        inputs, good = inputs_of(spec), True
-        layer = cometrt.MoELayer(world, spec, "fused")
+        layer, good = cometrt.MoELayer(world, cell.spec, "fused"), True
+        inputs = inputs_of(cell, layer)
         for training in (True, False):
 
             def forward(training: bool = training) -> Any:
                 return layer.forward(*inputs, training=training)
 
-            launches = launches_of(forward)
+            launches = launches_of(layer, forward)
             gc.collect()
             gc.disable()
             times = sorted(times_us(forward, layer, args.calls))
@@ -120,8 +116,7 @@ def main() -> None:
         return good
 
     good = all(cometrt.spawn(fn, 1, "cuda"))
-    if args.out:
-        write(args.out, found)
+    write(args.out, found)
     if not good:
         raise SystemExit(f"over {MOST_US:.0f} us or {MOST_LAUNCHES} launches")
 

@@ -1,156 +1,159 @@
-"""Measure a layer's forward on GPUs that are peers, beside NCCL; or, with --link, the same cells on
-virtual ranks of one GPU, to see whether the digital twin tells the truth.
+"""Measure a layer on several GPUs, beside NCCL and beside PyTorch's and JAX's layers.
 
-python benchmarks/peers.py [--ranks W] [--gbps 380 [--link]] [--out results.json]
-                           [--models mixtral-8x7b,...] [--tokens 8192] [--rounds 9]
-                           [--like peers.json]
+    python -m benchmarks.peers [--ranks 4] [options]           a thread for each GPU
+    mpirun -n 4 python3 -m benchmarks.peers [options]          a process for each GPU
 
-TFLOP/s per GPU, of the slowest rank; of virtual ranks, all in sum. --gbps: of the link, each way:
-what the computed times of dispatch and combine rest on, and with --link the modelled link's.
-The fused layer has the config that a layer gets by itself; with --like, that of the file's cell.
+    --models qwen3-30b-a3b,... --tokens 8192,... --tp 1 --skew 0.256 --order columns
+    --pass forward,backward,both --inference --contenders fused,sequential,nccl,...
+    --rounds 9 --idle-ms 20 --sustain-sec 2
+    --rivals torch,jax --rival-sec 300      run afterwards on the same GPUs
+    --gbps 380                              of the link, each way: a crossing's time is computed
+    --out peers_4.json
+
+TFLOP/s are those of each GPU, by the slowest. The fused layer has the config that a layer gets by
+itself. Exits with 1 where a cell was not measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import gc
+import functools
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cupy as cp
 
 import cometrt
-from benchmarks.files import machine, read, write
-from benchmarks.layer_cells import Cell, crossing_bytes, figures, routing
-from benchmarks.layer_rank import Gate, Rank, relative_distance, take_turns
-from benchmarks.nccl.exchange import Nccl, NcclForward
-from cometrt.models import MODELS
+from benchmarks.contenders import add_arguments, free_memory, measure_cell
+from benchmarks.records import Results, line, machine
+from benchmarks.rivals import CONTENDERS as RIVALS
+from benchmarks.rivals import measure_rival
+from benchmarks.workloads import SHAPES, Cell
 from cometrt.world.link import LINKS
-from cometrt.world.partitions import gpu_sms, num_sms
 
 SMALL_FIRST = ("qwen3-30b-a3b", "qwen2-moe", "phi-3.5-moe", "mixtral-8x7b", "deepseek-v3")
-LINK = "given"  # name of the link that --gbps describes
-assert set(SMALL_FIRST) == set(MODELS)
+UNDER_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def measure(
-    cell: Cell, rounds: int, gbps: float, config: cometrt.TileConfig | None
-) -> dict[str, Any]:
-    """config: of the fused layer; None: the one it has by itself."""
-    ids, gate = routing(cell), Gate()
+class Threads:
+    """Ranks are threads of this process."""
 
-    def fn(world: cometrt.World) -> dict[str, Any]:
-        rank = Rank(world, cell, ids, [None], False, config)
-        distances = {"ours": rank.check()}
-        runs = dict(rank.contenders)
-        nccl = Nccl.connect(world)
-        if nccl is not None:
-            layer = rank.layers["sequential"]
-            forward = NcclForward(nccl, layer, rank.x, ids, rank.topk_weights, rank.weights)
-            forward()
-            distances["nccl"] = relative_distance(forward.y, rank.expected)
-            runs["nccl"] = forward
-        wrong = {name: far for name, far in distances.items() if not far < 1e-2}
-        if any(world.allgather(wrong)):
-            raise cometrt.CometError(f"rank {world.rank}: far from sequential: {wrong}")
-        times = take_turns(world, gate, runs, rounds)
-        rank.close()
-        return {
-            "config": dataclasses.asdict(rank.layers["fused"].config),
-            "times": times,
-            "distances": distances,
-            "sms": num_sms(),
-            "device": cp.cuda.Device().id,
-            "shares_gpu": world.shares_gpu,
-        }
+    rank = 0
 
-    results = cometrt.spawn(fn, cell.ranks, "cuda", link=cell.link, timeout_sec=20)
-    slowest = {
-        name: [max(run) for run in zip(*(r["times"][name] for r in results), strict=True)]
-        for name in results[0]["times"]
-    }
-    shares_gpu, sms = results[0]["shares_gpu"], results[0]["sms"]
-    crossing = crossing_bytes(cell, ids)
-    rate = gbps * 1e9 * (sms / gpu_sms() if shares_gpu else 1)
-    found = figures(cell, slowest, 1e3 * crossing / rate)
-    if not shares_gpu:
-        found["tflops"] = {name: value / cell.ranks for name, value in found["tflops"].items()}
-    return found | {
-        "config": results[0]["config"],
-        "sms": sms,
-        "devices": [r["device"] for r in results],
-        "crossing_bytes": crossing,
-        "distance": {n: max(r["distances"][n] for r in results) for n in results[0]["distances"]},
-    }
+    def __init__(self, ranks: int) -> None:
+        self.size = ranks
+
+    def run(self, fn: Any) -> Any:
+        return cometrt.spawn(fn, self.size, "cuda", timeout_sec=20)[0]
+
+    def devices(self) -> Iterable[int]:
+        return range(cp.cuda.runtime.getDeviceCount())
+
+    def barrier(self) -> None:
+        pass
 
 
-def free_memory() -> None:
-    gc.collect()  # what ranks held, in cycles
-    for device in range(cp.cuda.runtime.getDeviceCount()):
-        with cp.cuda.Device(device):
-            cp.get_default_memory_pool().free_all_blocks()
+class Processes:
+    """Ranks are processes under mpirun."""
+
+    def __init__(self) -> None:
+        from mpi4py import MPI
+
+        self._comm = MPI.COMM_WORLD
+        self.rank, self.size = self._comm.rank, self._comm.size
+
+    def run(self, fn: Any) -> Any:
+        with cometrt.connect(self._comm, "cuda", timeout_sec=20) as world:
+            return fn(world)
+
+    def devices(self) -> Iterable[int]:
+        return [cp.cuda.Device().id]
+
+    def barrier(self) -> None:
+        self._comm.Barrier()
 
 
-TITLE = (
-    f"{'TFLOP/s per GPU':28s}  fused sequen. chunked   nccl  GEMMs | fused ms  link ms | "
-    "over sequential, chunked, nccl; efficiency, hidden share"
-)
+def is_under_mpi() -> bool:
+    return any(int(os.environ.get(name, 1)) > 1 for name in UNDER_MPI)
 
 
-def line(name: str, found: dict[str, Any]) -> str:
-    if "skipped" in found:
-        return f"{name:28s} skipped: {found['skipped']}"
-    rate, ms = found["tflops"], found["ms"]
-    nccl = f"{rate['nccl']:6.0f}" if "nccl" in rate else "     -"
-    over = f"{ms['nccl']['median'] / ms['fused']['median']:5.2f}" if "nccl" in rate else "    -"
-    hidden = f"{found['hidden_share']:5.2f}" if "hidden_share" in found else "    -"
-    return (
-        f"{name:28s} {rate['fused']:6.0f} {rate['sequential']:6.0f} "
-        f"{rate[found['best_chunked']]:7.0f} {nccl} {rate['gemms']:6.0f} | "
-        f"{ms['fused']['median']:8.2f} {found['link_ms']:8.2f} | "
-        f"{found['speedup_over_sequential']:5.2f} {found['speedup_over_chunked']:5.2f} {over} "
-        f"{found['efficiency']:5.2f} {hidden}"
-    )
+# ---- the run -------------------------------------------------------------------------------
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--ranks", type=int, default=cp.cuda.runtime.getDeviceCount())
-    parser.add_argument("--gbps", type=float, default=LINKS["h100"])
-    parser.add_argument("--link", action="store_true")
-    parser.add_argument("--models", default=",".join(SMALL_FIRST))
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--like", type=Path)
-    args = parser.parse_args()
-    LINKS[LINK] = args.gbps
-    found = read(args.out) if args.out else {}
-    found.setdefault("cells", {})
-    others = read(args.like).get("cells", {}) if args.like else {}
-    found |= {"machine": machine(), "gbps": args.gbps}
-    print(TITLE, flush=True)
+def cells_of(args: argparse.Namespace, ranks: int) -> Iterator[Cell]:
     for model in args.models.split(","):
-        link = LINK if args.link else None
-        cell = Cell(model, ranks=args.ranks, tokens=args.tokens, link=link)
-        name = f"{model} W={args.ranks} T={args.tokens}"
-        fields = others.get(name, {}).get("config")
-        config = cometrt.TileConfig(**fields) if fields else None
+        for tokens in map(int, args.tokens.split(",")):
+            yield Cell(model, ranks, args.tp, tokens, skew=args.skew, order=args.order or "phases")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--ranks", type=int, help="threads; default: as many as there are GPUs")
+    parser.add_argument("--models", default=",".join(SMALL_FIRST))
+    parser.add_argument("--tokens", default="8192")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--skew", type=float, default=0.0)
+    parser.add_argument("--order", help="of the down GEMM's tiles; default: the layer's own choice")
+    parser.add_argument("--gbps", type=float, default=LINKS["h200"])
+    parser.add_argument("--rivals", default="")
+    parser.add_argument("--rival-sec", type=float, default=300.0)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    args.rivals = [name for name in args.rivals.split(",") if name]
+    for name, known in (("rivals", RIVALS), ("models", SHAPES)):
+        given = args.rivals if name == "rivals" else args.models.split(",")
+        if unknown := set(given) - set(known):
+            parser.error(f"--{name} must be of {', '.join(known)} (got {', '.join(unknown)})")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    ranks: Any = Processes() if is_under_mpi() else None
+    ranks = ranks or Threads(args.ranks or cp.cuda.runtime.getDeviceCount())
+    first = ranks.rank == 0
+    results = Results(args.out if first else None, machine())
+    cells = list(cells_of(args, ranks.size))
+    for cell in cells:
         try:
-            found["cells"][name] = measure(cell, args.rounds, args.gbps, config)
-        except (cp.cuda.memory.OutOfMemoryError, cometrt.CometError, ValueError) as error:
-            found["cells"][name] = {"skipped": f"{type(error).__name__}: {error}"}
-        free_memory()
-        print(line(name, found["cells"][name]), flush=True)
-        write(args.out, found)
-    if any("skipped" in cell for cell in found["cells"].values()):
+            results.add(str(cell), ranks.run(functools.partial(measure, cell=cell, args=args)))
+        except (cp.cuda.memory.OutOfMemoryError, cometrt.CometError) as error:
+            results.skip(str(cell), error)
+        free_memory(ranks.devices())
+        if first:
+            show(results, cell, args.passes)
+    ranks.barrier()
+    measured = [cell for cell in cells if str(cell) not in results.skipped]
+    for rival in args.rivals if first and measured else ():
+        for row in measure_rival(rival, measured, args, args.rival_sec):
+            results.add_rival(row)
+    if first and args.rivals:
+        for cell in measured:
+            show(results, cell, args.passes)
+    if len(measured) < len(cells):
         sys.exit("not all cells were measured")
+
+
+def measure(world: cometrt.World, cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
+    config = cell.config if args.order else None
+    return measure_cell(world, cell, args, config, args.gbps)
+
+
+def show(results: Results, cell: Cell, passes: list[str]) -> None:
+    name = str(cell)
+    if name in results.skipped:
+        print(f"{name} skipped: {results.skipped[name]['reason']}", flush=True)
+        return
+    for which in passes:
+        print(line(name, which, results.cells[name][which]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,192 +1,259 @@
-"""Write the tables of README.md and docs/benchmarks.md from the files in benchmarks/results;
---check: only see whether they are those.
+"""Write the tables of docs/benchmarks.md and README.md from the files in benchmarks/results.
 
-python benchmarks/tables.py [--check]
+python -m benchmarks.tables [--check]       --check: only see whether the tables are those
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.records import best, figures, medians, read, tflops
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+BESIDE = {  # columns of contenders
+    "fused": "fused",
+    "sequential": "sequential",
+    "chunked": "chunked",
+    "nccl": "NCCL and our GEMMs",
+    "torch dedup": "PyTorch, a token once",
+    "torch pairs": "PyTorch, every pair",
+    "jax ragged": "JAX",
+    "gemms": "GEMMs alone",
+}
+SHORT_MODELS, SHORT_TOKENS = ("qwen3-30b-a3b", "mixtral-8x7b"), 8192
+RIVALS = {"chunked": "chunked", "nccl": "NCCL", "torch": "PyTorch", "jax": "JAX"}  # by beginning
+PARTS = ("gemms", "planning")  # of a layer: not what it is compared with
 
 
 def engine_table() -> list[str]:
-    data = json.loads((RESULTS / "engine.json").read_text())
+    data = read(RESULTS / "engine.json")
     machine = data["machine"]
+    head = ["GEMM", "cometrt", "torch._grouped_mm", "cuBLAS batched", "over the better"]
     lines = [
         f"One {machine['gpu']}, {machine['date']}, at {machine['commit']}; TFLOP/s, medians of "
         "runs that took turns.",
         "",
-        "| GEMM | cometrt | torch._grouped_mm | cuBLAS batched | over the better | skewed loads |"
-        " dense cuBLAS |",
-        "|---|---|---|---|---|---|---|",
+        *heading([*head, "skewed loads", "dense cuBLAS"]),
     ]
     ratios = []
     for name, shape in data["shapes"].items():
         rate = shape["tflops"]
         ratios.append(rate["engine"] / max(rate["torch"], rate["batched"]))
-        lines.append(
-            f"| {name} | {rate['engine']:.0f} | {rate['torch']:.0f} | {rate['batched']:.0f} | "
-            f"{ratios[-1]:.3f} | {rate['skewed']:.0f} (torch {rate['torch skewed']:.0f}) | "
-            f"{rate['dense']:.0f} |"
-        )
+        rates = [f"{rate[one]:.0f}" for one in ("engine", "torch", "batched")]
+        skewed = f"{rate['skewed']:.0f} (torch {rate['torch skewed']:.0f})"
+        lines.append(row([name, *rates, f"{ratios[-1]:.3f}", skewed, f"{rate['dense']:.0f}"]))
     mean = statistics.geometric_mean(ratios)
     return [*lines, "", f"Geometric mean over the better peer: {mean:.3f}."]
 
 
-def layer_table() -> list[str]:
-    """The models on eight ranks, and alone on one GPU."""
-    return _layers(re.compile(r" W=8 TP=1 T=8192 link=h100$| W=1 "), means=False)
-
-
-def all_layers_table() -> list[str]:
-    return _layers(re.compile(""), means=True)
-
-
-def _layers(wanted: re.Pattern[str], *, means: bool) -> list[str]:
-    data = json.loads((RESULTS / "layer.json").read_text())
-    cells = {name: cell for name, cell in data["cells"].items() if wanted.search(name)}
-    machines = [cell.get("machine", data["machine"]) for cell in cells.values()]
+def layers_table() -> list[str]:
+    """Virtual ranks of one GPU."""
+    entries = list(entries_of(RESULTS / "layer.json"))
+    head = ["layer", "pass", "fused", "sequential", "chunked", "GEMMs alone"]
+    ratios = ["over sequential", "over chunked", "efficiency", "communication hidden"]
     lines = [
-        f"{' and '.join(each(machines, 'gpu'))} cut into virtual ranks, "
-        f"{' to '.join(ends(each(machines, 'date')))}, at {', '.join(each(machines, 'commit'))}; "
-        "TFLOP/s of all ranks in sum, by the slowest of them.",
+        f"{gpus(entries)} cut into virtual ranks; TFLOP/s of all ranks in sum, by the slowest of "
+        "them; isolated, and after a comma sustained where it was measured.",
         "",
-        "| layer | fused | sequential | chunked | its GEMMs alone | over sequential |"
-        " over chunked | efficiency | communication hidden | planning | busiest rank |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *heading([*head, *ratios, "planning", "busiest rank", "commit"]),
     ]
-    for name, cell in cells.items():
-        rate = cell["tflops"]
-        best = cell.get("best_chunked")
-        chunked = f"{rate[best]:.0f} ({best.removeprefix('chunked ')})" if best else "-"
-        lines.append(
-            f"| {name} | {rate['fused']:.0f} | {rate['sequential']:.0f} | {chunked} | "
-            f"{rate['gemms']:.0f} | {cell['speedup_over_sequential']:.2f} | "
-            f"{number(cell, 'speedup_over_chunked')} | {cell['efficiency']:.2f} | "
-            f"{_hidden(cell)} | {number(cell, 'planning_share', '.1%')} | "
-            f"{number(cell, 'busiest_rank')} |"
-        )
-    if means:
-        for what in ("sequential", "chunked"):
-            ratios = [c.get(f"speedup_over_{what}") for c in cells.values()]
-            if len(ratios) > 1 and all(ratios):
-                mean = statistics.geometric_mean(ratios)
-                lines += ["", f"Geometric mean over {what}: {mean:.2f}."]
-        if data["skipped"]:
-            lines += ["", f"Skipped, since they do not fit: {', '.join(data['skipped'])}."]
+    for name, which, entry in entries:
+        found = figures(entry)
+        rates = [rate(entry, one) for one in ("fused", "sequential", "chunked", "gemms")]
+        over = [number(found, f"over {one}") for one in ("sequential", "chunked")]
+        shares = [number(found, "efficiency"), hidden(found), number(found, "planning", ".1%")]
+        busiest = number(entry, "busiest_rank")
+        lines.append(row([name, which, *rates, *over, *shares, busiest, commit(entry)]))
+    for what in ("sequential", "chunked"):
+        found = [f for *_, e in entries if (f := figures(e).get(f"over {what}"))]
+        if len(found) > 1:
+            lines += ["", f"Geometric mean over {what}: {statistics.geometric_mean(found):.2f}."]
+    skipped = read(RESULTS / "layer.json").get("skipped", {})
+    if skipped:
+        lines += ["", f"Skipped, since they did not fit: {', '.join(skipped)}."]
     return lines
 
 
-def _hidden(cell: dict[str, Any]) -> str:
-    return f"{cell['hidden_share']:.2f}" if "hidden_share" in cell else "little to hide"
-
-
 def peers_table() -> list[str]:
-    """GPUs that are peers, the most first, beside the twin's figures for the same cells. What was
-    not measured, on GPUs or by the twin, is left out."""
-    machines, links, rows = [], [], []
-    for path in sorted(RESULTS.glob("peers_*.json"), reverse=True):
-        data = json.loads(path.read_text())
-        twin = RESULTS / path.name.replace("peers", "twin")
-        modelled = json.loads(twin.read_text())["cells"] if twin.exists() else {}
-        machines.append(data["machine"])
-        links.append(f"{data['gbps']:.0f}")
-        cells = data["cells"].items()
-        rows += [_peers_row(n, cell, modelled.get(n, {})) for n, cell in cells if "tflops" in cell]
-    return [
-        f"{' and '.join(each(machines, 'gpu'))}, {' to '.join(ends(each(machines, 'date')))}, at "
-        f"{', '.join(each(machines, 'commit'))}; TFLOP/s per GPU, by the slowest of them; link of "
-        f"{' and '.join(sorted(set(links)))} GB/s each way.",
+    """Layers on several GPUs, and what else computes them there."""
+    entries = list(peers())
+    lines = [
+        f"{gpus(entries)}; TFLOP/s per GPU, by the slowest of them; isolated, and after a comma "
+        "sustained where it was measured.",
         "",
-        "| layer | fused | sequential | chunked | NCCL and the engine | its GEMMs alone |"
-        " over sequential | over NCCL | efficiency | communication hidden | order |"
-        " the twin's fused, GEMMs, over sequential |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-        *rows,
+        *heading(["layer", "pass", *BESIDE.values(), "over the best other", "commit"]),
     ]
+    for name, which, entry in entries:
+        rates = [rate(entry, one) for one in BESIDE]
+        others = [one for one in entry["times"] if one != "fused" and one not in PARTS]
+        over = [value for one in others if (value := figures(entry).get(f"over {one}"))]
+        least = f"{min(over):.2f}" if over else "-"
+        lines.append(row([name, which, *rates, least, commit(entry)]))
+    reasons = {
+        f"{one} ({found['skipped']})"
+        for *_, entry in entries
+        for one, found in entry["times"].items()
+        if "skipped" in found
+    }
+    return [*lines, "", f"Not measured: {', '.join(sorted(reasons))}."] if reasons else lines
 
 
-def _peers_row(name: str, cell: dict[str, Any], modelled: dict[str, Any]) -> str:
-    rate, best, nccl, over_nccl, twin = cell["tflops"], cell["best_chunked"], "-", "-", "-"
-    if "nccl" in rate:
-        nccl, over_nccl = f"{rate['nccl']:.0f}", f"{rate['fused'] / rate['nccl']:.2f}"
-    if "tflops" in modelled:
-        other = modelled["tflops"]
-        twin = f"{other['fused']:.0f}, {other['gemms']:.0f}, " + number(
-            modelled, "speedup_over_sequential"
-        )
-    return (
-        f"| {name} | {rate['fused']:.0f} | {rate['sequential']:.0f} | "
-        f"{rate[best]:.0f} ({best.removeprefix('chunked ')}) | {nccl} | {rate['gemms']:.0f} | "
-        f"{cell['speedup_over_sequential']:.2f} | {over_nccl} | {cell['efficiency']:.2f} | "
-        f"{_hidden(cell)} | {cell['config']['order']} | {twin} |"
-    )
+def overlap_table() -> list[str]:
+    """Forwards on several GPUs: what hides, and what link emulation on one of them says."""
+    emulated = {}
+    for path in sorted(RESULTS.glob("link_emulation_*.json")):
+        for name, _, entry in entries_of(path, "forward"):
+            emulated[name.split(" link=")[0]] = entry
+    entries = list(peers("forward"))
+    head = ["layer", "crossing, ms", "planning", "efficiency", "communication hidden", "order"]
+    told = ["fused, GEMMs, over sequential", "by link emulation"]
+    lines = [f"{gpus(entries)}; isolated.", "", *heading([*head, *told, "commit"])]
+    for name, _, entry in entries:
+        found, other = figures(entry), emulated.get(name)
+        shares = [number(found, "planning", ".1%"), number(found, "efficiency"), hidden(found)]
+        order = (entry["config"] or {}).get("order", "-")
+        cells = [name, f"{entry['link_ms']:.2f}", *shares, order, summary(entry), summary(other)]
+        lines.append(row([*cells, commit(entry)]))
+    return lines
+
+
+def short_table() -> list[str]:
+    """For the README: two models' forwards on as many GPUs as were measured."""
+    entries = {name: entry for name, _, entry in peers("forward")}
+    most = max(entry["cell"]["ranks"] for entry in entries.values())
+    shown = [entries.get(f"{model} W={most} T={SHORT_TOKENS}") for model in SHORT_MODELS]
+    lines = heading(["layer", "sequential", "fused", "best rival"])
+    for entry in filter(None, shown):
+        ms = {name: t for name, t in medians(entry).items() if name.startswith(tuple(RIVALS))}
+        rival = min(ms, key=ms.__getitem__)
+        name = next(shown for start, shown in RIVALS.items() if rival.startswith(start))
+        rates = [f"{tflops(entry, one):.0f}" for one in ("sequential", "fused", rival)]
+        lines.append(row([entry["cell"]["model"], *rates[:2], f"{rates[2]} ({name})"]))
+    machine = next(filter(None, shown))["machine"]
+    text = f"{most} x {machine['gpu']}, {machine['date']}, at {machine['commit']}; {SHORT_TOKENS}"
+    return [*lines, "", f"{text} tokens a GPU, bfloat16, the slowest GPU counts."]
 
 
 def link_table() -> list[str]:
-    data = json.loads((RESULTS / "link.json").read_text())
+    data = read(RESULTS / "link.json")
     machine, rates = data["machine"], data["gbps"]
     counts = sorted({int(n) for rate in rates.values() if isinstance(rate, dict) for n in rate})
     lines = [
         f"{data['ranks']} {machine['gpu']}, {machine['date']}, at {machine['commit']}; GB/s per "
         "GPU, by CTAs that move rows.",
         "",
-        "| | its own choice | " + " | ".join(map(str, counts)) + " |",
-        "|---|" + "---|" * (1 + len(counts)),
+        *heading(["", "its own choice", *map(str, counts)]),
     ]
-    for name, rate in rates.items():
-        by_ctas = rate if isinstance(rate, dict) else {"": rate}
-        found = [by_ctas.get(count) for count in ("", *map(str, counts))]
-        lines.append(f"| {name} | " + " | ".join(f"{r:.0f}" if r else "" for r in found) + " |")
+    for name, found in rates.items():
+        by_ctas = found if isinstance(found, dict) else {"": found}
+        values = [by_ctas.get(count) for count in ("", *map(str, counts))]
+        lines.append(row([name, *(f"{value:.0f}" if value else "" for value in values)]))
     hops = [f"{name} {value:.2f}" for name, value in data["us"].items()]
     return [*lines, "", f"Microseconds: {', '.join(hops)}."]
 
 
-def number(cell: dict[str, Any], name: str, form: str = ".2f") -> str:
-    return format(cell[name], form) if name in cell else "-"
+# ---- parts of tables -------------------------------------------------------------------------
+
+Named = tuple[str, str, dict[str, Any]]  # cell, pass, entry
 
 
-def each(machines: list[dict[str, Any]], key: str) -> list[str]:
-    """Without repetitions, sorted."""
-    return sorted({str(machine[key]) for machine in machines})
+def entries_of(path: Path, only: str = "") -> Iterator[Named]:
+    for name, passes in read(path).get("cells", {}).items():
+        yield from ((name, which, e) for which, e in passes.items() if only in ("", which))
 
 
-def ends(values: list[str]) -> list[str]:
-    return values if len(values) < 2 else [values[0], values[-1]]
+def peers(only: str = "") -> Iterator[Named]:
+    """Of all numbers of GPUs, the most first."""
+    for path in sorted(RESULTS.glob("peers_*.json"), reverse=True):
+        yield from entries_of(path, only)
 
 
-TABLES = {
-    "README.md": {"engine": engine_table, "layer": layer_table, "peers": peers_table},
-    "docs/benchmarks.md": {"layers": all_layers_table, "link": link_table},
+def rate(entry: dict[str, Any], contender: str) -> str:
+    """TFLOP/s isolated, and sustained; of chunked, the best one and its number of chunks."""
+    name = best(entry, "chunked") if contender == "chunked" else contender
+    isolated = tflops(entry, name or "")
+    if isolated is None:
+        return "-"
+    sustained = tflops(entry, name or "", sustained=True)
+    text = f"{isolated:.0f}" + (f", {sustained:.0f}" if sustained else "")
+    return f"{text} ({name.split()[-1]})" if name and contender == "chunked" else text
+
+
+def summary(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return "-"
+    rates = [f"{tflops(entry, name) or 0:.0f}" for name in ("fused", "gemms")]
+    return ", ".join([*rates, number(figures(entry), "over sequential")])
+
+
+def number(found: dict[str, Any], name: str, form: str = ".2f") -> str:
+    return format(found[name], form) if name in found else "-"
+
+
+def hidden(found: dict[str, float]) -> str:
+    """Without the GEMMs alone nothing is known."""
+    return number(found, "hidden") if "hidden" in found or "efficiency" not in found else "little"
+
+
+def commit(entry: dict[str, Any]) -> str:
+    return str(entry["machine"]["commit"])
+
+
+def gpus(entries: list[Named]) -> str:
+    machines = [entry["machine"] for *_, entry in entries]
+    names = sorted({machine["gpu"] for machine in machines})
+    dates = sorted({machine["date"] for machine in machines})
+    return f"{' and '.join(names)}, {' to '.join(dates[:1] + dates[1:][-1:])}"
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def heading(cells: list[str]) -> list[str]:
+    return [row(cells), "|" + "---|" * len(cells)]
+
+
+# ---- pages ---------------------------------------------------------------------------------------
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "engine": engine_table,
+    "peers": peers_table,
+    "overlap": overlap_table,
+    "layers": layers_table,
+    "link": link_table,
+    "short": short_table,
+}
+PAGES = {
+    "docs/benchmarks.md": ("engine", "peers", "overlap", "layers", "link"),
+    "README.md": ("short",),
 }
 
 
-def with_tables(text: str, tables: dict[str, Callable[[], list[str]]]) -> str:
-    """The text, with what lies between a table's two marks made anew."""
-    for name, table in tables.items():
+def with_tables(text: str, names: tuple[str, ...]) -> str:
+    """The text, with what lies between the marks of these tables made anew, where it has them."""
+    for name in names:
         mark = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        if not mark.search(text):
-            raise SystemExit(f"no place for table {name}")
-        body = "\n".join(table())
-        text = mark.sub(lambda found, body=body: found[1] + body + found[2], text)
+        if mark.search(text):
+            body = "\n".join(TABLES[name]())
+            text = mark.sub(lambda found, body=body: found[1] + body + found[2], text)
     return text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
-    for name, tables in TABLES.items():
+    args = parser.parse_args(argv)
+    for name, tables in PAGES.items():
         path = ROOT / name
         text = path.read_text()
         wanted = with_tables(text, tables)

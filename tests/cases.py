@@ -14,6 +14,13 @@ from typing import Any
 import numpy as np
 
 import cometrt
+from benchmarks.workloads import (
+    Inputs,
+    distinct_experts,
+    random_inputs,
+    relative_error,
+    tolerance,
+)
 
 RANKS = [  # (W, TP)
     (1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 1), (4, 2), (4, 4), (5, 1), (8, 1), (8, 2), (8, 4),
@@ -73,100 +80,72 @@ class Case:
         return "-".join(str(v) for v in dataclasses.astuple(self)).replace(" ", "")
 
 
-@dataclasses.dataclass
-class Inputs:
-    """Lists have an entry a rank; the weights are the whole model's."""
-
-    x: list[np.ndarray]
-    dy: list[np.ndarray]
-    ids: list[np.ndarray]
-    weights: list[np.ndarray]
-    w_up: np.ndarray
-    w_down: np.ndarray
-
-
 def make_inputs(case: Case) -> Inputs:
-    spec, dtype = case.spec, case.spec.numpy_dtype
     rng = np.random.default_rng(zlib.crc32(str(case).encode()))
-    parts = 2 if spec.gated else 1
-    w_up = rng.standard_normal((spec.num_experts, parts * spec.intermediate, HIDDEN)) / 7
-    w_down = rng.standard_normal((spec.num_experts, HIDDEN, spec.intermediate)) / 7
-    tokens, ids = ROUTINGS[case.routing](case, rng)
-    return Inputs(
-        x=[rng.standard_normal((t, HIDDEN)).astype(dtype) for t in tokens],
-        dy=[rng.standard_normal((t, HIDDEN)).astype(dtype) for t in tokens],
-        ids=[i.astype(np.int64 if r % 2 else np.int32) for r, i in enumerate(ids)],
-        weights=[rng.uniform(0.1, 1.5, (t, TOPK)).astype(np.float32) for t in tokens],
-        w_up=w_up.astype(dtype),
-        w_down=w_down.astype(dtype),
-    )
+    ids = [
+        table.astype(np.int64 if rank % 2 else np.int32)
+        for rank, table in enumerate(ROUTINGS[case.routing](case, rng))
+    ]
+    return random_inputs(case.spec, ids, rng)
 
 
-# ---- routings: (case, rng) -> tokens of each rank, ids [T, K] of each rank ----------------------
+# ---- routings: (case, rng) -> ids [T, K] of each rank -------------------------------------------
 
-_Routing = Callable[[Case, np.random.Generator], tuple[list[int], list[np.ndarray]]]
+_Routing = Callable[[Case, np.random.Generator], list[np.ndarray]]
 
 
-def _distinct(rng: np.random.Generator, tokens: int, scores: np.ndarray) -> np.ndarray:
-    """K distinct experts a token, drawn with the scores as log-odds."""
-    noisy = scores + rng.gumbel(size=(tokens, len(scores)))
-    return np.argsort(-noisy, axis=1)[:, :TOPK]
+def _draw(rng: np.random.Generator, tokens: int, scores: np.ndarray) -> np.ndarray:
+    return distinct_experts(rng, (tokens,), scores, TOPK)
 
 
 def _tokens(case: Case, rng: np.random.Generator) -> list[int]:
     return [int(t) for t in rng.integers(MAX_TOKENS // 2, MAX_TOKENS + 1, case.size)]
 
 
-def _uniform(case: Case, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
-    tokens = _tokens(case, rng)
-    return tokens, [_distinct(rng, t, np.zeros(case.spec.num_experts)) for t in tokens]
+def _uniform(case: Case, rng: np.random.Generator) -> list[np.ndarray]:
+    return [_draw(rng, t, np.zeros(case.spec.num_experts)) for t in _tokens(case, rng)]
 
 
-def _skewed(case: Case, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
-    tokens = _tokens(case, rng)
+def _skewed(case: Case, rng: np.random.Generator) -> list[np.ndarray]:
     scores = rng.normal(scale=2.0, size=case.spec.num_experts)
-    ids = [_distinct(rng, t, scores) for t in tokens]
-    return tokens, [np.where(rng.random(i.shape) < 0.1, -1, i) for i in ids]
+    ids = [_draw(rng, t, scores) for t in _tokens(case, rng)]
+    return [np.where(rng.random(i.shape) < 0.1, -1, i) for i in ids]
 
 
-def _one_expert(case: Case, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
-    tokens, expert = _tokens(case, rng), case.spec.num_experts - 1
-    ids = [np.full((t, TOPK), -1) for t in tokens]
+def _one_expert(case: Case, rng: np.random.Generator) -> list[np.ndarray]:
+    ids = _all_dropped(case, rng)
     for table in ids:
-        table[:, 1] = expert
-    return tokens, ids
+        table[:, 1] = case.spec.num_experts - 1
+    return ids
 
 
-def _empty_rank(case: Case, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
-    tokens, ids = _uniform(case, rng)
-    tokens[case.size // 2], ids[case.size // 2] = 0, np.zeros((0, TOPK), int)
-    return tokens, ids
+def _empty_rank(case: Case, rng: np.random.Generator) -> list[np.ndarray]:
+    ids = _uniform(case, rng)
+    ids[case.size // 2] = ids[case.size // 2][:0]
+    return ids
 
 
-def _idle_experts(case: Case, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
-    tokens, scores = _tokens(case, rng), np.zeros(case.spec.num_experts)
+def _idle_experts(case: Case, rng: np.random.Generator) -> list[np.ndarray]:
+    scores = np.zeros(case.spec.num_experts)
     scores[: len(scores) // 4] = -np.inf  # the whole first group where there are four
-    return tokens, [_distinct(rng, t, scores) for t in tokens]
+    return [_draw(rng, t, scores) for t in _tokens(case, rng)]
 
 
-def _all_dropped(case: Case, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
-    tokens = _tokens(case, rng)
-    return tokens, [np.full((t, TOPK), -1) for t in tokens]
+def _all_dropped(case: Case, rng: np.random.Generator) -> list[np.ndarray]:
+    return [np.full((t, TOPK), -1) for t in _tokens(case, rng)]
 
 
-def _one_token(case: Case, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
-    tokens = [0] * case.size
-    tokens[-1] = 1
-    return tokens, [_distinct(rng, t, np.zeros(case.spec.num_experts)) for t in tokens]
+def _one_token(case: Case, rng: np.random.Generator) -> list[np.ndarray]:
+    tokens = [0] * (case.size - 1) + [1]
+    return [_draw(rng, t, np.zeros(case.spec.num_experts)) for t in tokens]
 
 
-def _at_home(case: Case, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
-    tokens, ids = _tokens(case, rng), []
+def _at_home(case: Case, rng: np.random.Generator) -> list[np.ndarray]:
     experts = case.spec.num_experts // (case.size // case.spec.tp)
-    for rank, t in enumerate(tokens):
-        local = _distinct(rng, t, np.zeros(experts))
-        ids.append(rank // case.spec.tp * experts + local)
-    return tokens, ids
+    return [
+        rank // case.spec.tp * experts + _draw(rng, t, np.zeros(experts))
+        for rank, t in enumerate(_tokens(case, rng))
+    ]
 
 
 ROUTINGS: dict[str, _Routing] = {
@@ -240,21 +219,6 @@ def run_case(world: cometrt.World, case: Case, inputs: Inputs, repeats: int = 2)
             outputs.append(Output(on_host(y), cometrt.Gradients(*map(on_host, grads))))
     assert len({output.digest() for output in outputs}) == 1, "bits differ between repeats"
     return outputs[0]
-
-
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """||found - expected|| / ||expected||; infinite if expected is zero and found is not."""
-    distance = np.linalg.norm(found.astype(np.float64) - expected)
-    norm = np.linalg.norm(expected)
-    if norm == 0:
-        return 0.0 if distance == 0 else float("inf")
-    return float(distance / norm)
-
-
-def tolerance(dtype: str) -> float:
-    """bf16: x, z, a, o, the partial sums and y each round by up to 2^-9; fp32: sums of up to
-    a few hundred addends, each rounding by 2^-24."""
-    return {"bfloat16": 1e-2, "float32": 3e-6}[dtype]
 
 
 def check_case(case: Case, inputs: Inputs, outputs: list[Output]) -> None:

@@ -1,27 +1,512 @@
-"""Benchmarks start: what they import from each other is there. CuPy is a stand-in."""
+"""Benchmarks: their command lines, cells, figures, result files and tables. CuPy is a stand-in."""
 
+import argparse
+import json
 import subprocess
 import sys
+import time
+import types
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 
+import benchmarks
+import cometrt
+from benchmarks import records, rivals, tables, timing, workloads
+from benchmarks.timing import WARM_UP, Call, Method, measure, slowest
+from benchmarks.workloads import Cell
+from cometrt.models import Model
+from cometrt.plan import PlanShape
+from cometrt.specs import Geometry
 from tests.launch import ROOT
 
-SCRIPTS = ["engine.py", "host_time.py", "layer.py", "multi_gpu.py", "peers.py", "link/link.py"]
+MACHINE = {"gpu": "A GPU", "driver": 13000, "date": "2026-01-01", "commit": "abc"}
 START = """
 import runpy, sys
 from unittest.mock import MagicMock
 cupy = MagicMock()
 cupy.cuda.runtime.getDeviceCount.return_value = 2
 sys.modules |= {"cupy": cupy, "cupy.cuda": cupy.cuda, "cupy.cuda.nccl": cupy.cuda.nccl}
-sys.argv = [sys.argv[1], "--help"]
-runpy.run_path(sys.argv[0], run_name="__main__")
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_benchmark_says_how_to_use_it(script):
-    command = [sys.executable, "-c", START, f"benchmarks/{script}"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def start(module, *options):
+    command = [sys.executable, "-c", START, f"benchmarks.{module}", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """A stand-in, for modules that are imported anew."""
+    cupy = MagicMock()
+    for name, module in {"cupy": cupy, "cupy.cuda": cupy.cuda}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    forget_those_with_cupy()
+    yield cupy
+    forget_those_with_cupy()
+
+
+def forget_those_with_cupy():
+    for name in ("peers", "layer", "contenders", "nccl"):
+        if sys.modules.pop(f"benchmarks.{name}", None):
+            delattr(benchmarks, name)
+
+
+# ---- command lines -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "module",
+    "engine layer peers nccl link host_time tables rivals_torch rivals_jax".split(),
+)
+def test_a_benchmark_says_how_to_use_it(module):
+    found = start(module, "--help")
     assert found.returncode == 0, found.stderr
     assert "usage:" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        (["--pass", "forward,sideways"], "sideways"),
+        (["--contenders", "fused,deepep"], "deepep"),
+        (["--models", "mixtral"], "mixtral"),
+        (["--rivals", "torch,tensorflow"], "tensorflow"),
+    ],
+)
+def test_unknown_names_are_refused(options, wrong):
+    found = start("peers", *options)
+    assert found.returncode == 2
+    assert wrong in found.stderr.splitlines()[-1]
+
+
+def test_options_make_cells(cupy):
+    from benchmarks import peers
+
+    line = "--models mixtral-8x7b,qwen2-moe --tokens 256,8192 --skew 0.4 --pass forward,both"
+    args = peers.parse(line.split())
+    assert [str(cell) for cell in peers.cells_of(args, 4)] == [
+        f"{model} W=4 T={tokens} skew=0.4"
+        for model in ("mixtral-8x7b", "qwen2-moe")
+        for tokens in (256, 8192)
+    ]
+    assert args.passes == ["forward", "both"]
+
+
+def test_cells_like_those_of_several_gpus(cupy):
+    from benchmarks import layer
+
+    found = layer.cells_like(tables.RESULTS / "peers_4.json", "h200")
+    assert str(found[0][0]) == "qwen3-30b-a3b W=4 T=8192 link=h200"
+    assert found[0][1].order == "columns"
+    assert len(found) == 5
+
+
+# ---- cells and routing ---------------------------------------------------------------------------
+
+
+def test_every_cell_can_be():
+    cells = workloads.cells("all")
+    assert len({str(cell) for cell in cells}) == len(cells)
+    for cell in cells:
+        shape = PlanShape(Geometry(cell.spec, 0, cell.ranks), cell.config)
+        assert shape.capacity >= shape.balanced_rows
+
+
+def test_cells_are_chosen_by_words_of_their_names():
+    chosen = [str(cell) for cell in workloads.cells("all", "qwen3 T=1024,mixtral skew")]
+    assert [name.split()[0] for name in chosen] == ["mixtral-8x7b"] * 3 + ["qwen3-30b-a3b"]
+    assert len(workloads.cells("models")) == 5
+    assert len(workloads.cells("short")) == 2
+
+
+def test_operations_of_a_pass():
+    cell = Cell("qwen3-30b-a3b", ranks=4, tp=2, tokens=100)
+    of_a_row = 2048 * 768
+    assert cell.flops("forward") == 6 * 100 * 8 * of_a_row
+    assert cell.flops("both") == cell.flops("forward") + cell.flops("backward")
+    assert cell.flops("backward") == 2 * cell.flops("forward")
+
+
+def test_routing_has_the_skew_that_a_cell_says():
+    cell = Cell("qwen3-30b-a3b", tokens=2048, skew=0.4)
+    ids = workloads.routing(cell)
+    assert (np.diff(np.sort(ids, axis=2)) > 0).all()  # distinct within a token
+    loads = np.bincount(ids.ravel(), minlength=128)
+    assert loads.std() / loads.mean() == pytest.approx(0.4, abs=0.08)
+    even = Cell("qwen3-30b-a3b", tokens=2048)
+    assert workloads.busiest_rank(even, workloads.routing(even)) < 1.02
+    assert workloads.busiest_rank(cell, ids) > 1.05
+    sharded = Cell("qwen3-30b-a3b", tokens=64, tp=8)
+    assert workloads.busiest_rank(sharded, workloads.routing(sharded)) == 1
+
+
+def test_bytes_that_cross():
+    cell = Cell("mixtral-8x7b", ranks=2, tokens=4)
+    ids = np.array([[[0, 1]] * 4, [[0, 1], [4, 5], [0, 5], [0, 4]]])
+    # None of rank 0's tokens want rank 1; three of rank 1's want rank 0.
+    assert workloads.crossing_bytes(cell, ids) == 3 * 4096 * 2
+
+
+def test_relative_errors():
+    ones = np.ones(4)
+    assert workloads.relative_error(1.5 * ones, ones) == pytest.approx(0.5)
+    assert workloads.relative_error(np.full(4, np.nan), ones) == np.inf
+    assert workloads.relative_error(ones, 0 * ones) == np.inf
+    assert workloads.relative_error(0 * ones, 0 * ones) == 0
+
+
+# ---- timing ----------------------------------------------------------------------------------
+
+
+def test_times_are_those_of_the_slowest_rank():
+    ranks = [{"a": [1.0, 4.0], "b": [2.0]}, {"a": [3.0, 2.0], "b": [1.0]}]
+    assert slowest(ranks) == {"a": [3.0, 4.0], "b": [2.0]}
+
+
+def test_a_measurement(cupy):
+    """Every isolated call begins behind the start barrier; what is untimed comes before it; as many
+    sustained calls as fit in the time."""
+    done = []
+    cupy.cuda.get_elapsed_time.return_value = 4.0
+    world = types.SimpleNamespace(barrier=lambda: None, allgather=lambda value: [value])
+    barrier = types.SimpleNamespace(close=lambda idle_ms: done.append(idle_ms))
+    call = Call(lambda given: done.append(f"backward of {given}"), lambda: done.append("before"))
+    found = measure(world, barrier, {"one": call}, Method(2, idle_ms=7.0, sustain_sec=0.02))
+    assert found["one"] == {"isolated": {"median": 4.0, "p10": 4.0, "p90": 4.0}, "sustained": 4.0}
+    sequence = ["before", "backward of None"]
+    isolated = ["before", 7.0, "backward of None"]
+    assert done == WARM_UP * sequence + 2 * isolated + [7.0] + 5 * sequence
+    timed_within = Call(lambda _: None, ended=cupy.cuda.Event())
+    found = measure(world, barrier, {"planning": timed_within}, Method(1))
+    assert list(found["planning"]) == ["isolated"]
+
+
+def test_the_start_barrier_opens_one_flag_while_the_other_is_reset(cupy, monkeypatch):
+    done = []
+
+    def kernel(grid, block, args):
+        done.append(("wait", int(args[0]), int(args[1])))
+
+    def memset(address, value, size, stream):
+        done.append(("set", address, value))
+
+    cupy.cuda.runtime.memsetAsync = memset
+    monkeypatch.setattr(timing, "cuda_function", lambda source, name: kernel)
+    monkeypatch.setattr("cometrt.world.partitions.auxiliary_stream", lambda number: MagicMock())
+    meet = types.SimpleNamespace(
+        rank=0,
+        timeout_sec=2.0,
+        allocate=lambda nbytes: [800],
+        barrier=lambda: done.append("all ranks"),
+    )
+    barrier = timing.StartBarrier(meet)
+    assert done[-2:] == [("set", 800, 0), "all ranks"]
+    done.clear()
+    for _ in range(2):
+        barrier.close(5)
+    never, idle, limit = 816, 5_000_000, 2_000_000_000
+    assert done == [
+        step
+        for flag, other in ((800, 808), (808, 800))
+        for step in (
+            ("wait", flag, limit),
+            "all ranks",
+            ("set", other, 0),
+            ("wait", never, idle),
+            ("set", flag, 1),
+        )
+    ]
+    meet.rank = 1
+    barrier = timing.StartBarrier(meet)
+    done.clear()
+    barrier.close(5)
+    assert done == [("wait", 800, limit), "all ranks"]
+
+
+class Array(types.ModuleType):
+    """NumPy as CuPy, for layers on the host."""
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+
+class Event:
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def contenders(cupy, monkeypatch):
+    array = Array("cupy")
+    array.cuda = cupy.cuda
+    cupy.cuda.Event = Event
+    cupy.cuda.get_elapsed_time = lambda begin, end: 1e3 * (end.at - begin.at)
+    monkeypatch.setitem(sys.modules, "cupy", array)
+    from benchmarks import contenders
+
+    def normal(shape, scale=1.0):
+        values = scale * np.random.default_rng(0).standard_normal(shape)
+        return values.astype(Cell("tiny").spec.numpy_dtype)
+
+    monkeypatch.setitem(workloads.SHAPES, "tiny", Model(64, 32, 8, 2))
+    monkeypatch.setattr(contenders, "device_normal", normal)
+    monkeypatch.setattr(
+        contenders, "StartBarrier", lambda world: types.SimpleNamespace(close=lambda ms: None)
+    )
+    monkeypatch.setattr(contenders, "num_sms", lambda: 132)
+    monkeypatch.setattr(contenders, "gpu_sms", lambda: 132)
+    return contenders
+
+
+def measured_on_host(contenders, *options):
+    parser = argparse.ArgumentParser()
+    contenders.add_arguments(parser)
+    quick = ["--rounds", "2", "--idle-ms", "0", "--sustain-sec", "0.001"]
+    args = parser.parse_args([*options, *quick, "--contenders", "fused,sequential"])
+    cell = Cell("tiny", ranks=2, tokens=24)
+    return cometrt.spawn(lambda world: contenders.measure_cell(world, cell, args), 2)
+
+
+def test_a_cell_is_checked_and_measured(contenders):
+    first, second = measured_on_host(contenders, "--pass", "forward,backward,both")
+    assert first == second
+    assert list(first) == ["forward", "backward", "both"]
+    for which, entry in first.items():
+        assert entry["flops"] == workloads.PASSES[which] * 24 * 2 * 64 * 32
+        assert entry["error"] == {"fused": 0, "sequential": 0}
+        assert sorted(entry["times"]) == ["fused", "sequential"]
+        for times in entry["times"].values():
+            assert times["isolated"]["median"] > 0
+            assert times["sustained"] > 0
+
+
+@pytest.mark.parametrize("wrong", ["y", "dx"])
+def test_wrong_results_are_not_timed(contenders, monkeypatch, wrong):
+    real = getattr(cometrt.MoELayer, "forward" if wrong == "y" else "backward")
+
+    def spoiled(self, *args, out, **more):
+        found = real(self, *args, out=out, **more)
+        if self.mode == "fused" and self.world.rank == 1:
+            (out if wrong == "y" else out.x)[0] = np.nan
+        return found
+
+    monkeypatch.setattr(cometrt.MoELayer, real.__name__, spoiled)
+    with pytest.raises(cometrt.CometError, match="differ"):
+        measured_on_host(contenders, "--pass", "both")
+
+
+# ---- rivals ----------------------------------------------------------------------------------
+
+
+ARGS = argparse.Namespace(passes=["forward"], rounds=3, idle_ms=1.0, sustain_sec=0.0)
+
+
+def test_a_rival_that_is_not_there_or_fails_says_so(monkeypatch):
+    cell = Cell("mixtral-8x7b", ranks=2)
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
+    rows = rivals.measure_rival("torch", [cell], ARGS, 1)
+    assert [row["contender"] for row in rows] == ["torch dedup", "torch pairs"]
+    assert {row["skipped"] for row in rows} == {"torch is not installed"}
+
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: name)
+    for code, outcome in (
+        ("import sys; sys.exit(3)", "failed with exit code 3"),
+        ("import time; time.sleep(60)", "stopped after 0.5 s"),
+    ):
+        monkeypatch.setattr(rivals, "command", lambda *_, code=code: [sys.executable, "-c", code])
+        (row,) = rivals.measure_rival("jax", [cell], ARGS, 0.5)
+        assert row["skipped"] == outcome
+
+
+def test_rows_of_a_rival_join_the_table(tmp_path, monkeypatch):
+    cell = Cell("mixtral-8x7b", ranks=2)
+    code = """
+import sys
+from pathlib import Path
+from benchmarks.rivals import Rows
+from benchmarks.workloads import Cell
+Rows(Path(sys.argv[1])).add(Cell("mixtral-8x7b", 2), "forward", "jax ragged", [2.0, 3.0, 4.0], 2.5)
+"""
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(
+        rivals, "command", lambda rival, cells, args, out: [sys.executable, "-c", code, out]
+    )
+    (row,) = rivals.measure_rival("jax", [cell], ARGS, 30)
+    assert (row["model"], row["tokens"], row["ranks"]) == ("mixtral-8x7b", 8192, 2)
+    results = records.Results(tmp_path / "peers_2.json", MACHINE)
+    results.add(str(cell), {"forward": entry(cell, {"fused": 1.5})})
+    results.add_rival(row)
+    kept = records.read(tmp_path / "peers_2.json")["cells"][str(cell)]["forward"]
+    isolated = {"median": 3.0, "p10": 2.0, "p90": 4.0}
+    assert kept["times"]["jax ragged"] == {"isolated": isolated, "sustained": 2.5}
+    assert records.figures(kept)["over jax ragged"] == pytest.approx(2)
+    assert "jax ragged" in records.line(str(cell), "forward", kept)
+
+
+def test_a_rival_understands_how_it_is_started(cupy, tmp_path):
+    cells = [Cell("qwen2-moe", ranks=4, skew=0.4), Cell("mixtral-8x7b", ranks=4, tokens=256)]
+    given = argparse.Namespace(passes=["forward", "both"], rounds=3, idle_ms=1.5, sustain_sec=0.5)
+    command = rivals.command("torch", cells, given, tmp_path / "rows.json")
+    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    at = command.index("benchmarks.rivals_torch")
+    args = rivals.parse(None, command[at + 1 :])
+    assert (args.cells, args.passes) == (cells, given.passes)
+    assert args.method == Method(3, 1.5, 0.5)
+    assert args.out == tmp_path / "rows.json"
+
+
+# ---- figures, files and tables -----------------------------------------------------------------
+
+MS = {"fused": 10.0, "sequential": 15.0, "chunked 2": 13.0, "chunked 4": 12.0, "gemms": 8.0}
+
+
+def entry(cell, ms, **more):
+    times = {name: {"isolated": records.spread([value])} for name, value in ms.items()}
+    facts = {"cell": vars(cell), "link_ms": 3.0, "busiest_rank": 1.0, "config": None}
+    facts |= {"machine": MACHINE, "flops": 5e12, "times": times}
+    return facts | more
+
+
+def test_figures():
+    found = records.figures(entry(Cell("mixtral-8x7b"), MS | {"planning": 0.2}))
+    assert found["over sequential"] == pytest.approx(1.5)
+    assert found["over chunked"] == pytest.approx(1.2)
+    assert found["efficiency"] == pytest.approx(0.8)
+    assert found["hidden"] == pytest.approx(2 / 3)
+    assert found["planning"] == pytest.approx(0.02)
+    little = records.figures(entry(Cell("mixtral-8x7b"), MS, link_ms=1.1))
+    assert "hidden" not in little
+    slow_link = records.figures(entry(Cell("mixtral-8x7b"), MS, link_ms=9.0))
+    assert slow_link["efficiency"] == pytest.approx(0.9)
+    alone = entry(Cell("mixtral-8x7b"), {"fused": 10.0})
+    assert records.figures(alone) == {}
+    assert records.tflops(alone, "fused") == pytest.approx(500)
+    assert records.tflops(alone, "nccl") is None
+
+
+def test_results_are_kept_by_pass_and_measured_once(tmp_path):
+    path, cell = tmp_path / "layer.json", Cell("mixtral-8x7b")
+    results = records.Results(path, MACHINE)
+    results.add("a", {"forward": entry(cell, MS)})
+    results.skip("b", MemoryError("no room"))
+    assert results.has("a", ["forward"])
+    assert results.has("b", ["forward", "both"])
+    assert not results.has("a", ["forward", "both"])
+    later = records.Results(path, MACHINE | {"commit": "def"})
+    assert not later.has("a", ["forward"])
+    assert not later.has("b", ["forward"])
+    facts = {key: value for key, value in entry(cell, MS).items() if key != "machine"}
+    later.add("a", {"both": facts})
+    later.add("b", {"both": facts})
+    data = json.loads(path.read_text())
+    assert data["cells"]["a"]["forward"]["machine"]["commit"] == "abc"
+    assert data["cells"]["a"]["both"]["machine"]["commit"] == "def"
+    assert data["skipped"] == {}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Write a result file."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    return lambda name, data: (tmp_path / name).write_text(json.dumps(data))
+
+
+def test_the_table_of_virtual_ranks(results):
+    cell = Cell("mixtral-8x7b")
+    found = entry(cell, MS | {"planning": 0.2})
+    found["times"]["fused"]["sustained"] = 12.5
+    other = entry(cell, MS, machine=MACHINE | {"commit": "def"}, link_ms=1.1)
+    cells = {"a": {"forward": found}, "b": {"forward": other, "both": entry(cell, {"fused": 20.0})}}
+    results("layer.json", {"cells": cells, "skipped": {"c": {}}})
+    lines = tables.layers_table()
+    assert lines[0].startswith("A GPU, 2026-01-01 cut into virtual ranks;")
+    assert lines[4:7] == [
+        "| a | forward | 500, 400 | 333 | 417 (4) | 625 | 1.50 | 1.20 | 0.80 | 0.67 | 2.0% | 1.00 "
+        "| abc |",
+        "| b | forward | 500 | 333 | 417 (4) | 625 | 1.50 | 1.20 | 0.80 | little | - | 1.00 "
+        "| def |",
+        "| b | both | 250 | - | - | - | - | - | - | - | - | 1.00 | abc |",
+    ]
+    assert "Geometric mean over chunked: 1.20." in lines
+    assert lines[-1].endswith("did not fit: c.")
+
+
+def test_the_tables_of_several_gpus(results):
+    four, two = Cell("mixtral-8x7b", ranks=4), Cell("mixtral-8x7b", ranks=2)
+    found = entry(four, MS | {"nccl": 20.0, "torch dedup": 11.0}, config={"order": "columns"})
+    found["times"]["jax ragged"] = {"skipped": "jax is not installed"}
+    emulated = entry(four, {"fused": 12.5, "gemms": 10.0, "sequential": 25.0})
+    results("peers_4.json", {"cells": {"a": {"forward": found}}})
+    results("peers_2.json", {"cells": {"b": {"forward": entry(two, {"fused": 10.0})}}})
+    results("link_emulation_4.json", {"cells": {"a link=h200": {"forward": emulated}}})
+    lines = tables.peers_table()
+    assert lines[4:6] == [
+        "| a | forward | 500 | 333 | 417 (4) | 250 | 455 | - | - | 625 | 1.10 | abc |",
+        "| b | forward | 500 | - | - | - | - | - | - | - | - | abc |",
+    ]
+    assert lines[-1] == "Not measured: jax ragged (jax is not installed)."
+    assert tables.overlap_table()[4:] == [
+        "| a | 3.00 | - | 0.80 | 0.67 | columns | 500, 625, 1.50 | 400, 500, 2.00 | abc |",
+        "| b | 3.00 | - | - | - | - | 500, 0, - | - | abc |",
+    ]
+
+
+def test_the_short_table(results):
+    cell = Cell("qwen3-30b-a3b", ranks=4)
+    found = entry(cell, MS | {"nccl": 20.0, "torch dedup": 11.0})
+    results("peers_4.json", {"cells": {str(cell): {"forward": found}}})
+    assert tables.short_table() == [
+        "| layer | sequential | fused | best rival |",
+        "|---|---|---|---|",
+        "| qwen3-30b-a3b | 333 | 500 | 455 (PyTorch) |",
+        "",
+        "4 x A GPU, 2026-01-01, at abc; 8192 tokens a GPU, bfloat16, the slowest GPU counts.",
+    ]
+
+
+def test_the_table_of_the_link(results):
+    rates = {"copy engine": 387.1, "NCCL": None, "pull": {"1": 50.0, "16": 371.0}}
+    data = {"machine": MACHINE, "ranks": 4, "gbps": rates, "us": {"hop": 2.011}}
+    results("link.json", data)
+    assert tables.link_table()[2:] == [
+        "|  | its own choice | 1 | 16 |",
+        "|---|---|---|---|",
+        "| copy engine | 387 |  |  |",
+        "| NCCL |  |  |  |",
+        "| pull |  | 50 | 371 |",
+        "",
+        "Microseconds: hop 2.01.",
+    ]
+
+
+def test_the_documents_have_the_tables_of_the_results():
+    tables.main(["--check"])
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    for name in tables.PAGES["docs/benchmarks.md"]:
+        assert f"<!-- table: {name} -->\n" in text
+
+
+def test_every_result_file_is_in_a_table():
+    known = ("engine.json", "layer.json", "link.json", "peers_", "link_emulation_")
+    for path in tables.RESULTS.iterdir():
+        assert path.name.startswith(known), path
+
+
+def test_a_check_writes_nothing(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: one -->\nold\n<!-- end -->\n")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "PAGES", {"page.md": ("one",)})
+    monkeypatch.setattr(tables, "TABLES", {"one": lambda: ["new"]})
+    with pytest.raises(SystemExit, match="page"):
+        tables.main(["--check"])
+    assert "old" in page.read_text()
+    tables.main([])
+    assert "new" in page.read_text()

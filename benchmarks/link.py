@@ -1,7 +1,7 @@
-"""Measure what lies between ranks: rows pulled and pushed as the exchange moves them, by number of
+"""Measure the link between ranks: rows pulled and pushed as the exchange moves them, by number of
 CTAs, beside the copy engine and NCCL; and how long a flag or a load takes to cross.
 
-python benchmarks/link/link.py [--ranks W] [--out results.json]
+    python -m benchmarks.link [--ranks W] [--out link.json]
 
 Rank r moves to or from rank r + 1; "one way" rank 0 alone. Ranks have a GPU each if there are
 enough, else partitions of one.
@@ -13,34 +13,32 @@ import argparse
 import functools
 import os
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import cupy as cp
 import numpy as np
 
 import cometrt
-from benchmarks.files import machine, write
-from benchmarks.layer_rank import Gate
-from benchmarks.nccl.exchange import Nccl
-from cometrt.kernels.compiler import compile_cubin
-from cometrt.kernels.launch import Kernel
+from benchmarks.nccl import Nccl
+from benchmarks.records import machine, write
+from benchmarks.timing import StartBarrier
+from benchmarks.workloads import cuda_function
 from cometrt.world.partitions import num_sms
 
-HERE = Path(__file__).resolve().parent
-BYTES, BLOCK_BYTES, PIECE_BYTES = 256 << 20, 64 << 10, 4096
+SOURCE = Path(__file__).with_name("link.cu")
+BYTES, BLOCK_BYTES, COPY_CHUNK_BYTES = 256 << 20, 64 << 10, 4096
+IDLE_MS = 5  # before what is timed
 CTAS = (1, 2, 4, 8, 16, 32, 64, 128, 132)
 REPEATS = 5
 HOPS, LOADS = 1000, 2000
-# Warps and slots of each that move in a CTA: as many as in layer0, and as in dispatch with 50 KB a
-# warp.
+# Warps of a CTA that move rows, and copy stages of each: as in dispatch_gemm, and as in dispatch
+# with 50 KB a warp.
 PULLS = (2, 3), (4, 12)
-PUSHES = 2, 8  # warps of a CTA: as in layer1, and as in push
+PUSHES = 2, 8  # warps of a CTA: as in gemm_combine, and as in push
 
 
 def p(pointer: int) -> np.uint64:
@@ -54,12 +52,13 @@ def checksum(array: Any) -> int:
 class Side:
     """One rank's memory and kernels, and where its neighbour's memory is."""
 
-    def __init__(self, world: cometrt.World, gate: Gate) -> None:
-        self.world, self._gate, self._number = world, gate, 0
-        path = str(compile_cubin(HERE / "link.cu").path)
-        module = cp.RawModule(path=path)
+    def __init__(self, world: cometrt.World) -> None:
+        """Collective."""
+        self.world, self._barrier = world, StartBarrier(world)
         names = ("pull", "push", "hop", "chase", "fetch")
-        self.kernels = {name: Kernel(module.get_function(name)) for name in names}
+        self.kernels = {name: cuda_function(SOURCE, name) for name in names}
+        most = max(warps * lanes for warps, lanes in PULLS) * COPY_CHUNK_BYTES
+        self.kernels["pull"].max_dynamic_shared_size_bytes = most
         rng = np.random.default_rng(world.rank)
         numbers = rng.integers(0, 2**31, BYTES // 8, np.int64)
         self.data = cp.asarray(numbers)
@@ -75,16 +74,14 @@ class Side:
         theirs = [pointers[self.neighbour] for pointers in shared]
         self.there = dict(zip(("data", "target", "flags", "zeros"), theirs, strict=True))
         self.devices = world.allgather(cp.cuda.Device().id)
-        gate.close(0)
-        stream.synchronize()
 
     # ---- what moves ---------------------------------------------------------------------------
 
     def pull(self, kind: tuple[int, int], ctas: int) -> None:
         warps, lanes = kind
-        shared = warps * lanes * PIECE_BYTES
+        shared = warps * lanes * COPY_CHUNK_BYTES
         arguments = p(self.target.data.ptr), p(self.there["data"]), p(BYTES), np.int32(lanes)
-        self.kernels["pull"]((ctas,), 32 * warps, *arguments, shared_bytes=shared)
+        self.kernels["pull"]((ctas,), (32 * warps,), arguments, shared_mem=shared)
 
     def push(self, warps: int, ctas: int) -> None:
         self._move(self.there["target"], self.data.data.ptr, self.there["flags"], warps, ctas)
@@ -95,7 +92,7 @@ class Side:
 
     def _move(self, to: int, source: int, flags: int, warps: int, ctas: int) -> None:
         arguments = p(to), p(source), p(BYTES), p(BLOCK_BYTES), p(flags), p(1)
-        self.kernels["push"]((ctas,), 32 * warps, *arguments)
+        self.kernels["push"]((ctas,), (32 * warps,), arguments)
 
     def by_nccl(self, nccl: Nccl, *, both: bool) -> Callable[[], None] | None:
         """As `copy`: to this rank from its neighbour; one way, to rank 0 alone."""
@@ -130,17 +127,13 @@ class Side:
         """Collective: of the slowest rank that takes part."""
         found = []
         for _ in range(REPEATS + 1):
-            self._number += 1
-            self.world.barrier()
-            self._gate.close(self._number)
+            cp.cuda.get_current_stream().synchronize()
+            self._barrier.close(IDLE_MS)
             begin, end = cp.cuda.Event(), cp.cuda.Event()
             begin.record()
             if run is not None:
                 run()
             end.record()
-            self.world.barrier()
-            if self.world.rank == 0:
-                self._gate.open(self._number)
             end.synchronize()
             ms = cp.cuda.get_elapsed_time(begin, end) if run is not None else 0.0
             found.append(BYTES / max(self.world.allgather(ms)) / 1e6)
@@ -155,10 +148,9 @@ class Side:
         rank = self.world.rank
         if rank < 2:
             flags, data = pointers[1 - rank]
-            self.kernels["hop"](
-                (1,), 32, p(self.flags.data.ptr), p(flags), p(data), np.int32(HOPS),
-                np.int32(data_rows), np.int32(rank == 0), p(self.took.data.ptr),
-            )  # fmt: skip
+            numbers = map(np.int32, (HOPS, data_rows, rank == 0))
+            arguments = p(self.flags.data.ptr), p(flags), p(data), *numbers, p(self.took.data.ptr)
+            self.kernels["hop"]((1,), (32,), arguments)
         took = int(self.took.get()[0]) if rank < 2 else 0
         took = min(self.world.allgather(took)[:2])
         return took / (2 * HOPS) / 1000 if took else None
@@ -171,16 +163,15 @@ class Side:
                 took = p(self.took.data.ptr)
                 if bulk_bytes:
                     arguments = p(pointer), np.int32(LOADS), np.uint32(bulk_bytes), took
-                    self.kernels["fetch"]((1,), 1, *arguments, shared_bytes=bulk_bytes)
+                    self.kernels["fetch"]((1,), (1,), arguments, shared_mem=bulk_bytes)
                 else:
-                    self.kernels["chase"]((1,), 1, p(pointer), np.int32(LOADS), took)
+                    self.kernels["chase"]((1,), (1,), (p(pointer), np.int32(LOADS), took))
         cp.cuda.get_current_stream().synchronize()
         self.world.barrier()
         return float(self.world.allgather(int(self.took.get()[0]))[0]) / LOADS / 1000
 
 
 def measure(ranks: int, out: Path | None) -> dict[str, Any]:
-    gate = Gate()
     found: dict[str, Any] = {"machine": machine(), "ranks": ranks, "gbps": {}, "us": {}}
 
     def keep(group: str, name: str, value: Any) -> None:
@@ -188,7 +179,7 @@ def measure(ranks: int, out: Path | None) -> dict[str, Any]:
         write(out, found)
 
     def fn(world: cometrt.World) -> None:
-        side = Side(world, gate)
+        side = Side(world)
         found["shared_gpu"] = world.shares_gpu
         note = keep if world.rank == 0 else lambda *_: None
         for rows in (0, 1, 4):
@@ -248,7 +239,9 @@ def show(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--ranks", type=int, default=cp.cuda.runtime.getDeviceCount())
     args = parser.parse_args()
