@@ -3,17 +3,13 @@
 import dataclasses
 import json
 import logging
-import re
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 import cometrt
-from cometrt.cuda import trials
 from cometrt.cuda.fused import num_comm_ctas
 from cometrt.legality import check_layer
-from cometrt.specs import Geometry
 from cometrt.tuner import cache, search, tune
 from cometrt.tuner.cache import Key, load, look_up, store
 from cometrt.world.link import link_share
