@@ -13,10 +13,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from cometrt.plan.config import ENGINE_BLOCK_M, ENGINE_BLOCK_N
+from cometrt.kernels.constants import BLOCK_M, BLOCK_N
 from cometrt.plan.tables import Plan
 
-BLOCK_M, BLOCK_N = ENGINE_BLOCK_M, ENGINE_BLOCK_N
 _KEPT_BYTES = 20 << 20  # of the cache, for weights that are read again
 
 work_tile_dtype = np.dtype(
