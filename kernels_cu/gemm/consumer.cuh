@@ -26,7 +26,8 @@ __device__ inline void multiply_stage(Shared& shared, const StageState& at, int 
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < BLOCK_K / 16; ++step) {
-    wgmma_m64n256k16(d, a + Operands::kStep * step, b + Operands::kStep * step, !first || step > 0);
+    wgmma_m64n256k16<Operands::kMajorA, Operands::kMajorB>(
+        d, a + Operands::kStepA * step, b + Operands::kStepB * step, !first || step > 0);
   }
   wgmma_commit();
 }
@@ -66,7 +67,7 @@ __device__ inline int multiply(Shared& shared, StageState& at, int num_k_blocks,
   return last;
 }
 
-// A tile of which this warpgroup has no rows: its stages are released unread.
+// A tile of which this warpgroup has nothing to multiply: its stages are released unread.
 __device__ inline void skip_tile(Shared& shared, StageState& at, int num_k_blocks) {
   for (int k = 0; k < num_k_blocks; ++k, at.advance()) {
     mbarrier_wait(&shared.full[at.stage], at.parity);
@@ -74,15 +75,16 @@ __device__ inline void skip_tile(Shared& shared, StageState& at, int num_k_block
   }
 }
 
-template <typename Operands, typename Epilogue>
-__device__ inline void consume(Shared& shared, const GemmParams& p, int warpgroup,
-                               Epilogue& epilogue, Recorder recorder = {}) {
+template <typename Operands, typename Params, typename Epilogue>
+__device__ inline void consume(Shared& shared, const Params& p, int warpgroup, Epilogue& epilogue,
+                               Recorder recorder = {}) {
   TileScheduler<32> scheduler(shared);
   StageState at;
   WorkTile tile, next;
   for (bool more = scheduler.next(tile); more; tile = next) {
-    const int num_k_blocks = p.problem_of(tile).num_k_blocks;
-    if (warpgroup * kHalfM < tile.rows) {
+    const int num_k_blocks = p.num_k_blocks(tile);
+    const bool is_empty = Params::kMayBeEmpty && num_k_blocks == 0;
+    if (warpgroup * kHalfM < tile.rows && !is_empty) {
       float d[128];
       if (Recorder::kOn) mbarrier_wait(&shared.full[at.stage], at.parity);  // then the work begins
       recorder.begin();

@@ -72,7 +72,7 @@ struct Forward {
   // of gate or all there is, from its activation on out; those of up are 32 further. The compiler
   // must know `step`.
   __device__ static void store(int step, u32* first, SubtileStore& subtile, const Problem& problem,
-                               long long row, int column) {
+                               int, long long row, int column) {
     const u32* up = kGated ? first + 32 : first;
     const int columns = problem.num_columns - column;
     if (step < kStoresOfZ) {
@@ -108,7 +108,7 @@ struct NoSignal {
 
 // One warp's way from accumulators to memory: stash, then steps under the next tile's main loop.
 // `Math` says what a step stores. `tile_stored.signal(tile)` comes a step after the last store.
-template <typename Math, typename TileStored>
+template <typename Math, typename TileStored, typename Params = GemmParams>
 class Epilogue {
   static constexpr int kWarpRows = kHalfM / 4;
 
@@ -117,7 +117,7 @@ class Epilogue {
       Math::kColumns / kSubtileColumns * Math::kSteps + (TileStored::kSignals ? 1 : 0);
 
   // `warp` counts those that multiply.
-  __device__ Epilogue(Shared& shared, const GemmParams& p, int warp, const TileStored& tile_stored)
+  __device__ Epilogue(Shared& shared, const Params& p, int warp, const TileStored& tile_stored)
       : subtile_(shared.epilogue_tiles[warp]), p_(p), warp_(warp), tile_stored_(tile_stored) {}
 
   // Rounds a tile's results and keeps them. Its steps begin with the next tile.
@@ -142,8 +142,8 @@ class Epilogue {
       const int subtile = index / Math::kSteps;
       const long long row = static_cast<long long>(tile_.m_tile) * BLOCK_M + warp_ * kWarpRows;
       const int column = tile_.n_tile * Math::kColumns + subtile * kSubtileColumns;
-      Math::store(index % Math::kSteps, stash_ + 16 * subtile, subtile_, p_.problem_of(tile_), row,
-                  column);
+      Math::store(index % Math::kSteps, stash_ + 16 * subtile, subtile_, p_.problem_of(tile_),
+                  tile_.expert, row, column);
     }
     if (index == kSteps - 1) tile_.m_tile = -1;
   }
@@ -155,7 +155,7 @@ class Epilogue {
 
  private:
   SubtileStore subtile_;
-  const GemmParams& p_;
+  const Params& p_;
   int warp_;
   const TileStored& tile_stored_;
   u32 stash_[64];  // bf16 pairs in the accumulators' order

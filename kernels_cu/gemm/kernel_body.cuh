@@ -12,8 +12,8 @@ namespace cometrt {
 // thread, for barriers of its own; load(shared, p, operands) by the load warp's first thread;
 // communicate(warp) by the warps of the first warpgroup, of which the first two come when they are
 // out of work; multiply(shared, p, warp) by the others.
-template <typename Roles>
-__device__ inline void run_cta(Shared& shared, const GemmParams& p,
+template <typename Roles, typename Params>
+__device__ inline void run_cta(Shared& shared, const Params& p,
                                const typename Roles::Operands& operands, Roles& roles) {
   const u32 cta = cluster_cta();
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform

@@ -8,22 +8,16 @@
 
 namespace cometrt {
 
-// a [rows, K] and b [expert, columns, K], both with K innermost. `kGated`: an N-tile is 128 gate
-// columns and the up columns that belong to them.
-template <bool kGated>
-struct RowsTimesWeights {
-  const TensorMap *a, *a_half, *b;  // boxes of BLOCK_M rows, kHalfM rows, kHalfN columns
-  // The next M-tiles of the expert read the same weights again; rows are read once more at most.
-  u64 a_policy, b_policy;
+// A of the GEMMs over rows: a [rows, K], K innermost.
+struct RowsOperand {
+  const TensorMap *a, *a_half;  // boxes of BLOCK_M rows, kHalfM rows
+  u64 a_policy;                 // rows are read once more at most
 
-  static constexpr u64 kStep = 2;  // of both descriptors, for the next 16 columns of K
+  static constexpr Major kMajorA = Major::kK;
+  static constexpr u64 kStepA = 2;  // of the descriptor, for the next 16 columns of K
 
-  __device__ RowsTimesWeights(const TensorMap& a, const TensorMap& a_half, const TensorMap& b)
-      : a(&a),
-        a_half(&a_half),
-        b(&b),
-        a_policy(cache_policy<CacheHint::kEvictNormal>()),
-        b_policy(cache_policy<CacheHint::kEvictLast>()) {}
+  __device__ RowsOperand(const TensorMap& a, const TensorMap& a_half)
+      : a(&a), a_half(&a_half), a_policy(cache_policy<CacheHint::kEvictNormal>()) {}
 
   // Of A, into this CTA's stages. What a neighbour loads for both counts too.
   __device__ static u32 a_bytes(const WorkTile& tile) {
@@ -31,7 +25,7 @@ struct RowsTimesWeights {
   }
 
   // This CTA's halves of the K columns [c0, c0 + BLOCK_K). Coordinates innermost first.
-  __device__ void load(Stage& stage, u64* full, const WorkTile& tile, int c0) const {
+  __device__ void load_a(Stage& stage, u64* full, const WorkTile& tile, int c0) const {
     const int row = tile.m_tile * BLOCK_M;
     if (tile.a() == kBothHalves) {
       const TensorMap* map = tile.rows > kHalfM ? a : a_half;
@@ -41,6 +35,28 @@ struct RowsTimesWeights {
       tensor_load_4d_multicast(stage.a[half], a_half, c0, row + half * kHalfM, 0, 0, full, 0b11,
                                a_policy);
     }
+  }
+
+  __device__ static u64 a_descriptor(const Stage& stage, int warpgroup) {
+    return wgmma_descriptor(stage.a[warpgroup]);
+  }
+};
+
+// Forward: b [expert, columns, K], K innermost. `kGated`: an N-tile is 128 gate columns and the up
+// columns that belong to them.
+template <bool kGated>
+struct RowsTimesWeights : RowsOperand {
+  const TensorMap* b;  // boxes of kHalfN columns
+  u64 b_policy;        // the next M-tiles of the expert read the same weights again
+
+  static constexpr Major kMajorB = Major::kK;
+  static constexpr u64 kStepB = 2;
+
+  __device__ RowsTimesWeights(const TensorMap& a, const TensorMap& a_half, const TensorMap& b)
+      : RowsOperand(a, a_half), b(&b), b_policy(cache_policy<CacheHint::kEvictLast>()) {}
+
+  __device__ void load(Stage& stage, u64* full, const WorkTile& tile, int c0) const {
+    load_a(stage, full, tile, c0);
     const auto column = [&](int half) {
       return kGated ? tile.n_tile * kHalfN : tile.n_tile * BLOCK_N + half * kHalfN;
     };
@@ -56,9 +72,6 @@ struct RowsTimesWeights {
     }
   }
 
-  __device__ static u64 a_descriptor(const Stage& stage, int warpgroup) {
-    return wgmma_descriptor(stage.a[warpgroup]);
-  }
   __device__ static u64 b_descriptor(const Stage& stage) { return wgmma_descriptor(stage.b); }
 };
 

@@ -12,8 +12,8 @@ struct AlwaysReady {
 };
 
 // `ready.wait(tile)`: until the tile's operands are in place.
-template <typename Operands, typename TileReady>
-__device__ inline void produce(Shared& shared, const GemmParams& p, const Operands& operands,
+template <typename Params, typename Operands, typename TileReady>
+__device__ inline void produce(Shared& shared, const Params& p, const Operands& operands,
                                TileReady& ready) {
   TileScheduler<1> scheduler(shared);
   StageState at;
@@ -22,7 +22,7 @@ __device__ inline void produce(Shared& shared, const GemmParams& p, const Operan
     const bool idle = tile.m_tile < 0;
     const u32 bytes = operands.a_bytes(tile) + sizeof(Stage::b);
     if (!idle) ready.wait(tile);
-    const int num_k_blocks = p.problem_of(tile).num_k_blocks;
+    const int num_k_blocks = p.num_k_blocks(tile), first = p.first_k(tile);
     for (int k = 0; k < num_k_blocks; ++k, at.advance()) {
       u64* full = &shared.full[at.stage];
       mbarrier_wait(&shared.empty[at.stage], at.parity ^ 1);
@@ -30,7 +30,7 @@ __device__ inline void produce(Shared& shared, const GemmParams& p, const Operan
         mbarrier_arrive(full);
       } else {
         mbarrier_arrive_expect(full, bytes);
-        operands.load(shared.stages[at.stage], full, tile, k * BLOCK_K);
+        operands.load(shared.stages[at.stage], full, tile, first + k * BLOCK_K);
       }
     }
   }

@@ -16,6 +16,14 @@ constexpr int kThreads = 128 * (1 + kWarpgroups);  // the first warpgroup does n
 constexpr int kSubtileRows = 8, kSubtileColumns = 64;
 constexpr int kSchedulerStages = 2;
 
+// The work tiles of a launch, in their order.
+struct TileList {
+  const WorkTile* work_tiles;  // [*num_steps, kClusterSize]
+  const int* num_steps;
+  int* progress;  // [2]: cluster steps scheduled, clusters finished; both 0 between launches
+  const u32* ok;  // where it points to 0, the list is not complete: nothing is done; may be null
+};
+
 // One of the GEMMs that a launch computes; a work tile's kind says which.
 struct Problem {
   __nv_bfloat16* out;  // [rows, num_columns]
@@ -23,18 +31,18 @@ struct Problem {
   int num_k_blocks, num_columns;
 };
 
-// Mirrored by gemm_params.
-struct GemmParams {
-  const WorkTile* work_tiles;  // [*num_steps, kClusterSize]
-  const int* num_steps;
-  int* progress;  // [2]: cluster steps scheduled, clusters finished; both 0 between launches
-  const u32* ok;  // where it points to 0, the list is not complete: nothing is done; may be null
+// GEMMs over rows: K is the same for all tiles of a problem. Mirrored by gemm_params.
+struct GemmParams : TileList {
   Problem problems[1];
+
+  static constexpr bool kMayBeEmpty = false;  // whether a tile may have no K blocks at all
 
   __device__ const Problem& problem_of(const WorkTile& tile) const {
     constexpr int kNumProblems = sizeof(problems) / sizeof(Problem);
     return problems[kNumProblems == 1 ? 0 : tile.kind()];
   }
+  __device__ int num_k_blocks(const WorkTile& tile) const { return problem_of(tile).num_k_blocks; }
+  __device__ int first_k(const WorkTile&) const { return 0; }
 };
 
 // BLOCK_K columns of both operands. Rows of 128 bytes, with the 128-byte swizzle.

@@ -27,7 +27,7 @@ __device__ inline void init_barriers(Shared& shared) {
 // The scheduler thread, in the cluster's first CTA. A cluster takes its next tiles when it comes
 // free, so that clusters that start late or meet small tiles even out. The data's own arrival
 // signals `scheduler_full`.
-__device__ inline void schedule_tiles(Shared& shared, const GemmParams& p) {
+__device__ inline void schedule_tiles(Shared& shared, const TileList& p) {
   const u32 listed = *p.num_steps, num_clusters = gridDim.x / kClusterSize;
   const u32 num_steps = p.ok == nullptr || *p.ok ? listed : 0;
   PipelineState<kSchedulerStages> at;
