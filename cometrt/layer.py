@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
-
-import numpy as np
 
 from cometrt.agreement import agree
 from cometrt.arguments import (
@@ -18,17 +15,15 @@ from cometrt.arguments import (
     check_results,
 )
 from cometrt.arrays import HostArrays
-from cometrt.errors import CallNotBegun
+from cometrt.call_scope import STOPPED, CallScope, filling_nan
 from cometrt.host import HostExecutor
-from cometrt.memory import check_room
+from cometrt.memory import buffers_of, check_room
 from cometrt.plan import PlanShape, TileConfig
-from cometrt.residuals import Residuals
-from cometrt.specs import Geometry, Gradients, MoESpec
+from cometrt.residuals import ArraySpec, Origin, Residuals, Uses, array_specs
+from cometrt.specs import Geometry, Gradients, MoESpec, check_int
 from cometrt.trace import NullTracer, Recording, Tracer
 from cometrt.tuner.tune import tune
 from cometrt.world import World
-
-_STOPPED = "the world is stopped until world.reset(): "
 
 
 class MoELayer:
@@ -54,10 +49,10 @@ class MoELayer:
         world: from ``cometrt.connect`` or ``cometrt.spawn``.
         spec: equal on all ranks.
         mode: "fused" (exchange and GEMMs overlap tile by tile), "sequential" (dispatch, GEMMs,
-            combine one after the other; on the host the same bits), "chunked" (on "cuda": as
-            sequential, `config.pipeline_chunks` parts on two streams; a baseline), or None: the best that
-            `config` and the shape allow.
-        config: tile sizes and layer1's order; None: what `tune` has found for such a layer on this
+            combine one after the other; the same bits), "chunked" (on "cuda": sequential in
+            `config.pipeline_chunks` on two streams; a baseline), or None: the best that `config`
+            and the shape allow.
+        config: tile sizes and orders; None: what `tune` has found for such a layer on this
             machine (as rank 0 knows it), else what is shipped for it, else TileConfig().
 
     Raises:
@@ -86,21 +81,22 @@ class MoELayer:
         self.mode = mode or config.best_mode(world.device, spec.topk + world.size)
         self.tracer: Tracer = NullTracer()
         self.geometry = Geometry(spec, world.rank, world.size)
-        self._shape = PlanShape(self.geometry, config)
-        check_room(world, self._shape, self.mode)
-        self._closed = False
-        self._arrays: Any
-        self._executor: Any
+        self.shape = PlanShape(self.geometry, config)
+        check_room(world, self.shape, self.mode)
+        self._num_forwards, self._uses = 0, Uses()
+        self.arrays: Any
+        self.executor: Any  # for tests and benchmarks: it may change with any version
         if world.device == "cuda":
             from cometrt.cuda.arrays import CudaArrays
             from cometrt.cuda.executor import CudaExecutor
 
-            self._arrays = CudaArrays()
-            self._executor = CudaExecutor(world, self._shape, self._layer, self.mode)
+            self.arrays = CudaArrays()
+            self.executor = CudaExecutor(world, self.shape, self._layer, self.mode)
         else:
-            self._arrays = HostArrays()
-            self._executor = HostExecutor(world, self._shape, self._layer, self.mode)
-        self._finalizer = self._executor.keep_for(self)
+            self.arrays = HostArrays()
+            self.executor = HostExecutor(world, self.shape, self._layer, self.mode)
+        self._scope = CallScope(world, self.arrays)
+        self._finalizer = self.executor.keep_for(self)
 
     def forward(
         self,
@@ -140,16 +136,26 @@ class MoELayer:
             PeerTimeout, MismatchError: until ``world.reset()``.
             With any of these `out` is NaN: where it is x itself, the tokens are lost.
         """
-        with self._calling("layer.forward"), self._on(stream):
-            arrays, dtypes = self._arrays, (self.spec.numpy_dtype,)
+        with self._scope.call("layer.forward"), self._scope.exchange(stream, self.executor):
+            arrays, dtypes = self.arrays, (self.spec.numpy_dtype,)
             inputs = check_forward(arrays, self.geometry, x, topk_ids, topk_weights, w_up, w_down)
             check_bool("training", training)
             (y,) = self._results("forward", {"out": (out, inputs[0].shape, dtypes)})
-            with self._failing(y):
-                saved = self._executor.forward(
+            with filling_nan(y):
+                kept = self.executor.forward(
                     *inputs, training=bool(training), out=y, tracer=self.tracer
                 )
-        return y, saved
+            if kept is None:
+                return y, None
+            self._num_forwards += 1
+            saved = Residuals(
+                serial=self._num_forwards,
+                num_tokens=len(y),
+                w_up=inputs[3],
+                w_down=inputs[4],
+                **kept,
+            )
+            return y, saved.pack(self._origin())
 
     def backward(
         self,
@@ -184,36 +190,53 @@ class MoELayer:
                 error has not been raised yet does nothing: all of `out` is NaN, but for weight
                 gradients with accumulate, which are untouched, and `saved` may be used again.
         """
-        with self._calling("layer.backward"), self._on(stream):
-            kept = Residuals.unpack(
-                saved,
-                shape=self._shape,
-                layer=self._layer,
-                world=self.world.identity,
-                num_tables=self._executor.num_tables,
-                generation=self._executor.generation,
-            )
-            dy, wanted = check_backward(self._arrays, self.geometry, dy, kept, out, accumulate)
+        with self._scope.call("layer.backward"), self._scope.exchange(stream, self.executor):
+            kept = Residuals.unpack(saved, self._origin(), self.executor.num_tables)
+            self._uses.check(kept)
+            dy, wanted = check_backward(self.arrays, self.geometry, dy, kept, out, accumulate)
             grads = Gradients(*self._results("backward", wanted))
-            with self._failing(grads.x, grads.topk_weights):
-                ran = self._executor.backward(
+            with filling_nan(grads.x, grads.topk_weights):
+                ran = self.executor.backward(
                     dy, kept, out=grads, accumulate=bool(accumulate), tracer=self.tracer
                 )
             if ran:
-                kept.mark_used()
+                self._uses.add(kept)
         return grads
+
+    def residuals(self, num_tokens: int) -> tuple[ArraySpec, ...]:
+        """Name, shape and dtype of each array of `saved`, in its order: those of a forward of
+        num_tokens tokens. They are the same for any number of tokens: `saved` has room for
+        max_tokens.
+
+        Raises:
+            ValueError: if num_tokens is not in 0..max_tokens.
+        """
+        if check_int("num_tokens", num_tokens, minimum=0) > self.spec.max_tokens:
+            raise ValueError(
+                f"num_tokens must be at most max_tokens={self.spec.max_tokens} (got {num_tokens})"
+            )
+        return array_specs(self.shape, buffers_of(self.world.device).residuals(self.shape))
+
+    def _origin(self) -> Origin:
+        return Origin(
+            world=self.world.identity,
+            layer=self._layer,
+            shape=self.shape.digest,
+            rank=self.geometry.rank,
+            generation=self.executor.generation,
+        )
 
     def _results(self, operation: str, wanted: WantedResults) -> list[Any]:
         """Where results go: what is given, or new memory. That is made last: wrong arguments are
         told before."""
-        given = check_results(self._arrays, wanted, self._executor.buffer_place())
+        given = check_results(self.arrays, wanted, self.executor.buffer_place())
         try:
             return [
-                given[name] if name in given else self._arrays.empty(shape, dtypes[0])
+                given[name] if name in given else self.arrays.empty(shape, dtypes[0])
                 for name, (_, shape, dtypes) in wanted.items()
             ]
         except BaseException as error:  # no memory: peers may be in the call already
-            self._executor.stop_world(error, operation)
+            self.executor.stop_world(error, operation)
             raise
 
     def buffer(self) -> Any:
@@ -221,14 +244,14 @@ class MoELayer:
         are not copied, until another layer of the world is made. Its contents are valid until the
         next call of any layer. The memory stays as long as a view of it, also when the world has
         closed."""
-        with self._calling("layer.buffer"):
-            self.world.check_running(_STOPPED)
-            return self._executor.buffer()
+        with self._scope.call("layer.buffer"):
+            self.world.check_running(STOPPED)
+            return self.executor.buffer()
 
     def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
         """For `cometrt.trace.record`: within it, what runs on the device is recorded too."""
-        self._check_open()
-        return self._executor.recorded_by(recording)
+        self._scope.check_open()
+        return self.executor.recorded_by(recording)
 
     def tune(self, inputs: tuple[Any, ...] | None = None, *, training: bool = True) -> TileConfig:
         """Find the fastest config for this layer's shape on this machine, by trials, use it from
@@ -253,7 +276,7 @@ class MoELayer:
                 RoutingError: for `inputs`; PeerTimeout on all ranks if one of them fails. The
                 layer keeps its config then.
         """
-        with self._calling("layer.tune"):
+        with self._scope.call("layer.tune"):
             return self._tune(inputs, training)
 
     def _tune(self, inputs: Any, training: bool) -> TileConfig:
@@ -268,9 +291,9 @@ class MoELayer:
             if inputs is not None:
                 if not isinstance(inputs, tuple) or len(inputs) != 5:
                     raise ValueError("inputs must be (x, topk_ids, topk_weights, w_up, w_down)")
-                inputs = check_forward(self._arrays, self.geometry, *inputs)
+                inputs = check_forward(self.arrays, self.geometry, *inputs)
             check_bool("training", training)
-            if self._executor.captured:
+            if self.executor.captured:
                 raise ValueError("layer must not be in a CUDA graph when it is tuned")
         except ValueError as error:
             problem, training = str(error), False
@@ -279,29 +302,29 @@ class MoELayer:
         )
         if executor is not None:
             self._finalizer.detach()
-            self.config, self._executor = config, executor
+            self.config, self.executor = config, executor
             self._finalizer = executor.keep_for(self)
-            self._shape = PlanShape(self.geometry, config)
+            self.shape = PlanShape(self.geometry, config)
         return config
 
     def synchronize(self) -> None:
         """Wait for the calls of all layers of the world, and raise what they have not raised yet.
         On the host every call has ended, and has raised, when it returns."""
-        with self._calling("layer.synchronize"):
+        with self._scope.call("layer.synchronize"):
             self._synchronize()
 
     def _synchronize(self) -> None:
-        with self._arrays.stream(None):
-            self._executor.synchronize()
-            self._executor.check_running(_STOPPED)
+        with self.arrays.stream(None):
+            self.executor.synchronize()
+            self.executor.check_running(STOPPED)
 
     def close(self) -> None:
         """Give this layer up, on this rank; may be repeated. Raises what `synchronize` would. The
         memory that only it needed is given back when the next layer is made."""
-        if not self._closed:
-            with self._calling("layer.close"):
-                self._closed = True
-                self._executor.close()
+        if not self._scope.closed:
+            with self._scope.call("layer.close"):
+                self._scope.closed = True
+                self.executor.close()
 
     def __enter__(self) -> MoELayer:
         return self
@@ -314,41 +337,9 @@ class MoELayer:
     ) -> None:
         if error is None:
             self.close()
-        elif not self._closed:
-            self._closed = True
-            self._executor.give_up()
+        elif not self._scope.closed:
+            self._scope.closed = True
+            self.executor.give_up()
 
     def __repr__(self) -> str:
         return f"<MoELayer {self._layer} of {self.world!r}, mode={self.mode!r}, {self.spec}>"
-
-    @contextlib.contextmanager
-    def _calling(self, name: str) -> Iterator[None]:
-        """Around a call: the only one of the world on this rank, of a layer that is open."""
-        with self.world.one_call.hold(name):
-            self._check_open()
-            yield
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError("layer must be open (it was closed)")
-
-    @contextlib.contextmanager
-    def _on(self, stream: Any) -> Iterator[None]:
-        """Around an exchange: on that stream, in a world that runs."""
-        with self._arrays.stream(stream):
-            self._executor.raise_pending()
-            self._executor.check_running(_STOPPED)
-            yield
-
-    @contextlib.contextmanager
-    def _failing(self, *results: Any) -> Iterator[None]:
-        """Around a call: if it raises, its results are NaN; not so if it has not begun."""
-        try:
-            yield
-        except CallNotBegun as error:
-            raise error.reason from None
-        except BaseException:
-            for result in results:
-                with contextlib.suppress(Exception):  # a broken device; what broke it is raised
-                    result.fill(np.nan)
-            raise

@@ -71,7 +71,7 @@ def memory_of_layer(
 
 
 def memory_of(shape: PlanShape, device: str, mode: str, training: bool) -> Memory:
-    buffers = _buffers(device)
+    buffers = buffers_of(device)
     geometry = shape.geometry
     shared = device_control_block_dtype if device == "cuda" else control_block_dtype(geometry.size)
     weights: Buffers = {
@@ -86,7 +86,8 @@ def memory_of(shape: PlanShape, device: str, mode: str, training: bool) -> Memor
     )
 
 
-def _buffers(device: str) -> ModuleType:
+def buffers_of(device: str) -> ModuleType:
+    """The module that says which arrays an executor of that device has."""
     if device == "host":
         return host_buffers
     from cometrt.cuda import buffers

@@ -1,8 +1,8 @@
-"""What forward keeps for backward: a flat tuple of arrays of fixed shape, and the weights.
+"""What forward keeps for backward: `saved`, a flat tuple of arrays of fixed shape.
 
-(meta [7] int64 on the host, epoch [1] int64, x, z [capacity, 2 * I_s], the plan's tables (on
-"cuda" in one array), w_up, w_down), where x is the gathered rows [capacity, H] (save="rows") or
-this rank's tokens [max_tokens, H] (save="z").
+(meta [7] int64 on the host, read-only; epoch [1] int64; x; z [capacity, 2 * I_s]; the plan's
+tables, on "cuda" in one array; w_up; w_down), where x is the gathered rows [capacity, H]
+(save="rows") or this rank's tokens [max_tokens, H] (save="z").
 """
 
 from __future__ import annotations
@@ -12,52 +12,61 @@ from typing import Any
 
 import numpy as np
 
+from cometrt.buffers import Buffers
 from cometrt.plan import PlanShape
 
-_META = ("world", "layer", "shape", "rank", "num_tokens", "generation", "used")
+_META = ("world", "layer", "shape", "rank", "generation", "num_tokens", "serial")
 META_SHAPE = (len(_META),)
+_HINTS = {"shape": "; tune() may change it", "generation": "; reset() changes it"}
+_REMEMBERED_USES = 65_536
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Which forward `saved` is of.
+
+    Attributes:
+        world, layer, shape, rank, generation: equal for all forwards of one layer on one rank,
+            until world.reset() or tune().
+    """
+
+    world: int
+    layer: int
+    shape: int
+    rank: int
+    generation: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Residuals:
-    """The tuple with names; `meta` is shared with it, so that a use is seen by both."""
+    """`saved` with names.
 
-    meta: np.ndarray
-    epoch: Any  # of the forward
+    Attributes:
+        serial: number of the forward within its layer.
+        num_tokens: T of the forward.
+        epoch: of the forward.
+        tables: the plan's.
+    """
+
+    serial: int
+    num_tokens: int
+    epoch: Any
     x: Any
     z: Any
-    tables: tuple[Any, ...]  # of the plan
+    tables: tuple[Any, ...]
     w_up: Any
     w_down: Any
 
-    @staticmethod
-    def pack(
-        *,
-        shape: PlanShape,
-        layer: int,
-        num_tokens: int,
-        world: int,
-        generation: int,
-        epoch: Any,
-        x: Any,
-        z: Any,
-        tables: tuple[Any, ...],
-        w_up: Any,
-        w_down: Any,
-    ) -> tuple[Any, ...]:
-        rank = shape.geometry.rank
-        values = [world, layer, shape.digest, rank, num_tokens, generation, 0]
-        meta = np.array(values, np.int64)
-        return (meta, epoch, x, z, *tables, w_up, w_down)
+    def pack(self, origin: Origin) -> tuple[Any, ...]:
+        """`saved`."""
+        meta = np.array([*dataclasses.astuple(origin), self.num_tokens, self.serial], np.int64)
+        meta.flags.writeable = False
+        return (meta, self.epoch, self.x, self.z, *self.tables, self.w_up, self.w_down)
 
     @staticmethod
-    def unpack(
-        saved: Any, *, shape: PlanShape, layer: int, world: int, num_tables: int, generation: int
-    ) -> Residuals:
-        """Check that it is this layer's, on this rank, and not used yet.
-
-        Raises:
-            ValueError: otherwise.
+    def unpack(saved: Any, origin: Origin, num_tables: int) -> Residuals:
+        """Raises:
+        ValueError: if it is not of that origin.
         """
         length = 4 + num_tables + 2
         if not isinstance(saved, (tuple, list)) or len(saved) != length:
@@ -70,31 +79,56 @@ class Residuals:
         if not isinstance(meta, np.ndarray) or meta.shape != META_SHAPE:
             raise ValueError("saved must begin with forward's meta array (got something else)")
         found = dict(zip(_META, (int(value) for value in meta), strict=True))
-        for name, expected in (
-            ("world", world),
-            ("layer", layer),
-            ("shape", shape.digest),
-            ("rank", shape.geometry.rank),
-            ("generation", generation),
-        ):
+        for name, expected in dataclasses.asdict(origin).items():
             if found[name] != expected:
-                changed_by = {
-                    "shape": "; tune() may change it",
-                    "generation": "; reset() changes it",
-                }
-                hint = changed_by.get(name, "")
                 raise ValueError(
                     f"saved must come from this layer's forward "
-                    f"({name} is {expected}, got {found[name]}{hint})"
+                    f"({name} is {expected}, got {found[name]}{_HINTS.get(name, '')})"
                 )
-        if found["used"]:
-            raise ValueError("saved must be used for one backward only (it has had its backward)")
         epoch, x, z = saved[1:4]
-        return Residuals(meta, epoch, x, z, tuple(saved[4:-2]), saved[-2], saved[-1])
+        tables, (w_up, w_down) = tuple(saved[4:-2]), saved[-2:]
+        serial, num_tokens = found["serial"], found["num_tokens"]
+        return Residuals(serial, num_tokens, epoch, x, z, tables, w_up, w_down)
 
-    @property
-    def num_tokens(self) -> int:
-        return int(self.meta[_META.index("num_tokens")])
 
-    def mark_used(self) -> None:
-        self.meta[_META.index("used")] = 1
+class Uses:
+    """Of a layer's residuals: each may have one backward. The latest 65,536 are remembered."""
+
+    def __init__(self) -> None:
+        self._serials: dict[int, None] = {}
+
+    def check(self, kept: Residuals) -> None:
+        """Raises:
+        ValueError: if they have had their backward.
+        """
+        if kept.serial in self._serials:
+            raise ValueError("saved must be used for one backward only (it has had its backward)")
+
+    def add(self, kept: Residuals) -> None:
+        self._serials[kept.serial] = None
+        if len(self._serials) > _REMEMBERED_USES:
+            del self._serials[next(iter(self._serials))]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """One array of `saved`.
+
+    Attributes:
+        name: what it holds.
+        shape, dtype: the same in every forward of the layer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def array_specs(shape: PlanShape, buffers: Buffers) -> tuple[ArraySpec, ...]:
+    """Of all of `saved`; `buffers`: of what is not the weights, in its order."""
+    geometry, dtype = shape.geometry, shape.geometry.spec.numpy_dtype
+    weights: Buffers = {
+        "w_up": (geometry.w_up_shape, dtype),
+        "w_down": (geometry.w_down_shape, dtype),
+    }
+    return tuple(ArraySpec(name, *of) for name, of in (buffers | weights).items())

@@ -6,7 +6,7 @@ import numpy as np
 
 from cometrt.buffers import Buffers, plan_rows, total_bytes
 from cometrt.cuda.engine import layer_n_tiles, tile_order_size
-from cometrt.cuda.fused import fused_counters, tiles_of_n_chunk
+from cometrt.cuda.fused import fused_counter_words, n_chunk_tiles
 from cometrt.cuda.planner import planner_counters, planner_routing, planner_scratch, table_words
 from cometrt.kernels.params import traced_exchange_state_dtype
 from cometrt.plan import PlanShape
@@ -19,8 +19,9 @@ _FLOAT32 = np.dtype(np.float32)
 
 
 def num_counters(shape: PlanShape, mode: str) -> tuple[int, int]:
-    """32-bit words that a call counts up: the planner's, and the fused kernels'."""
-    return planner_counters(shape), fused_counters(shape) if mode == "fused" else 0
+    """32-bit words that a call counts up: in the planner, and in the fused kernels."""
+    fused = sum(fused_counter_words(shape).values()) if mode == "fused" else 0
+    return planner_counters(shape), fused
 
 
 def o_offset(shape: PlanShape) -> int:
@@ -29,39 +30,30 @@ def o_offset(shape: PlanShape) -> int:
 
 
 def held(shape: PlanShape, mode: str) -> Buffers:
-    """What a layer has as long as it is open, besides its heap."""
+    """Arrays that a layer holds as long as it is open, besides its heap."""
     words = {"counters": sum(num_counters(shape, mode))} | planner_scratch(shape)
     buffers: Buffers = {name: ((count,), _INT32) for name, count in words.items()}
     buffers |= {name: (routing, _INT32) for name, routing in planner_routing(shape).items()}
     buffers["state"] = ((traced_exchange_state_dtype.itemsize,), _UINT8)
-    buffers["links"] = ((2,), _INT64)
     up, down = layer_n_tiles(shape)
-    if mode == "fused":
-        sizes = (
-            tile_order_size(shape.max_tiles, up),
-            tile_order_size(shape.max_tiles, down, tiles_of_n_chunk(shape)),
-        )
-    elif shape.config.gemm == "engine":
-        parts = num_pipeline_chunks(shape, mode)
-        sizes = (
-            tile_order_size(shape.max_tiles, up, parts=parts),
-            tile_order_size(shape.max_tiles, down, parts=parts),
-        )
-    else:
+    if shape.config.gemm == "cublas":
         return buffers
-    for name, (item_bytes, counts) in zip(("up", "down"), sizes, strict=True):
-        buffers[f"{name}_turns"] = ((item_bytes,), _UINT8)
-        buffers[f"{name}_turn_counts"] = ((counts,), _INT32)
+    n_chunk = n_chunk_tiles(shape) if mode == "fused" else None
+    chunks = num_pipeline_chunks(shape, mode)
+    for name, n_tiles, size in (("up", up, None), ("down", down, n_chunk)):
+        tile_bytes, counts = tile_order_size(shape.max_tiles, n_tiles, size, chunks)
+        buffers[f"{name}_work_tiles"] = ((tile_bytes,), _UINT8)
+        buffers[f"{name}_counts"] = ((counts,), _INT32)
     return buffers
 
 
 def num_pipeline_chunks(shape: PlanShape, mode: str) -> int:
-    """Of layer0's order that have turns of their own."""
+    """Pieces of the dispatch order that are launched one by one."""
     return shape.config.pipeline_chunks if mode == "chunked" else 1
 
 
 def forward_buffers(shape: PlanShape, mode: str, training: bool) -> Buffers:
-    """What a forward makes, in this order; a and o are one allocation, "a_and_o"."""
+    """Arrays that a forward allocates; a and o share one, "a_and_o"."""
     rows, spec = plan_rows(shape), shape.geometry.spec
     buffers: Buffers = {}
     if training and spec.save == "z":
@@ -87,16 +79,16 @@ def backward_buffers(shape: PlanShape) -> Buffers:
 
 
 def residuals(shape: PlanShape) -> Buffers:
-    """`saved`, without the weights; meta is in the host's memory."""
+    """The arrays of `saved` but for the weights, by name; meta is in the host's memory."""
     made = forward_buffers(shape, "fused", training=True)
     x = made["x_rows"] if shape.geometry.spec.save == "rows" else made["saved_x"]
     kept = {name: made[name] for name in ("epoch", "z", "tables")}
-    return {"meta": (META_SHAPE, _INT64), "x": x} | kept
+    return {"meta": (META_SHAPE, _INT64), "epoch": kept["epoch"], "x": x} | kept
 
 
 def scratch_bytes(shape: PlanShape, mode: str, training: bool) -> int:
-    """What the layer holds, and the call that takes most takes besides its arguments, its results
-    and `saved`."""
+    """Bytes that the layer holds, and that its larger call allocates besides its arguments, its
+    results and `saved`."""
     layer = total_bytes(held(shape, mode), _POOL_BYTES)
     forward = forward_buffers(shape, mode, training)
     if not training:

@@ -4,11 +4,13 @@ plan's order, group sizes known on the device alone."""
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from cometrt.activations import ACTIVATIONS, is_gated
+from cometrt.cuda.types import DeviceArray
+from cometrt.kernels.constants import BLOCK_K, BLOCK_M, BLOCK_N, CLUSTER_SIZE
 from cometrt.kernels.launch import Kernel, load_kernels
 from cometrt.kernels.params import (
     KernelArgument,
@@ -20,7 +22,6 @@ from cometrt.kernels.params import (
 from cometrt.kernels.tensor_map import encode
 from cometrt.plan import PlanShape
 from cometrt.plan.tile_order import (
-    BLOCK_M,
     best_raster_group,
     max_cluster_steps,
     num_n_tiles,
@@ -28,98 +29,140 @@ from cometrt.plan.tile_order import (
 )
 from cometrt.world.partitions import gpu_sms, num_sms
 
-_BLOCK_K, _HALF_M, _HALF_N = 64, BLOCK_M // 2, 128
-THREADS = 384  # kThreads of gemm/tile.cuh
-_ORDER_THREADS, _ORDER_BLOCKS = 1024, 8
-SHARED_BYTES = 4 * 48 * 1024 + 8 * 1024 + 2 * 16 + 12 * 8  # sizeof(Shared) of gemm/tile.cuh
+_HALF_M, _HALF_N = BLOCK_M // 2, BLOCK_N // 2
+_ORDER_CTAS = 8  # of the launch that orders tiles
+_COUNTS = 3  # of a tile order: cluster steps; scheduled, and clusters that have finished
 
 
-class Tiles(Protocol):
+class PlannedTiles(Protocol):
     """What the engine reads of a Plan made with block_m = 128; arrays on the device."""
 
-    tile_order: Any
-    num_tiles: Any
-    tile_expert: Any
-    expert_offsets: Any
-    expert_rows: Any
+    tile_order: DeviceArray
+    num_tiles: DeviceArray
+    tile_expert: DeviceArray
+    expert_offsets: DeviceArray
+    expert_rows: DeviceArray
 
 
-class TileOrder(NamedTuple):
-    """The order of a GEMM's tiles; see cometrt.plan.tile_order. In parts, each has its own."""
+class TileOrder:
+    """Memory for the order of a GEMM's tiles (see `cometrt.plan.tile_order`), on the device.
 
-    items: Any  # [parts * most, 2] of work_tile_dtype, as bytes
-    counts: Any  # [parts * 3] int32: turns; dealt, and clusters that have finished: 0 between uses
-    num_pipeline_chunks: int = 1
+    Each pipeline chunk has an order of its own.
 
-    def part(self, index: int) -> TileOrder:
-        size = self.items.size // self.num_pipeline_chunks
-        items = self.items[index * size : (index + 1) * size]
-        return TileOrder(items, self.counts[3 * index : 3 * index + 3])
+    Args:
+        max_tiles, n_tiles: most M-tiles; N-tiles.
+        n_chunk, raster_group: N-tiles of each; None: all.
+        backwards: walk the dispatch order from its end.
+        pipeline_chunks: how many.
 
+    Attributes:
+        params: TileOrderParams, for the planner.
+        counts: [3 * pipeline_chunks] int32: of each chunk its cluster steps, and what a GEMM counts.
+    """
 
-def new_tile_order(
-    max_tiles: int, num_columns: int, n_chunk: int | None = None, *, parts: int = 1
-) -> TileOrder:
-    """Memory for the turns of up to that many M-tiles and that many column tiles."""
-    import cupy as cp
+    def __init__(
+        self,
+        max_tiles: int,
+        n_tiles: int,
+        *,
+        n_chunk: int | None = None,
+        raster_group: int | None = None,
+        backwards: bool = False,
+        pipeline_chunks: int = 1,
+    ) -> None:
+        import cupy as cp
 
-    item_bytes, num_counts = tile_order_size(max_tiles, num_columns, n_chunk, parts=parts)
-    return TileOrder(cp.empty(item_bytes, cp.uint8), cp.zeros(num_counts, cp.int32), parts)
+        tile_bytes, counts = tile_order_size(max_tiles, n_tiles, n_chunk, pipeline_chunks)
+        self._tiles, self.counts = cp.empty(tile_bytes, cp.uint8), cp.zeros(counts, cp.int32)
+        self._chunk_bytes = tile_bytes // pipeline_chunks
+        self.params = ParamStruct(tile_order_params_dtype)
+        fields = self.params.fields
+        for name, address in self.addresses().items():
+            fields[name] = address
+        fields["num_n_tiles"], fields["backwards"] = n_tiles, backwards
+        fields["n_chunk"], fields["raster_group"] = n_chunk or n_tiles, raster_group or n_tiles
+        fields["num_pipeline_chunks"] = pipeline_chunks
+        fields["max_steps"] = self._chunk_bytes // (CLUSTER_SIZE * work_tile_dtype.itemsize)
+
+    def addresses(self, pipeline_chunk: int = 0) -> dict[str, int]:
+        """Of a pipeline chunk's work tiles, of how many there are, and of what a GEMM counts."""
+        counts = self.counts.data.ptr + 4 * _COUNTS * pipeline_chunk
+        tiles = self._tiles.data.ptr + self._chunk_bytes * pipeline_chunk
+        return {"work_tiles": tiles, "num_steps": counts, "progress": counts + 4}
+
+    def tiles(self, pipeline_chunk: int = 0) -> np.ndarray:
+        """[cluster steps, 2] of work_tile_dtype; waits for the device."""
+        steps = int(self.counts[_COUNTS * pipeline_chunk].get())
+        found = self._tiles.get().view(work_tile_dtype).reshape(-1, CLUSTER_SIZE)
+        first = pipeline_chunk * int(self.params.fields["max_steps"][0])
+        return found[first : first + steps]
 
 
 def tile_order_size(
-    max_tiles: int, num_columns: int, n_chunk: int | None = None, *, parts: int = 1
+    max_tiles: int, n_tiles: int, n_chunk: int | None, pipeline_chunks: int
 ) -> tuple[int, int]:
-    """(bytes of items, number of counts) of `new_tile_order`."""
-    items = 2 * parts * max_cluster_steps(-(-max_tiles // parts), num_columns, n_chunk)
-    return items * work_tile_dtype.itemsize, 3 * parts
+    """(bytes of work tiles, number of counts) of a `TileOrder`."""
+    steps = max_cluster_steps(-(-max_tiles // pipeline_chunks), n_tiles, n_chunk)
+    tiles = CLUSTER_SIZE * pipeline_chunks * steps
+    return tiles * work_tile_dtype.itemsize, _COUNTS * pipeline_chunks
+
+
+def order_tiles(
+    planned: PlannedTiles,
+    n_tiles: int,
+    *,
+    n_chunk: int | None = None,
+    raster_group: int | None = None,
+    backwards: bool = False,
+    pipeline_chunks: int = 1,
+) -> TileOrder:
+    """`cometrt.plan.tile_order.make_tile_order` on the device, queued on the current stream.
+
+    An order serves any number of GEMMs, one after the other. Arguments as for `TileOrder`.
+    """
+    order = TileOrder(
+        len(planned.tile_order),
+        n_tiles,
+        n_chunk=n_chunk,
+        raster_group=raster_group,
+        backwards=backwards,
+        pipeline_chunks=pipeline_chunks,
+    )
+    tables = ParamStruct(planned_tiles_dtype)
+    for name in planned_tiles_dtype.names or ():
+        tables.fields[name] = getattr(planned, name).data.ptr
+    (kernel,) = load_kernels("scheduler/tile_order.cu", "tile_order")
+    kernel(current_stream(), _ORDER_CTAS, order.params, tables)
+    return order
+
+
+def layer_orders(
+    shape: PlanShape, *, n_chunk: int | None = None, pipeline_chunks: int = 1
+) -> tuple[TileOrder, TileOrder]:
+    """Of the up and of the down GEMM of a layer; n_chunk: N-tiles of the down GEMM's chunks."""
+    geometry, (up, down) = shape.geometry, layer_n_tiles(shape)
+    up_group, down_group = (
+        shape.config.raster_group or raster_group_of(inner)
+        for inner in (geometry.spec.hidden, geometry.local_intermediate)
+    )
+    return (
+        TileOrder(shape.max_tiles, up, raster_group=up_group, pipeline_chunks=pipeline_chunks),
+        TileOrder(
+            shape.max_tiles,
+            down,
+            n_chunk=n_chunk,
+            raster_group=down_group,
+            backwards=True,
+            pipeline_chunks=pipeline_chunks,
+        ),
+    )
 
 
 def layer_n_tiles(shape: PlanShape) -> tuple[int, int]:
-    """Column tiles of the up and of the down GEMM of a layer."""
+    """N-tiles of the up and of the down GEMM of a layer."""
     geometry, spec = shape.geometry, shape.geometry.spec
     up = num_n_tiles(geometry.local_intermediate, gated=spec.gated)
     return up, num_n_tiles(spec.hidden, gated=False)
-
-
-def tile_order_params(
-    turns: TileOrder,
-    num_columns: int,
-    *,
-    backwards: bool = False,
-    n_chunk: int | None = None,
-    raster_group: int | None = None,
-) -> ParamStruct:
-    """TurnsParams; arguments as for `order_tiles`."""
-    record = ParamStruct(tile_order_params_dtype)
-    _set_order(record.fields, turns)
-    record.fields["num_n_tiles"], record.fields["backwards"] = num_columns, backwards
-    record.fields["n_chunk"] = n_chunk or num_columns
-    turn_bytes = 2 * work_tile_dtype.itemsize
-    record.fields["num_pipeline_chunks"] = turns.num_pipeline_chunks
-    record.fields["max_steps"] = turns.items.size // turns.num_pipeline_chunks // turn_bytes
-    record.fields["raster_group"] = raster_group or num_columns
-    return record
-
-
-def order_tiles(tiles: Tiles, num_columns: int, **how: Any) -> TileOrder:
-    """`cometrt.plan.tile_order.make_tile_order` on the device, queued on the current stream.
-
-    TileOrder serve any number of GEMMs, one after the other.
-
-    Args:
-        how: backwards, n_chunk and raster_group, as in `make_tile_order`; parts: how many, each of which is a
-            `TileOrder.part`.
-    """
-    parts = how.pop("parts", 1)
-    turns = new_tile_order(len(tiles.tile_order), num_columns, how.get("n_chunk"), parts=parts)
-    record = tile_order_params(turns, num_columns, **how)
-    tables = ParamStruct(planned_tiles_dtype)
-    for name in "tile_order num_tiles tile_expert expert_offsets expert_rows".split():
-        tables.fields[name] = getattr(tiles, name).data.ptr
-    (kernel,) = load_kernels("scheduler/tile_order.cu", "tile_order")
-    kernel((_ORDER_BLOCKS,), _ORDER_THREADS, record, tables)
-    return turns
 
 
 def raster_group_of(inner: int) -> int:
@@ -127,105 +170,125 @@ def raster_group_of(inner: int) -> int:
     return best_raster_group(num_sms(), gpu_sms(), inner)
 
 
-def layer_raster_groups(shape: PlanShape) -> tuple[int, int]:
-    """Column tiles of a group in the up and in the down GEMM of a layer."""
-    geometry, group = shape.geometry, shape.config.raster_group
-    up, down = (raster_group_of(k) for k in (geometry.spec.hidden, geometry.local_intermediate))
-    return (group or up, group or down)
-
-
-def _set_order(params: np.ndarray, turns: TileOrder) -> None:
-    counts = turns.counts.data.ptr
-    params["work_tiles"], params["num_steps"] = turns.items.data.ptr, counts
-    params["progress"] = counts + 4
-
-
-class GroupedGemm:
-    """out = act(a b[expert]^T), row by row; bf16 operands and results, fp32 accumulation.
+class GemmArguments:
+    """Arguments of one GEMM's launches: out = act(a b[expert]^T).
 
     Args:
-        activation: of cometrt.activations, or None for none.
-        write_z: also write what the activation is applied to (rounded; out has its bits).
-        ok: as for `new_gemm_params`.
+        order: of its tiles, or of one pipeline chunk's.
+        rows, inner, columns: of a; K; of out.
+        experts: of b.
+        gated: whether b is [experts, 2 * columns, K], the gate rows first.
+        ok: address of a word that is 0 where the order is not valid; 0: it always is.
     """
 
     def __init__(
-        self, activation: str | None = None, *, write_z: bool = False, ok: int = 0
+        self,
+        order: TileOrder,
+        rows: int,
+        inner: int,
+        columns: int,
+        experts: int,
+        *,
+        gated: bool = False,
+        ok: int = 0,
+        pipeline_chunk: int = 0,
     ) -> None:
-        self._ok = ok
+        self._params = ParamStruct(gemm_params_dtype)
+        fields = self._params.fields
+        fields["ok"] = ok
+        for name, address in order.addresses(pipeline_chunk).items():
+            fields[name] = address
+        problem = fields["problems"][0, 0]
+        problem["num_k_blocks"], problem["num_columns"] = -(-inner // BLOCK_K), columns
+        halves = 2 if gated else 1
+        self._a, self._b = (1, 1, rows, inner), (experts, halves, columns, inner)
+
+    def __call__(self, a: int, b: int, out: int, z: int = 0) -> tuple[KernelArgument, ...]:
+        """The params, and the tensor maps of a, of its halves, and of b; all by address."""
+        uint64s = self._params.uint64s
+        uint64s[_OUT], uint64s[_Z] = out, z
+        return self._params, *_operand_maps(a, self._a, b, self._b)
+
+
+class GroupedGemm:
+    """out = act(a b[expert]^T), row by row: bf16 operands and results, fp32 accumulation.
+
+    Args:
+        activation: of cometrt.activations; None: out is the product.
+        write_z: also write what the activation is applied to, rounded; out has its bits.
+    """
+
+    def __init__(self, activation: str | None = None, *, write_z: bool = False) -> None:
         self.gated = activation is not None and is_gated(activation)
-        self._kernel = _kernel(activation, write_z)
+        self.kernel = gemm_kernel(activation, write_z)
 
     def num_n_tiles(self, b_rows: int) -> int:
         """N-tiles of a result, for `order_tiles`; b_rows: b's second extent."""
         return num_n_tiles(b_rows // 2 if self.gated else b_rows, gated=self.gated)
 
     def __call__(
-        self, a: Any, b: Any, out: Any, turns: TileOrder, *, z: Any = None, sms: int | None = None
+        self,
+        a: DeviceArray,
+        b: DeviceArray,
+        out: DeviceArray,
+        order: TileOrder,
+        *,
+        z: DeviceArray | None = None,
+        sms: int | None = None,
+        pipeline_chunk: int = 0,
     ) -> None:
         """Queue it on the current stream.
 
         Args:
-            a: [rows, K], padding zero.
+            a: [rows, K], padding rows zero.
             b: [E, N, K]; gated: [E, 2 * N, K], the gate rows first.
-            out: [rows, N]; padding become act(0) = 0.
+            out: [rows, N]; padding rows become act(0) = 0.
             z: [rows, N or 2 * N], where write_z.
-            sms: how many take part; None: all.
+            sms: how many work; None: all.
         """
-        params = new_gemm_params(turns, a.shape[1], out.shape[1], self._ok)
-        arguments = gemm_arguments(params, a, b, out, z, gated=self.gated)
-        self._kernel(gemm_grid(sms), THREADS, *arguments, shared_bytes=SHARED_BYTES)
+        arguments = GemmArguments(
+            order,
+            a.shape[0],
+            a.shape[1],
+            out.shape[1],
+            len(b),
+            gated=self.gated,
+            pipeline_chunk=pipeline_chunk,
+        )
+        addresses = a.data.ptr, b.data.ptr, out.data.ptr, 0 if z is None else z.data.ptr
+        self.kernel(current_stream(), gemm_ctas(sms), *arguments(*addresses))
 
 
-def gemm_grid(sms: int | None = None) -> tuple[int]:
-    """That many SMs, or all; CTAs come in pairs."""
-    return ((num_sms() if sms is None else sms) // 2 * 2,)
+def gemm_ctas(sms: int | None = None) -> int:
+    """CTAs on so many SMs (None: all); they come in pairs."""
+    return (num_sms() if sms is None else sms) // CLUSTER_SIZE * CLUSTER_SIZE
 
 
-def new_gemm_params(turns: TileOrder, inner: int, columns: int, ok: int = 0) -> ParamStruct:
-    """GemmParams but for pointers of matrices; inner: K; ok: address of a word that is 0 where the
-    turns are not valid, or 0: they always are."""
-    record = ParamStruct(gemm_params_dtype)
-    record.fields["ok"] = ok
-    _set_order(record.fields, turns)
-    problem = record.fields["problems"][0, 0]
-    problem["num_k_blocks"], problem["num_columns"] = -(-inner // _BLOCK_K), columns
-    return record
+def gemm_kernel(activation: str | None, write_z: bool) -> Kernel:
+    number = -1 if activation is None else list(ACTIVATIONS).index(activation)
+    macros = (("ACTIVATION", number), ("WRITE_Z", int(write_z)))
+    (kernel,) = load_kernels("gemm/grouped_gemm.cu", "grouped_gemm", macros=macros)
+    return kernel
 
 
-def gemm_arguments(
-    params: ParamStruct, a: Any, b: Any, out: Any, z: Any, *, gated: bool
-) -> tuple[KernelArgument, ...]:
-    """`params`, pointing to out and z, and the tensor maps of a, its halves, and b; matrices as
-    for `GroupedGemm`."""
-    words = params.words
-    words[_OUT] = out.data.ptr
-    words[_Z] = 0 if z is None else z.data.ptr
-    return params, *_operand_maps(a.data.ptr, a.shape, b.data.ptr, b.shape, gated)
+def current_stream() -> int:
+    """CuPy's, as the driver has it."""
+    import cupy as cp
+
+    return int(cp.cuda.get_current_stream().ptr)
 
 
 @functools.lru_cache(maxsize=4096)
 def _operand_maps(
-    a: int, a_shape: tuple[int, int], b: int, b_shape: tuple[int, int, int], gated: bool
+    a: int, a_shape: tuple[int, ...], b: int, b_shape: tuple[int, ...]
 ) -> tuple[KernelArgument, KernelArgument, KernelArgument]:
-    """Of a, its halves, and b; kept, since memory of a call comes back in later ones."""
-    (rows, inner), (experts, b_rows, _) = a_shape, b_shape
-    parts = 2 if gated else 1
-    of_b = (experts, parts, b_rows // parts, inner)
+    """Of a, of its halves, and of b. Cached: an allocator returns the same addresses again."""
     return (
-        encode(a, (1, 1, rows, inner), (1, 1, BLOCK_M, _BLOCK_K)),
-        encode(a, (1, 1, rows, inner), (1, 1, _HALF_M, _BLOCK_K)),
-        encode(b, of_b, (1, 1, _HALF_N, _BLOCK_K)),
+        encode(a, a_shape, (1, 1, BLOCK_M, BLOCK_K)),
+        encode(a, a_shape, (1, 1, _HALF_M, BLOCK_K)),
+        encode(b, b_shape, (1, 1, _HALF_N, BLOCK_K)),
     )
 
 
-_OUT = ParamStruct(gemm_params_dtype).place("problems")  # of the first: out, z
+_OUT = ParamStruct(gemm_params_dtype).index_of("problems")  # of the first: out, z
 _Z = _OUT + 1
-
-
-def _kernel(activation: str | None, write_z: bool) -> Kernel:
-    number = -1 if activation is None else list(ACTIVATIONS).index(activation)
-    defines = (("ACTIVATION", number), ("WRITE_Z", int(write_z)))
-    (kernel,) = load_kernels("gemm/grouped_gemm.cu", "grouped_gemm", defines=defines)
-    kernel.allow_shared(SHARED_BYTES)
-    return kernel

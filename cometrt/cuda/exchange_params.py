@@ -1,9 +1,9 @@
-"""The record that all kernels of a call take: what is the same in every call of a layer, and what
-is not."""
+"""A call, and the parameters that all its kernels take."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -20,74 +20,145 @@ from cometrt.plan import PlanShape
 from cometrt.world import World
 from cometrt.world.layout import world_dtype
 
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One forward or backward: its sizes, and where its arrays lie.
+
+    Attributes:
+        at: address of each array on the device, by name; a missing one is null.
+            Arguments: x, ids, weights, w_up, w_down; of backward dy, w_up, w_down.
+            Results: out [T, H]; of backward also out_dweight, dw_up, dw_down.
+            Residuals: epoch, saved_x or x_rows, z, tables.
+            Scratch: all other arrays of `cometrt.cuda.buffers`.
+        ids_are_64: whether ids are int64.
+        accumulate: whether weight gradients are added to what is there.
+        float32_gradients: whether dw_up and dw_down are float32.
+    """
+
+    operation: str
+    num_tokens: int
+    at: Mapping[str, int]
+    ids_are_64: bool = False
+    accumulate: bool = False
+    float32_gradients: tuple[bool, bool] = (False, False)
+
+
+# 8-byte field of ExchangeParams -> name in Call.at
+_FORWARD = {
+    "x": "x",
+    "ids": "ids",
+    "weights": "weights",
+    "saved_epoch": "epoch",
+    "saved_x": "saved_x",
+    "rows": "x_rows",
+    "partial_rows": "o",
+    "out": "out",
+}
+_BACKWARD = {
+    "x": "saved_x",
+    "dy": "dy",
+    "forward_epoch": "epoch",
+    "rows": "dy_rows",
+    "partial_rows": "dx_rows",
+    "dweight_rows": "dweight_rows",
+    "out": "out",
+    "out_dweight": "out_dweight",
+}
+_ARRAYS = {"forward": _FORWARD, "backward": _BACKWARD}
 _TABLES = slice(
-    *(ParamStruct(exchange_params_dtype).place(EXCHANGE_TABLES[i]) + (i != 0) for i in (0, -1))
+    *(ParamStruct(exchange_params_dtype).index_of(EXCHANGE_TABLES[i]) + (i != 0) for i in (0, -1))
 )
-_WORDS = {
-    name: ParamStruct(exchange_params_dtype).place(name)
+_INDEX = {
+    name: ParamStruct(exchange_params_dtype).index_of(name)
     for name in exchange_params_dtype.names or ()
     if exchange_params_dtype.fields[name][0].itemsize == 8  # type: ignore[index]
 }
-_OF_CALL = slice(_WORDS["forward_epoch"], None)  # from here on all is of one call
+_OF_CALL = slice(_INDEX["forward_epoch"], None)  # from here on every field is of one call
 
 
 class ExchangeParamsBuilder:
-    """One layer's call record, used again in every call."""
+    """One layer's exchange params: one struct, filled again for every call.
 
-    def __init__(self, world: World, shape: PlanShape, heap: SymmetricHeap, layer: int) -> None:
+    Args:
+        fixed: address by field, the same in every forward.
+        num_counters: 32-bit words at the field "counters".
+        table_offsets: byte offset of each of EXCHANGE_TABLES in a plan's memory.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        shape: PlanShape,
+        heap: SymmetricHeap,
+        layer: int,
+        fixed: Mapping[str, int],
+        num_counters: int,
+        table_offsets: np.ndarray,
+    ) -> None:
         self._world, self._shape, self._heap, self._layer = world, shape, heap, layer
-        self._filled_for: tuple[Any, ...] = ()
-        self.record = ParamStruct(exchange_params_dtype)
+        self._fixed, self._num_counters, self._table_offsets = fixed, num_counters, table_offsets
+        self._filled_for: tuple[float, ...] = ()
+        self._params = ParamStruct(exchange_params_dtype)
 
-    def begin(self, operation: str, num_tokens: int, state: int, report: int) -> ParamStruct:
-        """The record of a new call: no pointer but these is set. Valid until the next `begin`."""
-        record, world_pointers = self.record, self.world_pointers()
-        if self._filled_for != world_pointers:
+    def begin(self, call: Call) -> ParamStruct:
+        """The params of a new call. Valid until the next `begin`."""
+        params, world = self._params, self.world_state()
+        if self._filled_for != world:
             self._fill()
-            self._filled_for = world_pointers
-        record.words[_OF_CALL] = 0
-        fields = record.fields
-        fields["num_tokens"] = num_tokens
-        fields["operation"] = OPERATIONS.index(operation)
-        fields["num_counters"] = 0
-        set_fields(record, state=state, report=report)
-        return record
+            self._filled_for = world
+        forward = call.operation == "forward"
+        params.uint64s[_OF_CALL] = 0
+        fields = params.fields
+        fields["num_tokens"] = call.num_tokens
+        fields["operation"] = OPERATIONS.index(call.operation)
+        fields["weighted"], fields["ids_are_64"] = forward, call.ids_are_64
+        fields["num_counters"] = self._num_counters if forward else 0
+        at = call.at
+        set_fields(params, **{field: at.get(name, 0) for field, name in self._arrays(call)})
+        set_fields(params, pull_offset=self._heap.table["x" if forward else "dy"].offset)
+        state = {name: self._fixed[name] for name in ("state", "report")}
+        set_fields(params, **(self._fixed if forward else state))
+        params.uint64s[_TABLES] = self._table_offsets + np.uint64(at["tables"])
+        return params
 
-    def world_pointers(self) -> tuple[Any, ...]:
-        """What a record depends on besides its call: another layer may make regions move, peers'
+    def pull_x(self, params: ParamStruct, call: Call) -> None:
+        """From here on `params` says that x is pulled, into x_rows."""
+        set_fields(params, pull_offset=self._heap.table["x"].offset, rows=call.at["x_rows"])
+
+    def _arrays(self, call: Call) -> list[tuple[str, str]]:
+        return list(_ARRAYS[call.operation].items())
+
+    def world_state(self) -> tuple[float, ...]:
+        """What the params depend on besides the call. Another layer may make regions move, peers'
         too."""
         world = self._world
         return (world.generation, world.timeout_sec, world.regions.version)
 
     def _fill(self) -> None:
         """What the world and the layer are."""
-        world, shape, call = self._world, self._shape, self.record.fields
-        record = np.zeros(1, world_dtype)
+        world, shape, params = self._world, self._shape, self._params.fields
+        peers = np.zeros(1, world_dtype)
         assert world.gpu is not None
         for peer in range(world.size):
-            record["control"][0, peer] = world.gpu.control[peer]
-            record["data"][0, peer] = world.regions.of("data", peer)
-            record["flags"][0, peer] = world.regions.of("flags", peer)
+            peers["control"][0, peer] = world.gpu.control[peer]
+            peers["data"][0, peer] = world.regions.of("data", peer)
+            peers["flags"][0, peer] = world.regions.of("flags", peer)
             for parity in (0, 1):
-                record["routing"][0, parity, peer] = world.regions.of(f"routing{parity}", peer)
-        record["generation"] = world.generation
-        record["timeout_ns"] = round(world.timeout_sec * 1e9)
-        record["rank"], record["size"] = world.rank, world.size
-        call["world"], call["g"] = record, geometry_params(shape)
-        call["num_n_chunks"] = self._heap.table["partials_ready"].shape[-1]
-        call["n_chunk_columns"] = shape.config.n_chunks(shape.geometry.spec.hidden)[0][1]
+                peers["routing"][0, parity, peer] = world.regions.of(f"routing{parity}", peer)
+        peers["generation"] = world.generation
+        peers["timeout_ns"] = round(world.timeout_sec * 1e9)
+        peers["rank"], peers["size"] = world.rank, world.size
+        params["world"], params["g"] = peers, geometry_params(shape)
+        params["num_n_chunks"] = self._heap.table["partials_ready"].shape[-1]
+        params["n_chunk_columns"] = shape.config.n_chunks(shape.geometry.spec.hidden)[0][1]
         for field, name in HEAP_OFFSETS.items():
-            call[field] = self._heap.table[name].offset
-        call["layer"], call["spec_hash"] = self._layer, shape.geometry.spec.digest()
+            params[field] = self._heap.table[name].offset
+        params["layer"], params["spec_hash"] = self._layer, shape.geometry.spec.digest()
 
 
-def set_fields(record: ParamStruct, **values: int) -> None:
-    """8-byte fields of a call's record."""
-    words = record.words
+def set_fields(params: ParamStruct, **values: int) -> None:
+    """8-byte fields of exchange params."""
+    uint64s = params.uint64s
     for name, value in values.items():
-        words[_WORDS[name]] = value
-
-
-def set_tables(record: ParamStruct, addresses: Any) -> None:
-    """Of the plan: see `DevicePlanner.exchange_tables`."""
-    record.words[_TABLES] = addresses
+        uint64s[_INDEX[name]] = value

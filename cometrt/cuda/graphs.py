@@ -1,4 +1,4 @@
-"""Calls that come again, replayed: one launch of a graph costs the host less than one kernel's."""
+"""Replay of calls that come again: a graph is launched faster than a kernel."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from cometrt.world.partitions import auxiliary_stream
 _log = logging.getLogger("cometrt")
 
 _MOST = 64  # calls that are remembered
-_STREAM = 1  # of auxiliary_stream: work is never queued there, not by anyone
+_STREAM = 1  # of auxiliary_stream; nobody queues work there
 _capturing = threading.Lock()  # threads may share that stream
 
 
 class CallGraphs:
-    """One layer's calls by what their kernels are launched with: who allocates and frees in turns
-    finds the same memory again, so that in a loop all calls come again sooner or later.
+    """Cache of one layer's CUDA graphs, keyed by every address and size that the launches depend
+    on. A training loop's allocator returns the same addresses: from the second step on, a call is
+    one graph launch.
 
     Attributes:
-        enabled: False where every call has to launch its kernels, to be watched or traced.
+        enabled: False where every call launches its kernels, to be watched or traced.
     """
 
     def __init__(self) -> None:
         self._graphs: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
         self.enabled = True
 
-    def find(self, key: Hashable, launch: Callable[[], None]) -> Any:
-        """The graph of a call that has been here before, or None: then it is to be launched.
+    def find(self, key: Hashable, launch: Callable[[int], object]) -> Any:
+        """The graph of a call that comes again. None: the caller launches the kernels itself.
 
-        To be called before ranks meet: making a graph may wait for the device. A call that cannot
-        be captured is launched, and so are all later ones.
+        Call it before ranks meet: making a graph may wait for the device. Where capture fails,
+        this call and all later ones are launched.
 
         Args:
             key: all that `launch` depends on.
-            launch: queues the call's kernels on the current stream.
+            launch: queues the call's kernels on a raw stream.
         """
         if not self.enabled:
             return None
@@ -57,15 +58,15 @@ class CallGraphs:
         return graphs[key]
 
 
-def _capture(launch: Callable[[], None]) -> Any:
-    """On a stream of its own: what others queue on the caller's meanwhile is not the call's."""
+def _capture(launch: Callable[[int], object]) -> Any:
+    """On a stream of its own, since others may queue work on the caller's meanwhile."""
     import cupy as cp
 
     stream = auxiliary_stream(_STREAM)
     with _capturing, stream:
         stream.begin_capture()
         try:
-            launch()
+            launch(stream.ptr)
         finally:
             graph = stream.end_capture()
     graph.upload(cp.cuda.get_current_stream())

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from cometrt.errors import CometError, PeerTimeout
-from cometrt.kernels.params import MAX_REPORTED_IDS, exchange_report_dtype
+from cometrt.kernels.constants import MAX_TOPK, NUM_REPORTS, PLAN_PATIENCE
+from cometrt.kernels.params import exchange_report_dtype
 from cometrt.plan import PlanShape
 from cometrt.plan.reference import too_many_rows
 from cometrt.plan.routing import wrong_pair
@@ -18,8 +19,6 @@ from cometrt.world.layout import device_control_block_dtype
 
 OPERATIONS = ("", "forward", "backward")  # numbers on the wire
 REPORTS = ("", "routing", "no forward", "stopped", "stale graph")  # ReportKind of exchange/call.cuh
-_NUM_REPORTS = 2  # kNumReports: of calls that failed and hold later ones, and of others
-_PLAN_PATIENCE = 2  # of PlanOfCall::wait in plan/plan.cu
 _UNSPECIFIED = "; the weight gradients of this backward are unspecified"
 
 
@@ -47,7 +46,7 @@ class Report:
 
         self._world_of, self._cp = weakref.ref(world), cp
         self._shapes: dict[int, PlanShape] = {}  # by layer
-        self._calls = pinned(exchange_report_dtype, _NUM_REPORTS)
+        self._calls = pinned(exchange_report_dtype, NUM_REPORTS)
         self.address = int(self._calls.ctypes.data)
         self._control = pinned(device_control_block_dtype)
 
@@ -103,7 +102,7 @@ class Report:
         if found["wrong_pair"]:
             token, k = divmod(int(~found["wrong_pair"]), spec.topk)
             rank, token = divmod(token, spec.max_tokens)
-            ids = found["wrong_ids"][: min(spec.topk, MAX_REPORTED_IDS)]
+            ids = found["wrong_ids"][: min(spec.topk, MAX_TOPK)]
             return wrong_pair(rank, token, k, ids, float(found["wrong_weight"]), spec)
         packed = int(found["largest_need"])
         return too_many_rows(0xFFFF - (packed & 0xFFFF), packed >> 16, shape)
@@ -143,7 +142,7 @@ class Report:
                 int(record["tile"]),
                 int(record["chunk"]),
             )
-            patience = _PLAN_PATIENCE if wanted.flag == "plan_step" else 1
+            patience = PLAN_PATIENCE if wanted.flag == "plan_step" else 1
             timeout_sec = patience * world.timeout_sec
             failure = wanted.expired(int(record["waiter"]), int(record["found"]), timeout_sec)
         world.stop(failure)

@@ -1,77 +1,79 @@
-"""Launches that move rows: dispatch, push, and the sum at home (kernels_cu/exchange/rows.cu), for
-all of a call or for one part of layer0's order, on all SMs or beside a GEMM."""
+"""The launches of kernels_cu/sequential/rows.cu, which move rows: for all of a call or for one
+pipeline chunk, on all SMs or beside a GEMM."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from cometrt.cuda.engine import gemm_ctas
+from cometrt.cuda.links import Links
+from cometrt.cuda.types import Launches
+from cometrt.kernels.constants import PULL_WARPS
 from cometrt.kernels.launch import load_kernels
 from cometrt.kernels.params import KernelArgument, ParamStruct, pipeline_chunk_params
 from cometrt.plan import PlanShape
-from cometrt.world.partitions import num_sms
 
-_THREADS, _PUSH_THREADS = 256, 768  # kThreads, kPushThreads of rows.cu
-_PULL_WARPS = 4  # kPullWarps
-_SLOT_BYTES = 200 * 1024  # of shared memory for rows in flight
+_STAGE_BYTES = 200 * 1024  # shared memory for rows in flight
 
 
 class RowKernels:
     """One layer's.
 
     Args:
-        dispatch_link, combine_link: of `link_params`, for what comes and what leaves.
-        block_order_idx: address of the planner's table.
-        parts: how many there are.
+        links: what the launches take for the link between ranks.
+        kernels: gets "dispatch", "push" and "home_reduce".
+        block_order_idx: address of the planner's table; needed for several chunks.
+        pipeline_chunks: how many there are.
     """
 
     def __init__(
         self,
         shape: PlanShape,
-        dispatch_link: ParamStruct,
-        combine_link: ParamStruct,
+        links: Links,
+        kernels: Launches,
         block_order_idx: int = 0,
-        parts: int = 1,
+        pipeline_chunks: int = 1,
     ) -> None:
-        self._shape, self._dispatch_link, self._combine_link = shape, dispatch_link, combine_link
-        self._dispatch, self._push, self._home_reduce = load_kernels(
-            "sequential/rows.cu", "dispatch", "push", "home_reduce"
+        self._shape, self._links = shape, links
+        dispatch, self._push, self._home_reduce = load_kernels(
+            "sequential/rows.cu", "dispatch", "push", "home_reduce", macros=links.macros
         )
         self._whole = pipeline_chunk_params(0, 0, 1)
-        self._parts = [
-            pipeline_chunk_params(block_order_idx, index, parts) for index in range(parts)
+        self._chunks = [
+            pipeline_chunk_params(block_order_idx, index, pipeline_chunks)
+            for index in range(pipeline_chunks)
         ]
         row_bytes = 2 * shape.geometry.spec.hidden
-        lanes = max(1, min(32, _SLOT_BYTES // row_bytes // _PULL_WARPS))
-        self._lanes, self._slot_bytes = (
-            KernelArgument(np.int32(lanes)),
-            _PULL_WARPS * lanes * row_bytes,
-        )
-        self._dispatch.allow_shared(self._slot_bytes)
+        lanes = max(1, min(32, _STAGE_BYTES // row_bytes // PULL_WARPS))
+        self._lanes = KernelArgument(np.int32(lanes))
+        self._dispatch = dispatch.with_shared(PULL_WARPS * lanes * row_bytes)
+        kernels |= {
+            "dispatch": self._launch_dispatch,
+            "push": self._launch_push,
+            "home_reduce": self._launch_home_reduce,
+        }
 
-    def pull(self, call: ParamStruct, part: int | None = None, sms: int | None = None) -> None:
-        """What a part (None: the call) is the first to need, on that many SMs (None: all)."""
+    def _launch_dispatch(
+        self, stream: int, params: ParamStruct, chunk: int | None = None, sms: int | None = None
+    ) -> None:
+        """Pull what a pipeline chunk (None: all of the call) is the first to need, on so many SMs
+        (None: all)."""
         self._dispatch(
-            _grid(sms),
-            _THREADS,
-            call,
-            self._dispatch_link,
-            self._whole if part is None else self._parts[part],
-            self._lanes,
-            shared_bytes=self._slot_bytes,
+            stream, gemm_ctas(sms), params, self._links.dispatch, self._chunk(chunk), self._lanes
         )
 
-    def push(self, call: ParamStruct, part: int | None = None, sms: int | None = None) -> None:
-        """What is complete with a part, when all later ones are; arguments as for `pull`."""
-        chosen = self._whole if part is None else self._parts[part]
-        self._push(_grid(sms), _PUSH_THREADS, call, self._combine_link, chosen)
+    def _launch_push(
+        self, stream: int, params: ParamStruct, chunk: int | None = None, sms: int | None = None
+    ) -> None:
+        """Push what is complete with a chunk, when all later ones are; arguments as for
+        `dispatch`."""
+        self._push(stream, gemm_ctas(sms), params, self._links.combine, self._chunk(chunk))
 
-    def home_reduce(self, call: ParamStruct) -> None:
-        """At home: waits for peers."""
-        blocks = self._shape.config.token_blocks(int(call.fields["num_tokens"][0]))
+    def _launch_home_reduce(self, stream: int, params: ParamStruct) -> None:
+        """Add up at home. Waits for peers."""
+        blocks = self._shape.config.token_blocks(int(params.fields["num_tokens"][0]))
         if blocks:
-            self._home_reduce((blocks,), _THREADS, call)
+            self._home_reduce(stream, blocks, params)
 
-
-def _grid(sms: int | None) -> tuple[int]:
-    """CTAs come in pairs; one fills an SM."""
-    return ((num_sms() if sms is None else sms) // 2 * 2,)
+    def _chunk(self, index: int | None) -> ParamStruct:
+        return self._whole if index is None else self._chunks[index]

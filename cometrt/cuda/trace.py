@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from cometrt.cuda.fused import FusedForward
+from cometrt.kernels.constants import TRACE_LANES
 from cometrt.kernels.params import (
-    TRACE_LANES,
     trace_lane_dtype,
     traced_exchange_state_dtype,
 )
@@ -46,12 +46,12 @@ def recorded_by(
     """
     import cupy as cp
 
-    kernels, fused.kernels = fused.kernels, fused.load_kernels(trace=True)
-    trace = DeviceTrace(state, fused.grid[0])
+    kernels = fused.use(fused.load(trace=True))
+    trace = DeviceTrace(state, fused.num_ctas)
     try:
         yield
     finally:
-        fused.kernels = kernels
+        fused.use(kernels)
         ended.synchronize()
         cp.cuda.get_current_stream().synchronize()  # where graphs were launched
         lanes = trace.end()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cometrt.cuda.engine import current_stream
 from cometrt.cuda.executor import CudaExecutor
 from cometrt.errors import CallNotBegun
 from cometrt.kernels.launch import load_kernels
@@ -72,7 +73,7 @@ class Trials:
         import cupy as cp
 
         world, (begin, end) = self._world, self._events
-        self._calls(executor)  # from here on all memory that calls take is there
+        self.calls(executor)  # from here on all memory that calls take is there
         executor.synchronize()
         world.barrier()
         times = []
@@ -82,7 +83,7 @@ class Trials:
             # once, but end the first call together: it is not timed.
             self._gate.close()
             try:
-                self._calls(executor)
+                self.calls(executor)
                 world.barrier()
             finally:
                 self._gate.open()
@@ -92,7 +93,7 @@ class Trials:
         ranks = world.allgather(times, purpose="tune")
         return statistics.median(max(times) for times in zip(*ranks, strict=True))
 
-    def _calls(self, executor: CudaExecutor) -> None:
+    def calls(self, executor: CudaExecutor) -> None:
         """One call, and _CALLS between the events; nothing of them is kept."""
         begin, end = self._events
         try:
@@ -121,7 +122,8 @@ class Gate:
     def close(self) -> None:
         """What was queued behind the last one must have ended."""
         self._flag[0] = 0
-        self._kernel((1,), 1, np.uint64(self._memory.ptr), self._timeout_ns)
+        address = np.uint64(self._memory.ptr)
+        self._kernel(current_stream(), 1, address, self._timeout_ns)
 
     def open(self) -> None:
         self._flag[0] = 1

@@ -51,7 +51,8 @@ class HostExecutor:
         training: bool,
         out: np.ndarray,
         tracer: Tracer,
-    ) -> tuple[Any, ...] | None:
+    ) -> dict[str, Any] | None:
+        """Returns the residuals that backward needs, but for the weights."""
         ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
         with ex.guard("compute"):
             return self._forward(ex, x, ids, weights, w_up, w_down, training, out)
@@ -66,7 +67,7 @@ class HostExecutor:
         w_down: np.ndarray,
         training: bool,
         out: np.ndarray,
-    ) -> tuple[Any, ...] | None:
+    ) -> dict[str, Any] | None:
         num_tokens = ex.publish("forward", {"x": x}, len(x), ids=ids, weights=weights)
         with ex.step("compute", "plan"):
             ex.plan = make_plan(ex.read_routing(num_tokens), self._shape)
@@ -85,19 +86,12 @@ class HostExecutor:
         )
         if not training:
             return None
-        return Residuals.pack(
-            shape=self._shape,
-            layer=self._layer,
-            num_tokens=len(x),
-            epoch=np.array([ex.epoch], np.int64),
-            world=self._world.identity,
-            generation=self.generation,
-            x=x_rows if tokens is None else tokens,
-            z=z,
-            tables=ex.plan.arrays(),
-            w_up=w_up,
-            w_down=w_down,
-        )
+        return {
+            "epoch": np.array([ex.epoch], np.int64),
+            "x": x_rows if tokens is None else tokens,
+            "z": z,
+            "tables": ex.plan.arrays(),
+        }
 
     def backward(
         self, dy: np.ndarray, saved: Residuals, *, out: Gradients, accumulate: bool, tracer: Tracer

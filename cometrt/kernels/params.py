@@ -10,10 +10,13 @@ import dataclasses
 import numpy as np
 
 from cometrt.activations import ACTIVATIONS
+from cometrt.kernels.constants import (
+    MAX_TOPK,
+    TRACE_EVENTS,
+)
 from cometrt.plan import Plan, PlanShape
 from cometrt.plan.tile_order import work_tile_dtype
 from cometrt.world.layout import device_control_block_dtype, header_dtype, record_dtype, world_dtype
-from cometrt.world.link import Link
 
 geometry_dtype = np.dtype(
     [
@@ -28,8 +31,9 @@ geometry_dtype = np.dtype(
 
 # Scratch and results of the planner, in the order of PlanParams.
 PLAN_SCRATCH = (
-    "token_tile_counts counts token_counts list_start pair_list rank_rows rank_num_tiles rank_order "
-    "rank_tile_order_idx run_counts run_starts column_tokens block_order_idx first_order_idx"
+    "token_tile_counts counts token_counts list_start pair_list rank_rows rank_num_tiles "
+    "rank_order rank_tile_order_idx run_counts run_starts column_tokens block_order_idx "
+    "first_order_idx"
 ).split()
 _PLAN_OUTPUTS = {"num_tiles": "out_num_tiles", "num_tokens": "out_num_tokens"}
 PLAN_OUTPUTS = [
@@ -60,7 +64,6 @@ exchange_state_dtype = np.dtype([(name, np.uint32) for name in "ticket status ok
 traced_exchange_state_dtype = np.dtype(
     [*exchange_state_dtype.descr, ("trace", np.uint64)], align=True
 )
-TRACE_LANES, _EVENTS_OF_LANE = 15, 511  # kTraceLanes, kEventsOfLane of common/trace.cuh
 trace_event_dtype = np.dtype(
     [(name, np.uint64) for name in "begin_ns end_ns".split()]
     + [(name, np.uint32) for name in "local_bytes link_bytes".split()]
@@ -72,14 +75,13 @@ trace_lane_dtype = np.dtype(
         ("unused", np.uint32, (3,)),
         ("since_ns", np.uint64),
         ("waits_since_ns", np.uint64),
-        ("events", trace_event_dtype, (_EVENTS_OF_LANE,)),
+        ("events", trace_event_dtype, (TRACE_EVENTS,)),
     ]
 )
-MAX_REPORTED_IDS = 1024  # kMostReportedIds of exchange/call.cuh
 exchange_report_dtype = np.dtype(
     [("kind", np.uint64), ("epoch", np.uint64), ("layer", np.int64), ("operation", np.int64)]
     + [(name, np.uint64) for name in "wrong_pair largest_need".split()]
-    + [("wrong_weight", np.float32), ("wrong_ids", np.int32, (MAX_REPORTED_IDS + 1,))]
+    + [("wrong_weight", np.float32), ("wrong_ids", np.int32, (MAX_TOPK + 1,))]
 )
 HEAP_OFFSETS = {  # field of Call -> array of the heap
     "x_offset": "x",
@@ -140,7 +142,9 @@ tile_order_params_dtype = np.dtype(
     [(name, np.uint64) for name in "work_tiles num_steps progress".split()]
     + [
         (name, np.int32)
-        for name in "num_n_tiles backwards n_chunk raster_group num_pipeline_chunks max_steps".split()
+        for name in (
+            "num_n_tiles backwards n_chunk raster_group num_pipeline_chunks max_steps"
+        ).split()
     ]
 )
 pipeline_chunk_dtype = np.dtype(
@@ -193,32 +197,22 @@ class ParamStruct(KernelArgument):
 
     Attributes:
         fields: size-1 array of its mirror.
-        words: the same as 8-byte integers.
+        uint64s: the same as 8-byte integers.
     """
 
     def __init__(self, dtype: np.dtype) -> None:
         assert dtype.itemsize % 8 == 0
         self.fields = np.zeros(1, dtype)
-        self.words = self.fields.view(np.uint64)
+        self.uint64s = self.fields.view(np.uint64)
         super().__init__(self.fields)
 
-    def place(self, name: str) -> int:
-        """The word in which an 8-byte field lies."""
+    def index_of(self, name: str) -> int:
+        """Where an 8-byte field lies in `uint64s`."""
         return int(self.fields.dtype.fields[name][1]) // 8
 
 
-def link_params(free_at_ns: int, link: Link | None) -> ParamStruct:
-    """A Pace; free_at_ns: address of the link's clock on the device."""
-    record = ParamStruct(emulated_link_dtype)
-    if link is not None:
-        record.fields["free_at_ns"] = free_at_ns
-        record.fields["femtoseconds_per_byte"] = link.femtoseconds_per_byte
-        record.fields["latency_ns"] = round(link.latency_us * 1000)
-    return record
-
-
 def pipeline_chunk_params(block_order_idx: int, index: int, count: int) -> ParamStruct:
-    """A Part; block_order_idx: address of the planner's table, which only parts of several need."""
+    """A PipelineChunk; block_order_idx: address of the planner's table, unless count is 1."""
     record = ParamStruct(pipeline_chunk_dtype)
     record.fields["block_order_idx"] = block_order_idx
     record.fields["index"], record.fields["count"] = index, count

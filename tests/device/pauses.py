@@ -62,20 +62,14 @@ class Pauses:
 
     def hold_up(self, layer):
         """Before each launch of the fused layer's calls."""
-        executor = layer._executor
-        for owner, name in (
-            (executor, "_publish"),
-            (executor._planner, "prepare"),
-            (executor._fused, "layer0"),
-            (executor._fused, "layer1"),
-            (executor, "_finish"),
-        ):
-            setattr(owner, name, functools.partial(self._late, getattr(owner, name)))
+        kernels = layer.executor.kernels
+        for name in ("publish", "prepare", "dispatch_gemm", "gemm_combine", "finish"):
+            kernels[name] = functools.partial(self._late, kernels[name])
 
-    def _late(self, launch, *args, **more):
+    def _late(self, launch, *args):
         if pause := next(self.next, 0):
             self.pause(pause)
-        launch(*args, **more)
+        launch(*args)
 
     def pause(self, microseconds):
         self._spin((1,), (1,), (np.uint64(1000 * int(microseconds)),))

@@ -216,7 +216,7 @@ class Rank:
         if own.random() < 0.1:
             time.sleep(own.uniform(0, 2e-3))
         replays = bool(own.random() < 0.5)  # then as its launches are, or were: without pauses
-        subject.fused._executor.graphs.enabled = replays
+        subject.fused.executor.graphs.enabled = replays
         self._pauses.next = iter(() if replays else self._draw_pauses())
         while len(self._saved) > self._common.integers(1, 4):
             self._backward(number, *self._saved.pop(self._common.integers(len(self._saved))))

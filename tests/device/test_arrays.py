@@ -239,7 +239,7 @@ def test_saved_fits_a_layer_whose_config_says_only_who_does_what_when():
         _, saved = rank.forward()
         grads = rank.layer.backward(rank.dy, saved)
         _, saved = rank.forward()
-        shape = rank.layer._shape
+        shape = rank.layer.shape
         for change in (
             {"dispatch_ctas": 1}, {"combine_ctas": 2}, {"raster_group": 2}, {"order": "columns"},
             {"n_chunk": 512}, {"pipeline_chunks": 4}, {"comm_sms": 4},
@@ -249,7 +249,7 @@ def test_saved_fits_a_layer_whose_config_says_only_who_does_what_when():
         for change in ({"block_m": 16}, {"block_tokens": 4}, {"num_phases": 1}):
             config = dataclasses.replace(CASE.config, **change)
             assert dataclasses.replace(shape, config=config).digest != shape.digest
-        rank.layer._shape = dataclasses.replace(
+        rank.layer.shape = dataclasses.replace(
             shape, config=dataclasses.replace(CASE.config, dispatch_ctas=1, combine_ctas=2)
         )
         again = rank.layer.backward(rank.dy, saved)

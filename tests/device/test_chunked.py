@@ -1,4 +1,4 @@
-"""Mode "chunked" has the bits of "sequential", whatever the parts, on every kind of routing."""
+"""Mode "chunked" has the bits of "sequential", whatever the chunks, on every kind of routing."""
 
 import dataclasses
 
@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 import cometrt
-from cometrt.cuda.chunked import comm_sms
+from cometrt.cuda.sequential import comm_sms
 from tests import cases
 from tests.cases import ROUTINGS, Case, make_inputs, on_device, on_host
 
 pytestmark = pytest.mark.gpu
 
 
-def compare(case, parts, routings, *, sms=None, training=False):
+def compare(case, chunks, routings, *, sms=None, training=False):
     """Batches of both modes queued one behind the other; weights are the first batch's."""
     batches = [make_inputs(dataclasses.replace(case, routing=routing)) for routing in routings]
-    config = dataclasses.replace(case.config, parts=parts, comm_sms=sms)
+    config = dataclasses.replace(case.config, pipeline_chunks=chunks, comm_sms=sms)
 
     def fn(world):
         move, rank = on_device(world), world.rank
@@ -46,20 +46,20 @@ def compare(case, parts, routings, *, sms=None, training=False):
             assert fused.tobytes() == sequential.tobytes()
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4, 7])
+@pytest.mark.parametrize("chunks", [1, 2, 4, 7])
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 1), (3, 1), (4, 1), (4, 2), (8, 1)], ids=str)
-def test_every_routing(ranks, parts):
-    compare(Case(ranks, gemm="engine"), parts, ROUTINGS)
+def test_every_routing(ranks, chunks):
+    compare(Case(ranks, gemm="engine"), chunks, ROUTINGS)
 
 
 @pytest.mark.parametrize("order", ["phases", "columns"])
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("chunks", [2, 4])
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 1), (4, 1), (4, 4)], ids=str)
-def test_many_tiles(ranks, parts, order, monkeypatch):
+def test_many_tiles(ranks, chunks, order, monkeypatch):
     monkeypatch.setattr(cases, "MAX_TOKENS", 900)
     monkeypatch.setattr(cases, "HIDDEN", 528)
     case = Case(ranks, order=order, gemm="engine", seed=ranks[0] % 2)
-    compare(case, parts, ("uniform", "skewed", "empty_rank", "uniform"), training=True)
+    compare(case, chunks, ("uniform", "skewed", "empty_rank", "uniform"), training=True)
 
 
 @pytest.mark.parametrize("sms", [2, 4, 8, 998])

@@ -10,7 +10,7 @@ import pytest
 
 from cometrt.activations import ACTIVATIONS, activate
 from cometrt.kernels.compiler import compile_cubin, kernels_folder
-from cometrt.plan.tile_order import make_tile_order, work_tile_dtype
+from cometrt.plan.tile_order import make_tile_order
 
 pytestmark = pytest.mark.gpu
 
@@ -51,26 +51,24 @@ def on_gpu(tiles):
 
 
 @pytest.mark.parametrize(
-    ("backwards", "chunk"), [(False, None), (True, None), (True, 1), (True, 2), (True, 3)]
+    ("backwards", "n_chunk"), [(False, None), (True, None), (True, 1), (True, 2), (True, 3)]
 )
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("group", [None, 2, 4])
 @pytest.mark.parametrize("columns", [1, 2, 5, 16])
 @pytest.mark.parametrize("rows", [EDGES, (700,), (0, 0), (2048, 1999, 5000, 40)] + [
     tuple(np.random.default_rng(s).integers(0, 700, 40)) for s in range(3)] + [(300,) * 700],
     ids=lambda rows: f"{len(rows)}experts{sum(rows)}rows")  # fmt: skip
-def test_turns_are_those_of_numpy(rows, columns, group, parts, backwards, chunk):
+def test_the_tile_order_is_that_of_numpy(rows, columns, group, chunks, backwards, n_chunk):
     from cometrt.cuda.engine import order_tiles
 
     tiles = tiles_of(rows, seed=len(rows))
-    how = {"backwards": backwards, "n_chunk": chunk, "raster_group": group}
-    all_turns = order_tiles(on_gpu(tiles), columns, parts=parts, **how)
-    for index in range(parts):
-        expected = make_tile_order(tiles, columns, part=(index, parts), **how)
-        turns = all_turns.part(index)
-        assert turns.counts.tolist() == [len(expected), 0, 0]
-        found = turns.items.get().view(work_tile_dtype).reshape(-1, 2)[: len(expected)]
-        assert (found == expected).all()
+    how = {"backwards": backwards, "n_chunk": n_chunk, "raster_group": group}
+    order = order_tiles(on_gpu(tiles), columns, pipeline_chunks=chunks, **how)
+    for index in range(chunks):
+        expected = make_tile_order(tiles, columns, pipeline_chunk=(index, chunks), **how)
+        assert order.counts[3 * index : 3 * index + 3].tolist() == [len(expected), 0, 0]
+        assert (order.tiles(index) == expected).all()
 
 
 class Problem:
@@ -103,10 +101,10 @@ class Problem:
         from cometrt.cuda.engine import GroupedGemm, order_tiles
 
         gemm = GroupedGemm(self.activation, write_z=write_z)
-        turns = order_tiles(on_gpu(self.tiles), gemm.num_n_tiles(self.b.shape[1]))
+        order = order_tiles(on_gpu(self.tiles), gemm.num_n_tiles(self.b.shape[1]))
         self.out.fill(np.nan)
         self.z.fill(np.nan)
-        gemm(self.a, self.b, self.out, turns, z=self.z if write_z else None)
+        gemm(self.a, self.b, self.out, order, z=self.z if write_z else None)
         return self.out.get(), self.z.get()
 
     def check(self, write_z):
@@ -165,16 +163,16 @@ def test_results_leave_while_the_next_tile_is_multiplied(inner):
     Problem((200, 130, 0, 600), 272, inner, "geglu").check(True)
 
 
-def test_turns_serve_many_launches():
+def test_order_serve_many_launches():
     from cometrt.cuda.engine import GroupedGemm, order_tiles
 
     problem = Problem((200, 77, 400), 272, 192, None)
     gemm = GroupedGemm()
-    turns = order_tiles(on_gpu(problem.tiles), gemm.num_n_tiles(problem.b.shape[1]))
+    order = order_tiles(on_gpu(problem.tiles), gemm.num_n_tiles(problem.b.shape[1]))
     first = problem.run(False)[0].tobytes()
     for _ in range(20):
         problem.out.fill(np.nan)
-        gemm(problem.a, problem.b, problem.out, turns)
+        gemm(problem.a, problem.b, problem.out, order)
         assert problem.out.get().tobytes() == first
 
 

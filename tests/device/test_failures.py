@@ -135,11 +135,11 @@ def test_a_flag_that_never_comes_is_told_by_the_device(mode):
 
     def fn(world):
         rank = Rank(world, inputs, mode=mode)
-        executor = rank.layer._executor
+        kernels = rank.layer.executor.kernels
         if world.rank == 1 and mode == "fused":
-            executor._fused.layer1 = lambda *_: None
+            kernels["gemm_combine"] = lambda *_: None
         elif world.rank == 1:
-            executor._push = lambda *_: None
+            kernels["push"] = lambda *_: None
         rank.world.timeout_sec = 1.0
         y, _ = rank.forward()
         error = caught(rank.layer.synchronize)
@@ -166,9 +166,9 @@ def test_a_rank_that_raises_in_the_middle_ends_the_others_at_once(mode):
     def fn(world):
         rank = Rank(world, inputs, mode=mode)
         if world.rank == 2 and mode == "fused":
-            rank.layer._executor._fused.layer0 = fail
+            rank.layer.executor.kernels["dispatch_gemm"] = fail
         elif world.rank == 2:
-            rank.layer._executor._pull = fail
+            rank.layer.executor.kernels["dispatch"] = fail
         error = caught(rank.forward) or caught(rank.layer.synchronize)
         if world.rank == 2:
             assert isinstance(error, LookupError)

@@ -344,11 +344,11 @@ class NoMemory(dict):
 
 
 BREAKS = {  # what fails on one rank, in which mode, before or after others are in the call
-    "launch": ("fused", lambda ex: setattr(ex._fused, "layer0", _no_launch)),
-    "publish": ("sequential", lambda ex: setattr(ex, "_publish", _no_launch)),
-    "finish": ("fused", lambda ex: setattr(ex, "_finish", _no_launch)),
-    "tensor map": ("sequential", lambda ex: setattr(ex._engine, "up", _no_launch)),
-    "memory": ("fused", lambda ex: setattr(ex, "_forward_buffers", NoMemory())),
+    "launch": ("fused", lambda ex: ex.kernels.update(dispatch_gemm=_no_launch)),
+    "publish": ("sequential", lambda ex: ex.kernels.update(publish=_no_launch)),
+    "finish": ("fused", lambda ex: ex.kernels.update(finish=_no_launch)),
+    "tensor map": ("sequential", lambda ex: ex.kernels.update(up=_no_launch)),
+    "memory": ("fused", lambda ex: setattr(ex, "forward_buffers", NoMemory())),
     "results": ("fused", None),
 }  # fmt: skip
 
@@ -360,11 +360,11 @@ def test_an_error_of_one_rank_ends_the_others_at_once(what):
 
     def fn(world):
         rank = Rank(world, inputs, CASE.spec, CASE.config, mode)
-        rank.layer._executor.graphs.enabled = False
+        rank.layer.executor.graphs.enabled = False
         if world.rank == 2 and break_it:
-            break_it(rank.layer._executor)
+            break_it(rank.layer.executor)
         elif world.rank == 2:
-            rank.layer._arrays.empty = _no_memory
+            rank.layer.arrays.empty = _no_memory
         error = caught(rank.forward) or caught(rank.layer.synchronize)
         if world.rank == 2:
             kind = MemoryError if what in ("memory", "results") else cometrt.CometError
@@ -390,7 +390,7 @@ def test_a_backward_that_times_out_says_what_is_unspecified():
         _, saved = rank.forward()
         rank.layer.synchronize()
         if world.rank == 1:
-            rank.layer._executor._push = lambda *_: None
+            rank.layer.executor.kernels["push"] = lambda *_: None
         shapes = rank.layer.geometry.w_up_shape, rank.layer.geometry.w_down_shape
         totals = [cupy.zeros(shape, cupy.float32) for shape in shapes]
         world.timeout_sec = 1.0

@@ -81,7 +81,7 @@ def test_calls_on_different_streams_follow_each_other():
         layers = rank.layer, cometrt.MoELayer(world, case.spec, case.mode, config=case.config)
         streams = cupy.cuda.Stream(non_blocking=True), cupy.cuda.get_current_stream()
         work = cupy.ones(1 << 24, np.float32)
-        push = layers[0]._executor._push
+        push = layers[0].executor.kernels["push"]
 
         def push_late(*args):
             for _ in range(500):
@@ -91,7 +91,7 @@ def test_calls_on_different_streams_follow_each_other():
         cupy.multiply(work, 1.0, out=work)  # whatever that loads, now
         streams[1].synchronize()
         if world.rank == 1:
-            layers[0]._executor._push = push_late
+            layers[0].executor.kernels["push"] = push_late
         results = [
             layer.forward(*rank.arrays[batch][:3], rank.w_up, rank.w_down, stream=stream)
             for batch, (layer, stream) in enumerate(zip(layers, streams, strict=True))

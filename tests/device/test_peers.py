@@ -146,12 +146,11 @@ def test_calls_in_a_row_with_a_slow_rank(mode, where, slow_rank):
 
     def fn(world):
         rank = OrdersRank(world, case, batches, 0.0)
-        executor = rank.layer._executor
-        owner, name = executor, "_publish" if where == "publish" else "_push"
-        if where != "publish" and mode == "fused":
-            owner, name = executor._fused, "layer1"
+        kernels, name = rank.layer.executor.kernels, "publish"
+        if where != "publish":
+            name = "gemm_combine" if mode == "fused" else "push"
         if world.rank == slow_rank:
-            setattr(owner, name, held_up(getattr(owner, name)))
+            kernels[name] = held_up(kernels[name])
         world.barrier()
         for batch in range(6):
             rank.forward(batch)
@@ -172,11 +171,11 @@ CASE = Case((RANKS, 1), mode="sequential", gemm="engine")
 
 def lose(rank, mode):
     """What this rank sends home never leaves."""
-    executor = rank.layer._executor
+    kernels = rank.layer.executor.kernels
     if mode == "fused":
-        executor._fused.layer1 = lambda *_: None
+        kernels["gemm_combine"] = lambda *_: None
     else:
-        executor._push = lambda *_: None
+        kernels["push"] = lambda *_: None
 
 
 @pytest.mark.parametrize("mode", ["fused", "sequential"])
@@ -211,11 +210,11 @@ def test_a_rank_that_raises_in_the_middle_ends_the_others_at_once(mode):
 
     def fn(world):
         rank = Rank(world, inputs, CASE.spec, CASE.config, mode)
-        executor = rank.layer._executor
+        kernels = rank.layer.executor.kernels
         if world.rank == LAST and mode == "fused":
-            executor._fused.layer0 = fail
+            kernels["dispatch_gemm"] = fail
         elif world.rank == LAST:
-            executor._pull = fail
+            kernels["dispatch"] = fail
         error = caught(rank.forward) or caught(rank.layer.synchronize)
         expected = LookupError if world.rank == LAST else cometrt.PeerTimeout
         assert isinstance(error, expected)

@@ -82,8 +82,8 @@ def test_where_a_blocks_last_tile_is(seed):
     for home, block, tokens in plan.pushes(shape):
         last = min(first_needed[int(token)] for token in tokens)  # layer1 walks backwards
         expected[home * shape.blocks_per_home + block] = last
-    found = planner._scratch["block_order_idx"].get()
-    assert planner.block_order_idx == planner._scratch["block_order_idx"].data.ptr
+    found = planner.scratch["block_order_idx"].get()
+    assert planner.block_order_idx == planner.scratch["block_order_idx"].data.ptr
     np.testing.assert_array_equal(found, expected)
     in_order = expected[plan.push_blocks[: plan.num_blocks[0]]]
     assert (np.diff(in_order) <= 0).all()

@@ -62,9 +62,9 @@ class Holder:
 def wait_for(layer, seconds):
     """Whether the layer's calls end while others hold SMs."""
     begin = time.monotonic()
-    while not layer._executor.ended.done and time.monotonic() - begin < seconds:
+    while not layer.executor.ended.done and time.monotonic() - begin < seconds:
         time.sleep(1e-3)
-    return layer._executor.ended.done
+    return layer.executor.ended.done
 
 
 @pytest.mark.parametrize("left", [0.9, 0.5, 2])

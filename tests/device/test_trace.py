@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import cometrt
+from cometrt.kernels.constants import BLOCK_N
 from cometrt.plan import PlanShape
 from cometrt.plan.reference import make_plan
 from cometrt.plan.routing import RoutingTables
-from cometrt.plan.tile_order import BLOCK_N, num_n_tiles
+from cometrt.plan.tile_order import num_n_tiles
 from cometrt.specs import Geometry
 from tests.cases import Case, make_inputs, on_device, on_host
 

@@ -116,14 +116,14 @@ def test_a_rank_that_fails_ends_the_trials_of_all(monkeypatch, cache_file):
     choose(monkeypatch, COLUMNS)
     case = Case((4, 1), mode="fused", gemm="engine")
     inputs = make_inputs(case)
-    real, failing = Trials._calls, [True]
+    real, failing = Trials.calls, [True]
 
     def calls(self, executor):
         if failing[0] and self._world.rank == 1:
             raise MemoryError("no room")
         real(self, executor)
 
-    monkeypatch.setattr(Trials, "_calls", calls)
+    monkeypatch.setattr(Trials, "calls", calls)
 
     def fn(world):
         import cupy
@@ -174,7 +174,7 @@ def test_wrong_arguments_are_raised_on_all_ranks():
             rank.layer.tune(bad)
         with pytest.raises(ValueError, match="must be equal on all ranks"):
             rank.layer.tune(good if world.rank else None)
-        rank.layer._executor.captured.append(())
+        rank.layer.executor.captured.append(())
         with pytest.raises(ValueError, match="CUDA graph"):
             rank.layer.tune()
         sequential = cometrt.MoELayer(world, case.spec, "sequential")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from cometrt import CometError
-from cometrt.cuda import engine, fused
 from cometrt.cuda.trace import KINDS
 from cometrt.kernels import compiler
 from cometrt.kernels.compiler import compile_cubin, kernels_folder
-from cometrt.kernels.params import MIRRORS, TRACE_LANES, trace_lane_dtype
-from cometrt.plan.config import MAX_ADDENDS
+from cometrt.kernels.constants import MAX_ADDENDS, TRACE_LANES
+from cometrt.kernels.elf import constants
+from cometrt.kernels.params import MIRRORS, trace_lane_dtype
 from tests.launch import ROOT
 from tests.machine_code import ACTIVATED, builds, machine_code
 
@@ -80,12 +80,18 @@ def test_structs_are_laid_out_as_their_mirrors(struct):
     assert layout_of(struct, header, list(mirror.names)) == expected
 
 
-def test_shared_memory_is_what_launches_ask_for():
-    assert layout_of("Shared", "gemm/tile.cuh", []) == [engine.SHARED_BYTES]
-    (movers,) = layout_of("DispatchStages", "fused/dispatch_warp.cuh", [])
-    (sums,) = layout_of("CombineStages", "fused/row_sums.cuh", [])
-    assert engine.SHARED_BYTES + movers == fused._LAYER0_BYTES <= 227 * 1024
-    assert engine.SHARED_BYTES + 2 * sums == fused._LAYER1_BYTES <= 227 * 1024
+def test_kernels_say_how_much_shared_memory_they_need():
+    (gemm,) = layout_of("Shared", "gemm/tile.cuh", [])
+    (dispatch,) = layout_of("DispatchStages", "fused/dispatch_warp.cuh", [])
+    (combine,) = layout_of("CombineStages", "fused/row_sums.cuh", [])
+    for file, wanted in (
+        ("gemm/grouped_gemm.cu", gemm),
+        ("fused/dispatch_gemm.cu", gemm + dispatch),
+        ("fused/gemm_combine.cu", gemm + 2 * combine),
+    ):
+        macros = next(macros for source, macros in builds() if source == file)
+        found = constants(compile_cubin(kernels_folder() / file, macros).path)
+        assert found["shared_bytes"] == wanted <= 227 * 1024, file
 
 
 def test_nothing_is_read_as_if_it_never_changed():

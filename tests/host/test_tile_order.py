@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cometrt.kernels.constants import BLOCK_M
 from cometrt.plan.tile_order import (
-    BLOCK_M,
     best_raster_group,
     make_tile_order,
     max_cluster_steps,
@@ -40,17 +40,17 @@ def plans(draw):
 )
 def test_turns(plan, columns, backwards, chunk, group):
     how = {"backwards": backwards, "n_chunk": chunk, "raster_group": group}
-    turns = make_tile_order(plan, columns, **how)
-    assert len(turns) <= max_cluster_steps(len(plan.tile_expert), columns, chunk)
-    walks = [item // (chunk or columns) for item in turns[:, 0]["n_tile"].tolist()]
+    steps = make_tile_order(plan, columns, **how)
+    assert len(steps) <= max_cluster_steps(len(plan.tile_expert), columns, chunk)
+    walks = [item // (chunk or columns) for item in steps[:, 0]["n_tile"].tolist()]
     assert walks == sorted(walks)
-    done = [(i["m_tile"], i["n_tile"]) for turn in turns for i in turn if i["m_tile"] >= 0]
+    done = [(i["m_tile"], i["n_tile"]) for step in steps for i in step if i["m_tile"] >= 0]
     assert sorted(done) == [(t, c) for t in range(len(plan.tile_expert)) for c in range(columns)]
-    for turn in turns:
-        assert turn[0]["m_tile"] >= 0
-        assert len({item["expert"] for item in turn if item["m_tile"] >= 0}) == 1
-        for cta, item in enumerate(turn):
-            halves = arriving(turn, cta)
+    for step in steps:
+        assert step[0]["m_tile"] >= 0
+        assert len({item["expert"] for item in step if item["m_tile"] >= 0}) == 1
+        for cta, item in enumerate(step):
+            halves = arriving(step, cta)
             if item["m_tile"] < 0:
                 assert halves == {"m_tile": [], "n_tile": []}
                 continue
@@ -62,21 +62,21 @@ def test_turns(plan, columns, backwards, chunk, group):
             assert halves == {"m_tile": of_a, "n_tile": [0, 1]}
     # The plan's order is kept from expert to expert.
     order = plan.dispatch_order()[::-1] if backwards else plan.dispatch_order()
-    first_walk = turns[:, 0][[walk == 0 for walk in walks]] if len(turns) else turns[:, 0]
+    first_walk = steps[:, 0][[walk == 0 for walk in walks]] if len(steps) else steps[:, 0]
     starts = list(dict.fromkeys(first_walk["expert"].tolist()))
     assert starts == list(dict.fromkeys(plan.tile_expert[order].tolist()))
 
 
-def arriving(turn, cta):
+def arriving(step, cta):
     """Halves of A ("m_tile") and B ("n_tile") that a CTA gets, from whoever loads them."""
     halves = {"m_tile": [], "n_tile": []}
-    for number, item in enumerate(turn):
+    for number, item in enumerate(step):
         for name, shift in (("m_tile", 0), ("n_tile", 2)):
             load = int(item["packed"]) >> shift & 3
             if load == 3 and number == cta:
                 halves[name] += [0, 1] if name == "n_tile" or item["rows"] > BLOCK_M // 2 else [0]
             elif load in (1, 2):
-                assert item[name] == turn[cta][name]  # what it loads for both, both read
+                assert item[name] == step[cta][name]  # what it loads for both, both read
                 halves[name].append(load - 1)
     return {name: sorted(found) for name, found in halves.items()}
 
@@ -88,12 +88,12 @@ def test_two_tiles_read_less_than_two():
         expert_rows=np.array([1024]),
         dispatch_order=lambda: list(range(8)),
     )
-    turns = make_tile_order(plan, 6)
-    assert (turns["m_tile"] >= 0).all()
-    loads = turns["packed"].astype(int)
+    steps = make_tile_order(plan, 6)
+    assert (steps["m_tile"] >= 0).all()
+    loads = steps["packed"].astype(int)
     halves_of = np.array([0, 1, 1, 2])
     read = halves_of[loads & 3] * 64 + halves_of[loads >> 2 & 3] * 128  # rows of A, of B
-    assert read.sum() == turns.size * (128 + 256) * 2 / 3
+    assert read.sum() == steps.size * (128 + 256) * 2 / 3
 
 
 @given(
@@ -102,17 +102,17 @@ def test_two_tiles_read_less_than_two():
     st.integers(1, 6),
     st.booleans(),
 )
-def test_parts_are_stretches_of_the_order(plan, columns, parts, backwards):
+def test_pipeline_chunks_are_ranges_of_the_order(plan, columns, chunks, backwards):
     order = plan.dispatch_order()
-    begins = [pipeline_chunk_begin(len(order), index, parts) for index in range(parts + 1)]
+    begins = [pipeline_chunk_begin(len(order), index, chunks) for index in range(chunks + 1)]
     assert (begins[0], begins[-1]) == (0, len(order))
-    most = -(-len(order) // parts)
-    for index in range(parts):
+    most = -(-len(order) // chunks)
+    for index in range(chunks):
         tiles = order[begins[index] : begins[index + 1]]
         assert most - 1 <= len(tiles) <= most
-        turns = make_tile_order(plan, columns, backwards=backwards, part=(index, parts))
-        assert len(turns) <= max_cluster_steps(most, columns)
-        done = [(i["m_tile"], i["n_tile"]) for turn in turns for i in turn if i["m_tile"] >= 0]
+        steps = make_tile_order(plan, columns, backwards=backwards, pipeline_chunk=(index, chunks))
+        assert len(steps) <= max_cluster_steps(most, columns)
+        done = [(i["m_tile"], i["n_tile"]) for step in steps for i in step if i["m_tile"] >= 0]
         assert sorted(done) == sorted((tile, c) for tile in tiles for c in range(columns))
 
 

@@ -1,0 +1,63 @@
+"""What holds around every call of a layer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from cometrt.errors import CallNotBegun
+from cometrt.world import World
+
+STOPPED = "the world is stopped until world.reset(): "
+
+
+class CallScope:
+    """Of one layer on one rank.
+
+    Attributes:
+        closed: whether the layer has been closed.
+    """
+
+    def __init__(self, world: World, arrays: Any) -> None:
+        self._world, self._arrays, self.closed = world, arrays, False
+
+    @contextlib.contextmanager
+    def call(self, name: str) -> Iterator[None]:
+        """Around a call: the only one of the world on this rank, of an open layer."""
+        with self._world.one_call.hold(name):
+            self.check_open()
+            yield
+
+    def check_open(self) -> None:
+        """Raises:
+        ValueError: if the layer is closed.
+        """
+        if self.closed:
+            raise ValueError("layer must be open (it was closed)")
+
+    @contextlib.contextmanager
+    def exchange(self, stream: Any, executor: Any) -> Iterator[None]:
+        """Around an exchange: on that stream, in a running world."""
+        with self._arrays.stream(stream):
+            executor.raise_pending()
+            executor.check_running(STOPPED)
+            yield
+
+
+@contextlib.contextmanager
+def filling_nan(*results: Any) -> Iterator[None]:
+    """Around a call: if it raises after it has begun, its results become NaN."""
+    try:
+        yield
+    except CallNotBegun as error:
+        raise error.reason from None
+    except BaseException:
+        for result in results:
+            with contextlib.suppress(
+                Exception
+            ):  # the device may be broken; the first error says why
+                result.fill(np.nan)
+        raise

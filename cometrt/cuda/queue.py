@@ -1,0 +1,183 @@
+"""How a layer's calls are queued: from addresses to launches, on a raw stream.
+
+Every call is begin, publish, plan, path, finish. `publish` puts in place what peers read. `prepare`
+makes the plan of a forward; `agree` lets a backward use the plan of its forward. The path is what
+its mode does between them and `finish`:
+
+    fused       dispatch_gemm, gemm_combine
+    sequential  dispatch, up, down, push, home_reduce
+    chunked     the same for each pipeline chunk, on two streams
+    cublas      dispatch, cublas_forward, push, home_reduce
+    backward    dispatch, cublas_dgrad, push, cublas_wgrad, home_reduce
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from cometrt.cuda import buffers
+from cometrt.cuda.cublas import CublasBackward, CublasExperts, CublasForward
+from cometrt.cuda.exchange_params import Call, ExchangeParamsBuilder
+from cometrt.cuda.fused import FusedForward, fused_counter_words
+from cometrt.cuda.links import Links
+from cometrt.cuda.planner import DevicePlanner
+from cometrt.cuda.row_kernels import RowKernels
+from cometrt.cuda.sequential import ChunkedForward, ExpertGemms, SequentialForward
+from cometrt.cuda.types import Launches
+from cometrt.heap import SymmetricHeap
+from cometrt.kernels.launch import load_kernels
+from cometrt.kernels.params import (
+    EXCHANGE_TABLES,
+    ParamStruct,
+    exchange_state_dtype,
+    tile_order_params_dtype,
+    traced_exchange_state_dtype,
+)
+from cometrt.plan import PlanShape
+from cometrt.world import World
+from cometrt.world.partitions import num_sms
+
+_NO_ORDER = ParamStruct(tile_order_params_dtype)
+_OK_OFFSET = exchange_state_dtype.fields["ok"][1]  # type: ignore[index]
+
+
+class ProtocolKernels:
+    """What every call begins and ends with.
+
+    Args:
+        orders: TileOrderParams of the up and the down GEMM, which `prepare` fills.
+        kernels: gets "publish", "prepare", "agree" and "finish".
+    """
+
+    def __init__(
+        self,
+        planner: DevicePlanner,
+        orders: tuple[ParamStruct, ParamStruct],
+        links: Links,
+        kernels: Launches,
+    ) -> None:
+        self._planner, self._orders, self._links = planner, orders, links
+        self._num_sms = num_sms()
+        self._publish, self._agree, self._finish = load_kernels(
+            "protocol/publish.cu", "publish", "agree", "finish"
+        )
+        kernels |= {
+            "publish": self._launch_publish,
+            "prepare": self._launch_prepare,
+            "agree": self._launch_agree,
+            "finish": self._launch_finish,
+        }
+
+    def _launch_publish(self, stream: int, params: ParamStruct) -> None:
+        self._publish(stream, self._num_sms, params)
+
+    def _launch_prepare(self, stream: int, params: ParamStruct, call: Call) -> None:
+        tables, link = call.at["tables"], self._links.dispatch
+        self._planner.prepare(stream, params, tables, self._orders, link)
+
+    def _launch_agree(self, stream: int, params: ParamStruct, _call: Call) -> None:
+        self._agree(stream, 1, params)
+
+    def _launch_finish(self, stream: int, params: ParamStruct) -> None:
+        self._finish(stream, self._num_sms, params)
+
+
+class Path(Protocol):
+    """What a mode launches between the plan and the end of a call."""
+
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> bool:
+        """False where the host knows that the call does nothing, behind one that failed."""
+
+
+class CallQueue:
+    """One layer's. Making it allocates all that `enqueue` uses besides the arrays of a call.
+
+    Args:
+        report: address of the world's ExchangeReports.
+        meet: as for `cometrt.cuda.cublas.CublasExperts`.
+
+    Attributes:
+        kernels: the layer's launches, by name. Every launch goes through it: a test or a benchmark
+            may put a function of its own around one, or in its place. Nothing in it refers to it,
+            so that a dropped layer frees its memory at once.
+        planner: makes the plans.
+        state: ExchangeState of the running call, as bytes.
+        fused: the path of mode "fused", or None.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        shape: PlanShape,
+        layer: int,
+        mode: str,
+        heap: SymmetricHeap,
+        report: int,
+        meet: Callable[[], None],
+    ) -> None:
+        import cupy as cp
+
+        planner_words, fused_words = buffers.num_counters(shape, mode)
+        counters = cp.zeros(planner_words + fused_words, cp.uint32)
+        self.state = cp.zeros(traced_exchange_state_dtype.itemsize, cp.uint8)
+        links = Links(world.link)
+        self.planner = DevicePlanner(shape, counters[:planner_words], links.macros)
+        fixed = {
+            "state": int(self.state.data.ptr),
+            "report": report,
+            "all_ids": int(self.planner.ids.data.ptr),
+            "all_weights": int(self.planner.weights.data.ptr),
+            "progress": int(self.planner.progress.data.ptr),
+            "counters": int(counters.data.ptr),
+        }
+        if mode == "fused":
+            address = fixed["counters"] + 4 * planner_words
+            for name, words in fused_counter_words(shape).items():
+                fixed[name] = address
+                address += 4 * words
+        self._params = ExchangeParamsBuilder(
+            world,
+            shape,
+            heap,
+            layer,
+            fixed,
+            num_counters=counters.size,
+            table_offsets=self.planner.offsets_of(EXCHANGE_TABLES),
+        )
+        self.kernels: Launches = {}
+        kernels, ok = self.kernels, fixed["state"] + _OK_OFFSET
+        chunks = buffers.num_pipeline_chunks(shape, mode)
+        RowKernels(shape, links, kernels, self.planner.block_order_idx, chunks)
+        cublas = CublasExperts(shape, fixed["state"], self.planner.table_offsets, meet, kernels)
+        self.fused: FusedForward | None = None
+        forward: Path
+        orders = _NO_ORDER, _NO_ORDER
+        if mode == "fused":
+            forward = self.fused = FusedForward(shape, links, ok, kernels)
+            orders = self.fused.orders
+        elif shape.config.gemm == "cublas":
+            forward = CublasForward(cublas)
+        else:
+            orders = ExpertGemms(shape, ok, kernels, chunks).orders
+            forward = ChunkedForward(shape.config) if mode == "chunked" else SequentialForward()
+        ProtocolKernels(self.planner, orders, links, kernels)
+        self._paths = {"forward": forward, "backward": CublasBackward(cublas, self._params)}
+
+    def enqueue(self, stream: int, call: Call) -> bool:
+        """Queue a call on a raw stream. It allocates nothing, meets no other rank's host, and
+        captures nothing; only cuBLAS, where it is used, makes the host wait for the plan.
+
+        Returns:
+            as for `Path.launch`.
+        """
+        params, kernels = self._params.begin(call), self.kernels
+        kernels["publish"](stream, params)
+        kernels["prepare" if call.operation == "forward" else "agree"](stream, params, call)
+        ran = self._paths[call.operation].launch(kernels, stream, params, call)
+        kernels["finish"](stream, params)
+        return ran
+
+    def depends_on(self) -> tuple[float, ...]:
+        """What a call's launches depend on besides the call."""
+        return self._params.world_state()
