@@ -27,6 +27,7 @@ ACTIVATED = [(("ACTIVATION", a), ("WRITE_Z", z)) for a in range(len(ACTIVATIONS)
 TRACED = ("TRACE", 1)
 BUILDS = {
     "gemm/grouped_gemm.cu": [(("ACTIVATION", -1), ("WRITE_Z", 0)), *ACTIVATED],
+    "gemm/grouped_down_dgrad.cu": [(("ACTIVATION", a),) for a in range(len(ACTIVATIONS))],
     "fused/dispatch_gemm.cu": ACTIVATED + [(*defines, TRACED) for defines in ACTIVATED],
     "fused/gemm_combine.cu": [(), (TRACED,)],
 }

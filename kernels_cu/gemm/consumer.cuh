@@ -51,7 +51,7 @@ __device__ inline int multiply(Shared& shared, StageState& at, int num_k_blocks,
   int k = 0;
   if (num_k_blocks >= Epilogue::kSteps) {
     const int every = min(num_k_blocks / Epilogue::kSteps, kMaxBlocksOfStep);
-#pragma unroll
+#pragma unroll(Epilogue::kUnrolledSteps)
     for (int step = 0; step < Epilogue::kSteps; ++step) {
       next(step == 0);
       epilogue.store_step(step);

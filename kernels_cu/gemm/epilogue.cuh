@@ -29,27 +29,34 @@ class SubtileStore {
   // `pairs` [16]: eight columns after the other, this thread's two values of row r, then of r + 8,
   // as the accumulators have them. `to`: row 0, column 0 of the 64; the first `columns` exist.
   __device__ void store(const u32* pairs, __nv_bfloat16* to, int columns, long long stride) {
-    const int lane = threadIdx.x % 32, vector = lane % 8;
-    to += lane / 8 * stride + 8 * vector;
+    const int lane = threadIdx.x % 32, vector_idx = lane % 8;
+    to += lane / 8 * stride + 8 * vector_idx;
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper, to += 8 * stride) {
       __syncwarp();  // what was there has been read
-#pragma unroll
-      for (int i = 0; i < 2;
-           ++i) {  // 32 columns: matrices 4 i to 4 i + 3, 16 bytes a row, swizzled
-        char* row = tile_ + lane % 8 * 128 + 16 * ((4 * i + lane / 8) ^ (lane % 8));
-        store_matrices(row, pairs[8 * i + upper], pairs[8 * i + 2 + upper],
-                       pairs[8 * i + 4 + upper], pairs[8 * i + 6 + upper]);
-      }
+      put(pairs, upper);
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int row = 4 * i + lane / 8;
-        const int4 value = *reinterpret_cast<int4*>(tile_ + row * 128 + 16 * (vector ^ row));
+        const int4 value = vector(4 * i + lane / 8);
         // Read late, if at all: evicted before the operands.
-        if (8 * vector < columns) __stcs(reinterpret_cast<int4*>(to + 4 * i * stride), value);
+        if (8 * vector_idx < columns) __stcs(reinterpret_cast<int4*>(to + 4 * i * stride), value);
       }
     }
+  }
+  // Into shared memory: the upper eight rows of `pairs`, or the others.
+  __device__ void put(const u32* pairs, int upper) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // 32 columns: matrices 4 i to 4 i + 3, 16 bytes a row, swizzled
+      char* row = tile_ + lane % 8 * 128 + 16 * ((4 * i + lane / 8) ^ (lane % 8));
+      store_matrices(row, pairs[8 * i + upper], pairs[8 * i + 2 + upper], pairs[8 * i + 4 + upper],
+                     pairs[8 * i + 6 + upper]);
+    }
+  }
+  // Of what was put: this lane's eight columns of a row.
+  __device__ int4 vector(int row) const {
+    return *reinterpret_cast<const int4*>(tile_ + row * 128 + 16 * (threadIdx.x % 8 ^ row));
   }
 
  private:
@@ -115,6 +122,7 @@ class Epilogue {
  public:
   static constexpr int kSteps =
       Math::kColumns / kSubtileColumns * Math::kSteps + (TileStored::kSignals ? 1 : 0);
+  static constexpr int kUnrolledSteps = kSteps;  // the compiler must know which one it is
 
   // `warp` counts those that multiply.
   __device__ Epilogue(Shared& shared, const Params& p, int warp, const TileStored& tile_stored)

@@ -2,6 +2,7 @@
 // order of its tiles.
 #include "gemm/grad_operands.cuh"
 #include "gemm/kernel_body.cuh"
+#include "gemm/wgrad_epilogue.cuh"
 #include "gemm/wgrad_order.cuh"
 
 using namespace cometrt;
@@ -9,20 +10,6 @@ using namespace cometrt;
 namespace {
 
 constexpr int kOrderThreads = 256;
-
-// out = d, of the rows of out[expert]. A warp's rows all exist, or none of them.
-struct Overwrite {
-  static constexpr int kColumns = BLOCK_N, kSteps = 1;
-
-  __device__ static void store(int, u32* pairs, SubtileStore& subtile, const WgradProblem& problem,
-                               int expert, long long row, int column) {
-    if (row >= problem.num_rows) return;
-    __nv_bfloat16* out = static_cast<__nv_bfloat16*>(problem.out);
-    const long long out_row = static_cast<long long>(expert) * problem.num_rows + row;
-    subtile.store(pairs, out + out_row * problem.num_columns + column, problem.num_columns - column,
-                  problem.num_columns);
-  }
-};
 
 struct Roles {
   using Registers = RegisterBudget<40, 232>;
@@ -36,7 +23,7 @@ struct Roles {
   __device__ void communicate(int) {}
   __device__ void multiply(Shared& shared, const WgradParams& p, int warp) {
     const NoSignal no_signal;
-    Epilogue<Overwrite, NoSignal, WgradParams> epilogue(shared, p, warp, no_signal);
+    WgradEpilogue epilogue(shared, p, warp, no_signal);
     consume<Operands>(shared, p, warp / 4, epilogue);
   }
 };

@@ -9,13 +9,14 @@ namespace cometrt {
 constexpr int kMaxWgrads = 2;  // of one launch: those of the up and of the down weights
 
 struct WgradProblem {
-  void* out;  // [experts, num_rows, num_columns]
+  void* out;  // [experts, num_rows, num_columns], bf16 or float32
   int num_rows, num_columns;
+  int is_float32, padding;
 };
 
 // Rows of a work tile are those of out[expert]. K is the expert's rows: from its offset, a multiple
 // of BLOCK_M, to the next multiple of BLOCK_K behind them. Padding rows up to there are zero in
-// both operands. Mirrored by wgrad_params in cometrt/cuda/grad_gemm.py.
+// both operands. Mirrored by wgrad_params_dtype in cometrt/kernels/params.py.
 struct WgradParams : TileList {
   const int *expert_offsets, *expert_rows;
   WgradProblem problems[kMaxWgrads];

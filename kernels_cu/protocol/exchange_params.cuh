@@ -87,8 +87,12 @@ struct ExchangeParams {
   __nv_bfloat16* rows;
   const __nv_bfloat16* partial_rows;
   __nv_bfloat16* out;
-  const float* dweight_rows;
+  const float* dweight_rows;  // [rows, num_dweight_partials], to be summed
   float* out_dweight;
+  u64 num_dweight_partials;
+  // Gradients of the weights, which are NaN if the call fails; null where they are accumulated.
+  void *dw_up, *dw_down;
+  u64 dw_up_bytes, dw_down_bytes;
   // All that kernels of a forward count up, the planner's and those below. publish sets it to zero.
   u32* counters;
   // Fused kernels. tile_filled: copy chunks of rows that are in place, by M-tile. tile_done: warps
