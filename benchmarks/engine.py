@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.files import machine, write
 from benchmarks.layer_cells import spread
 from cometrt.cuda.engine import GroupedGemm, order_tiles, raster_group_of
-from cometrt.cuda.gemm import ExpertGemm
+from benchmarks.expert_gemm import ExpertGemm
 from cometrt.models import MODELS
 from cometrt.world.partitions import split_gpu, use_partition
 

@@ -189,8 +189,7 @@ class MoELayer:
             CometError: its forward failed. On "cuda" a backward that is queued behind a call whose
                 error has not been raised yet does nothing: all of `out` is NaN, but for weight
                 gradients with accumulate, which are untouched. It is the one backward of `saved`
-                all the same, since the host does not wait to know (with gemm="cublas" it does, and
-                `saved` may be used again).
+                all the same: the host does not wait to know.
         """
         with self._scope.call("layer.backward"), self._scope.exchange(stream, self.executor):
             kept = Residuals.unpack(saved, self._origin(), self.executor.num_tables)
@@ -198,11 +197,10 @@ class MoELayer:
             dy, wanted = check_backward(self.arrays, self.geometry, dy, kept, out, accumulate)
             grads = Gradients(*self._results("backward", wanted))
             with filling_nan(grads.x, grads.topk_weights):
-                ran = self.executor.backward(
+                self.executor.backward(
                     dy, kept, out=grads, accumulate=bool(accumulate), tracer=self.tracer
                 )
-            if ran:
-                self._uses.add(kept)
+            self._uses.add(kept)
         return grads
 
     def residuals(self, num_tokens: int) -> tuple[ArraySpec, ...]:

@@ -153,7 +153,7 @@ class EngineBackward:
     def __init__(self, builder: ExchangeParamsBuilder) -> None:
         self._builder = builder
 
-    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> bool:
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None:
         kernels["backward_order"](stream, call)
         kernels["dispatch"](stream, params)
         if "saved_x" in call.at:  # save="z": before the first partial row of dx leaves
@@ -164,4 +164,3 @@ class EngineBackward:
         kernels["push"](stream, params)
         kernels["wgrad"](stream, call)
         kernels["home_reduce"](stream, params)
-        return True

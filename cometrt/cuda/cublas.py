@@ -257,7 +257,7 @@ class CublasForward:
     def __init__(self, experts: CublasExperts) -> None:
         self._experts = experts
 
-    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> bool:
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None:
         experts = self._experts
         rows = experts.rows(stream, call)
         if rows:
@@ -266,7 +266,6 @@ class CublasForward:
             kernels["push"](stream, params)
             experts.meet()
             kernels["home_reduce"](stream, params)
-        return bool(rows)
 
 
 class CublasBackward:
@@ -275,11 +274,11 @@ class CublasBackward:
     def __init__(self, experts: CublasExperts, builder: ExchangeParamsBuilder) -> None:
         self._experts, self._builder = experts, builder
 
-    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> bool:
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None:
         experts = self._experts
         rows = experts.rows(stream, call)
         if not rows:
-            return False
+            return
         kernels["dispatch"](stream, params)
         if "saved_x" in call.at:  # save="z": before the first partial row of dx leaves
             self._builder.pull_x(params, call)
@@ -289,4 +288,3 @@ class CublasBackward:
         kernels["cublas_wgrad"](stream, call, rows)
         experts.meet()
         kernels["home_reduce"](stream, params)
-        return True

@@ -106,7 +106,7 @@ class CudaExecutor:
         kept = {"epoch": new["epoch"], "z": new["z"], "tables": (new["tables"],)}
         return kept | {"x": new.get("saved_x", new["x_rows"])}
 
-    def _queue(self, call: Call, arrays: Any) -> bool:
+    def _queue(self, call: Call, arrays: Any) -> None:
         """arrays: whose memory a graph needs as long as it may be replayed."""
         stream = self._cp.cuda.get_current_stream()
         capturing, graph = bool(stream.is_capturing()), None
@@ -116,9 +116,9 @@ class CudaExecutor:
             graph = self.graphs.find(key, lambda stream: self.queue.enqueue(stream, call))
         with self._order.launching(call.operation, capturing, arrays):
             if graph is None:
-                return self.queue.enqueue(stream.ptr, call)
-            graph.launch(stream)
-        return True
+                self.queue.enqueue(stream.ptr, call)
+            else:
+                graph.launch(stream)
 
     def backward(
         self,
@@ -128,8 +128,8 @@ class CudaExecutor:
         out: Gradients,
         accumulate: bool,
         tracer: Tracer,
-    ) -> bool:
-        """Fill `out`. False where the host knows that it did nothing, behind a call that failed."""
+    ) -> None:
+        """Fill `out`."""
         if not self._may_capture and self._cp.cuda.get_current_stream().is_capturing():
             raise ValueError(
                 "backward must not be captured in a CUDA graph with gemm='cublas' "
@@ -158,7 +158,7 @@ class CudaExecutor:
                 accumulate=accumulate,
                 float32_gradients=(wide[0], wide[1]),
             )
-            return self._queue(call, tuple(arrays.values()))
+            self._queue(call, tuple(arrays.values()))
 
     def _new(self, wanted: buffers.Buffers) -> dict[str, DeviceArray]:
         return {name: self._cp.ndarray(*of) for name, of in wanted.items()}

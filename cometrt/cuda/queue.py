@@ -91,8 +91,7 @@ class ProtocolKernels:
 class Path(Protocol):
     """What a mode launches between the plan and the end of a call."""
 
-    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> bool:
-        """False where the host knows that the call does nothing, behind one that failed."""
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None: ...
 
 
 class CallQueue:
@@ -174,19 +173,15 @@ class CallQueue:
         ProtocolKernels(self.planner, orders, links, kernels)
         self._paths = {"forward": forward, "backward": backward}
 
-    def enqueue(self, stream: int, call: Call) -> bool:
+    def enqueue(self, stream: int, call: Call) -> None:
         """Queue a call on a raw stream. It allocates nothing, meets no other rank's host, and
         captures nothing; only cuBLAS, where it is used, makes the host wait for the plan.
-
-        Returns:
-            as for `Path.launch`.
         """
         params, kernels = self._params.begin(call), self.kernels
         kernels["publish"](stream, params)
         kernels["prepare" if call.operation == "forward" else "agree"](stream, params, call)
-        ran = self._paths[call.operation].launch(kernels, stream, params, call)
+        self._paths[call.operation].launch(kernels, stream, params, call)
         kernels["finish"](stream, params)
-        return ran
 
     def depends_on(self) -> tuple[float, ...]:
         """What a call's launches depend on besides the call."""

@@ -95,7 +95,7 @@ class HostExecutor:
 
     def backward(
         self, dy: np.ndarray, saved: Residuals, *, out: Gradients, accumulate: bool, tracer: Tracer
-    ) -> bool:
+    ) -> None:
         """Fill `out`; weight gradients only once the exchange has succeeded."""
         ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
         w_up, w_down = empty(wide_weights(self._shape))
@@ -104,7 +104,6 @@ class HostExecutor:
             self._backward(ex, dy, saved, wide)
         for result, value in ((out.w_up, wide.w_up), (out.w_down, wide.w_down)):
             result[:] = result + value if accumulate else value
-        return True
 
     def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
         """Nothing: spans are told as they end."""
