@@ -28,7 +28,8 @@ struct DownDgradParams : TileList {
   __device__ int first_k(const WorkTile&) const { return 0; }
 };
 
-// What a warp's next step reads, and what belongs to its rows of the stashed tile.
+// What a warp's next step reads, and what belongs to its rows of the stashed tile: registers have
+// no room for it.
 struct RowStage {
   int4 z[2][2][32];                // [half of a step's rows][gate, up][lane]
   float inverse[2][kSubtileRows];  // of the power of two
@@ -57,16 +58,19 @@ class DownDgradEpilogue {
   // `warp` counts those that multiply.
   __device__ DownDgradEpilogue(DownDgradShared& shared, const DownDgradParams& p, int warp)
       : subtile_(shared.gemm.epilogue_tiles[warp]), rows_(shared.rows[warp]), p_(p), warp_(warp) {
-    rows_.tile.m_tile = -1;
+    set_tile({-1, 0, 0, 0, 0});
   }
 
   __device__ void stash(const WorkTile& tile, const float (&d)[128]) {
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
-      float most = 0;
+      // The largest of the row's columns in this tile, of which four lanes have 64 each.
+      float largest[4] = {0, 0, 0, 0};  // of a few chains
 #pragma unroll
-      for (int i = 0; i < 64; ++i) most = fmaxf(most, fabsf(d[i / 2 * 4 + 2 * upper + i % 2]));
-      // Of the row's columns in this tile, of which four lanes have 64 each.
+      for (int i = 0; i < 64; ++i) {
+        largest[i % 4] = fmaxf(largest[i % 4], fabsf(d[i / 2 * 4 + 2 * upper + i % 2]));
+      }
+      float most = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
       most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
       most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
       const u32 exponent = max(__float_as_uint(most) >> 23, 15u);
@@ -104,7 +108,7 @@ class DownDgradEpilogue {
     for (int i = 0; i < 2; ++i) store_rows(step, i);
     __syncwarp();  // what the next step overwrites has been read
     if (step == kSteps - 1) {
-      rows_.tile.m_tile = -1;
+      set_tile({-1, 0, 0, 0, 0});
     } else {
       load_z(step + 1);
     }
@@ -168,9 +172,15 @@ class DownDgradEpilogue {
 
   __device__ int z_stride() const { return kGated ? 2 * p_.num_columns : p_.num_columns; }
 
+  __device__ void set_tile(const WorkTile& tile) {
+    if (threadIdx.x % 32 == 0) rows_.tile = tile;
+    __syncwarp();
+  }
+
   __device__ void begin(const WorkTile& tile) {
     __syncwarp();
-    rows_.tile = tile;
+    set_tile(tile);
+    if (tile.m_tile < 0) return;
     const int lane = threadIdx.x % 32, row = warp_ * kWarpRows + lane;
     if (lane < kWarpRows) {
       const float* weight = p_.row_weight + static_cast<long long>(tile.m_tile) * BLOCK_M + row;
@@ -185,8 +195,9 @@ class DownDgradEpilogue {
     for (int i = 0; i < 2; ++i) {
       const Place at(*this, step, i);
       const bool exists = at.exists && at.row < rows_.tile.rows;
-      copy_async_16(&rows_.z[i][0][lane], p_.z + at.z, exists);
-      if (kGated) copy_async_16(&rows_.z[i][1][lane], p_.z + at.z + p_.num_columns, exists);
+      const __nv_bfloat16* z = p_.z + (exists ? at.z : 0);
+      copy_async_16(&rows_.z[i][0][lane], z, exists);
+      if (kGated) copy_async_16(&rows_.z[i][1][lane], z + p_.num_columns, exists);
     }
   }
 
