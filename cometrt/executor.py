@@ -48,8 +48,8 @@ class Executor(Protocol):
 
     def backward(
         self, dy: Any, saved: Residuals, *, out: Gradients, accumulate: bool, tracer: Tracer
-    ) -> bool:
-        """Fill `out`. Returns False if it did nothing, behind a call that failed."""
+    ) -> None:
+        """Fill `out`."""
         ...
 
     def keep_for(self, layer: Any) -> Any:

@@ -41,8 +41,8 @@ class MoELayer:
     queued on the stream, and a CometError of it is raised by `synchronize`, `close`, or the first
     call that begins after the device has come so far; calls queued behind one that failed do
     nothing until then. Only `synchronize` raises on all ranks after the same call: who wants to go
-    on after an error asks it first. Calls may be captured in a CUDA graph (no backward yet); each
-    rank's replays are then ordered by their owner, and after ``world.reset()`` it is captured
+    on after an error asks it first. Calls may be captured in a CUDA graph, but for gemm="cublas";
+    each rank's replays are then ordered by their owner, and after ``world.reset()`` it is captured
     again.
 
     Args:
@@ -187,7 +187,8 @@ class MoELayer:
                 used again; on "cuda" they are unspecified, and the reset ends the use of `saved`.
             CometError: its forward failed. On "cuda" a backward that is queued behind a call whose
                 error has not been raised yet does nothing: all of `out` is NaN, but for weight
-                gradients with accumulate, which are untouched, and `saved` may be used again.
+                gradients with accumulate, which are untouched. It is the one backward of `saved`
+                all the same: the host does not wait to know.
         """
         with self._scope.call("layer.backward"), self._scope.exchange(stream, self.executor):
             kept = Residuals.unpack(saved, self._origin(), self.executor.num_tables)
@@ -195,11 +196,10 @@ class MoELayer:
             dy, wanted = check_backward(self.arrays, self.geometry, dy, kept, out, accumulate)
             grads = Gradients(*self._results("backward", wanted))
             with filling_nan(grads.x, grads.topk_weights):
-                ran = self.executor.backward(
+                self.executor.backward(
                     dy, kept, out=grads, accumulate=bool(accumulate), tracer=self.tracer
                 )
-            if ran:
-                self._uses.add(kept)
+            self._uses.add(kept)
         return grads
 
     def residuals(self, num_tokens: int) -> tuple[ArraySpec, ...]:

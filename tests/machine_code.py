@@ -42,6 +42,7 @@ ACTIVATED: list[Defines] = [
 TRACED, LINKED = ("TRACE", 1), ("LINK", 1)
 BUILDS: dict[str, list[Defines]] = {
     "gemm/grouped_gemm.cu": [(("ACTIVATION", -1), ("WRITE_Z", 0)), *ACTIVATED],
+    "gemm/grouped_down_dgrad.cu": [(("ACTIVATION", a),) for a in range(len(ACTIVATIONS))],
     "fused/dispatch_gemm.cu": _with_options(ACTIVATED, TRACED, LINKED),
     "fused/gemm_combine.cu": _with_options([()], TRACED, LINKED),
     "plan/plan.cu": _with_options([()], LINKED),

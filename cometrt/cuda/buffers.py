@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from cometrt.buffers import Buffers, plan_rows, total_bytes
+from cometrt.cuda.backward import dgrad_tiles, wgrad_shapes
 from cometrt.cuda.engine import layer_n_tiles, tile_order_size
+from cometrt.cuda.exchange_params import num_dweight_partials
 from cometrt.cuda.fused import fused_counter_words, n_chunk_tiles
 from cometrt.cuda.planner import planner_counters, planner_routing, planner_scratch, table_words
+from cometrt.cuda.wgrad import wgrad_order_size
 from cometrt.kernels.params import traced_exchange_state_dtype
 from cometrt.plan import PlanShape
 from cometrt.residuals import META_SHAPE
@@ -44,6 +47,14 @@ def held(shape: PlanShape, mode: str) -> Buffers:
         tile_bytes, counts = tile_order_size(shape.max_tiles, n_tiles, size, chunks)
         buffers[f"{name}_work_tiles"] = ((tile_bytes,), _UINT8)
         buffers[f"{name}_counts"] = ((counts,), _INT32)
+    geometry = shape.geometry
+    for name, n_tiles in dgrad_tiles(geometry).items():
+        tile_bytes, counts = tile_order_size(shape.max_tiles, n_tiles, None, 1)
+        buffers[f"{name}_work_tiles"] = ((tile_bytes,), _UINT8)
+        buffers[f"{name}_counts"] = ((counts,), _INT32)
+    tile_bytes, counts = wgrad_order_size(geometry.local_experts, wgrad_shapes(geometry))
+    buffers["wgrad_work_tiles"] = ((tile_bytes,), _UINT8)
+    buffers["wgrad_counts"] = ((counts,), _INT32)
     return buffers
 
 
@@ -69,10 +80,12 @@ def forward_buffers(shape: PlanShape, mode: str, training: bool) -> Buffers:
 
 
 def backward_buffers(shape: PlanShape) -> Buffers:
+    """Arrays that a backward allocates."""
     rows = plan_rows(shape)
     buffers = {"dy_rows": rows["x"], "dx_rows": rows["x"], "dz": rows["z"], "weighted_a": rows["a"]}
-    buffers["da"] = (rows["a"][0], _FLOAT32)
-    buffers["dweight_rows"] = ((shape.capacity,), _FLOAT32)
+    if shape.config.gemm == "cublas":
+        buffers["da"] = (rows["a"][0], _FLOAT32)
+    buffers["dweight_rows"] = ((shape.capacity, num_dweight_partials(shape)), _FLOAT32)
     if shape.geometry.spec.save == "z":
         buffers["x_rows"] = rows["x"]
     return buffers

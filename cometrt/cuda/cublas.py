@@ -6,7 +6,6 @@ cuBLAS takes group sizes from the host: so a call waits once for its plan, and c
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -151,15 +150,6 @@ class CublasExperts:
             return []
         return [(int(a), int(b)) for a, b in itertools.pairwise(self._offsets)]
 
-    def spoil_gradients(self, stream: int, call: Call) -> None:
-        """NaN into the gradients of the weights."""
-        geometry = self._geometry
-        shapes = geometry.w_up_shape, geometry.w_down_shape
-        names = "dw_up", "dw_down"
-        for name, shape, wide in zip(names, shapes, call.float32_gradients, strict=True):
-            nbytes = math.prod(shape) * (4 if wide else 2)
-            self._runtime.memsetAsync(call.at[name], 0xFF, nbytes, stream)
-
     def _rows_of(self, call: Call) -> dict[str, Matrix]:
         """All [capacity, columns] arrays of the call."""
         geometry, at = self._geometry, call.at
@@ -267,7 +257,7 @@ class CublasForward:
     def __init__(self, experts: CublasExperts) -> None:
         self._experts = experts
 
-    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> bool:
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None:
         experts = self._experts
         rows = experts.rows(stream, call)
         if rows:
@@ -276,7 +266,6 @@ class CublasForward:
             kernels["push"](stream, params)
             experts.meet()
             kernels["home_reduce"](stream, params)
-        return bool(rows)
 
 
 class CublasBackward:
@@ -285,13 +274,11 @@ class CublasBackward:
     def __init__(self, experts: CublasExperts, builder: ExchangeParamsBuilder) -> None:
         self._experts, self._builder = experts, builder
 
-    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> bool:
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None:
         experts = self._experts
         rows = experts.rows(stream, call)
         if not rows:
-            if not call.accumulate:
-                experts.spoil_gradients(stream, call)
-            return False
+            return
         kernels["dispatch"](stream, params)
         if "saved_x" in call.at:  # save="z": before the first partial row of dx leaves
             self._builder.pull_x(params, call)
@@ -301,4 +288,3 @@ class CublasBackward:
         kernels["cublas_wgrad"](stream, call, rows)
         experts.meet()
         kernels["home_reduce"](stream, params)
-        return True

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
+from cometrt.cuda.dgrad import dgrad_n_tiles
 from cometrt.cuda.report import OPERATIONS
 from cometrt.heap import SymmetricHeap
 from cometrt.kernels.params import (
@@ -43,6 +45,12 @@ class Call:
     accumulate: bool = False
     float32_gradients: tuple[bool, bool] = (False, False)
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """All that its launches depend on, besides the world."""
+        how = self.num_tokens, self.ids_are_64, self.accumulate, *self.float32_gradients
+        return (self.operation, *how, *self.at.values())
+
 
 # 8-byte field of ExchangeParams -> name in Call.at
 _FORWARD = {
@@ -75,6 +83,13 @@ _INDEX = {
     if exchange_params_dtype.fields[name][0].itemsize == 8  # type: ignore[index]
 }
 _OF_CALL = slice(_INDEX["forward_epoch"], None)  # from here on every field is of one call
+
+
+def num_dweight_partials(shape: PlanShape) -> int:
+    """Partial sums of a row's dweight: the engine has one of each N-tile."""
+    if shape.config.gemm == "cublas":
+        return 1
+    return dgrad_n_tiles(shape.geometry.local_intermediate)
 
 
 class ExchangeParamsBuilder:
@@ -117,6 +132,8 @@ class ExchangeParamsBuilder:
         at = call.at
         set_fields(params, **{field: at.get(name, 0) for field, name in self._arrays(call)})
         set_fields(params, pull_offset=self._heap.table["x" if forward else "dy"].offset)
+        if not forward:
+            set_fields(params, **self._gradients(call))
         state = {name: self._fixed[name] for name in ("state", "report")}
         set_fields(params, **(self._fixed if forward else state))
         params.uint64s[_TABLES] = self._table_offsets + np.uint64(at["tables"])
@@ -125,6 +142,18 @@ class ExchangeParamsBuilder:
     def pull_x(self, params: ParamStruct, call: Call) -> None:
         """From here on `params` says that x is pulled, into x_rows."""
         set_fields(params, pull_offset=self._heap.table["x"].offset, rows=call.at["x_rows"])
+
+    def _gradients(self, call: Call) -> dict[str, int]:
+        """Fields of a backward's gradients."""
+        geometry = self._shape.geometry
+        fields = {"num_dweight_partials": num_dweight_partials(self._shape)}
+        if call.accumulate:
+            return fields
+        shapes = {"dw_up": geometry.w_up_shape, "dw_down": geometry.w_down_shape}
+        for (name, shape), wide in zip(shapes.items(), call.float32_gradients, strict=True):
+            fields[name] = call.at[name]
+            fields[f"{name}_bytes"] = math.prod(shape) * (4 if wide else 2)
+        return fields
 
     def _arrays(self, call: Call) -> list[tuple[str, str]]:
         return list(_ARRAYS[call.operation].items())

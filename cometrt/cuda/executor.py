@@ -1,7 +1,7 @@
 """Forward and backward of one layer on CUDA: memory, order and replay of its calls.
 
-What a call launches stands in `cometrt.cuda.queue`. A forward that comes again with the same
-arguments and memory is one launch of a graph (`cometrt.cuda.graphs`).
+What a call launches stands in `cometrt.cuda.queue`. A fused forward or a backward that comes again
+with the same arguments and memory is one launch of a graph (`cometrt.cuda.graphs`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from cometrt.cuda import buffers
-from cometrt.cuda.engine import current_stream
 from cometrt.cuda.exchange_params import Call
 from cometrt.cuda.graphs import CallGraphs
 from cometrt.cuda.heap import DeviceHeap
@@ -30,7 +29,7 @@ class CudaExecutor:
     """Attributes:
     queue: the layer's launches.
     kernels: those of `queue`, by name.
-    graphs: of forwards that come again.
+    graphs: of calls that come again.
     forward_buffers: arrays that a forward allocates, by `training`.
     ended: event at the end of the last call.
     captured: memory of calls in CUDA graphs, which outlives them.
@@ -49,7 +48,10 @@ class CudaExecutor:
         report, meet = self._order.report.address, self._order.meet
         self.queue = CallQueue(world, shape, layer, mode, self._heap, report, meet)
         self.kernels, self.graphs = self.queue.kernels, CallGraphs()
-        self.graphs.enabled = mode == "fused"
+        self._may_capture = shape.config.gemm == "engine"
+        self._replayed: tuple[str, ...] = ("backward",) if self._may_capture else ()
+        if mode == "fused":
+            self._replayed += ("forward",)
         self.forward_buffers = {
             training: buffers.forward_buffers(shape, mode, training) for training in (False, True)
         }
@@ -98,20 +100,21 @@ class CudaExecutor:
             at["a"] = at.pop("a_and_o")
             at["o"] = at["a"] + self._o_offset
             call = Call("forward", len(x), at, ids_are_64=ids.dtype.itemsize == 8)
-            self._queue_forward(call, (given["x"], given["ids"], given["weights"], new))
+            self._queue(call, (given["x"], given["ids"], given["weights"], new))
         if not training:
             return None
         kept = {"epoch": new["epoch"], "z": new["z"], "tables": (new["tables"],)}
         return kept | {"x": new.get("saved_x", new["x_rows"])}
 
-    def _queue_forward(self, call: Call, arrays: Any) -> None:
+    def _queue(self, call: Call, arrays: Any) -> None:
         """arrays: whose memory a graph needs as long as it may be replayed."""
         stream = self._cp.cuda.get_current_stream()
         capturing, graph = bool(stream.is_capturing()), None
-        if not capturing:  # before ranks meet: making a graph may wait for the device
-            key = (call.num_tokens, call.ids_are_64, *call.at.values(), *self.queue.depends_on())
+        if not capturing and call.operation in self._replayed:
+            # Before ranks meet: making a graph may wait for the device.
+            key = (*call.key, *self.queue.depends_on())
             graph = self.graphs.find(key, lambda stream: self.queue.enqueue(stream, call))
-        with self._order.launching("forward", capturing, arrays):
+        with self._order.launching(call.operation, capturing, arrays):
             if graph is None:
                 self.queue.enqueue(stream.ptr, call)
             else:
@@ -125,11 +128,12 @@ class CudaExecutor:
         out: Gradients,
         accumulate: bool,
         tracer: Tracer,
-    ) -> bool:
-        """Fill `out`. False if it did nothing, behind a call that failed."""
-        if self._cp.cuda.get_current_stream().is_capturing():
+    ) -> None:
+        """Fill `out`."""
+        if not self._may_capture and self._cp.cuda.get_current_stream().is_capturing():
             raise ValueError(
-                "backward must not be captured in a CUDA graph (the stream is capturing)"
+                "backward must not be captured in a CUDA graph with gemm='cublas' "
+                "(the stream is capturing)"
             )
         with self._order.guard("backward"):
             (tables,) = saved.tables
@@ -154,8 +158,7 @@ class CudaExecutor:
                 accumulate=accumulate,
                 float32_gradients=(wide[0], wide[1]),
             )
-            with self._order.launching("backward", capturing=False):
-                return self.queue.enqueue(current_stream(), call)
+            self._queue(call, tuple(arrays.values()))
 
     def _new(self, wanted: buffers.Buffers) -> dict[str, DeviceArray]:
         return {name: self._cp.ndarray(*of) for name, of in wanted.items()}

@@ -77,10 +77,9 @@ class FusedForward:
         before, self._kernels = self._kernels, kernels
         return before
 
-    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> bool:
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None:
         kernels["dispatch_gemm"](stream, params, call)
         kernels["gemm_combine"](stream, params, call)
-        return True
 
     def _dispatch_gemm(self, stream: int, params: ParamStruct, call: Call) -> None:
         """Pull tokens into x_rows, and multiply: a, and z in training."""

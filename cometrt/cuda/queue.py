@@ -8,7 +8,11 @@ its mode does between them and `finish`:
     sequential  dispatch, up, down, push, home_reduce
     chunked     the same for each pipeline chunk, on two streams
     cublas      dispatch, cublas_forward, push, home_reduce
-    backward    dispatch, cublas_dgrad, push, cublas_wgrad, home_reduce
+
+and of a backward, in every mode:
+
+    engine      backward_order, dispatch, down_dgrad, up_dgrad, push, wgrad, home_reduce
+    cublas      dispatch, cublas_dgrad, push, cublas_wgrad, home_reduce
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from cometrt.cuda import buffers
+from cometrt.cuda.backward import BackwardGemms, EngineBackward
 from cometrt.cuda.cublas import CublasBackward, CublasExperts, CublasForward
 from cometrt.cuda.exchange_params import Call, ExchangeParamsBuilder
 from cometrt.cuda.fused import FusedForward, fused_counter_words
@@ -86,8 +91,7 @@ class ProtocolKernels:
 class Path(Protocol):
     """What a mode launches between the plan and the end of a call."""
 
-    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> bool:
-        """False where the host knows that the call does nothing, behind one that failed."""
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None: ...
 
 
 class CallQueue:
@@ -149,34 +153,35 @@ class CallQueue:
         kernels, ok = self.kernels, fixed["state"] + _OK_OFFSET
         chunks = buffers.num_pipeline_chunks(shape, mode)
         RowKernels(shape, links, kernels, self.planner.block_order_idx, chunks)
-        cublas = CublasExperts(shape, fixed["state"], self.planner.table_offsets, meet, kernels)
         self.fused: FusedForward | None = None
         forward: Path
-        orders = _NO_ORDER, _NO_ORDER
-        if mode == "fused":
-            forward = self.fused = FusedForward(shape, links, ok, kernels)
-            orders = self.fused.orders
-        elif shape.config.gemm == "cublas":
-            forward = CublasForward(cublas)
+        backward: Path
+        offsets = self.planner.table_offsets
+        if shape.config.gemm == "cublas":
+            cublas = CublasExperts(shape, fixed["state"], offsets, meet, kernels)
+            orders = _NO_ORDER, _NO_ORDER
+            forward, backward = CublasForward(cublas), CublasBackward(cublas, self._params)
         else:
-            orders = ExpertGemms(shape, ok, kernels, chunks).orders
-            forward = ChunkedForward(shape.config) if mode == "chunked" else SequentialForward()
+            BackwardGemms(shape, offsets, ok, kernels)
+            backward = EngineBackward(self._params)
+            if mode == "fused":
+                forward = self.fused = FusedForward(shape, links, ok, kernels)
+                orders = self.fused.orders
+            else:
+                orders = ExpertGemms(shape, ok, kernels, chunks).orders
+                forward = ChunkedForward(shape.config) if mode == "chunked" else SequentialForward()
         ProtocolKernels(self.planner, orders, links, kernels)
-        self._paths = {"forward": forward, "backward": CublasBackward(cublas, self._params)}
+        self._paths = {"forward": forward, "backward": backward}
 
-    def enqueue(self, stream: int, call: Call) -> bool:
+    def enqueue(self, stream: int, call: Call) -> None:
         """Queue a call on a raw stream. It allocates nothing, meets no other rank's host, and
         captures nothing; only cuBLAS, where it is used, makes the host wait for the plan.
-
-        Returns:
-            as for `Path.launch`.
         """
         params, kernels = self._params.begin(call), self.kernels
         kernels["publish"](stream, params)
         kernels["prepare" if call.operation == "forward" else "agree"](stream, params, call)
-        ran = self._paths[call.operation].launch(kernels, stream, params, call)
+        self._paths[call.operation].launch(kernels, stream, params, call)
         kernels["finish"](stream, params)
-        return ran
 
     def depends_on(self) -> tuple[float, ...]:
         """What a call's launches depend on besides the call."""

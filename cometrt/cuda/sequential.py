@@ -62,13 +62,12 @@ class ExpertGemms:
 class SequentialForward:
     """One launch after the other, of ExpertGemms and RowKernels."""
 
-    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> bool:
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None:
         kernels["dispatch"](stream, params)
         kernels["up"](stream, call)
         kernels["down"](stream, call)
         kernels["push"](stream, params)
         kernels["home_reduce"](stream, params)
-        return True
 
 
 class ChunkedForward:
@@ -94,7 +93,7 @@ class ChunkedForward:
         self._multiplied = [cp.cuda.Event(disable_timing=True) for _ in range(count)]
         self._pushed = cp.cuda.Event(disable_timing=True)
 
-    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> bool:
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None:
         from cupy.cuda.runtime import eventRecord as record
         from cupy.cuda.runtime import streamWaitEvent as wait
 
@@ -119,7 +118,6 @@ class ChunkedForward:
         kernels["push"](stream, params, 0)
         wait(stream, self._pushed.ptr)
         kernels["home_reduce"](stream, params)
-        return True
 
 
 def comm_sms(sms: int, wanted: int | None) -> int:

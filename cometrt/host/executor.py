@@ -79,7 +79,7 @@ class HostExecutor:
 
     def backward(
         self, dy: np.ndarray, saved: Residuals, *, out: Gradients, accumulate: bool, tracer: Tracer
-    ) -> bool:
+    ) -> None:
         """Fill `out`; weight gradients only once the exchange has succeeded."""
         ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
         wide = empty(wide_weights(self._shape))
@@ -100,7 +100,6 @@ class HostExecutor:
             out.topk_weights[:] = comm.gather_dweight(ex, len(dy))
         for result, value in ((out.w_up, wide["w_up"]), (out.w_down, wide["w_down"])):
             result[:] = result + value if accumulate else value
-        return True
 
     def _own_tokens(self, x: np.ndarray) -> np.ndarray:
         """A copy of x in the fixed shape [max_tokens, H]."""

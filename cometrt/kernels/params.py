@@ -113,6 +113,7 @@ exchange_params_dtype = np.dtype(
             *"all_ids all_weights progress".split(),
             *EXCHANGE_TABLES,
             *"pull_offset rows partial_rows out dweight_rows out_dweight".split(),
+            *"num_dweight_partials dw_up dw_down dw_up_bytes dw_down_bytes".split(),
             *"counters tile_filled tile_done queue_heads arrivals".split(),
         )
     ]
@@ -125,9 +126,23 @@ problem_dtype = np.dtype(
     [(name, np.uint64) for name in "out z".split()]
     + [(name, np.int32) for name in "num_k_blocks num_columns".split()]
 )
-gemm_params_dtype = np.dtype(
-    [(name, np.uint64) for name in "work_tiles num_steps progress ok".split()]
-    + [("problems", problem_dtype, (1,))]
+_TILE_LIST = [(name, np.uint64) for name in "work_tiles num_steps progress ok".split()]
+gemm_params_dtype = np.dtype([*_TILE_LIST, ("problems", problem_dtype, (1,))])
+down_dgrad_params_dtype = np.dtype(
+    _TILE_LIST
+    + [(name, np.uint64) for name in "z row_weight dz weighted_a dweight".split()]
+    + [(name, np.int32) for name in "num_columns num_inner_blocks".split()]
+)
+MAX_WGRADS = 2  # kMaxWgrads of gemm/wgrad_problem.cuh
+wgrad_problem_dtype = np.dtype(
+    [("out", np.uint64)]
+    + [(name, np.int32) for name in "num_rows num_columns is_float32 padding".split()]
+)
+wgrad_params_dtype = np.dtype(
+    _TILE_LIST
+    + [(name, np.uint64) for name in "expert_offsets expert_rows".split()]
+    + [("problems", wgrad_problem_dtype, (MAX_WGRADS,))]
+    + [(name, np.int32) for name in "num_problems num_experts raster_group accumulate".split()]
 )
 emulated_link_dtype = np.dtype(
     [(name, np.uint64) for name in "free_at_ns femtoseconds_per_byte latency_ns".split()]
@@ -169,6 +184,9 @@ MIRRORS = {
     "WorkTile": ("scheduler/work_tile.cuh", work_tile_dtype),
     "Problem": ("gemm/tile.cuh", problem_dtype),
     "GemmParams": ("gemm/tile.cuh", gemm_params_dtype),
+    "DownDgradParams": ("gemm/down_dgrad_epilogue.cuh", down_dgrad_params_dtype),
+    "WgradProblem": ("gemm/wgrad_problem.cuh", wgrad_problem_dtype),
+    "WgradParams": ("gemm/wgrad_problem.cuh", wgrad_params_dtype),
     "EmulatedLink": ("protocol/emulated_link.cuh", emulated_link_dtype),
     "PlannedTiles": ("scheduler/tile_order.cuh", planned_tiles_dtype),
     "TileOrderParams": ("scheduler/tile_order.cuh", tile_order_params_dtype),

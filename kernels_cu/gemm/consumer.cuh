@@ -28,7 +28,8 @@ __device__ inline void multiply_stage(Shared& shared, const StageState& state, i
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < BLOCK_K / 16; ++step) {
-    wgmma_m64n256k16(d, a + Operands::kStep * step, b + Operands::kStep * step, !first || step > 0);
+    wgmma_m64n256k16<Operands::kMajorA, Operands::kMajorB>(
+        d, a + Operands::kStepA * step, b + Operands::kStepB * step, !first || step > 0);
   }
   wgmma_commit();
 }
@@ -52,7 +53,7 @@ __device__ inline int multiply(Shared& shared, StageState& state, int num_k_bloc
   int k = 0;
   if (num_k_blocks >= Epilogue::kSteps) {
     const int every = min(num_k_blocks / Epilogue::kSteps, kMaxKBlocksPerStep);
-#pragma unroll
+#pragma unroll(Epilogue::kUnrolledSteps)
     for (int step = 0; step < Epilogue::kSteps; ++step) {
       next(step == 0);
       epilogue.store_step(step);
@@ -68,7 +69,7 @@ __device__ inline int multiply(Shared& shared, StageState& state, int num_k_bloc
   return last;
 }
 
-// For a tile without rows of this warpgroup: releases its stages unread.
+// For a tile of which this warpgroup computes nothing: releases its stages unread.
 __device__ inline void skip_tile(Shared& shared, StageState& state, int num_k_blocks) {
   for (int k = 0; k < num_k_blocks; ++k, state.advance()) {
     mbarrier_wait(&shared.full[state.stage], state.parity);
@@ -77,15 +78,16 @@ __device__ inline void skip_tile(Shared& shared, StageState& state, int num_k_bl
 }
 
 // The main loop of a multiplying warpgroup over all work tiles of its CTA.
-template <typename Operands, typename Epilogue>
-__device__ inline void consume(Shared& shared, const GemmParams& p, int warpgroup,
-                               Epilogue& epilogue, Recorder recorder = {}) {
+template <typename Operands, typename Params, typename Epilogue>
+__device__ inline void consume(Shared& shared, const Params& p, int warpgroup, Epilogue& epilogue,
+                               Recorder recorder = {}) {
   TileScheduler<32> scheduler(shared);
   StageState state;
   WorkTile tile, next;
   for (bool more = scheduler.next(tile); more; tile = next) {
-    const int num_k_blocks = p.problem_of(tile).num_k_blocks;
-    if (warpgroup * kHalfM < tile.rows) {
+    const int num_k_blocks = p.num_k_blocks(tile);
+    const bool is_empty = Params::kMayBeEmpty && num_k_blocks == 0;
+    if (warpgroup * kHalfM < tile.rows && !is_empty) {
       float d[128];
       // The traced event begins when the first stage is full.
       if (Recorder::kOn) mbarrier_wait(&shared.full[state.stage], state.parity);

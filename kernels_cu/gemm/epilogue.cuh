@@ -29,26 +29,34 @@ class SubtileStore {
   // `pairs` [16]: for each 8 columns, this thread's bf16 pair of row r and of row r + 8, as in the
   // accumulators. `to`: row 0, column 0 of the subtile, which has `columns` valid columns.
   __device__ void store(const u32* pairs, __nv_bfloat16* to, int columns, long long stride) {
-    const int lane = threadIdx.x % 32, vector = lane % 8;
-    to += lane / 8 * stride + 8 * vector;
+    const int lane = threadIdx.x % 32, vector_idx = lane % 8;
+    to += lane / 8 * stride + 8 * vector_idx;
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper, to += 8 * stride) {
       __syncwarp();  // all lanes have read the last rows
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {  // four 8 x 8 matrices: 32 columns, 16-byte vectors swizzled
-        char* row = tile_ + lane % 8 * 128 + 16 * ((4 * i + lane / 8) ^ (lane % 8));
-        store_matrices(row, pairs[8 * i + upper], pairs[8 * i + 2 + upper],
-                       pairs[8 * i + 4 + upper], pairs[8 * i + 6 + upper]);
-      }
+      put(pairs, upper);
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int row = 4 * i + lane / 8;
-        const int4 value = *reinterpret_cast<int4*>(tile_ + row * 128 + 16 * (vector ^ row));
+        const int4 value = vector(4 * i + lane / 8);
         // Streaming stores: results must not evict operands from L2.
-        if (8 * vector < columns) __stcs(reinterpret_cast<int4*>(to + 4 * i * stride), value);
+        if (8 * vector_idx < columns) __stcs(reinterpret_cast<int4*>(to + 4 * i * stride), value);
       }
     }
+  }
+  // Into shared memory: the upper eight rows of `pairs`, or the others.
+  __device__ void put(const u32* pairs, int upper) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // 32 columns: matrices 4 i to 4 i + 3, 16 bytes a row, swizzled
+      char* row = tile_ + lane % 8 * 128 + 16 * ((4 * i + lane / 8) ^ (lane % 8));
+      store_matrices(row, pairs[8 * i + upper], pairs[8 * i + 2 + upper], pairs[8 * i + 4 + upper],
+                     pairs[8 * i + 6 + upper]);
+    }
+  }
+  // Of what was put: this lane's eight columns of a row.
+  __device__ int4 vector(int row) const {
+    return *reinterpret_cast<const int4*>(tile_ + row * 128 + 16 * (threadIdx.x % 8 ^ row));
   }
 
  private:
@@ -71,7 +79,7 @@ struct Forward {
   // stashed pairs (of gate, if gated; then up's are 32 further), replaced by out when activated.
   // `step` must be a compile-time constant after unrolling, since `first` is indexed in registers.
   __device__ static void store(int step, u32* first, SubtileStore& subtile, const Problem& problem,
-                               long long row, int column) {
+                               int, long long row, int column) {
     const u32* up = kGated ? first + 32 : first;
     const int columns = problem.num_columns - column;
     if (step < kStoresOfZ) {
@@ -107,16 +115,17 @@ struct NoSignal {
 
 // One warp's epilogue: stash() a tile, then its steps under the next tile's main loop. `Math`: what
 // a step stores. `TileStored`: signal(tile) is called one step after the tile's last store.
-template <typename Math, typename TileStored>
+template <typename Math, typename TileStored, typename Params = GemmParams>
 class Epilogue {
   static constexpr int kWarpRows = kHalfM / 4;
 
  public:
   static constexpr int kSteps =
       Math::kColumns / kSubtileColumns * Math::kSteps + (TileStored::kSignals ? 1 : 0);
+  static constexpr int kUnrolledSteps = kSteps;  // the compiler must know which one it is
 
   // `warp`: index among the multiplying warps.
-  __device__ Epilogue(Shared& shared, const GemmParams& p, int warp, const TileStored& tile_stored)
+  __device__ Epilogue(Shared& shared, const Params& p, int warp, const TileStored& tile_stored)
       : subtile_(shared.epilogue_tiles[warp]), p_(p), warp_(warp), tile_stored_(tile_stored) {}
 
   // Rounds a tile's accumulators into the stash.
@@ -141,8 +150,8 @@ class Epilogue {
       const int subtile = index / Math::kSteps;
       const long long row = static_cast<long long>(tile_.m_tile) * BLOCK_M + warp_ * kWarpRows;
       const int column = tile_.n_tile * Math::kColumns + subtile * kSubtileColumns;
-      Math::store(index % Math::kSteps, stash_ + 16 * subtile, subtile_, p_.problem_of(tile_), row,
-                  column);
+      Math::store(index % Math::kSteps, stash_ + 16 * subtile, subtile_, p_.problem_of(tile_),
+                  tile_.expert, row, column);
     }
     if (index == kSteps - 1) tile_.m_tile = -1;
   }
@@ -154,7 +163,7 @@ class Epilogue {
 
  private:
   SubtileStore subtile_;
-  const GemmParams& p_;
+  const Params& p_;
   int warp_;
   const TileStored& tile_stored_;
   u32 stash_[64];  // bf16 pairs in accumulator order

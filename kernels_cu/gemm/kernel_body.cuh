@@ -15,8 +15,8 @@ namespace cometrt {
 //   load(shared, p, operands): by the load warp's first thread;
 //   communicate(warp): by all warps of warpgroup 0, the load and scheduler warps after their loops;
 //   multiply(shared, p, warp): by the multiplying warps.
-template <typename Roles>
-__device__ inline void run_cta(Shared& shared, const GemmParams& p,
+template <typename Roles, typename Params>
+__device__ inline void run_cta(Shared& shared, const Params& p,
                                const typename Roles::Operands& operands, Roles& roles) {
   const u32 cta = cluster_cta();
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);  // warp-uniform

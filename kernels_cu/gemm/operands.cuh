@@ -8,31 +8,25 @@
 
 namespace cometrt {
 
-// Operands a [rows, K] and b [expert, columns, K], both with K innermost. `kGated`: an N-tile is
-// 128 gate columns and their 128 up columns.
-template <bool kGated>
-struct RowsTimesWeights {
-  const TensorMap *a, *a_half, *b;  // boxes of BLOCK_M rows, kHalfM rows, kHalfN columns of b
-  // Weights stay in L2: the expert's next M-tiles read them again. Rows are read at most twice.
-  u64 a_policy, b_policy;
+// A of the GEMMs over rows: a [rows, K], K innermost.
+struct RowsOperand {
+  const TensorMap *a, *a_half;  // boxes of BLOCK_M rows, kHalfM rows
+  u64 a_policy;                 // rows are read at most twice
 
-  static constexpr u64 kStep = 2;  // descriptor increment for the next 16 columns of K
+  static constexpr Major kMajorA = Major::kK;
+  static constexpr u64 kStepA = 2;  // descriptor increment for the next 16 columns of K
 
-  __device__ RowsTimesWeights(const TensorMap& a, const TensorMap& a_half, const TensorMap& b)
-      : a(&a),
-        a_half(&a_half),
-        b(&b),
-        a_policy(cache_policy<CacheHint::kEvictNormal>()),
-        b_policy(cache_policy<CacheHint::kEvictLast>()) {}
+  __device__ RowsOperand(const TensorMap& a, const TensorMap& a_half)
+      : a(&a), a_half(&a_half), a_policy(cache_policy<CacheHint::kEvictNormal>()) {}
 
   // Bytes of A that arrive in a stage of this CTA, those that the neighbour multicasts included.
   __device__ static u32 a_bytes(const WorkTile& tile) {
     return tile.rows > kHalfM ? sizeof(Stage::a) : sizeof(Stage::a) / 2;
   }
 
-  // Loads this CTA's share of columns [c0, c0 + BLOCK_K) of K, as WorkTile::a() and b() name it. A
-  // half that both CTAs use is multicast to both (mask 0b11).
-  __device__ void load(Stage& stage, u64* full, const WorkTile& tile, int c0) const {
+  // Loads this CTA's halves of columns [c0, c0 + BLOCK_K) of K, as WorkTile::a() names them. A half
+  // that both CTAs use is multicast to both (mask 0b11).
+  __device__ void load_a(Stage& stage, u64* full, const WorkTile& tile, int c0) const {
     const int row = tile.m_tile * BLOCK_M;
     if (tile.a() == kBothHalves) {
       const TensorMap* map = tile.rows > kHalfM ? a : a_half;
@@ -42,6 +36,28 @@ struct RowsTimesWeights {
       tensor_load_4d_multicast(stage.a[half], a_half, c0, row + half * kHalfM, 0, 0, full, 0b11,
                                a_policy);
     }
+  }
+
+  __device__ static u64 a_descriptor(const Stage& stage, int warpgroup) {
+    return wgmma_descriptor(stage.a[warpgroup]);
+  }
+};
+
+// Forward: b [expert, columns, K], K innermost. `kGated`: an N-tile is 128 gate columns and the up
+// columns that belong to them.
+template <bool kGated>
+struct RowsTimesWeights : RowsOperand {
+  const TensorMap* b;  // boxes of kHalfN columns
+  u64 b_policy;        // the next M-tiles of the expert read the same weights again
+
+  static constexpr Major kMajorB = Major::kK;
+  static constexpr u64 kStepB = 2;
+
+  __device__ RowsTimesWeights(const TensorMap& a, const TensorMap& a_half, const TensorMap& b)
+      : RowsOperand(a, a_half), b(&b), b_policy(cache_policy<CacheHint::kEvictLast>()) {}
+
+  __device__ void load(Stage& stage, u64* full, const WorkTile& tile, int c0) const {
+    load_a(stage, full, tile, c0);
     const auto column = [&](int half) {
       return kGated ? tile.n_tile * kHalfN : tile.n_tile * BLOCK_N + half * kHalfN;
     };
@@ -57,9 +73,6 @@ struct RowsTimesWeights {
     }
   }
 
-  __device__ static u64 a_descriptor(const Stage& stage, int warpgroup) {
-    return wgmma_descriptor(stage.a[warpgroup]);
-  }
   __device__ static u64 b_descriptor(const Stage& stage) { return wgmma_descriptor(stage.b); }
 };
 

@@ -18,6 +18,14 @@ constexpr int kThreads = 128 * (1 + kWarpgroups);  // warpgroup 0 loads, schedul
 constexpr int kSubtileRows = 8, kSubtileColumns = 64;
 constexpr int kSchedulerStages = 2;  // work tiles in flight between the scheduler and its readers
 
+// The work tiles of a launch, in their order.
+struct TileList {
+  const WorkTile* work_tiles;  // [*num_steps, kClusterSize]
+  const int* num_steps;
+  int* progress;  // [2]: cluster steps popped, clusters finished; both 0 between launches
+  const u32* ok;  // null, or ExchangeState::ok: while 0 the list is incomplete and no tile runs
+};
+
 // One of the GEMMs that a launch computes. A work tile names its problem (WorkTile::kind).
 struct Problem {
   __nv_bfloat16* out;  // [rows, num_columns]
@@ -25,18 +33,19 @@ struct Problem {
   int num_k_blocks, num_columns;
 };
 
-// Mirrored by gemm_params_dtype of cometrt/kernels/params.py.
-struct GemmParams {
-  const WorkTile* work_tiles;  // [*num_steps, kClusterSize]
-  const int* num_steps;
-  int* progress;  // [2]: cluster steps popped, clusters finished; both 0 between launches
-  const u32* ok;  // null, or ExchangeState::ok: while 0 the list is incomplete and no tile runs
+// GEMMs over rows: K is the same for all tiles of a problem. Mirrored by gemm_params_dtype of
+// cometrt/kernels/params.py.
+struct GemmParams : TileList {
   Problem problems[1];
+
+  static constexpr bool kMayBeEmpty = false;  // whether a tile may have no K blocks at all
 
   __device__ const Problem& problem_of(const WorkTile& tile) const {
     constexpr int kNumProblems = sizeof(problems) / sizeof(Problem);
     return problems[kNumProblems == 1 ? 0 : tile.kind()];
   }
+  __device__ int num_k_blocks(const WorkTile& tile) const { return problem_of(tile).num_k_blocks; }
+  __device__ int first_k(const WorkTile&) const { return 0; }
 };
 
 // One pipeline stage: BLOCK_K columns of both operands. Rows of 128 bytes, in the 128-byte swizzle.

@@ -28,7 +28,7 @@ __device__ inline void init_barriers(Shared& shared) {
 // The scheduler warp's first thread, in CTA 0 of each cluster. Clusters pop steps one by one, so
 // that late clusters and small tiles balance. The bytes of each store_async complete
 // scheduler_full. The last cluster to finish sets `progress` back to 0 for the next launch.
-__device__ inline void schedule_tiles(Shared& shared, const GemmParams& p) {
+__device__ inline void schedule_tiles(Shared& shared, const TileList& p) {
   const u32 listed_steps = *p.num_steps, num_clusters = gridDim.x / kClusterSize;
   const u32 num_steps = p.ok == nullptr || *p.ok ? listed_steps : 0;
   PipelineState<kSchedulerStages> state;

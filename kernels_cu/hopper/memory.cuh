@@ -53,6 +53,13 @@ __device__ inline void add_relaxed_gpu(u32* flag, u32 value) {
   asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 
+// To two neighbours, 8-byte aligned. Rounds to nearest; subnormal results may become 0.
+__device__ inline void add_relaxed_gpu(float* pair, float first, float second) {
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(pair), "f"(first),
+               "f"(second)
+               : "memory");
+}
+
 __device__ inline u32 fetch_add_relaxed_gpu(u32* counter, u32 value) {
   u32 old;
   asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"

@@ -5,12 +5,24 @@
 
 namespace cometrt {
 
+// Which extent of an operand is contiguous in memory: K, or the other one, M of a and N of b.
+enum class Major : int { kK, kMN };
+
 // Descriptor of a K-major bf16 tile of 64 columns (128 bytes), 1024-byte aligned, in the 128-byte
 // swizzle. Groups of 8 rows are 1024 bytes apart. Add 2 for the next 16 columns (32 bytes).
 __device__ inline u64 wgmma_descriptor(const void* tile) {
   const u64 kStrideBytes = 1024, kSwizzle128 = 1;
   return ((shared_address(tile) & 0x3ffff) >> 4) | (1ull << 16) | ((kStrideBytes >> 4) << 32) |
          (kSwizzle128 << 62);
+}
+
+// Describes an MN-major bf16 tile: boxes of 64 columns of M or N by 64 rows of K, one behind the
+// other. Each is 8192 bytes, 1024-byte aligned, its rows 128 bytes with the same swizzle: groups of
+// 8 rows are 1024 bytes apart. The next 16 rows are 2048 bytes further: add 128.
+__device__ inline u64 wgmma_descriptor_mn(const void* tile) {
+  const u64 kBoxBytes = 8192, kStrideBytes = 1024, kSwizzle128 = 1;
+  return ((shared_address(tile) & 0x3ffff) >> 4) | ((kBoxBytes >> 4) << 16) |
+         ((kStrideBytes >> 4) << 32) | (kSwizzle128 << 62);
 }
 
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -53,7 +65,9 @@ __device__ inline void wgmma_m64n128k16(float (&d)[64], u64 a, u64 b, int accumu
       : "memory");
 }
 
-// As above with b [256, 16]: d [64, 256], in 128 registers.
+// As above with b [256, 16]: d [64, 256], in 128 registers. MN-major operands lie in shared memory
+// as a^T and b^T.
+template <Major kMajorA = Major::kK, Major kMajorB = Major::kK>
 __device__ inline void wgmma_m64n256k16(float (&d)[128], u64 a, u64 b, int accumulate) {
 #define COMETRT_D8(i)                                                                         \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
@@ -72,13 +86,14 @@ __device__ inline void wgmma_m64n256k16(float (&d)[128], u64 a, u64 b, int accum
       "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
       "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
       "%127"
-      "}, %128, %129, p, 1, 1, 0, 0;\n"
+      "}, %128, %129, p, 1, 1, %131, %132;\n"
       "}\n"
       : COMETRT_D8(0), COMETRT_D8(8), COMETRT_D8(16), COMETRT_D8(24), COMETRT_D8(32),
         COMETRT_D8(40), COMETRT_D8(48), COMETRT_D8(56), COMETRT_D8(64), COMETRT_D8(72),
         COMETRT_D8(80), COMETRT_D8(88), COMETRT_D8(96), COMETRT_D8(104), COMETRT_D8(112),
         COMETRT_D8(120)
-      : "l"(a), "l"(b), "r"(accumulate)
+      : "l"(a), "l"(b), "r"(accumulate), "n"(static_cast<int>(kMajorA)),
+        "n"(static_cast<int>(kMajorB))
       : "memory");
 #undef COMETRT_D8
 }

@@ -93,8 +93,12 @@ struct ExchangeParams {
   __nv_bfloat16* rows;
   const __nv_bfloat16* partial_rows;
   __nv_bfloat16* out;
-  const float* dweight_rows;
+  const float* dweight_rows;  // [rows, num_dweight_partials], to be summed
   float* out_dweight;
+  u64 num_dweight_partials;
+  // Gradients of the weights, which become NaN if the call fails; null where they are accumulated.
+  void *dw_up, *dw_down;
+  u64 dw_up_bytes, dw_down_bytes;
   // All counters of a forward: PlanProgress, the planner's, and those below. `publish` zeroes them.
   u32* counters;
   // Fused kernels only. tile_filled [max_tiles]: copy chunks in place, of rows of an M-tile.

@@ -27,10 +27,12 @@ __device__ void copy_bytes(char* to, const void* from, u64 bytes) {
   for (; i < count; i += step) target[i] = source[i];
 }
 
-__device__ void zero_bytes(char* to, u64 bytes) {  // a multiple of 16
+// `bytes`: a multiple of 16. `to` may be null.
+__device__ void fill_bytes(void* to, u64 bytes, u32 word) {
+  if (to == nullptr) return;
   const u64 step = static_cast<u64>(gridDim.x) * blockDim.x;
   for (u64 i = blockIdx.x * blockDim.x + threadIdx.x; i < bytes / 16; i += step) {
-    reinterpret_cast<uint4*>(to)[i] = make_uint4(0, 0, 0, 0);
+    static_cast<uint4*>(to)[i] = make_uint4(word, word, word, word);
   }
 }
 
@@ -136,8 +138,8 @@ __device__ void publish_share(const ExchangeParams& params, u64 epoch) {
   copy_bytes(params.data<char>(me, params.dy_offset), params.dy, bytes);
   if (params.saved_x != nullptr) {
     copy_bytes(static_cast<char*>(params.saved_x), params.x, bytes);
-    zero_bytes(static_cast<char*>(params.saved_x) + bytes,
-               (params.g.max_tokens - params.num_tokens) * row_bytes);
+    fill_bytes(static_cast<char*>(params.saved_x) + bytes,
+               (params.g.max_tokens - params.num_tokens) * row_bytes, 0);
   }
   const int pairs = params.num_tokens * params.g.topk,
             all_pairs = params.g.max_tokens * params.g.topk;
@@ -219,4 +221,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   for (long long i = first; i < params.num_tokens * params.g.topk; i += step) {
     params.out_dweight[i] = __int_as_float(0x7fffffff);
   }
+  fill_bytes(params.dw_up, params.dw_up_bytes, ~0u);  // NaN in bf16 and in float32
+  fill_bytes(params.dw_down, params.dw_down_bytes, ~0u);
 }

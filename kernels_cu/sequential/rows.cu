@@ -106,7 +106,10 @@ __device__ inline void send_dweight(const ExchangeParams& params, int home, long
     if (row < 0) continue;
     float* part = params.data<float>(home, params.dweight_offset);
     const long long shard = params.world.rank % params.g.tp;
-    part[(shard * params.g.max_tokens + local) * params.g.topk + i] = params.dweight_rows[row];
+    const float* partials = params.dweight_rows + row * params.num_dweight_partials;
+    float sum = partials[0];
+    for (u64 j = 1; j < params.num_dweight_partials; ++j) sum += partials[j];
+    part[(shard * params.g.max_tokens + local) * params.g.topk + i] = sum;
   }
 }
 

@@ -45,6 +45,9 @@ class Gate:
         self._flag[0] = 1
 
 
+GRADIENTS = ("x", "topk_weights", "w_up", "w_down")
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("ranks", [(1, 1), (4, 1)], ids=str)
 def test_forwards_return_before_the_device_begins(ranks, training):
@@ -72,6 +75,65 @@ def test_forwards_return_before_the_device_begins(ranks, training):
             assert on_host(y).tobytes() == on_host(expected).tobytes()
 
     cometrt.spawn(fn, case.size, "cuda", timeout_sec=10)
+
+
+@pytest.mark.parametrize("save", ["rows", "z"])
+@pytest.mark.parametrize("mode", ["fused", "sequential", "chunked"])
+@pytest.mark.parametrize("ranks", [(1, 1), (4, 1)], ids=str)
+def test_backwards_return_before_the_device_begins(ranks, mode, save):
+    case = Case(ranks, mode=mode, gemm="engine", save=save)
+    inputs = make_inputs(case)
+
+    def fn(world):
+        import cupy
+
+        rank = Rank(world, inputs, case.spec, case.config, mode)
+        rank.layer.executor.graphs.enabled = False  # making one may wait for the device
+
+        def steps():
+            for _ in range(2):
+                _, saved = rank.forward()
+                yield rank.layer.backward(rank.dy, saved)
+
+        expected, *_ = [list(steps()) for _ in range(3)]  # memory is there from now on
+        rank.layer.synchronize()
+        gate = Gate()
+        world.barrier()
+        gate.close()
+        results = list(steps())
+        last = cupy.cuda.get_current_stream().record()
+        assert not last.done
+        world.barrier()
+        gate.open()
+        rank.layer.synchronize()
+        for gradients in results:
+            for name in GRADIENTS:
+                found, right = (on_host(getattr(g, name)) for g in (gradients, expected[0]))
+                assert found.tobytes() == right.tobytes(), name
+
+    cometrt.spawn(fn, case.size, "cuda", timeout_sec=10)
+
+
+@pytest.mark.parametrize(("save", "most"), [("rows", 10), ("z", 11)])
+def test_a_backward_is_few_launches(save, most, monkeypatch):
+    case = Case((1, 1), mode="fused", gemm="engine", save=save)
+    inputs = make_inputs(case)
+    launches = []
+    real = launch.Kernel.__call__
+
+    def counted(self, *args, **more):
+        launches.append(self)
+        real(self, *args, **more)
+
+    def fn(world):
+        rank = Rank(world, inputs, case.spec, case.config, case.mode)
+        _, saved = rank.forward()
+        monkeypatch.setattr(launch.Kernel, "__call__", counted)
+        rank.layer.backward(rank.dy, saved)
+        rank.layer.synchronize()
+
+    cometrt.spawn(fn, 1, "cuda")
+    assert 0 < len(launches) <= most
 
 
 def test_a_forward_is_few_launches(monkeypatch):
@@ -197,3 +259,127 @@ def test_a_graph_is_replayed_with_new_tokens_and_routing(ranks, mode):
         assert np.isnan(on_host(y).astype(np.float32)).all()
 
     cometrt.spawn(fn, case.size, "cuda", timeout_sec=10)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("save", ["rows", "z"])
+@pytest.mark.parametrize("mode", ["fused", "sequential", "chunked"])
+@pytest.mark.parametrize("ranks", [(1, 1), (4, 1), (4, 2)], ids=str)
+def test_a_training_step_is_captured_and_replayed(ranks, mode, save, accumulate):
+    case = Case(ranks, mode=mode, gemm="engine", save=save)
+    batches = [make_inputs(Case(ranks, routing)) for routing in ("uniform", "skewed", "uniform")]
+    count = min(len(x) for batch in batches for x in batch.x)
+    assert count > 0
+
+    def fn(world):
+        import cupy
+
+        rank = Rank(world, batches[0], case.spec, case.config, mode)
+        arrays = [
+            [cupy.asarray(part[world.rank][:count]) for part in (b.x, b.ids, b.weights, b.dy)]
+            for b in batches
+        ]
+        *inputs, dy = (array.copy() for array in arrays[0])
+        stream = cupy.cuda.get_current_stream()
+        shapes = rank.layer.geometry.w_up_shape, rank.layer.geometry.w_down_shape
+
+        def new_gradients():
+            totals = [cupy.empty(shape, cupy.float32) for shape in shapes]
+            return cometrt.Gradients(cupy.empty_like(dy), cupy.empty_like(inputs[2]), *totals)
+
+        def step(y, gradients):
+            _, saved = rank.layer.forward(*inputs, *rank.weights, out=y)
+            rank.layer.backward(dy, saved, out=gradients, accumulate=accumulate)
+
+        def results(y, gradients):
+            return [on_host(array).tobytes() for array in (y, *gradients)]
+
+        def poison(y, gradients):
+            for array in (y, *gradients):
+                array.fill(np.nan)
+            for total in gradients[2:]:
+                if accumulate:
+                    total.fill(0.5)
+            stream.synchronize()
+            world.barrier()
+
+        captured, launched = ((cupy.empty_like(dy), new_gradients()) for _ in range(2))
+        poison(*launched)
+        step(*launched)
+        rank.layer.synchronize()
+        world.barrier()
+        stream.begin_capture()
+        step(*captured)
+        graph = stream.end_capture()
+        graph.upload(stream)
+        stream.synchronize()
+        for batch in arrays:
+            for target, source in zip((*inputs, dy), batch, strict=True):
+                target[...] = source
+            poison(*captured)
+            graph.launch(stream)
+            world.barrier()
+            rank.layer.synchronize()
+            stream.synchronize()
+            poison(*launched)
+            step(*launched)
+            rank.layer.synchronize()
+            assert results(*captured) == results(*launched)
+        # A replay with wrong routing, and its backward, which is queued behind it.
+        inputs[1][0, 0] = case.spec.num_experts
+        poison(*captured)
+        graph.launch(stream)
+        stream.synchronize()
+        with pytest.raises(cometrt.RoutingError, match="rank 0, token 0, k 0"):
+            rank.layer.synchronize()
+        y, gradients = captured
+        for array in (y, gradients.x, gradients.topk_weights):
+            assert np.isnan(on_host(array).astype(np.float32)).all()
+        for total in gradients[2:]:
+            assert (on_host(total) == 0.5).all() if accumulate else np.isnan(on_host(total)).all()
+
+    cometrt.spawn(fn, case.size, "cuda", timeout_sec=10)
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (4, 1)], ids=str)
+def test_backwards_that_come_again_are_replayed(ranks):
+    case = Case(ranks, mode="sequential", gemm="engine")
+    inputs = make_inputs(case)
+
+    def fn(world):
+        rank = Rank(world, inputs, case.spec, case.config, case.mode)
+        kernels = rank.layer.executor.kernels
+        launches, real = [], kernels["wgrad"]
+
+        def counted(*args):
+            launches.append(args)
+            real(*args)
+
+        kernels["wgrad"] = counted
+        expected = rank.step().digest()
+        counts = []
+        for _ in range(40):  # the allocator's addresses come again after a few steps
+            assert rank.step().digest() == expected
+            counts.append(len(launches))
+        assert counts[-1] == counts[-8]  # neither launched nor captured
+
+    cometrt.spawn(fn, case.size, "cuda", timeout_sec=10)
+
+
+def test_a_cublas_backward_is_not_captured():
+    case = Case((1, 1), mode="sequential", gemm="cublas")
+    inputs = make_inputs(case)
+
+    def fn(world):
+        import cupy
+
+        rank = Rank(world, inputs, case.spec, case.config, case.mode)
+        _, saved = rank.forward()
+        rank.layer.synchronize()
+        stream = cupy.cuda.get_current_stream()
+        stream.begin_capture()
+        with pytest.raises(ValueError, match="backward must not be captured"):
+            rank.layer.backward(rank.dy, saved)
+        stream.end_capture()
+
+    cometrt.spawn(fn, 1, "cuda")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cometrt
-from tests.cases import Case, Output, check_case, make_inputs, on_device, on_host
+from tests.cases import Case, check_case, make_inputs, on_device, on_host
 from tests.device.pauses import Pauses
 from tests.device.test_async import Gate
 from tests.device.test_failures import Rank
@@ -88,7 +88,7 @@ def test_what_is_queued_behind_a_failed_call_does_nothing(mode, fault):
         rank.layer.synchronize()
         assert is_nan(y)
         assert all(is_nan(result) for result, _ in later)
-        # A backward waits for its plan on the host: not behind a gate, but before the host knows.
+        # A backward whose forward has failed, before the host knows.
         world.barrier()
         pauses.pause(100_000)
         _, unfinished = rank.layer.forward(rank.x, bad, rank.topk_weights, *rank.weights)
@@ -142,23 +142,24 @@ def test_every_layer_of_the_world_raises_it_once_on_each_rank(mode):
     cometrt.spawn(fn, 4, "cuda", timeout_sec=10)
 
 
-def test_a_backward_that_did_nothing_may_be_done_later():
+def test_a_backward_that_did_nothing_was_the_one_of_its_forward():
     inputs = make_inputs(CASE)
 
     def fn(world):
         rank = Rank(world, inputs, CASE.spec, CASE.config, "fused")
-        y, saved = rank.forward()
+        _, saved = rank.forward()
         rank.layer.synchronize()
         world.barrier()
         Pauses().pause(100_000)
         wrong = (rank.x, wrong_tables(world, inputs), rank.topk_weights)
         rank.layer.forward(*wrong, *rank.weights)
-        assert is_nan(rank.layer.backward(rank.dy, saved).x)
+        grads = rank.layer.backward(rank.dy, saved)
         with pytest.raises(cometrt.RoutingError):
             rank.layer.synchronize()
-        grads = rank.layer.backward(rank.dy, saved)
-        rank.layer.synchronize()
-        return Output(on_host(y), cometrt.Gradients(*map(on_host, grads)))
+        assert all(is_nan(gradient) for gradient in grads)
+        with pytest.raises(ValueError, match="saved must be used for one backward only"):
+            rank.layer.backward(rank.dy, saved)
+        return rank.step()
 
     check_case(CASE, inputs, cometrt.spawn(fn, 4, "cuda", timeout_sec=10))
 

@@ -12,7 +12,7 @@ from cometrt import CometError
 from cometrt.cuda.trace import KINDS
 from cometrt.kernels import compiler
 from cometrt.kernels.compiler import compile_cubin, kernels_folder
-from cometrt.kernels.constants import MAX_ADDENDS, TRACE_LANES
+from cometrt.kernels.constants import MACROS, MAX_ADDENDS, TRACE_LANES
 from cometrt.kernels.elf import constants
 from cometrt.kernels.params import MIRRORS, trace_lane_dtype
 from tests.launch import ROOT
@@ -59,7 +59,7 @@ def layout_of(struct: str, header: str, names: list[str]) -> list[int]:
     )
     options = ["-arch=compute_90a", "-std=c++17", f"-I{kernels_folder()}"]
     options.append(f"-I{compiler._cuda_headers()}")
-    options += [f"-DCOMETRT_{name}={value}" for name, value in compiler.MACROS.items()]
+    options += [f"-DCOMETRT_{name}={value}" for name, value in MACROS.items()]
     _, program = nvrtc.nvrtcCreateProgram(text.encode(), b"layout.cu", 0, [], [])
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     assert int(error) == 0
@@ -85,8 +85,12 @@ def test_kernels_say_how_much_shared_memory_they_need():
     (gemm,) = layout_of("Shared", "gemm/tile.cuh", [])
     (dispatch,) = layout_of("DispatchStages", "fused/dispatch_warp.cuh", [])
     (combine,) = layout_of("CombineStages", "fused/row_sums.cuh", [])
+    (down_dgrad,) = layout_of("DownDgradShared", "gemm/down_dgrad_epilogue.cuh", [])
     for file, wanted in (
         ("gemm/grouped_gemm.cu", gemm),
+        ("gemm/grouped_dgrad.cu", gemm),
+        ("gemm/grouped_down_dgrad.cu", down_dgrad),
+        ("gemm/grouped_wgrad.cu", gemm),
         ("fused/dispatch_gemm.cu", gemm + dispatch),
         ("fused/gemm_combine.cu", gemm + 2 * combine),
     ):

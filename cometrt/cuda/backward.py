@@ -1,0 +1,166 @@
+"""The backward by the engine: kernels that do one thing each, all on one stream. The host waits for
+nothing and knows no group sizes: so a backward can be captured, and replayed as a graph.
+
+In every mode; `cometrt.cuda.cublas` has the same with cuBLAS's GEMMs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cometrt.cuda.dgrad import (
+    DgradArguments,
+    DownDgradArguments,
+    dgrad_kernel,
+    dgrad_n_tiles,
+    down_dgrad_kernel,
+)
+from cometrt.cuda.engine import TileOrder, gemm_ctas, raster_group_of
+from cometrt.cuda.exchange_params import Call, ExchangeParamsBuilder
+from cometrt.cuda.types import Launches
+from cometrt.cuda.wgrad import (
+    WgradAddresses,
+    WgradArguments,
+    WgradOrder,
+    wgrad_raster_group,
+)
+from cometrt.kernels.launch import load_kernels
+from cometrt.kernels.params import ParamStruct, planned_tiles_dtype
+from cometrt.plan import PlanShape
+from cometrt.specs import Geometry
+from cometrt.world.partitions import num_sms
+
+_ORDER_CTAS = 16  # of the launch that orders tiles
+
+
+def wgrad_shapes(geometry: Geometry) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of one expert's w_up and w_down."""
+    hidden = geometry.spec.hidden
+    return (geometry.up_columns, hidden), (hidden, geometry.local_intermediate)
+
+
+def dgrad_tiles(geometry: Geometry) -> dict[str, int]:
+    """N-tiles of both GEMMs of activation gradients."""
+    columns = {"down_dgrad": geometry.local_intermediate, "up_dgrad": geometry.spec.hidden}
+    return {name: dgrad_n_tiles(width) for name, width in columns.items()}
+
+
+class BackwardGemms:
+    """The backward's GEMMs of all experts, of one layer.
+
+    Args:
+        table_offsets: byte offset of each of a plan's tables, by name.
+        ok: address of ExchangeState.ok.
+        kernels: gets "backward_order", "down_dgrad", "up_dgrad" and "wgrad".
+    """
+
+    def __init__(
+        self, shape: PlanShape, table_offsets: dict[str, int], ok: int, kernels: Launches
+    ) -> None:
+        geometry, spec, rows = shape.geometry, shape.geometry.spec, shape.capacity
+        experts, width, up = (
+            geometry.local_experts,
+            geometry.local_intermediate,
+            geometry.up_columns,
+        )
+        inner = {"down_dgrad": spec.hidden, "up_dgrad": up}
+        # The up GEMM begins with the rows of dz that were written last: the L2 cache has them.
+        self._orders = {
+            name: TileOrder(
+                shape.max_tiles,
+                n_tiles,
+                raster_group=shape.config.raster_group or raster_group_of(inner[name]),
+                backwards=name == "up_dgrad",
+            )
+            for name, n_tiles in dgrad_tiles(geometry).items()
+        }
+        self._down = DownDgradArguments(
+            self._orders["down_dgrad"], rows, spec.hidden, width, experts, ok=ok
+        )
+        self._up = DgradArguments(self._orders["up_dgrad"], rows, up, spec.hidden, experts, ok=ok)
+        shapes = wgrad_shapes(geometry)
+        self._wgrad_order = WgradOrder(experts, shapes)
+        group = wgrad_raster_group(num_sms())
+        self._wgrads = WgradArguments(
+            self._wgrad_order, rows, shapes, experts, raster_group=group, ok=ok
+        )
+        self._planned = ParamStruct(planned_tiles_dtype)
+        names = planned_tiles_dtype.names or ()
+        self._planned_offsets = np.array([table_offsets[name] for name in names], np.uint64)
+        self._table_offsets = table_offsets
+        (self._order_kernel,) = load_kernels("gemm/backward_order.cu", "backward_order")
+        self._down_kernel, self._up_kernel = down_dgrad_kernel(spec.activation), dgrad_kernel()
+        (self._wgrad_kernel,) = load_kernels("gemm/grouped_wgrad.cu", "grouped_wgrad")
+        kernels |= {
+            "backward_order": self._launch_order,
+            "down_dgrad": self._launch_down,
+            "up_dgrad": self._launch_up,
+            "wgrad": self._launch_wgrad,
+        }
+
+    def _launch_order(self, stream: int, call: Call) -> None:
+        """The orders of all GEMMs' tiles, from the plan's tables."""
+        self._planned.uint64s[:] = self._planned_offsets + np.uint64(call.at["tables"])
+        orders = (order.params for order in self._orders.values())
+        params = self._wgrad_params(call)
+        self._order_kernel(stream, _ORDER_CTAS, self._planned, *orders, params)
+
+    def _launch_down(self, stream: int, call: Call) -> None:
+        """dz, weighted_a and dweight from dy and z."""
+        at = call.at
+        arguments = self._down(
+            at["dy_rows"],
+            at["w_down"],
+            z=at["z"],
+            row_weight=at["tables"] + self._table_offsets["row_weight"],
+            dz=at["dz"],
+            weighted_a=at["weighted_a"],
+            dweight=at["dweight_rows"],
+        )
+        self._down_kernel(stream, gemm_ctas(), *arguments)
+
+    def _launch_up(self, stream: int, call: Call) -> None:
+        """Rows of dx from dz."""
+        arguments = self._up(call.at["dz"], call.at["w_up"], call.at["dx_rows"])
+        self._up_kernel(stream, gemm_ctas(), *arguments)
+
+    def _launch_wgrad(self, stream: int, call: Call) -> None:
+        """Gradients of both weights."""
+        maps = self._wgrads.maps(_wgrads_of(call))
+        self._wgrad_kernel(stream, gemm_ctas(), self._wgrad_params(call), maps)
+
+    def _wgrad_params(self, call: Call) -> ParamStruct:
+        offsets, rows = (
+            call.at["tables"] + self._table_offsets[name]
+            for name in ("expert_offsets", "expert_rows")
+        )
+        return self._wgrads.params(offsets, rows, _wgrads_of(call), accumulate=call.accumulate)
+
+
+def _wgrads_of(call: Call) -> tuple[WgradAddresses, WgradAddresses]:
+    """Of w_up and w_down."""
+    at, (up, down) = call.at, call.float32_gradients
+    return (
+        WgradAddresses(at["dz"], at["x_rows"], at["dw_up"], up),
+        WgradAddresses(at["dy_rows"], at["weighted_a"], at["dw_down"], down),
+    )
+
+
+class EngineBackward:
+    """One launch after the other, of BackwardGemms and RowKernels. Weight gradients are computed
+    while rows of dx cross."""
+
+    def __init__(self, builder: ExchangeParamsBuilder) -> None:
+        self._builder = builder
+
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None:
+        kernels["backward_order"](stream, call)
+        kernels["dispatch"](stream, params)
+        if "saved_x" in call.at:  # save="z": before the first partial row of dx leaves
+            self._builder.pull_x(params, call)
+            kernels["dispatch"](stream, params)
+        kernels["down_dgrad"](stream, call)
+        kernels["up_dgrad"](stream, call)
+        kernels["push"](stream, params)
+        kernels["wgrad"](stream, call)
+        kernels["home_reduce"](stream, params)

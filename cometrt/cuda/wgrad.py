@@ -1,0 +1,212 @@
+"""Weight gradients of all experts in one launch of the engine (gemm/grouped_wgrad.cu)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from cometrt.cuda.dgrad import MN_MAJOR_BOX
+from cometrt.cuda.engine import current_stream, gemm_ctas
+from cometrt.cuda.types import DeviceArray
+from cometrt.kernels.constants import BLOCK_M, BLOCK_N, CLUSTER_SIZE
+from cometrt.kernels.launch import load_kernels
+from cometrt.kernels.params import MAX_WGRADS, KernelArgument, ParamStruct, wgrad_params_dtype
+from cometrt.kernels.tensor_map import encode
+from cometrt.plan.tile_order import work_tile_dtype
+from cometrt.world.partitions import num_sms
+
+_COUNTS = 3  # of the order: cluster steps; scheduled, and clusters that have finished
+
+
+class WgradOrder:
+    """Memory for the order of the tiles: of one expert after the other, that with the most rows
+    first.
+
+    Args:
+        num_experts: how many; each has gradients of `shapes`.
+
+    Attributes:
+        counts: [3] int32: cluster steps, and what the GEMM counts.
+    """
+
+    def __init__(self, num_experts: int, shapes: Sequence[tuple[int, int]]) -> None:
+        import cupy as cp
+
+        tile_bytes, counts = wgrad_order_size(num_experts, shapes)
+        self._tiles, self.counts = cp.empty(tile_bytes, cp.uint8), cp.zeros(counts, cp.int32)
+
+    def addresses(self) -> dict[str, int]:
+        """Of the work tiles, of how many there are, and of what the GEMM counts."""
+        counts = int(self.counts.data.ptr)
+        return {
+            "work_tiles": int(self._tiles.data.ptr),
+            "num_steps": counts,
+            "progress": counts + 4,
+        }
+
+    def tiles(self) -> np.ndarray:
+        """[cluster steps, 2] of work_tile_dtype; waits for the device."""
+        found = self._tiles.get().view(work_tile_dtype).reshape(-1, CLUSTER_SIZE)
+        return found[: int(self.counts[0].get())]
+
+
+def wgrad_order_size(num_experts: int, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """(bytes of work tiles, number of counts) of a `WgradOrder`."""
+    steps = num_experts * sum(num_wgrad_steps(*shape) for shape in shapes)
+    return CLUSTER_SIZE * steps * work_tile_dtype.itemsize, _COUNTS
+
+
+def num_wgrad_steps(rows: int, columns: int) -> int:
+    """Cluster steps of one expert's gradient [rows, columns], for any raster group."""
+    m_tiles, n_tiles = -(-rows // BLOCK_M), -(-columns // BLOCK_N)
+    return m_tiles // 2 * n_tiles + m_tiles % 2 * -(-n_tiles // 2)
+
+
+def wgrad_raster_group(sms: int) -> int:
+    """N-tiles of a raster group. What all clusters compute at a time is about as high as wide: a
+    cluster's step is two M-tiles by one N-tile, 256 by 256."""
+    return max(2, math.isqrt(sms // 2) // 2 * 2)
+
+
+class WgradAddresses(NamedTuple):
+    """One weight's gradient, by address: out[e] = a_e^T b_e, over the rows of expert e."""
+
+    a: int  # [rows, M] bf16
+    b: int  # [rows, N] bf16
+    out: int  # [E, M, N] bf16 or float32
+    is_float32: bool
+
+
+class WgradArguments:
+    """Arguments of the launches of a few weights' gradients.
+
+    Args:
+        order: memory for the order of their tiles.
+        rows: of the operands.
+        shapes: (M, N) of each.
+        raster_group: N-tiles that all M-tiles of an expert take before the next ones; even.
+        ok: address of a word that is 0 where the plan is not valid; 0: it always is.
+    """
+
+    def __init__(
+        self,
+        order: WgradOrder,
+        rows: int,
+        shapes: Sequence[tuple[int, int]],
+        num_experts: int,
+        *,
+        raster_group: int,
+        ok: int = 0,
+    ) -> None:
+        self._rows, self._shapes = rows, tuple(shapes)
+        self._params = ParamStruct(wgrad_params_dtype)
+        fields = self._params.fields
+        for name, address in order.addresses().items():
+            fields[name] = address
+        fields["ok"], fields["raster_group"] = ok, raster_group
+        fields["num_problems"], fields["num_experts"] = len(shapes), num_experts
+        for problem, shape in zip(fields["problems"][0], shapes, strict=False):
+            problem["num_rows"], problem["num_columns"] = shape
+
+    def params(
+        self,
+        expert_offsets: int,
+        expert_rows: int,
+        wgrads: Sequence[WgradAddresses],
+        *,
+        accumulate: bool,
+    ) -> ParamStruct:
+        """WgradParams, which the order follows from too.
+
+        Args:
+            expert_offsets, expert_rows: addresses of the plan's tables.
+        """
+        fields = self._params.fields
+        fields["expert_offsets"], fields["expert_rows"] = expert_offsets, expert_rows
+        fields["accumulate"] = accumulate
+        for problem, wgrad in zip(fields["problems"][0], wgrads, strict=False):
+            problem["out"], problem["is_float32"] = wgrad.out, wgrad.is_float32
+        return self._params
+
+    def maps(self, wgrads: Sequence[WgradAddresses]) -> KernelArgument:
+        """WgradMaps."""
+        operands = [
+            (address, self._rows, columns)
+            for wgrad, shape in zip(wgrads, self._shapes, strict=True)
+            for address, columns in zip((wgrad.a, wgrad.b), shape, strict=True)
+        ]
+        return _wgrad_maps(tuple(operands))
+
+
+@functools.lru_cache(maxsize=4096)
+def _wgrad_maps(operands: tuple[tuple[int, int, int], ...]) -> KernelArgument:
+    """Of (address, rows, columns) of each problem's a and b."""
+    maps = [encode(address, (1, 1, *shape), MN_MAJOR_BOX).value for address, *shape in operands]
+    a, b = maps[0::2], maps[1::2]
+    unused = [maps[0]] * (MAX_WGRADS - len(a))
+    return KernelArgument(np.concatenate([*a, *unused, *b, *unused]))
+
+
+class Wgrad(NamedTuple):
+    """As `WgradAddresses`."""
+
+    a: DeviceArray
+    b: DeviceArray
+    out: DeviceArray
+
+
+class ExpertRows(Protocol):
+    """What weight gradients read of a plan."""
+
+    expert_offsets: DeviceArray
+    expert_rows: DeviceArray
+
+
+class GroupedWgrad:
+    """Weight gradients of all experts, those with the most rows first.
+
+    K goes on to the next multiple of 64 behind an expert's rows. Padding rows up to there must be
+    zero in both operands; those behind are not read. Experts without rows get zeros.
+    """
+
+    def __init__(self) -> None:
+        self._kernel, order = load_kernels("gemm/grouped_wgrad.cu", "grouped_wgrad", "wgrad_order")
+        self._order = order.with_shared(0)
+
+    def __call__(
+        self,
+        wgrads: Sequence[Wgrad],
+        tiles: ExpertRows,
+        order: WgradOrder | None = None,
+        *,
+        accumulate: bool = False,
+        raster_group: int | None = None,
+        sms: int | None = None,
+    ) -> None:
+        """Queue it on the current stream: the order of the tiles, then the GEMMs.
+
+        Args:
+            wgrads: one or two.
+            order: memory for the order; None: it is allocated.
+            accumulate: add to what is there, rounding once; experts without rows change nothing.
+            raster_group: as for `WgradArguments`; None: chosen for the SMs.
+            sms: how many take part; None: all.
+        """
+        experts, rows = len(tiles.expert_rows), wgrads[0].a.shape[0]
+        shapes = [(w.a.shape[1], w.b.shape[1]) for w in wgrads]
+        group = raster_group or wgrad_raster_group(num_sms() if sms is None else sms)
+        order = order or WgradOrder(experts, shapes)
+        arguments = WgradArguments(order, rows, shapes, experts, raster_group=group)
+        addresses = [
+            WgradAddresses(w.a.data.ptr, w.b.data.ptr, w.out.data.ptr, w.out.dtype.itemsize == 4)
+            for w in wgrads
+        ]
+        tables = tiles.expert_offsets.data.ptr, tiles.expert_rows.data.ptr
+        params = arguments.params(*tables, addresses, accumulate=accumulate)
+        stream = current_stream()
+        self._order(stream, experts, params)
+        self._kernel(stream, gemm_ctas(sms), params, arguments.maps(addresses))
