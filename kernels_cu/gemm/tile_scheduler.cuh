@@ -55,17 +55,18 @@ class TileScheduler {
 
   // False when none is left.
   __device__ bool next(WorkTile& tile) {
-    mbarrier_wait(&shared_.scheduler_full[at_.stage], at_.parity);
-    tile = shared_.work_tiles[at_.stage];
+    const u32 stage = count_ % kSchedulerStages;
+    mbarrier_wait(&shared_.scheduler_full[stage], count_ / kSchedulerStages % 2);
+    tile = shared_.work_tiles[stage];
     if (kLanes > 1) __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive_at(&shared_.scheduler_empty[at_.stage], 0);
-    at_.advance();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive_at(&shared_.scheduler_empty[stage], 0);
+    ++count_;
     return tile.m_tile != kEndOfWork;
   }
 
  private:
   Shared& shared_;
-  PipelineState<kSchedulerStages> at_;
+  u32 count_ = 0;  // tiles taken: one register, where stage and parity are two
 };
 
 }  // namespace cometrt
