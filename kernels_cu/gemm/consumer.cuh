@@ -85,6 +85,7 @@ __device__ inline void consume(Shared& shared, const Params& p, int warpgroup, E
   StageState state;
   WorkTile tile, next;
   for (bool more = scheduler.next(tile); more; tile = next) {
+    epilogue.expect(tile);
     const int num_k_blocks = p.num_k_blocks(tile);
     const bool is_empty = Params::kMayBeEmpty && num_k_blocks == 0;
     if (warpgroup * kHalfM < tile.rows && !is_empty) {

@@ -28,14 +28,16 @@ struct DownDgradParams : TileList {
   __device__ int first_k(const WorkTile&) const { return 0; }
 };
 
-// What a warp's next step reads, and what belongs to its rows of the stashed tile: registers have
+constexpr int kZStages = 3;  // steps whose z is under way
+
+// What a warp's next steps read, and what belongs to its rows of the stashed tile: registers have
 // no room for it.
 struct RowStage {
-  int4 z[2][2][32];                // [half of a step's rows][gate, up][lane]
-  float inverse[2][kSubtileRows];  // of the power of two
-  float weight[2][kSubtileRows];
-  WorkTile tile;            // m_tile -1: nothing is stashed
-  float dot[kSubtileRows];  // of dweight, up to the last subtile
+  int4 z[kZStages][2][32];  // [gate, up][lane]
+  WorkTile tile, next;      // stashed, or m_tile -1; being multiplied
+  float inverse[16];        // of each row: of its power of two,
+  float weight[16];         // its weight,
+  float dot[16];            // and its dweight, up to the last subtile
 };
 
 struct DownDgradShared {
@@ -44,15 +46,17 @@ struct DownDgradShared {
 };
 static_assert(sizeof(DownDgradShared) <= 227 * 1024, "shared memory of an SM");
 
-// A warp's epilogue. A step is eight rows of a subtile; the first four steps are the upper eight
-// rows. z comes to shared memory a step ahead.
+// A warp's epilogue. A step is four rows of a subtile: short, so that the next products are asked
+// for in time. All subtiles of the upper eight rows come first. z comes to shared memory a few
+// steps ahead.
 template <int kActivation>
 class DownDgradEpilogue {
   static constexpr bool kGated = is_gated(kActivation);
   static constexpr int kWarpRows = kHalfM / 4, kSubtiles = BLOCK_N / kSubtileColumns;
+  static constexpr int kStepsOfSubtile = 2;  // of eight rows
 
  public:
-  static constexpr int kSteps = 2 * kSubtiles;
+  static constexpr int kSteps = 2 * kSubtiles * kStepsOfSubtile;
   static constexpr int kUnrolledSteps = 1;  // one copy of a step's code is long enough
 
   // `warp` counts those that multiply.
@@ -61,7 +65,12 @@ class DownDgradEpilogue {
     set_tile({-1, 0, 0, 0, 0});
   }
 
-  __device__ void stash(const WorkTile& tile, const float (&d)[128]) {
+  // The tile that comes next: kept here, not in registers, while it is multiplied.
+  __device__ void expect(const WorkTile& tile) {
+    if (threadIdx.x % 32 == 0) rows_.next = tile;
+  }
+
+  __device__ void stash(const WorkTile&, const float (&d)[128]) {
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
       // The largest of the row's columns in this tile, of which four lanes have 64 each.
@@ -82,36 +91,31 @@ class DownDgradEpilogue {
       }
       const int lane = threadIdx.x % 32;
       if (lane % 4 == 0) {
-        rows_.inverse[upper][lane / 4] = __uint_as_float((exponent - 14) << 23);
+        rows_.inverse[kSubtileRows * upper + lane / 4] = __uint_as_float((exponent - 14) << 23);
       }
     }
-    begin(tile);
+    begin();
   }
   // This warp's rows of the tile are all padding: their results are zero.
-  __device__ void stash_zeros(const WorkTile& tile) {
+  __device__ void stash_zeros(const WorkTile&) {
 #pragma unroll
     for (int i = 0; i < 64; ++i) stash_[i] = 0;
-    begin(tile);
+    begin();
   }
 
   __device__ void store_step(int step) {
     if (rows_.tile.m_tile < 0) return;
-    const int upper = step / kSubtiles, lane = threadIdx.x % 32;
-    copy_async_wait();
+    copy_async_wait<kZStages - 1>();
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      if (i == step) subtile_.put(stash_ + 16 * (i % kSubtiles), i / kSubtiles);
+    for (int i = 0; i < 2 * kSubtiles; ++i) {  // the compiler must know which registers
+      if (step == kStepsOfSubtile * i) subtile_.put(stash_ + 16 * (i % kSubtiles), i / kSubtiles);
     }
     __syncwarp();
-#pragma unroll 1
-    for (int i = 0; i < 2; ++i) store_rows(step, i);
+    store_rows(step);
     __syncwarp();  // what the next step overwrites has been read
-    if (step == kSteps - 1) {
-      set_tile({-1, 0, 0, 0, 0});
-    } else {
-      load_z(step + 1);
-    }
+    load_z(step + kZStages);
+    if (step == kSteps - 1) set_tile({-1, 0, 0, 0, 0});
   }
   __device__ void flush() {
 #pragma unroll 1
@@ -122,105 +126,109 @@ class DownDgradEpilogue {
   struct Vectors {
     int4 gate, up, a;
   };
-  // Where a lane's vector of a step lies, in the first four rows or the others.
+  // Where a lane's vector of a step lies.
   struct Place {
-    int row;           // in the M-tile
-    bool exists;       // the columns do
-    long long out, z;  // elements
+    int subtile, row;  // row: of the warp's
+    int column;
+    long long out;  // the element of a result
 
-    __device__ Place(const DownDgradEpilogue& epilogue, int step, int i) {
+    __device__ Place(const DownDgradEpilogue& epilogue, int step) {
       const DownDgradParams& p = epilogue.p_;
-      const int lane = threadIdx.x % 32;
-      row = epilogue.warp_ * kWarpRows + step / kSubtiles * kSubtileRows + 4 * i + lane / 8;
-      const int column = epilogue.rows_.tile.n_tile * BLOCK_N + step % kSubtiles * kSubtileColumns;
-      const int first = column + lane % 8 * 8;
-      exists = first < p.num_columns;
-      const long long all = static_cast<long long>(epilogue.rows_.tile.m_tile) * BLOCK_M + row;
-      out = all * p.num_columns + first;
-      z = all * epilogue.z_stride() + first;
+      const WorkTile& tile = epilogue.rows_.tile;
+      const int lane = threadIdx.x % 32, eight = step / kStepsOfSubtile;
+      subtile = eight % kSubtiles;
+      row = eight / kSubtiles * kSubtileRows + step % kStepsOfSubtile * 4 + lane / 8;
+      column = tile.n_tile * BLOCK_N + subtile * kSubtileColumns + lane % 8 * 8;
+      const long long all =
+          static_cast<long long>(tile.m_tile) * BLOCK_M + epilogue.warp_ * kWarpRows + row;
+      out = all * p.num_columns + column;
     }
+    // The element of z: rows of gate and up are twice as long.
+    __device__ long long z() const { return kGated ? 2 * out - column : out; }
   };
 
-  // Four rows of a step: the first, or the others.
-  __device__ void store_rows(int step, int i) {
-    const int upper = step / kSubtiles, lane = threadIdx.x % 32, row = 4 * i + lane / 8;
-    const Place at(*this, step, i);
-    const bool is_padding = at.row >= rows_.tile.rows;
-    const float inverse = is_padding ? 0.0f : rows_.inverse[upper][row];
-    const int4 da = is_padding ? make_int4(0, 0, 0, 0) : subtile_.vector(row);
+  __device__ void store_rows(int step) {
+    const Place at(*this, step);
+    const int lane = threadIdx.x % 32;
+    const bool is_padding = warp_ * kWarpRows + at.row >= rows_.tile.rows;
+    const float inverse = is_padding ? 0.0f : rows_.inverse[at.row];
+    const int4 scaled = is_padding ? make_int4(0, 0, 0, 0) : subtile_.vector(at.row % kSubtileRows);
     Vectors out;
-    float dot = gradients(da, inverse, rows_.weight[upper][row], rows_.z[i][0][lane],
-                          rows_.z[i][1][lane], out);
-    if (at.exists) {
+    const int4(&z)[2][32] = rows_.z[step % kZStages];
+    float dot = gradients(scaled, inverse, rows_.weight[at.row], z[0][lane], z[1][lane], out);
+    if (at.column < p_.num_columns) {
       __stcs(reinterpret_cast<int4*>(p_.weighted_a + at.out), out.a);
-      int4* dz = reinterpret_cast<int4*>(p_.dz + at.z);
+      int4* dz = reinterpret_cast<int4*>(p_.dz + at.z());
       __stcs(dz, out.gate);
       if (kGated) __stcs(dz + p_.num_columns / 8, out.up);
     }
 #pragma unroll
     for (int lanes = 4; lanes > 0; lanes /= 2) dot += __shfl_xor_sync(~0u, dot, lanes);
     if (lane % 8 != 0) return;
-    const int subtile = step % kSubtiles;
-    if (subtile > 0) dot += rows_.dot[row];
-    rows_.dot[row] = dot;
-    if (subtile == kSubtiles - 1) {
+    if (at.subtile > 0) dot += rows_.dot[at.row];
+    rows_.dot[at.row] = dot;
+    if (at.subtile == kSubtiles - 1) {
       const int num_n_tiles = (p_.num_columns + BLOCK_N - 1) / BLOCK_N;
-      p_.dweight[(static_cast<long long>(rows_.tile.m_tile) * BLOCK_M + at.row) * num_n_tiles +
-                 rows_.tile.n_tile] = dot;
+      const int row = warp_ * kWarpRows + at.row;
+      const long long all = static_cast<long long>(rows_.tile.m_tile) * BLOCK_M + row;
+      p_.dweight[all * num_n_tiles + rows_.tile.n_tile] = dot;
     }
   }
 
-  __device__ int z_stride() const { return kGated ? 2 * p_.num_columns : p_.num_columns; }
-
+  // By all lanes: one of them writes.
   __device__ void set_tile(const WorkTile& tile) {
     if (threadIdx.x % 32 == 0) rows_.tile = tile;
     __syncwarp();
   }
 
-  __device__ void begin(const WorkTile& tile) {
+  __device__ void begin() {
     __syncwarp();
-    set_tile(tile);
+    set_tile(rows_.next);
+    const WorkTile& tile = rows_.tile;
     if (tile.m_tile < 0) return;
     const int lane = threadIdx.x % 32, row = warp_ * kWarpRows + lane;
     if (lane < kWarpRows) {
       const float* weight = p_.row_weight + static_cast<long long>(tile.m_tile) * BLOCK_M + row;
-      copy_async_4(&rows_.weight[0][lane], weight, row < tile.rows);
+      copy_async_4(&rows_.weight[lane], weight, row < tile.rows);
     }
-    load_z(0);
-  }
-
-  __device__ void load_z(int step) {
-    const int lane = threadIdx.x % 32;
 #pragma unroll 1
-    for (int i = 0; i < 2; ++i) {
-      const Place at(*this, step, i);
-      const bool exists = at.exists && at.row < rows_.tile.rows;
-      const __nv_bfloat16* z = p_.z + (exists ? at.z : 0);
-      copy_async_16(&rows_.z[i][0][lane], z, exists);
-      if (kGated) copy_async_16(&rows_.z[i][1][lane], z + p_.num_columns, exists);
-    }
+    for (int step = 0; step < kZStages; ++step) load_z(step);
   }
 
-  // Of eight columns of a row. a is rounded before anything is computed from it, as in the forward.
-  // Returns <da', a>.
-  __device__ static float gradients(const int4& da, float inverse, float weight, const int4& z_gate,
-                                    const int4& z_up, Vectors& out) {
+  // A group of copies, also where there is no such step: so groups count steps.
+  __device__ void load_z(int step) {
+    if (step < kSteps) {
+      const Place at(*this, step);
+      const bool exists =
+          at.column < p_.num_columns && warp_ * kWarpRows + at.row < rows_.tile.rows;
+      const __nv_bfloat16* from = p_.z + (exists ? at.z() : 0);
+      int4* to = &rows_.z[step % kZStages][0][threadIdx.x % 32];
+      copy_async_16(to, from, exists);
+      if (kGated) copy_async_16(to + 32, from + p_.num_columns, exists);
+    }
+    copy_async_commit();
+  }
+
+  // Of eight columns of a row, where da' is inverse * scaled. a is rounded before anything is
+  // computed from it, as in the forward. Returns <da', a>.
+  __device__ static float gradients(const int4& scaled, float inverse, float weight,
+                                    const int4& z_gate, const int4& z_up, Vectors& out) {
+    const float factor = weight * inverse;
     float dot = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 scaled = unpack_half((&da.x)[i]), gate = unpack((&z_gate.x)[i]);
+      const float2 da = unpack_half((&scaled.x)[i]), gate = unpack((&z_gate.x)[i]);
       const float2 up = kGated ? unpack((&z_up.x)[i]) : make_float2(1, 1);
       const ValueAndSlope low = activation_of(kActivation, gate.x);
       const ValueAndSlope high = activation_of(kActivation, gate.y);
       const float2 a = unpack(pack(low.value * up.x, high.value * up.y));
-      const float2 d = {inverse * scaled.x, inverse * scaled.y};
-      dot += d.x * a.x + d.y * a.y;
-      const float2 weighted = {weight * d.x, weight * d.y};
+      dot += da.x * a.x + da.y * a.y;
+      const float2 weighted = {factor * da.x, factor * da.y};
       (&out.gate.x)[i] = pack(low.slope * up.x * weighted.x, high.slope * up.y * weighted.y);
       (&out.up.x)[i] = pack(low.value * weighted.x, high.value * weighted.y);
       (&out.a.x)[i] = pack(weight * a.x, weight * a.y);
     }
-    return dot;
+    return inverse * dot;
   }
 
   __device__ static u32 pack_half(float low, float high) {

@@ -128,6 +128,8 @@ class Epilogue {
   __device__ Epilogue(Shared& shared, const Params& p, int warp, const TileStored& tile_stored)
       : subtile_(shared.epilogue_tiles[warp]), p_(p), warp_(warp), tile_stored_(tile_stored) {}
 
+  // Before the main loop of a tile.
+  __device__ void expect(const WorkTile&) {}
   // Rounds a tile's accumulators into the stash.
   __device__ void stash(const WorkTile& tile, const float (&d)[128]) {
 #pragma unroll

@@ -56,17 +56,18 @@ class TileScheduler {
 
   // Waits for this CTA's next work tile. False when no step is left.
   __device__ bool next(WorkTile& tile) {
-    mbarrier_wait(&shared_.scheduler_full[state_.stage], state_.parity);
-    tile = shared_.work_tiles[state_.stage];
+    const u32 stage = count_ % kSchedulerStages;
+    mbarrier_wait(&shared_.scheduler_full[stage], count_ / kSchedulerStages % 2);
+    tile = shared_.work_tiles[stage];
     if (kLanes > 1) __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive_at(&shared_.scheduler_empty[state_.stage], 0);
-    state_.advance();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive_at(&shared_.scheduler_empty[stage], 0);
+    ++count_;
     return tile.m_tile != kEndOfWork;
   }
 
  private:
   Shared& shared_;
-  PipelineState<kSchedulerStages> state_;
+  u32 count_ = 0;  // tiles read so far: one register, where a stage and a parity are two
 };
 
 }  // namespace cometrt

@@ -18,7 +18,14 @@ __device__ inline void copy_async_4(void* shared, const void* global, bool exist
                : "memory");
 }
 
-// All copies of this thread are there, for itself. A barrier then shows them to others.
-__device__ inline void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Copies of this thread since the last commit form a group.
+__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// At most kPending groups of this thread are not there yet, for itself. A barrier then shows the
+// others to other threads.
+template <int kPending>
+__device__ inline void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 }  // namespace cometrt

@@ -9,6 +9,7 @@ from tests.cases import RANKS, Case, make_inputs, spawn_case
 from tests.device.pauses import Pauses
 from tests.device.test_engine import EDGES, Problem
 from tests.device.test_failures import Rank
+from tests.device.test_grad_engine import Dgrad, DownDgrad, WgradProblems
 from tests.host.test_failures import caught
 
 
@@ -37,6 +38,14 @@ if sys.argv[1] == "engine":
     for activation in ACTIVATIONS:
         Problem(EDGES, 208, 848, activation).check(True)
     Problem((300, 20, 700), 208, 848, "swiglu").check(False)
+    Dgrad(EDGES, 272, 576).check()
+    for activation in ACTIVATIONS:
+        DownDgrad(EDGES, 272, 528, activation).check()
+    DownDgrad((300, 20, 700), 272, 1104, "swiglu").check()
+    for float32 in ((), (0,), (0, 1)):
+        problems = WgradProblems(EDGES, [(208, 272), (272, 144)], float32=float32)
+        problems.check()
+        problems.check_accumulated()
 else:
     ranks_wanted = int(sys.argv[1])
     for ranks in RANKS:

@@ -190,7 +190,7 @@ def test_down_dgrad_of_many_tiles():
 @gpu
 def test_down_dgrad_of_rows_of_any_size():
     # Also where their fp16 would be 0 or infinite.
-    DownDgrad(EDGES, 272, 528, "swiglu", scale=10.0 ** np.arange(-30, 30, 5)).check()
+    DownDgrad(EDGES, 272, 528, "swiglu", scale=10.0 ** np.arange(-25, 30, 5)).check()
 
 
 @gpu

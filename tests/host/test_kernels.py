@@ -12,7 +12,7 @@ from cometrt import CometError
 from cometrt.cuda.trace import KINDS
 from cometrt.kernels import compiler
 from cometrt.kernels.compiler import compile_cubin, kernels_folder
-from cometrt.kernels.constants import MACROS, MAX_ADDENDS, TRACE_LANES
+from cometrt.kernels.constants import MACROS, TRACE_LANES
 from cometrt.kernels.elf import constants
 from cometrt.kernels.params import MIRRORS, trace_lane_dtype
 from tests.launch import ROOT
@@ -139,11 +139,6 @@ def test_traces_are_read_as_they_are_written():
     assert re.findall(r"\w+", written) == names
     (nbytes,) = layout_of("TraceLane[cometrt::kTraceLanes]", "common/trace.cuh", [])
     assert nbytes == TRACE_LANES * trace_lane_dtype.itemsize
-
-
-def test_the_most_terms_of_a_token_are_those_of_the_kernel():
-    source = (kernels_folder() / "fused" / "row_sums.cuh").read_text()
-    assert f"kMaxAddends = {MAX_ADDENDS};" in source
 
 
 def test_local_memory_is_reported(tmp_path):
