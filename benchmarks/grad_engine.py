@@ -1,6 +1,6 @@
 """Measure the backward forms of the grouped GEMM engine beside their peers on one GPU.
 
-python benchmarks/grad_engine.py [--models mixtral-8x7b,...] [--rounds 15]
+python -m benchmarks.grad_engine [--models mixtral-8x7b,...] [--rounds 15]
 
 Equal groups of real rows; medians of TFLOP/s. "cublas" is one GEMM an expert. Beside them what the
 layer's own forms take: "all": the down dgrad with dz, weighted_a and dweight; "fp32+" and "bf16+":
@@ -12,25 +12,14 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cupy as cp
 import numpy as np
 
-from benchmarks.engine import (
-    BF16,
-    EXPERTS,
-    TOKENS,
-    group_sizes,
-    measure,
-    random_bf16,
-    tiles_of,
-)
+from benchmarks.engine import BF16, EXPERTS, TOKENS, group_sizes, measure, tiles_of
 from benchmarks.expert_gemm import ExpertGemm
+from benchmarks.workloads import device_normal
 from cometrt.cuda.dgrad import GroupedDgrad, GroupedDownDgrad, dgrad_n_tiles
 from cometrt.cuda.engine import order_tiles, raster_group_of
 from cometrt.cuda.wgrad import GroupedWgrad, Wgrad, WgradOrder
@@ -64,7 +53,7 @@ def dgrad_runs(sizes: np.ndarray, inner: int, columns: int, *, down: bool = Fals
     """out [rows, columns] = a [rows, inner] b[e] [inner, columns]."""
     tiles, cublas, engine = tiles_of(sizes), ExpertGemm(), GroupedDgrad()
     rows = int(tiles.offsets[-1])
-    a, b = random_bf16(rows, inner), random_bf16(len(sizes), inner, columns, scale=inner**-0.5)
+    a, b = device_normal((rows, inner)), device_normal((len(sizes), inner, columns), inner**-0.5)
     out, other = cp.empty((rows, columns), BF16), cp.empty((rows, columns), BF16)
     group = raster_group_of(inner)
     order = order_tiles(tiles, dgrad_n_tiles(columns), raster_group=group)
@@ -79,7 +68,7 @@ def dgrad_runs(sizes: np.ndarray, inner: int, columns: int, *, down: bool = Fals
         runs["torch"] = torch_run(a, b, sizes, wgrad=False)
     compare(runs, out, other)
     if down:
-        with_epilogue, z = GroupedDownDgrad("swiglu"), random_bf16(rows, 2 * columns)
+        with_epilogue, z = GroupedDownDgrad("swiglu"), device_normal((rows, 2 * columns))
         weight = cp.random.random(rows, np.float32)
         dz, weighted_a = cp.empty_like(z), cp.empty_like(out)
         dweight = cp.empty((rows, dgrad_n_tiles(columns)), np.float32)
@@ -93,7 +82,7 @@ def wgrad_runs(sizes: np.ndarray, m: int, n: int) -> Runs:
     """out [e, m, n] = a_e^T b_e."""
     tiles, cublas, engine = tiles_of(sizes), ExpertGemm(), GroupedWgrad()
     rows, experts = int(tiles.offsets[-1]), len(sizes)
-    a, b = random_bf16(rows, m), random_bf16(rows, n)
+    a, b = device_normal((rows, m)), device_normal((rows, n))
     for e, end in enumerate(tiles.offsets[1:]):
         unused = slice(int(tiles.offsets[e] + sizes[e]), int(end))
         a[unused], b[unused] = 0, 0
