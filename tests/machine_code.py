@@ -94,7 +94,7 @@ def ptx_of(file: str, defines: Defines = ()) -> str:
     folder = compiler.kernels_folder()
     macros = (*((f"COMETRT_{name}", value) for name, value in MACROS.items()), *defines)
     options = ["-arch=compute_90a", "-std=c++17", "-default-device"]
-    options += [f"-I{path}" for path in (folder, compiler._cuda_headers())]
+    options += [f"-I{path}" for path in (folder, compiler.cuda_headers())]
     options += [f"-D{name}={value}" for name, value in macros]
     text = (folder / file).read_bytes()
     _, program = nvrtc.nvrtcCreateProgram(text, Path(file).name.encode(), 0, [], [])

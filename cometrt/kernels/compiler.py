@@ -36,7 +36,7 @@ _OPTIONS = (
     "--ptxas-options=-v",
 )
 
-_temporary: Path | None = None  # the result of _temporary_folder
+_temporary: Path | None = None  # the result of temporary_folder
 _temporary_lock = threading.Lock()
 
 
@@ -80,7 +80,7 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "cometrt"
     except RuntimeError as error:  # HOME is unset and the user has no password entry
-        return _temporary_folder(str(error))
+        return temporary_folder(str(error))
 
 
 def compile_cubin(source: Path, defines: tuple[tuple[str, int], ...] = ()) -> Cubin:
@@ -106,7 +106,7 @@ def compile_cubin(source: Path, defines: tuple[tuple[str, int], ...] = ()) -> Cu
             return found
     begin = time.monotonic()
     _log.info("compiling %s %s", source.name, dict(defines))
-    code, log = _nvrtc_compile(source.name, text, options)
+    code, log = nvrtc_compile(source.name, text, options)
     path = _store(name, code, log)
     _log.info("compiled %s in %.1f s", source.name, time.monotonic() - begin)
     return Cubin(path, _parse_report(log))
@@ -151,7 +151,7 @@ def _store(name: str, code: bytes, log: str) -> Path:
     try:
         replace_files(folder, contents)
     except OSError as error:
-        folder = _temporary_folder(f"{folder} cannot be written ({error})")
+        folder = temporary_folder(f"{folder} cannot be written ({error})")
         replace_files(folder, contents)
     return folder / name
 
@@ -160,7 +160,7 @@ def _checksum(code: bytes, log: bytes) -> bytes:
     return hashlib.sha256(code + log).hexdigest().encode()
 
 
-def _temporary_folder(reason: str) -> Path:
+def temporary_folder(reason: str) -> Path:
     """This process's temporary folder. The first call creates it and warns; exit removes it."""
     global _temporary
     with _temporary_lock:
@@ -206,9 +206,9 @@ def _nvrtc_version() -> tuple[int, int]:
     return major, minor
 
 
-def _nvrtc_compile(name: str, text: str, options: tuple[str, ...]) -> tuple[bytes, str]:
+def nvrtc_compile(name: str, text: str, options: tuple[str, ...]) -> tuple[bytes, str]:
     nvrtc = _nvrtc()
-    includes = (f"-I{kernels_folder()}", f"-I{_cuda_headers()}")
+    includes = (f"-I{kernels_folder()}", f"-I{cuda_headers()}")
     encoded = [option.encode() for option in options + includes]
     error, program = nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], [])
     _check(nvrtc, error)
@@ -249,7 +249,7 @@ def _nvrtc():  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def _cuda_headers() -> Path:
+def cuda_headers() -> Path:
     """The folder with cuda_bf16.h: of the nvidia-cuda-runtime package, or of a CUDA toolkit."""
     candidates = []
     try:

@@ -93,7 +93,7 @@ def look_up(world: World, spec: MoESpec, mode: str | None) -> TileConfig | None:
                 check_layer(spec, world.size, "cuda", "fused", config)
                 return config
         except ValueError as error:
-            _warn_once(f"{path}: the entry for {key} is ignored: {error}")
+            warn_once(f"{path}: the entry for {key} is ignored: {error}")
     return None
 
 
@@ -105,7 +105,7 @@ def load(path: Path, key: Key) -> TileConfig | None:
     try:
         return TileConfig(**entry["config"])
     except (KeyError, TypeError, ValueError) as error:
-        _warn_once(f"{path}: the entry for {key} is ignored: {error}")
+        warn_once(f"{path}: the entry for {key} is ignored: {error}")
         return None
 
 
@@ -130,11 +130,11 @@ def _read_entries(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        _warn_once(f"{path} is ignored: {error}")
+        warn_once(f"{path} is ignored: {error}")
         return {}
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA or not isinstance(found.get("entries"), dict):
-        _warn_once(
+        warn_once(
             f"{path} is ignored: schema must be {SCHEMA} (got {schema!r}); tune() rewrites it"
         )
         return {}
@@ -142,6 +142,6 @@ def _read_entries(path: Path) -> dict[str, Any]:
 
 
 @functools.cache
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
     """Log a warning, the first time that this process has it."""
     _log.warning(text)

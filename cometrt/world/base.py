@@ -2,7 +2,7 @@
 
 Each rank owns one *control block* (flags, headers, failure records, a message) and named *regions*.
 Every rank can read and write the control blocks and regions of all ranks. A subclass allocates that
-memory (`_allocate`), orders accesses to it (`fence`) and ends a rank's part (`_leave`).
+memory (`allocate_host`), orders accesses to it (`fence`) and ends a rank's part (`_leave`).
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ class World(abc.ABC):
         self.gpu: DeviceMemory | None = None
         self.link: Link | None = None
         dtype = control_block_dtype(size)
-        self.control_blocks = [memory.view(dtype)[0] for memory in self._allocate(dtype.itemsize)]
+        self.control_blocks = [
+            memory.view(dtype)[0] for memory in self.allocate_host(dtype.itemsize)
+        ]
         self.control_block["generation"][0] = self.generation
         pin_blas_threads()
         try:
@@ -90,7 +92,7 @@ class World(abc.ABC):
     # ---- implemented by subclasses ----------------------------------------------------------
 
     @abc.abstractmethod
-    def _allocate(self, nbytes: int) -> list[np.ndarray]:
+    def allocate_host(self, nbytes: int) -> list[np.ndarray]:
         """Collective: zeroed bytes of every rank, in rank order.
 
         `_num_allocations` must be equal on all ranks; it identifies the allocation.
@@ -131,7 +133,7 @@ class World(abc.ABC):
         Returns:
             byte arrays; on "cuda" addresses, valid on this rank's device.
         """
-        return self.gpu.allocate(nbytes) if self.gpu else self._allocate(nbytes)
+        return self.gpu.allocate(nbytes) if self.gpu else self.allocate_host(nbytes)
 
     @abc.abstractmethod
     def share_device_memory(self, pointer: int) -> list[int]:

@@ -36,6 +36,8 @@ class DeviceMemory:
 
     Attributes:
         control: address of each rank's control block.
+        own: this rank's allocations, by address.
+        opened: addresses of peers' allocations.
         last_call: event at the end of the last call of any layer of the world; None: no call yet.
         captured: whether a CUDA graph holds a captured call, which may be replayed at any time.
         report: the failure reports of `cometrt.cuda.report`; the first layer makes them.
@@ -54,15 +56,15 @@ class DeviceMemory:
         pinned = cupy.cuda.alloc_pinned_memory(8 * (1 + world.size))
         values = np.frombuffer(pinned, np.uint64, 1 + world.size)
         self._generation, self._epochs = values[:1], values[1:]
-        self._own: dict[int, Any] = {}  # address -> cupy.cuda.MemoryPointer
-        self._opened: list[int] = []  # addresses of peers' allocations
+        self.own: dict[int, Any] = {}  # of cupy.cuda.MemoryPointer
+        self.opened: list[int] = []
         self._retired: list[tuple[Any, Any]] = []  # (event or None, object to keep until then)
         self.last_call: Any = None
         self.report: Any = None
         _open_to_peers.add(self)
         self.captured = False
         self.control = self.allocate(device_control_block_dtype.itemsize)
-        self._control_field("generation").set(np.array([world.generation], np.uint64))
+        self.control_field("generation").set(np.array([world.generation], np.uint64))
         cupy.cuda.get_current_stream().synchronize()
 
     def allocate(self, nbytes: int) -> list[int]:
@@ -80,9 +82,9 @@ class DeviceMemory:
             memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(nbytes), 0)
         cupy.cuda.runtime.memset(memory.ptr, 0, nbytes)
         cupy.cuda.runtime.deviceSynchronize()
-        self._own[memory.ptr] = memory
+        self.own[memory.ptr] = memory
         pointers = self._world.share_device_memory(memory.ptr)
-        self._opened += [pointer for pointer in pointers if pointer != memory.ptr]
+        self.opened += [pointer for pointer in pointers if pointer != memory.ptr]
         return pointers
 
     def memory(self, pointer: int) -> Any:
@@ -90,7 +92,7 @@ class DeviceMemory:
 
         An array over it keeps it alive.
         """
-        return self._own[pointer]
+        return self.own[pointer]
 
     def free(self, allocations: list[list[int]]) -> None:
         """Collective, after the calls of all ranks have ended: free results of `allocate`.
@@ -109,13 +111,13 @@ class DeviceMemory:
             _log.warning("memory of outgrown layers is kept: %s", "; ".join(filter(None, problems)))
             return
         for pointers in allocations:
-            del self._own[pointers[rank]]
+            del self.own[pointers[rank]]
         world.barrier()  # freeing may wait for kernels, so no kernel may wait for a peer yet
 
     def _close(self, pointers: list[int]) -> None:
         for pointer in pointers:
             self._world.close_device_memory(pointer)
-            self._opened.remove(pointer)
+            self.opened.remove(pointer)
 
     def poison(self, pointer: int, nbytes: int) -> None:
         """Set all bytes to 0xFF: NaN in bfloat16, -1 in integers."""
@@ -164,7 +166,7 @@ class DeviceMemory:
     def read_epoch(self) -> int:
         """This rank's epoch on the device, after `drain`: its kernels touch no peer any more."""
         self.drain()
-        return int(self._control_field("epoch").get()[0])
+        return int(self.control_field("epoch").get()[0])
 
     def read_epochs(self, ranks: Sequence[int]) -> list[int]:
         """The current epochs on the devices of `ranks`, without waiting for a kernel."""
@@ -188,7 +190,7 @@ class DeviceMemory:
         import cupy
 
         for name, value in (("held", 0), ("epoch", epoch), ("generation", generation)):
-            self._control_field(name).set(np.array([value], np.uint64))
+            self.control_field(name).set(np.array([value], np.uint64))
         cupy.cuda.get_current_stream().synchronize()
         if self.report is not None:
             self.report.clear()
@@ -218,7 +220,7 @@ class DeviceMemory:
         import cupy
 
         cupy.cuda.runtime.deviceSynchronize()
-        self._close(list(self._opened))
+        self._close(list(self.opened))
 
     def close(self) -> None:
         """Stop keeping this memory alive: no peer in another process has it open."""
@@ -228,7 +230,7 @@ class DeviceMemory:
     def _control(self) -> Any:
         return self.memory(self.control[self._world.rank])
 
-    def _control_field(self, name: str) -> Any:
+    def control_field(self, name: str) -> Any:
         import cupy
 
         cupy.cuda.get_current_stream().synchronize()

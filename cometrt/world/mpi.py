@@ -37,7 +37,7 @@ class MPIWorld(World):
         # Runs too if the process ends, or drops the world, without closing it.
         self._left = weakref.finalize(self, _signal_left, self.control_block, os.getpid())
 
-    def _allocate(self, nbytes: int) -> list[np.ndarray]:
+    def allocate_host(self, nbytes: int) -> list[np.ndarray]:
         if self._num_allocations == 0:  # collectives need the control blocks, so use MPI for them
             return share(nbytes, self._allgather_by_mpi)
         return share(nbytes, functools.partial(self.allgather, purpose="shared memory"))

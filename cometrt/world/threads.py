@@ -54,7 +54,7 @@ class ThreadWorld(World):
         self._process = process
         super().__init__(rank, process.size, device, timeout_sec)
 
-    def _allocate(self, nbytes: int) -> list[np.ndarray]:
+    def allocate_host(self, nbytes: int) -> list[np.ndarray]:
         memory = np.zeros(nbytes, np.uint8)
         with self._process.lock:
             ranks = self._process.allocations.setdefault(self._num_allocations, {})

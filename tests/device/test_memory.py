@@ -86,7 +86,7 @@ def test_memory_goes_with_the_layers_that_needed_it(ranks):
             layer.close()
             again = cometrt.MoELayer(world, case.spec, config=case.config)
             assert world.regions.nbytes("data") == small
-            assert len(world.gpu._own) == 5  # the control block and four regions
+            assert len(world.gpu.own) == 5  # the control block and four regions
             rank.step()
             again.close()
         assert (view == 5).all()

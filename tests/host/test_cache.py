@@ -36,7 +36,7 @@ def compiled(monkeypatch, tmp_path):
         names.append(name)
         return CODE, LOG
 
-    monkeypatch.setattr(compiler, "_nvrtc_compile", compile_one)
+    monkeypatch.setattr(compiler, "nvrtc_compile", compile_one)
     monkeypatch.setattr(compiler, "_nvrtc_version", lambda: (13, 0))
     monkeypatch.setattr(compiler, "_temporary", None)
     monkeypatch.setenv("COMETRT_CACHE_DIR", str(tmp_path / "cache"))
@@ -110,7 +110,7 @@ def test_the_temporary_folder_ends_with_the_process_that_made_it(tmp_path):
     code = """
 import os, sys
 from cometrt.kernels import compiler
-folder = compiler._temporary_folder("a test")
+folder = compiler.temporary_folder("a test")
 (folder / "file").write_text("")
 if os.fork() == 0:
     sys.exit()
@@ -264,7 +264,7 @@ def test_torn_tuned_configs_are_passed_over_and_replaced(tmp_path, caplog):
     for torn in (*(whole[:n] for n in range(0, len(whole) - 2, 7)), bytes(len(whole))):
         path.write_bytes(torn)
         caplog.clear()
-        cache._warn_once.cache_clear()
+        cache.warn_once.cache_clear()
         assert cache.load(path, KEY) is None
         assert len(caplog.records) == 1
         cache.store(path, KEY, TileConfig(num_phases=3), 1.0)

@@ -131,8 +131,8 @@ def test_outgrown_memory_is_freed_and_no_other(cuda, shares_gpu):
         gc.collect()
         assert second[0]() is None
         assert world.regions.nbytes("data") == 1000
-        assert len(world.gpu._own) == 3  # with the control block
-        assert len(world.gpu._opened) == 3
+        assert len(world.gpu.own) == 3  # with the control block
+        assert len(world.gpu.opened) == 3
         return third[0]() is not None
 
     assert on_ranks(fn, shares_gpu=shares_gpu) == [True, True]
@@ -170,7 +170,7 @@ def test_a_rank_that_cannot_let_go_keeps_the_memory_of_all(cuda, monkeypatch):
 
 def test_kernels_that_wait_for_a_rank_that_makes_no_more_calls_are_ended(cuda):
     def fn(world):
-        world.gpu._control_field("epoch").set(10 if world.rank == 1 else 9)
+        world.gpu.control_field("epoch").set(10 if world.rank == 1 else 9)
         world.barrier()
         assert world.gpu.read_epochs([0, 1]) == [9, 10]
         if world.rank == 0:
@@ -188,7 +188,7 @@ def test_kernels_that_wait_for_a_rank_that_makes_no_more_calls_are_ended(cuda):
 
 def test_kernels_that_keep_step_are_left_alone(cuda):
     def fn(world):
-        world.gpu._control_field("epoch").set(9)
+        world.gpu.control_field("epoch").set(9)
         world.barrier()
         end_device_waits(world, "has closed the world")
         world.barrier()

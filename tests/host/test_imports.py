@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import cometrt
+from tests.launch import ROOT
 
 # Low to high. A package stands for its modules, unless a module is listed by itself.
 LAYERS = (
@@ -119,3 +120,18 @@ def test_the_check_sees_what_is_wrong():
         graphlib.TopologicalSorter(wrong).prepare()
     with pytest.raises(AssertionError, match=r"cometrt\.new must be in LAYERS"):
         layer_of("new")
+
+
+PUBLIC = {"_asdict", "_replace", "_fields", "_field_defaults", "_exit"}  # of the standard library
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks", "examples"])
+def test_nothing_outside_reaches_into_private_fields(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Attribute) or not node.attr.startswith("_"):
+                continue
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "torch")
+            if own or node.attr.startswith("__") or node.attr in PUBLIC:
+                continue
+            raise AssertionError(f"{path}:{node.lineno}: {ast.unparse(node)}")

@@ -58,7 +58,7 @@ def layout_of(struct: str, header: str, names: list[str]) -> list[int]:
         f'extern "C" __global__ void layout(volatile u64* out) {{ {stores} }}'
     )
     options = ["-arch=compute_90a", "-std=c++17", f"-I{kernels_folder()}"]
-    options.append(f"-I{compiler._cuda_headers()}")
+    options.append(f"-I{compiler.cuda_headers()}")
     options += [f"-DCOMETRT_{name}={value}" for name, value in MACROS.items()]
     _, program = nvrtc.nvrtcCreateProgram(text.encode(), b"layout.cu", 0, [], [])
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
@@ -164,9 +164,9 @@ def test_the_cache_knows_sources_headers_macros_and_versions(tmp_path, monkeypat
     source = tmp_path / "k.cu"
     source.write_text('extern "C" __global__ void k(int* x) { *x = VALUE; }')
     compiled = []
-    real = compiler._nvrtc_compile
+    real = compiler.nvrtc_compile
     monkeypatch.setattr(
-        compiler, "_nvrtc_compile", lambda *args: compiled.append(args) or real(*args)
+        compiler, "nvrtc_compile", lambda *args: compiled.append(args) or real(*args)
     )
     first = compile_cubin(source, (("VALUE", 1),))
     assert compile_cubin(source, (("VALUE", 1),)) == first

@@ -38,7 +38,7 @@ def test_spawn_raises_what_the_worlds_own_start_raised():
 
 def test_a_failed_allocation_is_told_and_recovered_from(monkeypatch):
     inputs, failing = make_inputs(CASE), [True]
-    allocate = ThreadWorld._allocate
+    allocate = ThreadWorld.allocate_host
 
     def fails_once(self, nbytes):
         if self.rank == 1 and self._num_allocations > 1 and failing:
@@ -46,7 +46,7 @@ def test_a_failed_allocation_is_told_and_recovered_from(monkeypatch):
             raise MemoryError("no room")
         return allocate(self, nbytes)
 
-    monkeypatch.setattr(ThreadWorld, "_allocate", fails_once)
+    monkeypatch.setattr(ThreadWorld, "allocate_host", fails_once)
 
     def fn(world):
         error = caught(cometrt.MoELayer, world, CASE.spec)
