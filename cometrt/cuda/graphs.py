@@ -12,7 +12,7 @@ from cometrt.world.partitions import auxiliary_stream
 
 _log = logging.getLogger("cometrt")
 
-_MOST = 64  # calls that are remembered
+MAX_GRAPHS = 64  # calls that are remembered
 _STREAM = 1  # of auxiliary_stream; nobody queues work there
 _capturing = threading.Lock()  # threads may share that stream
 
@@ -45,7 +45,7 @@ class CallGraphs:
         graphs = self._graphs
         if key not in graphs:
             graphs[key] = None
-            if len(graphs) > _MOST:
+            if len(graphs) > MAX_GRAPHS:
                 graphs.popitem(last=False)
             return None
         graphs.move_to_end(key)

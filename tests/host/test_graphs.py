@@ -33,7 +33,7 @@ def test_those_that_were_not_used_for_long_are_forgotten(captured):
     calls = graphs.CallGraphs()
     for _ in range(2):
         calls.find("often", lambda: "often")
-    for number in range(2 * graphs._MOST):
+    for number in range(2 * graphs.MAX_GRAPHS):
         assert calls.find(number, lambda: "new") is None
         assert calls.find("often", lambda: "often") == "graph of often"
     assert calls.find(0, lambda: "new") is None
