@@ -17,6 +17,7 @@ class Executor(Protocol):
     """
 
     num_tables: int  # arrays of the plan in `saved`
+    captured: list[Any]  # memory of calls in CUDA graphs
 
     @property
     def generation(self) -> int:

@@ -16,6 +16,7 @@ from cometrt.arguments import (
 )
 from cometrt.arrays import HostArrays
 from cometrt.call_scope import STOPPED, CallScope, filling_nan
+from cometrt.executor import Executor
 from cometrt.host import HostExecutor
 from cometrt.memory import buffers_of, check_room
 from cometrt.plan import PlanShape, TileConfig
@@ -23,6 +24,7 @@ from cometrt.residuals import ArraySpec, Origin, Residuals, Uses, array_specs
 from cometrt.specs import Geometry, Gradients, MoESpec, check_int
 from cometrt.trace import NullTracer, Recording, Tracer
 from cometrt.tuner.tune import tune
+from cometrt.types import Arrays
 from cometrt.world import World
 
 
@@ -83,8 +85,8 @@ class MoELayer:
         self.shape = PlanShape(self.geometry, config)
         check_room(world, self.shape, self.mode)
         self._num_forwards, self._uses = 0, Uses()
-        self.arrays: Any
-        self.executor: Any  # for tests and benchmarks: it may change with any version
+        self.arrays: Arrays
+        self.executor: Executor  # for tests and benchmarks: it may change with any version
         if world.device == "cuda":
             from cometrt.cuda.arrays import CudaArrays
             from cometrt.cuda.executor import CudaExecutor

@@ -38,6 +38,7 @@ class HostExecutor:
         """Collective."""
         self._world, self._shape, self._layer = world, shape, layer
         self._overlapped = mode == "fused"
+        self.captured: list[Any] = []  # the host has no CUDA graphs
         self._heap = SymmetricHeap(world, shape)
         self._saves_rows = shape.geometry.spec.save == "rows"
 
