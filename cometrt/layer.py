@@ -302,7 +302,8 @@ class MoELayer:
             world, self.geometry, self._layer, self.config, inputs, bool(training), problem
         )
         if executor is not None:
-            self._finalizer.detach()
+            if self._finalizer is not None:
+                self._finalizer.detach()
             self.config, self.executor = config, executor
             self._finalizer = executor.keep_for(self)
             self.shape = PlanShape(self.geometry, config)
