@@ -111,7 +111,7 @@ def without_recorders(folder: Path) -> None:
         text = path.read_text()
         if path.name == "trace.cuh":
             text = re.sub(r"#if TRACE\n.*?#endif\n", "", text, flags=re.DOTALL)
-        text = re.sub(r", (Recorder )?recorder( = \{\})?(?=\))", "", text)
+        text = re.sub(r",\s+(Recorder )?recorder( = \{\})?(?=\))", "", text)
         lines = [line for line in text.splitlines() if "recorder" not in line.lower()]
         path.write_text("\n".join(lines) + "\n")
 
