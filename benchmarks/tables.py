@@ -141,6 +141,23 @@ def short_table() -> list[str]:
     return [*lines, "", f"{text} tokens a GPU, bfloat16, the slowest GPU counts."]
 
 
+def passes_table() -> list[str]:
+    """Both passes on several GPUs, in files of this package's modes alone."""
+    entries = [
+        entry for path in sorted(RESULTS.glob("passes_*.json")) for entry in entries_of(path)
+    ]
+    lines = [
+        f"{gpus(entries)}; TFLOP/s per GPU, by the slowest of them; isolated, and after a comma "
+        "sustained.",
+        "",
+        *heading(["layer", "pass", "fused", "sequential", "commit"]),
+    ]
+    for name, which, entry in entries:
+        rates = [rate(entry, one) for one in ("fused", "sequential")]
+        lines.append(row([name, which, *rates, commit(entry)]))
+    return lines
+
+
 def link_table() -> list[str]:
     data = read(RESULTS / "link.json")
     machine, rates = data["machine"], data["gbps"]
@@ -226,13 +243,14 @@ def heading(cells: list[str]) -> list[str]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "engine": engine_table,
     "peers": peers_table,
+    "passes": passes_table,
     "overlap": overlap_table,
     "layers": layers_table,
     "link": link_table,
     "short": short_table,
 }
 PAGES = {
-    "docs/benchmarks.md": ("engine", "peers", "overlap", "layers", "link"),
+    "docs/benchmarks.md": ("engine", "peers", "passes", "overlap", "layers", "link"),
     "README.md": ("short",),
 }
 

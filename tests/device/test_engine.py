@@ -182,7 +182,7 @@ def test_machine_code(activation, write_z):
     if program is None:
         pytest.skip("needs cuobjdump or nvdisasm")
     defines = (("ACTIVATION", activation), ("WRITE_Z", write_z))
-    cubin = compile_cubin(kernels_folder() / "gemm" / "forward.cu", defines)
+    cubin = compile_cubin(kernels_folder() / "gemm" / "grouped_gemm.cu", defines)
     arguments = ["-sass"] if program.endswith("cuobjdump") else ["-c"]
     command = [program, *arguments, str(cubin.path)]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
