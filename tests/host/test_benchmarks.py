@@ -494,7 +494,7 @@ def test_the_documents_have_the_tables_of_the_results():
 
 
 def test_every_result_file_is_in_a_table():
-    known = ("engine.json", "layer.json", "link.json", "peers_", "link_emulation_")
+    known = ("engine.json", "layer.json", "link.json", "peers_", "passes_", "link_emulation_")
     for path in tables.RESULTS.iterdir():
         assert path.name.startswith(known), path
 
