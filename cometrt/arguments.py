@@ -6,8 +6,11 @@ HostArrays or CudaArrays of the world's device.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from cometrt.executor import Executor
 from cometrt.residuals import Residuals
 from cometrt.specs import Geometry, Gradients
 from cometrt.types import Array, Arrays
@@ -81,6 +84,28 @@ def check_results(
             given[name] = arrays.check(name, array, shape, dtypes, writable=True)
             _check_overlap(name, arrays.address(given[name]), given[name].nbytes, *buffer)
     return given
+
+
+def make_results(
+    arrays: Arrays, executor: Executor, operation: str, wanted: WantedResults
+) -> list[Any]:
+    """Results in the order of `wanted`: those that were given, or new memory. Memory is made last,
+    after all arguments are checked.
+
+    Raises:
+        ValueError: for a wrong result.
+        BaseException: where there is no memory. The world is stopped then, since peers may be in
+            the call already.
+    """
+    given = check_results(arrays, wanted, executor.buffer_place())
+    try:
+        return [
+            given[name] if name in given else arrays.empty(shape, dtypes[0])
+            for name, (_, shape, dtypes) in wanted.items()
+        ]
+    except BaseException as error:
+        executor.stop_world(error, operation)
+        raise
 
 
 def _check_overlap(name: str, first: int, nbytes: int, begin: int, end: int) -> None:

@@ -52,6 +52,10 @@ class HostArrays:
             raise ValueError(f"stream must be None on device='host' (got {stream!r})")
         return contextlib.nullcontext()
 
+    def take_imported(self) -> list[np.ndarray]:
+        """None: nothing is queued on the host."""
+        return []
+
 
 def _from_dlpack(name: str, array: object) -> np.ndarray:
     if not hasattr(array, "__dlpack__"):

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from cometrt.errors import CallNotBegun
+from cometrt.executor import Executor
+from cometrt.types import Arrays
 from cometrt.world import World
 
 STOPPED = "the world is stopped until world.reset(): "
@@ -21,8 +23,8 @@ class CallScope:
         closed: whether the layer has been closed.
     """
 
-    def __init__(self, world: World, arrays: Any) -> None:
-        self._world, self._arrays, self.closed = world, arrays, False
+    def __init__(self, world: World) -> None:
+        self._world, self.closed = world, False
 
     @contextlib.contextmanager
     def call(self, name: str) -> Iterator[None]:
@@ -39,12 +41,18 @@ class CallScope:
             raise ValueError("layer must be open (it was closed)")
 
     @contextlib.contextmanager
-    def exchange(self, stream: Any, executor: Any) -> Iterator[None]:
-        """Around an exchange: on that stream, in a running world."""
-        with self._arrays.stream(stream):
+    def exchange(
+        self, name: str, arrays: Arrays, executor: Executor, stream: Any
+    ) -> Iterator[None]:
+        """Around a call that exchanges: on that stream, in a running world. The memory of arrays of
+        other libraries is kept until the device has used it."""
+        with self.call(name), arrays.stream(stream):
             executor.raise_pending()
             executor.check_running(STOPPED)
-            yield
+            try:
+                yield
+            finally:
+                executor.keep_until_done(arrays.take_imported())
 
 
 @contextlib.contextmanager

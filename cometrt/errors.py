@@ -16,7 +16,7 @@ class CometError(RuntimeError):
 class CallNotBegun(Exception):
     """Internal: the call has had no effect on any rank; the layer raises `reason` instead."""
 
-    def __init__(self, reason: CometError) -> None:
+    def __init__(self, reason: CometError | ValueError) -> None:
         self.reason = reason
 
 

@@ -16,7 +16,6 @@ class Executor(Protocol):
     Arrays are of the device's array type, and checked.
     """
 
-    num_tables: int  # arrays of the plan in `saved`
     captured: list[Any]  # memory of calls in CUDA graphs
 
     @property
@@ -51,6 +50,10 @@ class Executor(Protocol):
         self, dy: Any, saved: Residuals, *, out: Gradients, accumulate: bool, tracer: Tracer
     ) -> None:
         """Fill `out`."""
+        ...
+
+    def keep_until_done(self, arrays: list[Any]) -> None:
+        """Keep arrays until what is queued on the current stream has ended."""
         ...
 
     def keep_for(self, layer: Any) -> Any:

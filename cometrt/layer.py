@@ -12,7 +12,7 @@ from cometrt.arguments import (
     check_backward,
     check_bool,
     check_forward,
-    check_results,
+    make_results,
 )
 from cometrt.arrays import HostArrays
 from cometrt.call_scope import STOPPED, CallScope, filling_nan
@@ -83,20 +83,21 @@ class MoELayer:
         self.tracer: Tracer = NullTracer()
         self.geometry = Geometry(spec, world.rank, world.size)
         self.shape = PlanShape(self.geometry, config)
+        self._saved_specs = self._specs()
         check_room(world, self.shape, self.mode)
         self._num_forwards, self._uses = 0, Uses()
-        self.arrays: Arrays
+        self._arrays: Arrays
         self.executor: Executor  # for tests and benchmarks: it may change with any version
         if world.device == "cuda":
             from cometrt.cuda.arrays import CudaArrays
             from cometrt.cuda.executor import CudaExecutor
 
-            self.arrays = CudaArrays()
+            self._arrays = CudaArrays()
             self.executor = CudaExecutor(world, self.shape, self._layer, self.mode)
         else:
-            self.arrays = HostArrays()
+            self._arrays = HostArrays()
             self.executor = HostExecutor(world, self.shape, self._layer, self.mode)
-        self._scope = CallScope(world, self.arrays)
+        self._scope = CallScope(world)
         self._finalizer = self.executor.keep_for(self)
 
     def forward(
@@ -125,8 +126,8 @@ class MoELayer:
             stream: on "cuda", anything with ``__cuda_stream__``; None: CuPy's current stream,
                 and always on "host".
 
-        All arrays are C-contiguous. x and the tables may be overwritten when it returns; the
-        weights must not change before backward.
+        All arrays are C-contiguous. When it returns, x and the tables may be overwritten (on "cuda"
+        by work queued behind it on the same stream); the weights must not change before backward.
 
         Returns:
             (y [T, H], saved); saved is None unless training.
@@ -137,11 +138,12 @@ class MoELayer:
             PeerTimeout, MismatchError: until ``world.reset()``.
             With any of these `out` is NaN: where it is x itself, the tokens are lost.
         """
-        with self._scope.call("layer.forward"), self._scope.exchange(stream, self.executor):
-            arrays, dtypes = self.arrays, (self.spec.numpy_dtype,)
+        with self._exchange("layer.forward", stream):
+            arrays, dtypes = self._arrays, (self.spec.numpy_dtype,)
             inputs = check_forward(arrays, self.geometry, x, topk_ids, topk_weights, w_up, w_down)
             check_bool("training", training)
-            (y,) = self._results("forward", {"out": (out, inputs[0].shape, dtypes)})
+            wanted: WantedResults = {"out": (out, inputs[0].shape, dtypes)}
+            (y,) = make_results(arrays, self.executor, "forward", wanted)
             with filling_nan(y):
                 kept = self.executor.forward(
                     *inputs, training=bool(training), out=y, tracer=self.tracer
@@ -192,11 +194,11 @@ class MoELayer:
                 gradients with accumulate, which are untouched. It is the one backward of `saved`
                 all the same: the host does not wait to know.
         """
-        with self._scope.call("layer.backward"), self._scope.exchange(stream, self.executor):
-            kept = Residuals.unpack(saved, self._origin(), self.executor.num_tables)
+        with self._exchange("layer.backward", stream):
+            kept = Residuals.unpack(saved, self._origin(), self._saved_specs, self._arrays)
             self._uses.check(kept)
-            dy, wanted = check_backward(self.arrays, self.geometry, dy, kept, out, accumulate)
-            grads = Gradients(*self._results("backward", wanted))
+            dy, wanted = check_backward(self._arrays, self.geometry, dy, kept, out, accumulate)
+            grads = Gradients(*make_results(self._arrays, self.executor, "backward", wanted))
             with filling_nan(grads.x, grads.topk_weights):
                 self.executor.backward(
                     dy, kept, out=grads, accumulate=bool(accumulate), tracer=self.tracer
@@ -216,7 +218,13 @@ class MoELayer:
             raise ValueError(
                 f"num_tokens must be at most max_tokens={self.spec.max_tokens} (got {num_tokens})"
             )
+        return self._saved_specs
+
+    def _specs(self) -> tuple[ArraySpec, ...]:
         return array_specs(self.shape, buffers_of(self.world.device).residuals(self.shape))
+
+    def _exchange(self, name: str, stream: Any) -> contextlib.AbstractContextManager[None]:
+        return self._scope.exchange(name, self._arrays, self.executor, stream)
 
     def _origin(self) -> Origin:
         return Origin(
@@ -226,19 +234,6 @@ class MoELayer:
             rank=self.geometry.rank,
             generation=self.executor.generation,
         )
-
-    def _results(self, operation: str, wanted: WantedResults) -> list[Any]:
-        """Where results go: what is given, or new memory. That is made last: wrong arguments are
-        told before."""
-        given = check_results(self.arrays, wanted, self.executor.buffer_place())
-        try:
-            return [
-                given[name] if name in given else self.arrays.empty(shape, dtypes[0])
-                for name, (_, shape, dtypes) in wanted.items()
-            ]
-        except BaseException as error:  # no memory: peers may be in the call already
-            self.executor.stop_world(error, operation)
-            raise
 
     def buffer(self) -> Any:
         """Heap memory [max_tokens, H]: tokens written here and passed as ``x = buffer()[:T]``
@@ -292,7 +287,7 @@ class MoELayer:
             if inputs is not None:
                 if not isinstance(inputs, tuple) or len(inputs) != 5:
                     raise ValueError("inputs must be (x, topk_ids, topk_weights, w_up, w_down)")
-                inputs = check_forward(self.arrays, self.geometry, *inputs)
+                inputs = check_forward(self._arrays, self.geometry, *inputs)
             check_bool("training", training)
             if self.executor.captured:
                 raise ValueError("layer must not be in a CUDA graph when it is tuned")
@@ -307,6 +302,7 @@ class MoELayer:
             self.config, self.executor = config, executor
             self._finalizer = executor.keep_for(self)
             self.shape = PlanShape(self.geometry, config)
+            self._saved_specs = self._specs()
         return config
 
     def synchronize(self) -> None:
@@ -316,7 +312,7 @@ class MoELayer:
             self._synchronize()
 
     def _synchronize(self) -> None:
-        with self.arrays.stream(None):
+        with self._arrays.stream(None):
             self.executor.synchronize()
             self.executor.check_running(STOPPED)
 

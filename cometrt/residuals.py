@@ -14,6 +14,7 @@ import numpy as np
 
 from cometrt.buffers import Buffers
 from cometrt.plan import PlanShape
+from cometrt.types import Arrays
 
 _META = ("world", "layer", "shape", "rank", "generation", "num_tokens", "serial")
 META_SHAPE = (len(_META),)
@@ -64,11 +65,17 @@ class Residuals:
         return (meta, self.epoch, self.x, self.z, *self.tables, self.w_up, self.w_down)
 
     @staticmethod
-    def unpack(saved: Any, origin: Origin, num_tables: int) -> Residuals:
-        """Raises:
-        ValueError: if it is not of that origin.
+    def unpack(
+        saved: Any, origin: Origin, specs: tuple[ArraySpec, ...], arrays: Arrays
+    ) -> Residuals:
+        """Args:
+            specs: of `array_specs`.
+            arrays: of the world's device.
+
+        Raises:
+            ValueError: if it is not of that origin, or an array is not as its spec says.
         """
-        length = 4 + num_tables + 2
+        length = len(specs)
         if not isinstance(saved, (tuple, list)) or len(saved) != length:
             what = f"{len(saved)} items" if isinstance(saved, (tuple, list)) else repr(type(saved))
             raise ValueError(
@@ -85,10 +92,13 @@ class Residuals:
                     f"saved must come from this layer's forward "
                     f"({name} is {expected}, got {found[name]}{_HINTS.get(name, '')})"
                 )
-        epoch, x, z = saved[1:4]
-        tables, (w_up, w_down) = tuple(saved[4:-2]), saved[-2:]
+        epoch, x, z, *tables, w_up, w_down = (
+            arrays.check(f"saved[{i}] ({of.name})", saved[i], of.shape, (of.dtype,))
+            for i, of in enumerate(specs)
+            if i > 0
+        )
         serial, num_tokens = found["serial"], found["num_tokens"]
-        return Residuals(serial, num_tokens, epoch, x, z, tables, w_up, w_down)
+        return Residuals(serial, num_tokens, epoch, x, z, tuple(tables), w_up, w_down)
 
 
 class Uses:

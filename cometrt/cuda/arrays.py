@@ -55,6 +55,7 @@ class CudaArrays:
 
         self._cp = cupy
         self._device_id = cupy.cuda.Device().id
+        self._imported: list[Any] = []
 
     def check(
         self,
@@ -81,6 +82,7 @@ class CudaArrays:
                 array = self._cp.from_dlpack(array)
             except Exception as error:  # of whatever library it came from
                 raise ValueError(f"{name} must be a DLPack array on a GPU ({error})") from error
+            self._imported.append(array)
             if writable and not is_writable(given):
                 raise ValueError(
                     f"{name} must be writable: a CuPy array, or one whose library says that it may "
@@ -100,6 +102,11 @@ class CudaArrays:
                 f"{array.data.ptr:#x}; a view of another array may begin anywhere)"
             )
         return array
+
+    def take_imported(self) -> list[Any]:
+        """As `cometrt.types.Arrays.take_imported`."""
+        imported, self._imported = self._imported, []
+        return imported
 
     def address(self, array: Any) -> int:
         return int(array.data.ptr)

@@ -74,8 +74,7 @@ class CublasGemm:
                 nbytes = c.rows * c.columns * (4 if c.float32 else 2)
                 self._runtime.memsetAsync(c.address, 0, nbytes, stream)
             return
-        cublas = self._cublas
-        cublas.setStream(self._handle, stream)
+        cublas = self._cublas  # which CuPy runs on its current stream
         # cuBLAS is column-major: it computes c^T = op(b)^T op(a)^T.
         trans = {"N": cublas.CUBLAS_OP_N, "T": cublas.CUBLAS_OP_T}
         cublas.gemmEx(

@@ -18,6 +18,7 @@ from cometrt.cuda.order import CallOrder
 from cometrt.cuda.queue import CallQueue
 from cometrt.cuda.trace import recorded_by
 from cometrt.cuda.types import DeviceArray
+from cometrt.errors import CallNotBegun
 from cometrt.plan import PlanShape
 from cometrt.residuals import Residuals
 from cometrt.specs import Gradients
@@ -34,8 +35,6 @@ class CudaExecutor:
     ended: event at the end of the last call.
     captured: memory of calls in CUDA graphs, which outlives them.
     """
-
-    num_tables = 1  # a plan's arrays in `saved`
 
     def __init__(self, world: World, shape: PlanShape, layer: int, mode: str) -> None:
         """Collective."""
@@ -86,6 +85,7 @@ class CudaExecutor:
         tracer: Tracer,
     ) -> dict[str, Any] | None:
         """Returns the residuals that backward needs, but for the weights; see `Residuals.pack`."""
+        self._check_capture("forward")
         with self._order.guard("forward"):
             given = {
                 "x": self._heap.out_of_heap(x, "x"),
@@ -130,11 +130,7 @@ class CudaExecutor:
         tracer: Tracer,
     ) -> None:
         """Fill `out`."""
-        if not self._may_capture and self._cp.cuda.get_current_stream().is_capturing():
-            raise ValueError(
-                "backward must not be captured in a CUDA graph with gemm='cublas' "
-                "(the stream is capturing)"
-            )
+        self._check_capture("backward")
         with self._order.guard("backward"):
             (tables,) = saved.tables
             arrays = {
@@ -160,8 +156,22 @@ class CudaExecutor:
             )
             self._queue(call, tuple(arrays.values()))
 
+    def _check_capture(self, operation: str) -> None:
+        if not self._may_capture and self._cp.cuda.get_current_stream().is_capturing():
+            raise CallNotBegun(
+                ValueError(
+                    f"{operation} must not be captured in a CUDA graph with gemm='cublas' "
+                    "(the stream is capturing)"
+                )
+            )
+
     def _new(self, wanted: buffers.Buffers) -> dict[str, DeviceArray]:
         return {name: self._cp.ndarray(*of) for name, of in wanted.items()}
+
+    def keep_until_done(self, arrays: list[Any]) -> None:
+        """As `CallOrder.keep_until_done`."""
+        if arrays:
+            self._order.keep_until_done(arrays)
 
     def keep_for(self, layer: Any) -> Any:
         """As `CallOrder.keep_for`."""

@@ -77,6 +77,18 @@ class CallOrder:
         finalizer.atexit = False
         return finalizer
 
+    def keep_until_done(self, arrays: list[Any]) -> None:
+        """Keep arrays until what is queued on the current stream has ended; those of a captured
+        call as long as the world."""
+        stream, gpu = self._cp.cuda.get_current_stream(), self._world.gpu
+        assert gpu is not None
+        if stream.is_capturing():
+            self.captured.append(arrays)
+            return
+        event = self._cp.cuda.Event(disable_timing=True)
+        event.record(stream)
+        gpu.retire(arrays, event)
+
     def retire(self, executor: Any) -> None:
         """Keep the memory of its queued calls until they have ended."""
         gpu = self._world.gpu

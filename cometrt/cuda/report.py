@@ -18,13 +18,8 @@ from cometrt.world.failure import FLAGS, KINDS, Failure, WaitTarget
 from cometrt.world.layout import device_control_block_dtype
 
 OPERATIONS = ("", "forward", "backward")  # numbers on the wire
-REPORTS = (
-    "",
-    "routing",
-    "no forward",
-    "stopped",
-    "stale graph",
-)  # ReportKind of protocol/exchange_params.cuh
+# ReportKind of protocol/exchange_params.cuh
+REPORTS = ("", "routing", "no forward", "stopped", "stale graph")
 _UNSPECIFIED = "; the weight gradients of this backward are unspecified"
 
 
@@ -44,7 +39,7 @@ class Report:
     ranks have made the same calls when they go on.
 
     Attributes:
-        address: of the CallReports, in memory of the host that kernels write to.
+        address: of the ExchangeReports, in memory of the host that kernels write to.
     """
 
     def __init__(self, world: World) -> None:

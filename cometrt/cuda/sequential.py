@@ -97,6 +97,19 @@ class ChunkedForward:
         from cupy.cuda.runtime import eventRecord as record
         from cupy.cuda.runtime import streamWaitEvent as wait
 
+        try:
+            self._launch_chunks(kernels, stream, params, call)
+        finally:  # the call's end covers both streams, also where a launch fails
+            record(self._pushed.ptr, self._auxiliary)
+            wait(stream, self._pushed.ptr)
+        kernels["home_reduce"](stream, params)
+
+    def _launch_chunks(
+        self, kernels: Launches, stream: int, params: ParamStruct, call: Call
+    ) -> None:
+        from cupy.cuda.runtime import eventRecord as record
+        from cupy.cuda.runtime import streamWaitEvent as wait
+
         other, last = self._auxiliary, self._count - 1
         kernels["dispatch"](stream, params, 0)
         record(self._dispatched[0].ptr, stream)
@@ -114,10 +127,7 @@ class ChunkedForward:
                 record(self._multiplied[chunk].ptr, stream)
                 wait(other, self._multiplied[chunk].ptr)
                 kernels["push"](other, params, chunk, self._comm_sms)
-        record(self._pushed.ptr, other)
         kernels["push"](stream, params, 0)
-        wait(stream, self._pushed.ptr)
-        kernels["home_reduce"](stream, params)
 
 
 def comm_sms(sms: int, wanted: int | None) -> int:

@@ -41,7 +41,7 @@ def recorded_by(
     launched the calls before, and the next call begins with a meeting.
 
     Args:
-        state: the layer's CallState, as bytes on the device.
+        state: the layer's ExchangeState, as bytes on the device.
         ended: event at the end of its last call.
     """
     import cupy as cp

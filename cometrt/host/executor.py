@@ -7,7 +7,6 @@ stages, each of one of the two roles.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,6 @@ class HostExecutor:
     """Runs a layer's calls. mode "fused": both roles at the same time. "sequential": all stages one
     after the other, with the same bits."""
 
-    num_tables = len(dataclasses.fields(Plan))  # of a plan, in `saved`
     generation = 0  # a forward that has returned is valid, also after a reset
 
     def __init__(self, world: World, shape: PlanShape, layer: int, mode: str) -> None:
@@ -83,8 +81,8 @@ class HostExecutor:
     ) -> None:
         """Fill `out`; weight gradients only once the exchange has succeeded."""
         ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
-        wide = empty(wide_weights(self._shape))
         with ex.guard("compute"):
+            wide = empty(wide_weights(self._shape))
             payloads = {"dy": dy}
             arrays = empty(backward_rows(self._shape))
             if self._saves_rows:
@@ -112,6 +110,9 @@ class HostExecutor:
     def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
         """Does nothing: the tracer gets each span at its end."""
         return contextlib.nullcontext()
+
+    def keep_until_done(self, arrays: list[Any]) -> None:
+        """Does nothing: a call that has returned uses no memory."""
 
     def keep_for(self, layer: Any) -> None:
         """Does nothing: a call that has returned uses no memory."""

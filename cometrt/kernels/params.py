@@ -83,7 +83,7 @@ exchange_report_dtype = np.dtype(
     + [(name, np.uint64) for name in "wrong_pair largest_need".split()]
     + [("wrong_weight", np.float32), ("wrong_ids", np.int32, (MAX_TOPK + 1,))]
 )
-HEAP_OFFSETS = {  # field of Call -> array of the heap
+HEAP_OFFSETS = {  # field of ExchangeParams -> array of the heap
     "x_offset": "x",
     "dy_offset": "dy",
     "ids_offset": "ids0",  # and ids1: in the same place of the other region

@@ -12,7 +12,8 @@ GEMMS = ("engine", "cublas")
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
-    """Tile sizes and tile orders of a layer, equal on all ranks. Only block_m changes result bits.
+    """Tile sizes and tile orders of a layer, equal on all ranks. Only block_m and gemm change the
+    bits of results.
 
     The constructor checks each field. Rules that depend on the spec, the device or the mode are
     checked when a layer is made.

@@ -87,8 +87,8 @@ struct ExchangeParams {
   const int *pair_row, *pull_tokens, *pull_offsets, *send_tokens, *send_offsets, *send_base;
   const int *push_blocks, *num_blocks, *staging_row, *staging_base;
   // rows: [capacity, hidden], pulled from the homes' arrays at pull_offset. partial_rows: the last
-  // GEMM's results, summed by token into `out` [num_tokens, hidden]. dweight_rows [capacity] into
-  // out_dweight [num_tokens, topk].
+  // GEMM's results, summed by token into `out` [num_tokens, hidden]. dweight_rows into out_dweight
+  // [num_tokens, topk].
   u64 pull_offset;
   __nv_bfloat16* rows;
   const __nv_bfloat16* partial_rows;

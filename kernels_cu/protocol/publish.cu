@@ -217,9 +217,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const long long values = static_cast<long long>(params.num_tokens) * params.g.hidden;
   const __nv_bfloat16 nan = __float2bfloat16(__int_as_float(0x7fffffff));
   for (long long i = first; i < values; i += step) params.out[i] = nan;
-  if (params.out_dweight == nullptr) return;
-  for (long long i = first; i < params.num_tokens * params.g.topk; i += step) {
-    params.out_dweight[i] = __int_as_float(0x7fffffff);
+  if (params.out_dweight != nullptr) {  // a backward with tokens
+    for (long long i = first; i < params.num_tokens * params.g.topk; i += step) {
+      params.out_dweight[i] = __int_as_float(0x7fffffff);
+    }
   }
   fill_bytes(params.dw_up, params.dw_up_bytes, ~0u);  // NaN in bf16 and in float32
   fill_bytes(params.dw_down, params.dw_down_bytes, ~0u);

@@ -1,6 +1,5 @@
 // Element-wise kernels between cuBLAS GEMMs: the forward's activation, and what follows the
-// backward's first GEMM. Used with gemm="cublas" and by every backward. Stream order synchronises
-// them.
+// backward's first GEMM. Used with gemm="cublas" only. Stream order synchronises them.
 #include <cuda_bf16.h>
 
 #include "common/geometry.cuh"

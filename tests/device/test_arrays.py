@@ -1,5 +1,7 @@
 """What a layer does with arrays on the device: where they lie, when they are read, for how long."""
 
+import weakref
+
 import numpy as np
 import pytest
 
@@ -154,6 +156,41 @@ def test_an_array_of_another_library_is_read_when_its_producer_is_done(name):
         assert (on_host(y).tobytes(), on_host(grads.x).tobytes()) == good
 
     cometrt.spawn(fn, 2, "cuda", timeout_sec=10)
+
+
+def test_memory_of_another_library_outlives_the_call():
+    inputs = make_inputs(CASE)
+
+    def fn(world):
+        import cupy
+
+        rank = Rank(world, inputs, CASE.spec, CASE.config)
+        rank.forward()
+        rank.layer.synchronize()
+        arrays = rank.x, rank.ids, rank.topk_weights, *rank.weights
+        pauses, stream = Pauses(), cupy.cuda.get_current_stream()
+        owner = Owner()
+        memory = cupy.cuda.UnownedMemory(rank.x.data.ptr, rank.x.nbytes, owner)
+        x = cupy.ndarray(rank.x.shape, rank.x.dtype, cupy.cuda.MemoryPointer(memory, 0))
+        alive = weakref.ref(owner)
+        stream.synchronize()
+        world.barrier()
+        pauses.pause(200_000)
+        y, _ = rank.layer.forward(Foreign(x), *arrays[1:], training=False)
+        del owner, memory, x
+        assert not stream.done
+        assert alive() is not None
+        rank.layer.synchronize()
+        stream.synchronize()
+        rank.layer.forward(Foreign(y), *arrays[1:], training=False)  # what has been used is dropped
+        assert alive() is None
+        rank.layer.synchronize()
+
+    cometrt.spawn(fn, 2, "cuda", timeout_sec=10)
+
+
+class Owner:
+    """Of memory: it can be referred to weakly."""
 
 
 def big_layer(world, save):

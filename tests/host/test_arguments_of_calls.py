@@ -186,6 +186,25 @@ def test_copies_of_saved_count_as_one_use():
     cometrt.spawn(fn, 2)
 
 
+@pytest.mark.parametrize("index", [1, 2, 3, 4, 7, -2, -1])
+def test_arrays_of_saved_that_have_changed_are_refused(index):
+    inputs = make_inputs(CASE)
+
+    def fn(world):
+        r = world.rank
+        weights = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, 2, CASE.spec)
+        layer = cometrt.MoELayer(world, CASE.spec, config=CASE.config)
+        saved = layer.forward(inputs.x[r], inputs.ids[r], inputs.weights[r], *weights)[1]
+        for change in (lambda a: a[:-1], lambda a: np.zeros(a.shape), lambda a: None):
+            wrong = list(saved)
+            wrong[index] = change(wrong[index])
+            with pytest.raises(ValueError, match=rf"saved\[{index % len(saved)}\] \(\w+\) must"):
+                layer.backward(inputs.dy[r], wrong)
+        layer.backward(inputs.dy[r], saved)  # the world runs on
+
+    cometrt.spawn(fn, 2)
+
+
 def test_closed_layers_and_worlds_refuse_calls():
     inputs = make_inputs(CASE)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import cometrt
+from cometrt.host import executor
 from tests.cases import Case, Output, check_case, make_inputs
 from tests.faults import at
 from tests.host.test_orders import Rank
@@ -269,6 +270,34 @@ def test_a_call_that_failed_while_publishing_cannot_be_repeated_out_of_step():
         return works_again(world, rank)
 
     check_case(CASE, inputs, cometrt.spawn(fn, CASE.size, timeout_sec=20))
+
+
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+def test_a_rank_without_memory_ends_the_others_at_once(operation, monkeypatch):
+    inputs, real = make_inputs(CASE), executor.empty
+
+    def fn(world):
+        rank = Rank(world, CASE, [inputs])
+        rank.forward(0)
+        world.barrier()
+        failing = world.rank == 1
+
+        def empty(buffers):
+            if threading.current_thread() is thread and failing:
+                raise MemoryError
+            return real(buffers)
+
+        thread = threading.current_thread()
+        if failing:
+            monkeypatch.setattr(executor, "empty", empty)
+        error = caught(rank.forward if operation == "forward" else rank.backward, 0)
+        assert isinstance(error, MemoryError if failing else cometrt.PeerTimeout)
+        failing = False
+        return works_again(world, rank)
+
+    begin = time.monotonic()
+    check_case(CASE, inputs, cometrt.spawn(fn, CASE.size, timeout_sec=20))
+    assert time.monotonic() - begin < 10
 
 
 def test_an_exchange_against_a_collective_is_a_mismatch():
