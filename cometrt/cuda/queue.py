@@ -174,9 +174,9 @@ class CallQueue:
         self._paths = {"forward": forward, "backward": backward}
 
     def enqueue(self, stream: int, call: Call) -> None:
-        """Queue a call on a raw stream. It allocates nothing and captures nothing. It meets no
-        other rank's host and waits for nothing, but with gemm="cublas": then `stream` must be CuPy's
-        current one, the host waits for the plan, and ranks of one process meet.
+        """Queue a call on a raw stream. It allocates nothing, captures nothing, meets no other
+        rank's host and waits for nothing. With gemm="cublas" `stream` must be CuPy's current one,
+        the host waits for the plan, and ranks of one process meet.
         """
         params, kernels = self._params.begin(call), self.kernels
         kernels["publish"](stream, params)
