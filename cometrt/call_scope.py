@@ -64,8 +64,7 @@ def filling_nan(*results: Any) -> Iterator[None]:
         raise error.reason from None
     except BaseException:
         for result in results:
-            with contextlib.suppress(
-                Exception
-            ):  # the device may be broken; the first error says why
+            # The device may be broken; the first error says why.
+            with contextlib.suppress(Exception):
                 result.fill(np.nan)
         raise
