@@ -24,16 +24,24 @@ BENCHMARKS = [(path, ()) for path in sorted((ROOT / "benchmarks").rglob("*.cu"))
 SHIPPED = [(kernels_folder() / file, defines) for file, defines in builds()] + BENCHMARKS
 
 
+def shipped() -> list:
+    """All builds; of those with TRACE or LINK only one activation's, but for --full."""
+    found = []
+    for path, defines in SHIPPED:
+        macros = dict(defines)
+        optional = {"TRACE", "LINK"} & macros.keys() and macros.get("ACTIVATION", 0) > 0
+        name = path.name + "".join(f"-{value}" for _, value in defines)
+        marks = pytest.mark.full if optional else ()
+        found.append(pytest.param(path, defines, id=name, marks=marks))
+    return found
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch, request):
     monkeypatch.setenv("COMETRT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
 
 
-@pytest.mark.parametrize(
-    ("source", "defines"),
-    SHIPPED,
-    ids=[path.name + "".join(f"-{value}" for _, value in defines) for path, defines in SHIPPED],
-)
+@pytest.mark.parametrize(("source", "defines"), shipped())
 def test_kernels_compile_without_spills(source, defines):
     cubin = compile_cubin(source, defines)
     assert cubin.path.read_bytes().startswith(b"\x7fELF")
