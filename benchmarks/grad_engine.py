@@ -40,6 +40,9 @@ VARIANTS: dict[str, tuple[tuple[str, int], ...]] = {  # macros of the down dgrad
     "across, two blocks": (("COVER", 1), ("LEAN_STEP", 2)),
     "across, in turns": (("COVER", 2), ("LEAN_STEP", 2)),
 }
+# Compared on these: tiles that are not full; fewer K blocks than steps, one a step, two, four.
+RAGGED = np.array([0, 1, 63, 64, 65, 127, 128, 129, 300, 1000, 700])
+RAGGED_SHAPES = ((528, 272), (1040, 400), (2064, 1024), (4112, 80))  # K, columns
 VARIANT_MODELS = "qwen3-30b-a3b,mixtral-8x7b,qwen2-moe"
 TENSOR_CYCLES = 1024  # of a K block, at the tensor cores' full rate
 
@@ -127,37 +130,43 @@ def compare_variants(runs: Runs) -> dict[str, float]:
     return errors
 
 
+def variant_runs(sizes: np.ndarray, inner: int, columns: int) -> tuple[Runs, Any]:
+    """Each variant; the plain dgrad."""
+    tiles, engine, group = tiles_of(sizes), GroupedDgrad(), raster_group_of(inner)
+    a = device_normal((int(tiles.offsets[-1]), inner))
+    b = device_normal((len(sizes), inner, columns), inner**-0.5)
+    out = cp.empty((len(a), columns), BF16)
+    order = order_tiles(tiles, dgrad_n_tiles(columns), raster_group=group)
+    plain = functools.partial(engine, a, b, out, order)
+    return down_runs(a, b, out, order, VARIANTS), plain
+
+
 def measure_variants(names: str, rounds: int) -> None:
     """A table: each variant's time over that of the plain dgrad, and over the longer of this one
     and its bytes at the rate of a copy; the tensor cores' idle cycles that it adds to a tile."""
+    for inner, columns in RAGGED_SHAPES:
+        compare_variants(variant_runs(RAGGED, inner, columns)[0])
     rate = copy_rate()
     print(f"copy {rate:.0f} GB/s\n{'':36s}   ms  /plain /limit  cycles  dweight")
     for name in names.split(","):
         model = MODELS[name]
-        experts, inner, columns = model.num_experts, model.hidden, model.intermediate
-        sizes = group_sizes(TOKENS.get(name, 16384) * model.topk, experts, 0.0)
-        tiles, plain = tiles_of(sizes), GroupedDgrad()
-        rows = int(tiles.offsets[-1])
-        a, b = device_normal((rows, inner)), device_normal((experts, inner, columns), inner**-0.5)
-        out = cp.empty((rows, columns), BF16)
-        group = raster_group_of(inner)
-        order = order_tiles(tiles, dgrad_n_tiles(columns), raster_group=group)
-        runs = down_runs(a, b, out, order, VARIANTS)
+        sizes = group_sizes(TOKENS.get(name, 16384) * model.topk, model.num_experts, 0.0)
+        runs, plain = variant_runs(sizes, model.hidden, model.intermediate)
         errors = compare_variants(runs)
-        runs["plain"] = functools.partial(plain, a, b, out, order)
-        median = {k: statistics.median(t) for k, t in measure(runs, rounds).items()}
-        unit = median["plain"]
-        limit = max(unit, runs["one block"].nbytes / rate / 1e6)
+        times = measure({**runs, "plain": plain}, rounds)
+        median = {variant: statistics.median(of) for variant, of in times.items()}
+        unit, num_bytes = median["plain"], runs["one block"].nbytes
+        limit = max(unit, num_bytes / rate / 1e6)
         print(f"{name + ' plain':36s} {unit:6.3f}         limit {limit:6.3f} ms")
         for variant, error in errors.items():
             time = median[variant]
-            cycles = (time / unit - 1) * (inner / BLOCK_K) * TENSOR_CYCLES
+            cycles = (time / unit - 1) * (model.hidden / BLOCK_K) * TENSOR_CYCLES
             print(
                 f"{name + ' ' + variant:36s} {time:6.3f} {time / unit:6.3f} {time / limit:6.3f} "
                 f"{cycles:7.0f}  {error:.1e}",
                 flush=True,
             )
-        del runs, a, b, out
+        del runs, plain
         cp.get_default_memory_pool().free_all_blocks()
 
 

@@ -84,15 +84,14 @@ class DownDgradEpilogue {
   // Rows of the next subtile go to shared memory at the end of a step: the step that reads them has
   // less to wait for.
   __device__ void store_step(int step) {
-    const int columns = rows_.tiles[0].columns;
-    if (columns == 0) return;
+    if (rows_.tiles[0].columns == 0) return;
     if (kLoadsAcrossTiles && step == 0) {
       copy_async_wait<0>();  // the weights come with the z of the second step
     } else {
       copy_async_wait<kZStages - 1>();
     }
     __syncwarp();
-    store_rows(step, columns);
+    store_rows(step);
     __syncwarp();  // what the next step overwrites has been read
     if (kLoadsAcrossTiles && step == kSteps - 1) load_weights(rows_.tiles[1]);
     load_z(step + kZStages);
@@ -162,7 +161,7 @@ class DownDgradEpilogue {
             p_.dweight + first * num_n_tiles() + tile.n_tile};
   }
 
-  __device__ void store_rows(int step, int columns) {
+  __device__ void store_rows(int step) {
     const Place at(step);
     const RowsOfTile& tile = rows_.tiles[0];
     const int lane = threadIdx.x % 32;
@@ -176,7 +175,7 @@ class DownDgradEpilogue {
     Vectors out;
     const float dot =
         down_gradients<kActivation>(scaled, factors.x, factors.y, z[0][lane], z[1][lane], out);
-    if (at.column < columns) {
+    if (at.column < tile.columns) {
       const int to = at.of_z(p_.num_columns);
       __stcs(reinterpret_cast<int4*>(tile.weighted_a + at.of_a(p_.num_columns)), out.a);
       __stcs(reinterpret_cast<int4*>(tile.dz + to), out.gate);
