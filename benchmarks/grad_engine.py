@@ -1,12 +1,10 @@
 """Measure the backward forms of the grouped GEMM engine beside their peers on one GPU.
 
-python -m benchmarks.grad_engine [--models mixtral-8x7b,...] [--rounds 15] [--variants]
+python -m benchmarks.grad_engine [--models mixtral-8x7b,...] [--rounds 15]
 
 Equal groups of real rows; medians of TFLOP/s. "cublas" is one GEMM an expert. Beside them what the
 layer's own forms take: "all": the down dgrad with dz, weighted_a and dweight; "fp32+" and "bf16+":
 weight gradients added to float32 or bf16 ones. "bytes" are GB/s of "all", "copy" those of a copy.
-
---variants measures "all" alone, as built with each of VARIANTS. Their results are compared first.
 """
 
 from __future__ import annotations
@@ -25,26 +23,9 @@ from benchmarks.workloads import device_normal
 from cometrt.cuda.dgrad import GroupedDgrad, GroupedDownDgrad, dgrad_n_tiles
 from cometrt.cuda.engine import order_tiles, raster_group_of
 from cometrt.cuda.wgrad import GroupedWgrad, Wgrad, WgradOrder
-from cometrt.kernels.constants import BLOCK_K
 from cometrt.models import MODELS
 
 Runs = dict[str, Any]
-
-VARIANTS: dict[str, tuple[tuple[str, int], ...]] = {  # macros of the down dgrad
-    "one block": (),
-    "two blocks": (("COVER", 1),),
-    "in turns": (("COVER", 2),),
-    "lean": (("LEAN_STEP", 1),),
-    "lean, two blocks": (("COVER", 1), ("LEAN_STEP", 1)),
-    "lean, in turns": (("COVER", 2), ("LEAN_STEP", 1)),
-    "across, two blocks": (("COVER", 1), ("LEAN_STEP", 2)),
-    "across, in turns": (("COVER", 2), ("LEAN_STEP", 2)),
-}
-# Compared on these: tiles that are not full; fewer K blocks than steps, one a step, two, four.
-RAGGED = np.array([0, 1, 63, 64, 65, 127, 128, 129, 300, 1000, 700])
-RAGGED_SHAPES = ((528, 272), (1040, 400), (2064, 1024), (4112, 80))  # K, columns
-VARIANT_MODELS = "qwen3-30b-a3b,mixtral-8x7b,qwen2-moe"
-TENSOR_CYCLES = 1024  # of a K block, at the tensor cores' full rate
 
 
 def torch_run(a: Any, b: Any, sizes: np.ndarray, *, wgrad: bool) -> Any:
@@ -87,87 +68,14 @@ def dgrad_runs(sizes: np.ndarray, inner: int, columns: int, *, down: bool = Fals
         runs["torch"] = torch_run(a, b, sizes, wgrad=False)
     compare(runs, out, other)
     if down:
-        (runs["all"],) = down_runs(a, b, out, order, {"all": ()}).values()
+        with_epilogue, z = GroupedDownDgrad("swiglu"), device_normal((rows, 2 * columns))
+        weight = cp.random.random(rows, np.float32)
+        dz, weighted_a = cp.empty_like(z), cp.empty_like(out)
+        dweight = cp.empty((rows, dgrad_n_tiles(columns)), np.float32)
+        runs["all"] = lambda: with_epilogue(a, b, z, weight, dz, weighted_a, dweight, order)
+        read = a.nbytes + b.nbytes + z.nbytes
+        runs["all"].nbytes = read + dz.nbytes + weighted_a.nbytes
     return runs
-
-
-def down_runs(a: Any, b: Any, out: Any, order: Any, variants: dict[str, Any]) -> Runs:
-    """The down dgrad with dz, weighted_a and dweight, built with each variant's macros. All write
-    the same arrays."""
-    (rows, columns), weight = out.shape, cp.random.random(len(a), np.float32)
-    z = device_normal((rows, 2 * columns))
-    results = (
-        cp.empty_like(z), cp.empty_like(out), cp.empty((rows, dgrad_n_tiles(columns)), np.float32)
-    )  # fmt: skip
-
-    def run_of(macros: Any) -> Any:
-        engine = GroupedDownDgrad("swiglu", macros=macros)
-        run: Any = lambda: engine(a, b, z, weight, *results, order)  # noqa: E731
-        run.nbytes = sum(array.nbytes for array in (a, b, z, *results[:2]))
-        run.results = results
-        return run
-
-    return {name: run_of(macros) for name, macros in variants.items()}
-
-
-def compare_variants(runs: Runs) -> dict[str, float]:
-    """All have the first one's bits in dz and weighted_a. Returns their errors of dweight, whose
-    sums have another order."""
-    expected: list[Any] = []
-    errors = {}
-    for name, run in runs.items():
-        for array in run.results:
-            array.fill(np.nan)
-        run()
-        expected = expected or [array.copy() for array in run.results]
-        for what, found, wanted in zip(("dz", "weighted_a"), run.results, expected, strict=False):
-            if not bool((found.view(np.uint16) == wanted.view(np.uint16)).all()):
-                raise SystemExit(f"{name}: {what} differs")
-        norm = cp.linalg.norm
-        errors[name] = float(norm(run.results[2] - expected[2]) / norm(expected[2]))
-        if not errors[name] < 1e-6:
-            raise SystemExit(f"{name}: dweight is wrong by {errors[name]:.1e}")
-    return errors
-
-
-def variant_runs(sizes: np.ndarray, inner: int, columns: int) -> tuple[Runs, Any]:
-    """Each variant; the plain dgrad."""
-    tiles, engine, group = tiles_of(sizes), GroupedDgrad(), raster_group_of(inner)
-    a = device_normal((int(tiles.offsets[-1]), inner))
-    b = device_normal((len(sizes), inner, columns), inner**-0.5)
-    out = cp.empty((len(a), columns), BF16)
-    order = order_tiles(tiles, dgrad_n_tiles(columns), raster_group=group)
-    plain = functools.partial(engine, a, b, out, order)
-    return down_runs(a, b, out, order, VARIANTS), plain
-
-
-def measure_variants(names: str, rounds: int) -> None:
-    """A table: each variant's time over that of the plain dgrad, and over the longer of this one
-    and its bytes at the rate of a copy; the tensor cores' idle cycles that it adds to a tile."""
-    for inner, columns in RAGGED_SHAPES:
-        compare_variants(variant_runs(RAGGED, inner, columns)[0])
-    rate = copy_rate()
-    print(f"copy {rate:.0f} GB/s\n{'':36s}   ms  /plain /limit  cycles  dweight")
-    for name in names.split(","):
-        model = MODELS[name]
-        sizes = group_sizes(TOKENS.get(name, 16384) * model.topk, model.num_experts, 0.0)
-        runs, plain = variant_runs(sizes, model.hidden, model.intermediate)
-        errors = compare_variants(runs)
-        times = measure({**runs, "plain": plain}, rounds)
-        median = {variant: statistics.median(of) for variant, of in times.items()}
-        unit, num_bytes = median["plain"], runs["one block"].nbytes
-        limit = max(unit, num_bytes / rate / 1e6)
-        print(f"{name + ' plain':36s} {unit:6.3f}         limit {limit:6.3f} ms")
-        for variant, error in errors.items():
-            time = median[variant]
-            cycles = (time / unit - 1) * (model.hidden / BLOCK_K) * TENSOR_CYCLES
-            print(
-                f"{name + ' ' + variant:36s} {time:6.3f} {time / unit:6.3f} {time / limit:6.3f} "
-                f"{cycles:7.0f}  {error:.1e}",
-                flush=True,
-            )
-        del runs, plain
-        cp.get_default_memory_pool().free_all_blocks()
 
 
 def wgrad_runs(sizes: np.ndarray, m: int, n: int) -> Runs:
@@ -231,17 +139,13 @@ def own_forms(runs: Runs, times: dict[str, list[float]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models")
+    parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--variants", action="store_true")
     args = parser.parse_args()
     with cp.cuda.Stream(non_blocking=True):
-        if args.variants:
-            measure_variants(args.models or VARIANT_MODELS, args.rounds)
-            return
         print(f"copy {copy_rate():.0f} GB/s")
         print(f"{'TFLOP/s':26s} engine cublas  torch | /best, time / engine's")
-        for name in (args.models or ",".join(MODELS)).split(","):
+        for name in args.models.split(","):
             model = MODELS[name]
             experts, hidden = EXPERTS.get(name, model.num_experts), model.hidden
             inter = model.intermediate

@@ -9,7 +9,7 @@ from cometrt.activations import ACTIVATIONS, is_gated
 from cometrt.cuda.engine import TileOrder, current_stream, gemm_ctas
 from cometrt.cuda.types import DeviceArray
 from cometrt.kernels.constants import BLOCK_K, BLOCK_M
-from cometrt.kernels.launch import Kernel, Macros, load_kernels
+from cometrt.kernels.launch import Kernel, load_kernels
 from cometrt.kernels.params import (
     KernelArgument,
     ParamStruct,
@@ -109,9 +109,8 @@ def dgrad_kernel() -> Kernel:
     return kernel
 
 
-def down_dgrad_kernel(activation: str, macros: Macros = ()) -> Kernel:
-    """`macros`: of gemm/grouped_down_dgrad.cu, besides its activation."""
-    macros = (("ACTIVATION", list(ACTIVATIONS).index(activation)), *macros)
+def down_dgrad_kernel(activation: str) -> Kernel:
+    macros = (("ACTIVATION", list(ACTIVATIONS).index(activation)),)
     (kernel,) = load_kernels("gemm/grouped_down_dgrad.cu", "grouped_down_dgrad", macros=macros)
     return kernel
 
@@ -149,8 +148,8 @@ class GroupedDownDgrad:
     """From da' = dy w_down[expert] (fp32, never stored) and z, with a = act(z) rounded to bf16:
     dz = dact(z, weight * da'), weighted_a = weight * a, and <da', a> of each row and N-tile."""
 
-    def __init__(self, activation: str, *, macros: Macros = ()) -> None:
-        self._kernel, self.gated = down_dgrad_kernel(activation, macros), is_gated(activation)
+    def __init__(self, activation: str) -> None:
+        self._kernel, self.gated = down_dgrad_kernel(activation), is_gated(activation)
 
     def __call__(
         self,

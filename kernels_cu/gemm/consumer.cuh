@@ -69,41 +69,6 @@ __device__ inline int multiply(Shared& shared, StageState& state, int num_k_bloc
   return last;
 }
 
-// When an epilogue step runs: after a K block whose predecessor is complete; or while two K blocks
-// are under way, which cover a longer step; or so that the warpgroups take turns.
-enum Cover : int { kOneBlock, kTwoBlocks, kTwoBlocksInTurns };
-
-// As multiply(), but a step runs before the wait for the preceding K block. A warp holds two stages
-// during a step. When it waits for a stage, it holds one, as in multiply(): the producers need no
-// more stages than there.
-template <typename Operands, bool kInTurns, typename Epilogue>
-__device__ inline int multiply_two_blocks(Shared& shared, StageState& state, int num_k_blocks,
-                                          int warpgroup, float (&d)[128], Epilogue& epilogue) {
-  int last = state.stage, step = Epilogue::kSteps, step_at = 0;
-  const int every = min(num_k_blocks / Epilogue::kSteps, kMaxKBlocksPerStep);
-  if (every > 0) {
-    step = 0;
-    step_at = every - 1 - (kInTurns ? warpgroup * (every / 2) : 0);
-  } else {
-    epilogue.flush();
-  }
-#pragma unroll 1
-  for (int k = 0; k < num_k_blocks; ++k) {
-    multiply_stage<Operands>(shared, state, warpgroup, k == 0, d);
-    if (step < Epilogue::kSteps && k == step_at) {
-      epilogue.store_step(step);
-      ++step, step_at += every;
-    }
-    if (k > 0) {
-      wgmma_wait<1>();
-      release_stage(shared, last);
-    }
-    last = state.stage;
-    state.advance();
-  }
-  return last;
-}
-
 // For a tile of which this warpgroup computes nothing: releases its stages unread.
 __device__ inline void skip_tile(Shared& shared, StageState& state, int num_k_blocks) {
   for (int k = 0; k < num_k_blocks; ++k, state.advance()) {
@@ -113,7 +78,7 @@ __device__ inline void skip_tile(Shared& shared, StageState& state, int num_k_bl
 }
 
 // The main loop of a multiplying warpgroup over all work tiles of its CTA.
-template <typename Operands, Cover kCover = kOneBlock, typename Params, typename Epilogue>
+template <typename Operands, typename Params, typename Epilogue>
 __device__ inline void consume(Shared& shared, const Params& p, int warpgroup, Epilogue& epilogue,
                                Recorder recorder = {}) {
   TileScheduler<32> scheduler(shared);
@@ -128,13 +93,7 @@ __device__ inline void consume(Shared& shared, const Params& p, int warpgroup, E
       // The traced event begins when the first stage is full.
       if (Recorder::kOn) mbarrier_wait(&shared.full[state.stage], state.parity);
       recorder.begin();
-      int last;
-      if constexpr (kCover == kOneBlock) {
-        last = multiply<Operands>(shared, state, num_k_blocks, warpgroup, d, epilogue);
-      } else {
-        last = multiply_two_blocks<Operands, kCover == kTwoBlocksInTurns>(
-            shared, state, num_k_blocks, warpgroup, d, epilogue);
-      }
+      const int last = multiply<Operands>(shared, state, num_k_blocks, warpgroup, d, epilogue);
       more = scheduler.next(next);
       wgmma_wait<0>();
       release_stage(shared, last);

@@ -29,26 +29,14 @@ class DownDgradEpilogue {
   // `warp` counts those that multiply.
   __device__ DownDgradEpilogue(DownDgradShared& shared, const DownDgradParams& p, int warp)
       : subtile_(shared.gemm.epilogue_tiles[warp]), rows_(shared.rows[warp]), p_(p), warp_(warp) {
-#if LEAN_STEP
     if (threadIdx.x % 32 == 0) rows_.tiles[0].columns = 0;
     __syncwarp();
-#else
-    set_tile({-1, 0, 0, 0, 0});
-#endif
   }
 
   // The tile that comes next: kept here, not in registers, while it is multiplied.
   __device__ void expect(const WorkTile& tile) {
-#if LEAN_STEP
     if (threadIdx.x % 32 == 0) rows_.tiles[1] = rows_of(tile);
     __syncwarp();
-    if (!kLoadsAcrossTiles || rows_.tiles[0].columns != 0) return;
-    load_z(kSteps);
-    load_weights(rows_.tiles[1]);
-    load_z(kSteps + 1);
-#else
-    if (threadIdx.x % 32 == 0) rows_.next = tile;
-#endif
   }
 
   __device__ void stash(const WorkTile&, const float (&d)[128]) {
@@ -64,11 +52,7 @@ class DownDgradEpilogue {
       const int lane = threadIdx.x % 32;
       if (lane % 4 == 0) {
         const float inverse = __uint_as_float((exponent - 14) << 23);
-#if LEAN_STEP
         rows_.factors[kSubtileRows * upper + lane / 4].x = inverse;
-#else
-        rows_.inverse[kSubtileRows * upper + lane / 4] = inverse;
-#endif
       }
     }
     begin();
@@ -80,20 +64,14 @@ class DownDgradEpilogue {
     begin();
   }
 
-#if LEAN_STEP
   // Rows of the next subtile go to shared memory at the end of a step: the step that reads them has
   // less to wait for.
   __device__ void store_step(int step) {
     if (rows_.tiles[0].columns == 0) return;
-    if (kLoadsAcrossTiles && step == 0) {
-      copy_async_wait<0>();  // the weights come with the z of the second step
-    } else {
-      copy_async_wait<kZStages - 1>();
-    }
+    copy_async_wait<kZStages - 1>();
     __syncwarp();
     store_rows(step);
     __syncwarp();  // what the next step overwrites has been read
-    if (kLoadsAcrossTiles && step == kSteps - 1) load_weights(rows_.tiles[1]);
     load_z(step + kZStages);
     if (step % kStepsOfSubtile == 0) return;
     const int next = step / kStepsOfSubtile + 1;
@@ -105,29 +83,12 @@ class DownDgradEpilogue {
     if (threadIdx.x % 32 == 0) rows_.tiles[0].columns = 0;
     __syncwarp();
   }
-#else
-  __device__ void store_step(int step) {
-    if (rows_.tile.m_tile < 0) return;
-    copy_async_wait<kZStages - 1>();
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 2 * kSubtiles; ++i) {  // the compiler must know which registers
-      if (step == kStepsOfSubtile * i) subtile_.put(stash_ + 16 * (i % kSubtiles), i / kSubtiles);
-    }
-    __syncwarp();
-    store_rows(step);
-    __syncwarp();  // what the next step overwrites has been read
-    load_z(step + kZStages);
-    if (step == kSteps - 1) set_tile({-1, 0, 0, 0, 0});
-  }
-#endif
   __device__ void flush() {
 #pragma unroll 1
     for (int step = 0; step < kSteps; ++step) store_step(step);
   }
 
  private:
-#if LEAN_STEP
   // Where a lane's vector of a step lies, in this warp's rows of the tile.
   struct Place {
     int subtile, row, column;
@@ -199,28 +160,26 @@ class DownDgradEpilogue {
     }
     __syncwarp();
     if (rows_.tiles[0].columns == 0) return;
-    if (!kLoadsAcrossTiles) {
-      load_weights(rows_.tiles[0]);
+    load_weights();
 #pragma unroll 1
-      for (int step = 0; step < kZStages; ++step) load_z(step);
-    }
+    for (int step = 0; step < kZStages; ++step) load_z(step);
     subtile_.put(stash_, 0);
   }
 
   // In the same group as the next load_z.
-  __device__ void load_weights(const RowsOfTile& tile) {
+  __device__ void load_weights() {
+    const RowsOfTile& tile = rows_.tiles[0];
     const int lane = threadIdx.x % 32;
     if (lane < kWarpRows) {
       copy_async_4(&rows_.factors[lane].y, tile.row_weight + lane, lane < tile.rows);
     }
   }
 
-  // A group of copies, also where there is no such step: so groups count steps. Steps from kSteps
-  // on are those of the tile that is being multiplied.
+  // A group of copies, also where there is no such step: so groups count steps.
   __device__ void load_z(u32 step) {
-    if (kLoadsAcrossTiles || step < kSteps) {
-      const Place at(step % kSteps);
-      const RowsOfTile& tile = rows_.tiles[kLoadsAcrossTiles ? step / kSteps : 0];
+    if (step < kSteps) {
+      const Place at(step);
+      const RowsOfTile& tile = rows_.tiles[0];
       const bool exists = (at.column < tile.columns) & (at.row < tile.rows);
       const __nv_bfloat16* from = tile.z + at.of_z(p_.num_columns);
       int4* to = &rows_.z[step % kZStages][0][threadIdx.x % 32];
@@ -229,100 +188,13 @@ class DownDgradEpilogue {
     }
     copy_async_commit();
   }
-#else
-  // Where a lane's vector of a step lies.
-  struct Place {
-    int subtile, row;  // row: of the warp's
-    int column;
-    long long out;  // the element of a result
-
-    __device__ Place(const DownDgradEpilogue& epilogue, int step) {
-      const DownDgradParams& p = epilogue.p_;
-      const WorkTile& tile = epilogue.rows_.tile;
-      const int lane = threadIdx.x % 32, eight = step / kStepsOfSubtile;
-      subtile = eight % kSubtiles;
-      row = eight / kSubtiles * kSubtileRows + step % kStepsOfSubtile * 4 + lane / 8;
-      column = tile.n_tile * BLOCK_N + subtile * kSubtileColumns + lane % 8 * 8;
-      const long long all =
-          static_cast<long long>(tile.m_tile) * BLOCK_M + epilogue.warp_ * kWarpRows + row;
-      out = all * p.num_columns + column;
-    }
-    // The element of z: rows of gate and up are twice as long.
-    __device__ long long z() const { return kGated ? 2 * out - column : out; }
-  };
-
-  __device__ void store_rows(int step) {
-    const Place at(*this, step);
-    const int lane = threadIdx.x % 32;
-    const bool is_padding = warp_ * kWarpRows + at.row >= rows_.tile.rows;
-    const float inverse = is_padding ? 0.0f : rows_.inverse[at.row];
-    const int4 scaled = is_padding ? make_int4(0, 0, 0, 0) : subtile_.vector(at.row % kSubtileRows);
-    Vectors out;
-    const int4(&z)[2][32] = rows_.z[step % kZStages];
-    float dot = down_gradients<kActivation>(scaled, inverse, rows_.weight[at.row], z[0][lane],
-                                            z[1][lane], out);
-    if (at.column < p_.num_columns) {
-      __stcs(reinterpret_cast<int4*>(p_.weighted_a + at.out), out.a);
-      int4* dz = reinterpret_cast<int4*>(p_.dz + at.z());
-      __stcs(dz, out.gate);
-      if (kGated) __stcs(dz + p_.num_columns / 8, out.up);
-    }
-#pragma unroll
-    for (int lanes = 4; lanes > 0; lanes /= 2) dot += __shfl_xor_sync(~0u, dot, lanes);
-    if (lane % 8 != 0) return;
-    if (at.subtile > 0) dot += rows_.dot[at.row];
-    rows_.dot[at.row] = dot;
-    if (at.subtile == kSubtiles - 1) {
-      const int num_n_tiles = (p_.num_columns + BLOCK_N - 1) / BLOCK_N;
-      const int row = warp_ * kWarpRows + at.row;
-      const long long all = static_cast<long long>(rows_.tile.m_tile) * BLOCK_M + row;
-      p_.dweight[all * num_n_tiles + rows_.tile.n_tile] = dot;
-    }
-  }
-
-  // By all lanes: one of them writes.
-  __device__ void set_tile(const WorkTile& tile) {
-    if (threadIdx.x % 32 == 0) rows_.tile = tile;
-    __syncwarp();
-  }
-
-  __device__ void begin() {
-    __syncwarp();
-    set_tile(rows_.next);
-    const WorkTile& tile = rows_.tile;
-    if (tile.m_tile < 0) return;
-    const int lane = threadIdx.x % 32, row = warp_ * kWarpRows + lane;
-    if (lane < kWarpRows) {
-      const float* weight = p_.row_weight + static_cast<long long>(tile.m_tile) * BLOCK_M + row;
-      copy_async_4(&rows_.weight[lane], weight, row < tile.rows);
-    }
-#pragma unroll 1
-    for (int step = 0; step < kZStages; ++step) load_z(step);
-  }
-
-  // A group of copies, also where there is no such step: so groups count steps.
-  __device__ void load_z(int step) {
-    if (step < kSteps) {
-      const Place at(*this, step);
-      const bool exists =
-          at.column < p_.num_columns && warp_ * kWarpRows + at.row < rows_.tile.rows;
-      const __nv_bfloat16* from = p_.z + (exists ? at.z() : 0);
-      int4* to = &rows_.z[step % kZStages][0][threadIdx.x % 32];
-      copy_async_16(to, from, exists);
-      if (kGated) copy_async_16(to + 32, from + p_.num_columns, exists);
-    }
-    copy_async_commit();
-  }
-#endif
 
   SubtileStore subtile_;
   RowStage& rows_;
   const DownDgradParams& p_;
   int warp_;
   u32 stash_[64];  // fp16 pairs in the accumulators' order
-#if LEAN_STEP
   float dots_[2];  // <da', a> of the last two steps' rows: this lane's columns up to their subtile
-#endif
 };
 
 }  // namespace cometrt

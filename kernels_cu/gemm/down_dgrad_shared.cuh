@@ -20,15 +20,8 @@ struct DownDgradParams : TileList {
   __device__ int first_k(const WorkTile&) const { return 0; }
 };
 
-#if LEAN_STEP == 2  // the last steps of a tile load the first z of the next one
-constexpr bool kLoadsAcrossTiles = true;
-constexpr int kZStages = 2;  // steps whose z is under way
-#else
-constexpr bool kLoadsAcrossTiles = false;
-constexpr int kZStages = 3;
-#endif
+constexpr int kZStages = 3;  // steps whose z is under way
 
-#if LEAN_STEP
 // A warp's rows of a tile: where they begin, and how many rows and columns are valid from there on.
 struct alignas(16) RowsOfTile {
   __nv_bfloat16 *weighted_a, *dz;
@@ -37,21 +30,13 @@ struct alignas(16) RowsOfTile {
   const float* row_weight;
   float* dweight;
 };
-#endif
 
 // What a warp's next steps read, and what belongs to its rows of the stashed tile: registers have
 // no room for it.
 struct RowStage {
   int4 z[kZStages][2][32];  // [gate, up][lane]
-#if LEAN_STEP
-  RowsOfTile tiles[2];  // stashed; being multiplied
-  float2 factors[16];   // of each row: the inverse of its power of two, and its weight
-#else
-  WorkTile tile, next;  // stashed, or m_tile -1; being multiplied
-  float inverse[16];    // of each row: of its power of two,
-  float weight[16];     // its weight,
-  float dot[16];        // and its dweight, up to the last subtile
-#endif
+  RowsOfTile tiles[2];      // stashed; being multiplied
+  float2 factors[16];       // of each row: the inverse of its power of two, and its weight
 };
 
 struct DownDgradShared {

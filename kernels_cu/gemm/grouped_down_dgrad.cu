@@ -1,20 +1,12 @@
 // Grouped GEMM da' = dy w_down[expert] with all that follows from da' row by row; da' itself is
-// never stored. Macros: ACTIVATION, a number of common/activation.cuh; to compare, COVER, a Cover
-// of gemm/consumer.cuh, and LEAN_STEP: 1, shorter steps of the epilogue; 2, and z loaded across
-// tiles.
-#ifndef ACTIVATION
-#define ACTIVATION 0
-#endif
-#ifndef COVER
-#define COVER 0
-#endif
-#ifndef LEAN_STEP
-#define LEAN_STEP 0
-#endif
-
+// never stored. Macro: ACTIVATION, a number of common/activation.cuh.
 #include "gemm/down_dgrad_epilogue.cuh"
 #include "gemm/grad_operands.cuh"
 #include "gemm/kernel_body.cuh"
+
+#ifndef ACTIVATION
+#define ACTIVATION 0
+#endif
 
 using namespace cometrt;
 
@@ -34,7 +26,7 @@ struct Roles {
   __device__ void communicate(int) {}
   __device__ void multiply(Shared& shared, const DownDgradParams& p, int warp) {
     DownDgradEpilogue<ACTIVATION> epilogue(all, p, warp);
-    consume<Operands, static_cast<Cover>(COVER)>(shared, p, warp / 4, epilogue);
+    consume<Operands>(shared, p, warp / 4, epilogue);
   }
 };
 
