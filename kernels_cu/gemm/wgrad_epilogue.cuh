@@ -40,14 +40,38 @@ struct alignas(1024) OutBox {
     const u32 r = thread() % 32 / 4, row = 2 * (r % 4) + r / 4;
     return row * kRowBytes + 16 * (vector ^ row) + byte;
   }
-  // `v` [16]: this thread's accumulators of 32 columns.
-  __device__ void put_float32(const float* v) {
-    const u32 lane = thread() % 4, first = row_offset(lane / 2, lane % 2 * 8);
+  // `v` [16]: this thread's accumulators of 32 columns. They are added to the values in the box, or
+  // replace them.
+  __device__ void put_float32(const float* v, bool add) {
+    const u32 first = row_offset(thread() % 4 / 2, thread() % 2 * 8);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      char* lower = bytes + (first ^ 32 * i);
-      *reinterpret_cast<float2*>(lower) = make_float2(v[4 * i], v[4 * i + 1]);
-      *reinterpret_cast<float2*>(lower + kHalfBytes) = make_float2(v[4 * i + 2], v[4 * i + 3]);
+    for (int upper = 0; upper < 2; ++upper) {
+      char* half = bytes + upper * kHalfBytes;
+      float2 sums[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* d = v + 4 * i + 2 * upper;
+        sums[i] = make_float2(d[0], d[1]);
+      }
+      if (add) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 old = *reinterpret_cast<float2*>(half + (first ^ 32 * i));
+          sums[i] = make_float2(old.x + sums[i].x, old.y + sums[i].y);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) *reinterpret_cast<float2*>(half + (first ^ 32 * i)) = sums[i];
+    }
+  }
+  // `v` [16]: the values of the box, where put_float32 writes them.
+  __device__ void get_float32(float* v) const {
+    const u32 first = row_offset(thread() % 4 / 2, thread() % 2 * 8);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const char* half = bytes + i % 2 * kHalfBytes;
+      const float2 pair = *reinterpret_cast<const float2*>(half + (first ^ i / 2 * 32));
+      v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
     }
   }
   // `v` [32]: this thread's accumulators of 64 columns. They are added to the values in the box, or
@@ -72,10 +96,17 @@ struct alignas(1024) OutBox {
   }
 };
 
+// Where a warp's rows of a tile lie in out, by its map.
+struct OutRows {
+  int row_group;  // eight rows each; -1: the warp has no rows
+  u32 n_tile : 31, kind : 1;
+};
+
 // Two boxes for each multiplying warp. Four of them lie in epilogue_tiles, which only
 // Bf16WgradEpilogue uses.
 struct WgradShared : Shared {
-  u64 old_full[4 * kWarpgroups];  // of a warp: the old values of two boxes have arrived
+  u64 old_full[4 * kWarpgroups];      // of a warp: the old values of two boxes have arrived
+  OutRows expected[4 * kWarpgroups];  // of a warp: the tile that is being multiplied
   OutBox boxes[6 * kWarpgroups];
 
   __device__ OutBox* box(int warp, int index) {
@@ -87,25 +118,41 @@ static_assert(sizeof(WgradShared) <= 227 * 1024, "shared memory of an SM");
 static_assert(sizeof(Shared::epilogue_tiles) >= 4 * sizeof(OutBox), "second boxes of four warps");
 
 // For all other launches. Results leave by the bulk engine, box by box: the first half of a tile's
-// columns at its end, the second under the next tile's main loop, from float32 in registers.
-// float32 results are added by the bulk engine. bf16 results are added here before their only
-// rounding: their old values are loaded into the boxes ahead of time.
+// columns at its end, the second under the next tile's main loop, from float32 in registers. Where
+// they are accumulated, the bulk engine loads the old values into the boxes ahead of time. They are
+// added here, before the only rounding.
+//
+// Float32 has eight boxes of 32 columns, in pairs 0 to 3, and a warp has room for one pair. Bf16
+// has four boxes of 64 columns, in pairs 0 and 1. In the steps under a main loop, a warp
+//   float32: 1 loads old pair 2, 2 sends pair 2, 3 loads old pair 3, 4 sends pair 3;
+//            5 loads old pair 0 of the next tile, 6 keeps it in the stash and loads old pair 1;
+//   bf16:    1 loads old pair 1, 3 and 4 send its boxes; 6 loads old pair 0 of the next tile.
+// So a step hardly waits: the load or the bulk engine's reads that it needs began a step earlier.
+// Step 0 does nothing, since the bulk engine still reads what left at the tile's end.
 class BoxEpilogue {
  public:
-  static constexpr int kSteps = 8, kUnrolledSteps = kSteps;
+  static constexpr int kSteps = 7, kUnrolledSteps = kSteps;
 
   __device__ BoxEpilogue(WgradShared& shared, const WgradParams& p, const WgradMaps& maps)
-      : shared_(shared), p_(p), maps_(maps) {}
+      : shared_(shared), p_(p), maps_(maps) {
+    expect_none();
+  }
 
-  // Before the main loop of a tile, whose last step loads the old values of its first boxes.
-  __device__ void expect(const WorkTile& tile) { expected_ = tile, is_expected_ = true; }
+  // Before the main loop of a tile, whose last steps load its first old values.
+  __device__ void expect(const WorkTile& tile) {
+    if (thread() % 32 == 0) shared_.expected[warp()] = rows_of(tile);
+    __syncwarp();
+  }
   // Sends the first half of a tile's columns and keeps the second.
-  __device__ void stash(const WorkTile& tile, const float (&d)[128]) {
-    stored_ = place_of(tile);
+  __device__ void stash(const WorkTile&, const float (&d)[128]) {
+    take_expected();
     if (stored_.row_group < 0) return;
     if (is_float32(stored_)) {
+      send_float32_pair(d + 32, 1, p_.accumulate);
+      float first[32];
 #pragma unroll
-      for (int box = 0; box < 4; ++box) send_float32(d + 16 * box, box);
+      for (int i = 0; i < 32; ++i) first[i] = p_.accumulate ? stash_[i] + d[i] : d[i];
+      send_float32_pair(first, 0, false);
     } else {
       claim_bf16();
 #pragma unroll
@@ -120,28 +167,21 @@ class BoxEpilogue {
     stash(tile, zeros);
   }
 
-  // One step of the stashed tile, if there is one. `index`: a constant after unrolling. float32
-  // boxes leave in the odd steps. bf16: step 1 loads the old values of the last two boxes, which
-  // leave in steps 3 and 5.
+  // One step of the stashed tile, if there is one, or of the tile that is being multiplied.
+  // `index`: a constant after unrolling.
   __device__ void store_step(int index) {
-    if (stored_.row_group >= 0 && index % 2 == 1) {
-      const int half_step = index / 2;
+    if (index < 5) {
+      if (stored_.row_group < 0) return;
       if (is_float32(stored_)) {
-        send_float32(stash_ + 16 * half_step, 4 + half_step);
-      } else if (half_step == 0) {
-        if (p_.accumulate) load_old(stored_, 2);
-      } else if (half_step < 3) {
-        if (half_step == 1) claim_bf16();
-        send_bf16(stash_ + 32 * (half_step - 1), 1 + half_step);
+        float32_step(index);
+      } else {
+        bf16_step(index);
       }
+    } else {
+      stored_.row_group = -1;
+      const OutRows next = shared_.expected[warp()];
+      if (p_.accumulate && next.row_group >= 0) load_first_old(next, index);
     }
-    if (index < kSteps - 1) return;
-    stored_.row_group = -1;
-    if (is_expected_ && p_.accumulate) {
-      const Place at = place_of(expected_);
-      if (at.row_group >= 0 && !is_float32(at)) load_old(at, 0);
-    }
-    is_expected_ = false;
   }
   // All steps of the stashed tile.
   __device__ void flush() {
@@ -152,68 +192,106 @@ class BoxEpilogue {
   __device__ void finish() { bulk_wait<0>(); }
 
  private:
-  // Of this warp's rows of a tile in out, by its map.
-  struct Place {
-    int row_group = -1;  // eight rows each; -1: the warp has no rows
-    u32 n_tile : 31, kind : 1;
-  };
-
   // Among the multiplying warps.
   __device__ static int warp() { return thread() / 32 - kFirstMultiplyWarp; }
-  __device__ Place place_of(const WorkTile& tile) const {
+  __device__ OutRows rows_of(const WorkTile& tile) const {
     const u32 kind = tile.kind();
     const int num_rows = p_.problems[kind].num_rows;
     const int row = tile.m_tile * BLOCK_M + warp() * OutBox::kRows;
     const bool exists = tile.m_tile >= 0 && row < num_rows;
     return {exists ? (tile.expert * num_rows + row) / 8 : -1, static_cast<u32>(tile.n_tile), kind};
   }
-  __device__ bool is_float32(const Place& at) const { return p_.problems[at.kind].is_float32; }
+  __device__ bool is_float32(const OutRows& at) const { return p_.problems[at.kind].is_float32; }
 
+  __device__ void take_expected() {
+    stored_ = shared_.expected[warp()];
+    __syncwarp();
+    expect_none();
+  }
+  __device__ void expect_none() {
+    if (thread() % 32 == 0) shared_.expected[warp()].row_group = -1;
+    __syncwarp();
+  }
+
+  __device__ void float32_step(int index) {
+    if (p_.accumulate && index % 2 == 1) load_old(stored_, 2 + index / 2);
+    if (index == 2) send_float32_pair(stash_, 2, p_.accumulate);
+    if (index == 4) send_float32_pair(stash_ + 32, 3, p_.accumulate);
+  }
+  __device__ void bf16_step(int index) {
+    if (p_.accumulate && index == 1) load_old(stored_, 1);
+    if (index == 3) claim_bf16();
+    if (index == 3) send_bf16(stash_, 2);
+    if (index == 4) send_bf16(stash_ + 32, 3);
+  }
+  // What stash() adds.
+  __device__ void load_first_old(const OutRows& at, int index) {
+    if (is_float32(at) && index == 6) {
+      wait_for_old();
+#pragma unroll
+      for (int box = 0; box < 2; ++box) {
+        shared_.box(warp(), box)->get_float32(stash_ + 16 * box);
+      }
+      fence_proxy_async_shared();
+      __syncwarp();  // all lanes have read the boxes
+      load_old(at, 1);
+    } else if (is_float32(at) || index == 6) {
+      load_old(at, 0);
+    }
+  }
+
+  // Until the old values of both boxes have arrived.
+  __device__ void wait_for_old() {
+    mbarrier_wait(&shared_.old_full[warp()], parity_);
+    parity_ ^= 1;
+  }
   // Both boxes of the warp: their old values have arrived, or nothing reads them any more.
   __device__ void claim_bf16() {
     if (p_.accumulate) {
-      mbarrier_wait(&shared_.old_full[warp()], parity_);
-      parity_ ^= 1;
+      wait_for_old();
     } else {
       bulk_wait_read<0>();
       __syncwarp();
     }
   }
-  __device__ void send_float32(const float* v, int box) {
-    bulk_wait_read<1>();  // only the other box may still be read
-    __syncwarp();
-    shared_.box(warp(), box % 2)->put_float32(v);
-    send(box, 32, p_.accumulate);
+  // `v` [32]. `add`: to the old values in the boxes.
+  __device__ void send_float32_pair(const float* v, int pair, bool add) {
+    if (add) wait_for_old();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!add) {
+        bulk_wait_read<1>();  // only the other box may still be read
+        __syncwarp();
+      }
+      shared_.box(warp(), i)->put_float32(v + 16 * i, add);
+      send(2 * pair + i, 32);
+    }
   }
   __device__ void send_bf16(const float* v, int box) {
     shared_.box(warp(), box % 2)->put_bf16(v, p_.accumulate);
-    send(box, 64, false);
+    send(box, 64);
   }
   // A box of the stashed tile. The map leaves out columns that do not exist.
-  __device__ void send(int box, int box_columns, bool add) {
+  __device__ void send(int box, int box_columns) {
     fence_proxy_async_shared();
     __syncwarp();
     if (thread() % 32 == 0) {
-      const TensorMap* map = &maps_.out[stored_.kind];
-      const OutBox* from = shared_.box(warp(), box % 2);
       const int column = stored_.n_tile * BLOCK_N + box * box_columns;
-      if (add) {
-        tensor_add_4d(map, from, column, 0, 0, stored_.row_group);
-      } else {
-        tensor_store_4d(map, from, column, 0, 0, stored_.row_group);
-      }
+      tensor_store_4d(&maps_.out[stored_.kind], shared_.box(warp(), box % 2), column, 0, 0,
+                      stored_.row_group);
       bulk_commit();
     }
   }
-  // Loads the old values of two bf16 boxes into both boxes of the warp.
-  __device__ void load_old(const Place& at, int first_box) {
+  // Loads the old values of a pair of boxes into those of the warp, when nothing reads these.
+  __device__ void load_old(const OutRows& at, int pair) {
     if (thread() % 32 == 0) {
       bulk_wait_read<0>();
       u64* full = &shared_.old_full[warp()];
       mbarrier_arrive_expect(full, 2 * sizeof(OutBox));
+      const int box_columns = OutBox::kRowBytes / (is_float32(at) ? 4 : 2);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int column = at.n_tile * BLOCK_N + (first_box + i) * 64;
+        const int column = at.n_tile * BLOCK_N + (2 * pair + i) * box_columns;
         tensor_load_4d(shared_.box(warp(), i), &maps_.out[at.kind], column, 0, 0, at.row_group,
                        full, cache_policy<CacheHint::kEvictFirst>());
       }
@@ -224,10 +302,8 @@ class BoxEpilogue {
   const WgradParams& p_;
   const WgradMaps& maps_;
   u32 parity_ = 0;
-  float stash_[64];
-  Place stored_;       // the stashed tile
-  WorkTile expected_;  // the next one, until its old values are loaded
-  bool is_expected_ = false;
+  float stash_[64];           // the stashed tile's second half; then old values of the next one
+  OutRows stored_{-1, 0, 0};  // the stashed tile
 };
 
 }  // namespace cometrt

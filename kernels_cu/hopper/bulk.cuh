@@ -93,17 +93,6 @@ __device__ inline void tensor_store_4d(const TensorMap* map, const void* shared,
       : "memory");
 }
 
-// The same, but adds to what is there. float32 subnormal results may become 0.
-__device__ inline void tensor_add_4d(const TensorMap* map, const void* shared, int c0, int c1,
-                                     int c2, int c3) {
-  asm volatile(
-      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group.L2::cache_hint "
-      "[%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(map),
-      "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
-      "l"(cache_policy<CacheHint::kEvictFirst>())
-      : "memory");
-}
-
 // By each thread that wrote shared memory, before a barrier and a bulk copy that reads it.
 __device__ inline void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
