@@ -18,13 +18,8 @@ from cometrt.world.failure import FLAGS, KINDS, Failure, WaitTarget
 from cometrt.world.layout import device_control_block_dtype
 
 OPERATIONS = ("", "forward", "backward")  # numbers on the wire
-REPORTS = (
-    "",
-    "routing",
-    "no forward",
-    "stopped",
-    "stale graph",
-)  # ReportKind of protocol/exchange_params.cuh
+# ReportKind of protocol/exchange_params.cuh.
+REPORTS = ("", "routing", "no forward", "stopped", "stale graph")
 _UNSPECIFIED = "; the weight gradients of this backward are unspecified"
 
 
