@@ -1,317 +1,181 @@
 """Measure the grouped GEMM engine beside its peers on one GPU; print a table and write JSON.
 
-    python -m benchmarks.engine [--models mixtral-8x7b,...] [--rounds 15] [--out engine.json]
+    python -m benchmarks.engine [--pass forward,backward] [--models mixtral-8x7b,...]
+                                [--rounds 15] [--out engine.json]
 
 All contenders of a shape take turns in every round, isolated; medians. Random data, real rows only.
+Shapes that the file has of this machine and commit stay in it.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import gc
 import math
 import os
-import random
 import statistics
-import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import cupy as cp
-import ml_dtypes
-import numpy as np
 
-from benchmarks.records import machine, spread, write
-from benchmarks.workloads import cuda_function, device_normal
+from benchmarks.engine_backward import Dgrad, DownDgrad, WeightGradient
+from benchmarks.engine_forms import BF16, REPEATS, Groups, RowsForm, Run, copy_rate, measure
+from benchmarks.records import machine, read, spread, write
 from cometrt.cuda.engine import GroupedGemm, order_tiles, raster_group_of
-from cometrt.kernels.compiler import kernels_folder
 from cometrt.models import MODELS
-from cometrt.world.partitions import split_gpu, use_partition
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
 TOKENS = {"mixtral-8x7b": 8192, "phi-3.5-moe": 8192}  # others: 16384
 EXPERTS = {"deepseek-v3": 32}  # what fits; others: all
-SKEW = 0.256
-BLOCK_M = 128
-PARTITIONS, REPEATS = 8, 4
-IDLE_NS = 1_000_000  # before what is timed
+FORMS = {
+    "forward": ("up", "down"),
+    "backward": ("down dgrad", "up dgrad", "down wgrad", "up wgrad"),
+}
+OWN = ("swiglu", "swiglu+z", "all", "fp32", "fp32+", "bf16+")  # forms that only the layer has
+MOST_ERROR = 1.1  # over cuBLAS's
 
 
-def group_sizes(rows: int, experts: int, skew: float) -> np.ndarray:
-    """Rows of each expert; `skew` is the coefficient of variation of the loads."""
-    z = np.random.default_rng(0).standard_normal(experts)
-    z = (z - z.mean()) / z.std()
-    shares = np.maximum(1 + skew * z, 0) / experts
-    sizes = np.floor(shares / shares.sum() * rows).astype(np.int64)
-    sizes[0] += rows - sizes.sum()
-    return sizes
+class Down(RowsForm):
+    """A forward's GEMM without activation: out [rows, n] = a [rows, k] b[expert] [n, k]^T."""
 
-
-def tiles_of(sizes: np.ndarray) -> Any:
-    num_tiles = -(-sizes // BLOCK_M)
-    offsets = np.concatenate([[0], np.cumsum(num_tiles)]) * BLOCK_M
-    tables = {
-        "tile_order": np.arange(num_tiles.sum()),
-        "num_tiles": np.array([num_tiles.sum()]),
-        "tile_expert": np.repeat(np.arange(len(sizes)), num_tiles),
-        "expert_offsets": offsets,
-        "expert_rows": sizes,
-    }
-    on_gpu = {name: cp.asarray(table.astype(np.int32)) for name, table in tables.items()}
-    return types.SimpleNamespace(**on_gpu, offsets=offsets)
-
-
-class Groups:
-    """Rows of a for all experts, padded to M-tiles as the layer keeps them."""
-
-    def __init__(self, sizes: np.ndarray, inner: int) -> None:
-        self.sizes, self.tiles = sizes, tiles_of(sizes)
-        self.a = cp.zeros((int(self.tiles.offsets[-1]), inner), BF16)
-        for begin, size in zip(self.tiles.offsets[:-1], sizes, strict=True):
-            self.a[begin : begin + size] = device_normal((int(size), inner))
-
-    def real_rows(self) -> Any:
-        """Without padding, as other libraries want them."""
-        parts = zip(self.tiles.offsets[:-1], self.sizes, strict=True)
-        return cp.concatenate([self.a[begin : begin + size] for begin, size in parts])
-
-
-def engine_run(groups: Groups, b: Any, activation: str | None, write_z: bool) -> Any:
-    gemm = GroupedGemm(activation, write_z=write_z)
-    group = raster_group_of(b.shape[2])
-    order = order_tiles(groups.tiles, gemm.num_n_tiles(b.shape[1]), raster_group=group)
-    rows, columns = len(groups.a), b.shape[1]
-    out = cp.empty((rows, columns // 2 if activation else columns), BF16)
-    z = cp.empty((rows, columns), BF16) if write_z else None
-    run = lambda: gemm(groups.a, b, out, order, z=z)  # noqa: E731
-    run.out = out
-    return run
-
-
-def partitions_run(groups: Groups, b: Any) -> Any:
-    """The experts spread over eight partitions of 16 SMs, all busy at once. `REPEATS` times in a
-    row, so that starting and joining eight streams hardly counts."""
-    parts = split_gpu(PARTITIONS)
-    jobs: list[Any] = []
-    experts = len(b) // PARTITIONS
-    for i, part in enumerate(parts):
-        mine = slice(i * experts, (i + 1) * experts)
-        begin, end = (int(groups.tiles.offsets[j]) for j in (mine.start, mine.stop))
-        a = groups.a[begin:end]
-        out = cp.empty((end - begin, b.shape[1]), BF16)
-        tiles = tiles_of(groups.sizes[mine])
-        cp.cuda.Device().synchronize()  # they are there before another stream reads them
-        with use_partition(part):
-            gemm = GroupedGemm(None)
-            columns = gemm.num_n_tiles(b.shape[1])
-            order = order_tiles(tiles, columns, raster_group=raster_group_of(b.shape[2]))
-        jobs.append((part, gemm, a, b[mine], out, order))
-    cp.cuda.Device().synchronize()
-    ended = [cp.cuda.Event(disable_timing=True) for _ in parts]
-
-    def run() -> None:
-        current = cp.cuda.get_current_stream()
-        begin = current.record()
-        for (part, gemm, a, b_part, out, order), event in zip(jobs, ended, strict=True):
-            part.stream.wait_event(begin)
-            with use_partition(part):
-                for _ in range(REPEATS):
-                    gemm(a, b_part, out, order)
-            event.record(part.stream)
-            current.wait_event(event)
-
-    return run
-
-
-def dense_run(rows: int, b: Any) -> Any:
-    """cuBLAS, one expert with all rows."""
-    return cublas_run(device_normal((rows, b.shape[2])), b[:1])
-
-
-def batched_run(groups: Groups, b: Any) -> Any:
-    """cuBLAS, for equal groups without padding rows."""
-    return cublas_run(groups.a, b)
-
-
-def cublas_run(a: Any, b: Any) -> Any:
-    from cupy.cuda import device
-    from cupy_backends.cuda.libs import cublas
-
-    handle, (experts, columns, inner) = device.get_cublas_handle(), b.shape
-    rows = len(a) // experts
-    out = cp.empty((experts * rows, columns), BF16)
-    one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
-
-    def run() -> None:
-        cublas.setStream(handle, cp.cuda.get_current_stream().ptr)
-        cublas.gemmStridedBatchedEx(
-            handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, columns, rows, inner, one.ctypes.data,
-            b.data.ptr, 14, inner, columns * inner, a.data.ptr, 14, inner, rows * inner,
-            zero.ctypes.data, out.data.ptr, 14, columns, rows * columns, experts, 68, -1,
-        )  # fmt: skip
-
-    run()
-    run.out = out
-    return run
-
-
-def torch_run(groups: Groups, b: Any) -> Any:
-    try:
-        import torch
-
-        a = torch.from_dlpack(groups.real_rows())
-        weights = torch.from_dlpack(b).transpose(-2, -1)
-        ends = torch.tensor(np.cumsum(groups.sizes), dtype=torch.int32, device="cuda")
-        stream = torch.cuda.ExternalStream(cp.cuda.get_current_stream().ptr)
-
-        def run() -> None:
-            with torch.cuda.stream(stream):
-                run.out = torch._grouped_mm(a, weights, offs=ends)
-
-        run()
+    def engine(
+        self, groups: Groups, b: Any, activation: str | None = None, *, write_z: bool = False
+    ) -> Run:
+        gemm, (_, columns, k) = GroupedGemm(activation, write_z=write_z), b.shape
+        n_tiles, group = gemm.num_n_tiles(columns), raster_group_of(k)
+        order, rows = order_tiles(groups.tiles, n_tiles, raster_group=group), len(groups.rows)
+        out = cp.empty((rows, columns // 2 if activation else columns), BF16)
+        z = cp.empty((rows, columns), BF16) if write_z else None
+        run: Run = lambda: gemm(groups.rows, b, out, order, z=z)  # noqa: E731
+        run.out = out
         return run
-    except Exception as error:
-        print(f"  no torch._grouped_mm: {error}")
-        return None
 
 
-def check(run: Any, groups: Groups, b: Any, *, padded: bool) -> float:
-    """Relative error of some rows of some experts against float64."""
-    if padded:  # ours: an element that is not written stays NaN
-        run.out.fill(float("nan"))
-    run()
-    out, worst = run.out, 0.0
-    packed = np.concatenate([[0], np.cumsum(groups.sizes)])
-    for e in {0, len(b) // 2, len(b) - 1}:
-        begin, size = int(groups.tiles.offsets[e]), int(groups.sizes[e])
-        picks = np.unique(np.concatenate([np.arange(size)[:40], np.arange(size)[-40:]]))
-        if not size:
-            continue
-        at = picks + (begin if padded else int(packed[e]))
-        got = cp.asarray(out)[cp.asarray(at)].astype(np.float64)
-        want = groups.a[cp.asarray(begin + picks)].astype(np.float64) @ b[e].astype(np.float64).T
-        worst = max(worst, float(cp.linalg.norm(got - want) / cp.linalg.norm(want)))
-    return worst
+class Up(Down):
+    """The same, also with its activation and z."""
+
+    def runs(self) -> dict[str, Run | None]:
+        return super().runs() | {
+            "swiglu": self.engine(self.equal, self.b, "swiglu"),
+            "swiglu+z": self.engine(self.equal, self.b, "swiglu", write_z=True),
+        }
 
 
-@functools.cache
-def _barrier() -> tuple[Any, Any]:
-    source = kernels_folder() / "protocol" / "start_barrier.cu"
-    return cuda_function(source, "start_barrier"), cp.zeros(1, cp.uint64)
+def form_of(name: str, form: str) -> Any:
+    """A form with the operands of a model's layer."""
+    model, experts = MODELS[name], EXPERTS.get(name, MODELS[name].num_experts)
+    rows, hidden, inter = TOKENS.get(name, 16384) * model.topk, model.hidden, model.intermediate
+    kind, *extents = {
+        "up": (Up, 2 * inter, hidden),
+        "down": (Down, hidden, inter),
+        "down dgrad": (DownDgrad, inter, hidden),
+        "up dgrad": (Dgrad, hidden, 2 * inter),
+        "down wgrad": (WeightGradient, hidden, inter),
+        "up wgrad": (WeightGradient, 2 * inter, hidden),
+    }[form]
+    return kind(rows, experts, *extents)  # type: ignore[operator]
 
 
-def hold_back() -> None:
-    """The GPU idles while the host queues what is timed, which then begins at once."""
-    kernel, never = _barrier()
-    kernel((1,), (1,), (np.uint64(never.data.ptr), np.uint64(IDLE_NS)))
+def measure_form(label: str, form: Any, rounds: int) -> dict[str, Any]:
+    """An entry of the file.
 
-
-def measure(runs: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each, taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    order = random.Random(0)
-    for index in range(rounds + 2):
-        # The chip's power budget remembers who ran before: nobody keeps a neighbour.
-        for name, run in order.sample(list(runs.items()), len(runs)):
-            hold_back()
-            begin, end = cp.cuda.Event(), cp.cuda.Event()
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            if index >= 2:
-                times[name].append(cp.cuda.get_elapsed_time(begin, end))
-    return times
-
-
-def shapes(names: list[str]) -> Any:
-    for name in names:
-        model = MODELS[name]
-        tokens = TOKENS.get(name, 16384)
-        experts = EXPERTS.get(name, model.num_experts)
-        hidden, inter, rows = model.hidden, model.intermediate, tokens * model.topk
-        yield f"{name} up", rows, experts, 2 * inter, hidden
-        yield f"{name} down", rows, experts, hidden, inter
-
-
-def measure_shape(label: str, rows: int, experts: int, n: int, k: int, rounds: int) -> dict:
-    b = device_normal((experts, n, k), k**-0.5)
-    equal = Groups(group_sizes(rows, experts, 0.0), k)
-    skewed = Groups(group_sizes(rows, experts, SKEW), k)
-    runs = {
-        "engine": engine_run(equal, b, None, False),
-        "torch": torch_run(equal, b),
-        "batched": batched_run(equal, b),
-        "dense": dense_run(rows, b),
-        "skewed": engine_run(skewed, b, None, False),
-        "torch skewed": torch_run(skewed, b),
-        "partitions": partitions_run(equal, b),
-    }
-    if label.endswith("up"):
-        runs["swiglu"] = engine_run(equal, b, "swiglu", False)
-        runs["swiglu+z"] = engine_run(equal, b, "swiglu", True)
-    runs = {name: run for name, run in runs.items() if run is not None}
-    errors = {
-        "engine": check(runs["engine"], equal, b, padded=True),
-        "skewed": check(runs["skewed"], skewed, b, padded=True),
-        "batched": check(runs["batched"], equal, b, padded=False),
-    }
-    for name in ("engine", "skewed"):
-        if not errors[name] <= 1.1 * errors["batched"]:
-            raise SystemExit(f"{label}: {name} is wrong, relative error {errors[name]:.2e}")
+    Raises:
+        SystemExit: where a result is wrong.
+    """
+    runs = {name: run for name, run in form.runs().items() if run is not None}
+    errors = form.errors(runs)
+    for name, error in errors.items():
+        if not error <= MOST_ERROR * errors["batched"]:
+            raise SystemExit(f"{label}: {name} is wrong, relative error {error:.2e}")
     times = measure(runs, rounds)
-    flops = 2.0 * rows * n * k
+    equal = form.equal[0] if isinstance(form.equal, tuple) else form.equal
     return {
-        "rows": rows, "experts": experts, "n": n, "k": k,
+        "rows": int(equal.sizes.sum()), "experts": len(equal.sizes), **form.facts,
         "tflops": {
-            m: flops * (REPEATS if m == "partitions" else 1) / statistics.median(t) / 1e9
+            m: form.flops * (REPEATS if m == "partitions" else 1) / statistics.median(t) / 1e9
             for m, t in times.items()
         },
         "ms": {m: spread(t) for m, t in times.items()},
+        "copy_ms": {m: size / copy_rate() for m, size in form.bytes_of().items()},
         "error": errors,
     }  # fmt: skip
 
 
-def line(label: str, result: dict) -> str:
+def own_form(result: dict[str, Any], name: str) -> str:
+    """Time of one of OWN over the plain engine's; and over that of copying as many bytes, where
+    this takes longer."""
+    plain, time = (result["ms"][of]["median"] for of in ("engine", name))
+    copied = result["copy_ms"].get(name, 0.0)
+    bound = f" (copy x{time / copied:.3f})" if copied > plain else ""
+    return f"{name} x{time / plain:.3f}{bound}"
+
+
+def line(label: str, result: dict[str, Any]) -> str:
     rate = result["tflops"]
     best = max(rate.get("torch", 0), rate["batched"])
-    cost = {m: 100 * (rate["engine"] / rate[m] - 1) for m in ("swiglu", "swiglu+z") if m in rate}
     return (
-        f"{label:20s} {rate['engine']:6.0f} {rate.get('torch', 0):6.0f} {rate['batched']:6.0f} "
+        f"{label:24s} {rate['engine']:6.0f} {rate.get('torch', 0):6.0f} {rate['batched']:6.0f} "
         f"{rate['dense']:6.0f} | {rate['engine'] / best:5.3f} {rate['engine'] / rate['dense']:5.3f}"
         f" | skew {100 * (1 - rate['skewed'] / rate['engine']):4.1f}% "
         f"x{rate['skewed'] / rate.get('torch skewed', math.inf):4.2f} | parts "
         f"{rate['partitions'] / rate['engine'] * 132 / 128:5.3f} | "
-        + " ".join(f"{m} {c:4.1f}%" for m, c in cost.items())
+        + " ".join(own_form(result, name) for name in OWN if name in rate)
         + f" | err {result['error']['engine']:.2e} {result['error']['batched']:.2e}"
     )
 
 
-def main() -> None:
+def earlier(path: Path | None, here: dict[str, Any]) -> dict[str, Any]:
+    """Shapes of the file, if they are of this machine and commit."""
+    found = read(path) if path else {}
+    return dict(found["shapes"]) if found.get("machine") == here else {}
+
+
+def measured(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name in args.models:
+        for form in (form for which in args.passes for form in FORMS[which]):
+            label = f"{name} {form}"
+            yield label, measure_form(label, form_of(name, form), args.rounds)
+            gc.collect()  # closures of runs are cycles
+            cp.get_default_memory_pool().free_all_blocks()
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    def some_of(known: Any) -> Any:
+        def names(text: str) -> list[str]:
+            if unknown := [name for name in text.split(",") if name not in known]:
+                raise argparse.ArgumentTypeError(f"{unknown} not among {', '.join(known)}")
+            return text.split(",")
+
+        return names
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--pass", dest="passes", type=some_of(FORMS), default=list(FORMS))
+    parser.add_argument("--models", type=some_of(MODELS), default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
     print(
-        f"{'TFLOP/s':20s} engine  torch batchd  dense | /best /dense | skew, x torch | "
-        "16-SM parts | activation | error, cuBLAS's"
+        f"{'TFLOP/s':24s} engine  torch batchd  dense | /best /dense | skew, x torch | "
+        "16-SM parts | time of own forms | error, cuBLAS's"
     )
-    results, here = {}, machine()
+    here, ratios = machine(), []
+    results = earlier(args.out, here)
     with cp.cuda.Stream(non_blocking=True):
-        for label, *shape in shapes(args.models.split(",")):
-            results[label] = measure_shape(label, *shape, args.rounds)
-            cp.get_default_memory_pool().free_all_blocks()
-            print(line(label, results[label]), flush=True)
+        for label, result in measured(args):
+            rate = result["tflops"]
+            ratios.append(rate["engine"] / max(rate.get("torch", 0), rate["batched"]))
+            results[label] = result
+            print(line(label, result), flush=True)
             write(args.out, {"machine": here, "shapes": results})
-    ratios = [
-        r["tflops"]["engine"] / max(r["tflops"].get("torch", 0), r["tflops"]["batched"])
-        for r in results.values()
-    ]
     print(f"geometric mean over the better peer: {statistics.geometric_mean(ratios):.3f}")
 
 

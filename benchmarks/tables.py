@@ -33,24 +33,46 @@ PARTS = ("gemms", "planning")  # of a layer: not what it is compared with
 
 
 def engine_table() -> list[str]:
+    """The forward's GEMMs, and the backward's where the file has them."""
     data = read(RESULTS / "engine.json")
-    machine = data["machine"]
-    head = ["GEMM", "cometrt", "torch._grouped_mm", "cuBLAS batched", "over the better"]
+    machine, shapes = data["machine"], data["shapes"]
     lines = [
         f"One {machine['gpu']}, {machine['date']}, at {machine['commit']}; TFLOP/s, medians of "
         "runs that took turns.",
         "",
-        *heading([*head, "skewed loads", "dense cuBLAS"]),
+        *gemms_table({name: one for name, one in shapes.items() if not name.endswith("grad")}),
     ]
+    if backward := {name: one for name, one in shapes.items() if name.endswith("grad")}:
+        lines += ["", "The backward's:", "", *gemms_table(backward, "layer's own results")]
+    return lines
+
+
+def gemms_table(shapes: dict[str, Any], own: str = "") -> list[str]:
+    """Args:
+    own: head of a column for results that only the layer has, if it is there.
+    """
+    head = ["GEMM", "cometrt", "torch._grouped_mm", "cuBLAS batched", "over the better"]
+    lines = heading([*head, "skewed loads", "dense cuBLAS", *([own] if own else [])])
     ratios = []
-    for name, shape in data["shapes"].items():
+    for name, shape in shapes.items():
         rate = shape["tflops"]
         ratios.append(rate["engine"] / max(rate["torch"], rate["batched"]))
         rates = [f"{rate[one]:.0f}" for one in ("engine", "torch", "batched")]
         skewed = f"{rate['skewed']:.0f} (torch {rate['torch skewed']:.0f})"
-        lines.append(row([name, *rates, f"{ratios[-1]:.3f}", skewed, f"{rate['dense']:.0f}"]))
+        cells = [name, *rates, f"{ratios[-1]:.3f}", skewed, f"{rate['dense']:.0f}"]
+        lines.append(row([*cells, own_results(shape)] if own else cells))
     mean = statistics.geometric_mean(ratios)
     return [*lines, "", f"Geometric mean over the better peer: {mean:.3f}."]
+
+
+def own_results(shape: dict[str, Any]) -> str:
+    """Their time over that of the GEMM alone, and over that of copying as many bytes, where this
+    takes longer."""
+    ms, parts = {name: found["median"] for name, found in shape["ms"].items()}, []
+    for name, copied in shape["copy_ms"].items():
+        of_copy = f" ({ms[name] / copied:.2f})" if copied > ms["engine"] else ""
+        parts.append(f"{name} {ms[name] / ms['engine']:.2f}{of_copy}")
+    return ", ".join(parts) or "-"
 
 
 def layers_table() -> list[str]:

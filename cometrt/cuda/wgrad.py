@@ -102,7 +102,7 @@ class WgradArguments:
         raster_group: int,
         ok: int = 0,
     ) -> None:
-        self._rows, self._shapes = rows, tuple(shapes)
+        self._rows, self._shapes, self._num_experts = rows, tuple(shapes), num_experts
         self._params = ParamStruct(wgrad_params_dtype)
         fields = self._params.fields
         for name, address in order.addresses().items():
@@ -139,16 +139,31 @@ class WgradArguments:
             for wgrad, shape in zip(wgrads, self._shapes, strict=True)
             for address, columns in zip((wgrad.a, wgrad.b), shape, strict=True)
         ]
-        return _wgrad_maps(tuple(operands))
+        outs = [
+            (wgrad.out, self._num_experts * rows, columns, 4 if wgrad.is_float32 else 2)
+            for wgrad, (rows, columns) in zip(wgrads, self._shapes, strict=True)
+        ]
+        return _wgrad_maps(tuple(operands), tuple(outs))
 
 
 @functools.lru_cache(maxsize=4096)
-def _wgrad_maps(operands: tuple[tuple[int, int, int], ...]) -> KernelArgument:
-    """Of (address, rows, columns) of each problem's a and b."""
+def _wgrad_maps(
+    operands: tuple[tuple[int, int, int], ...], outs: tuple[tuple[int, int, int, int], ...]
+) -> KernelArgument:
+    """Of (address, rows, columns) of each problem's a and b, and with the bytes of an element of
+    its out."""
     maps = [encode(address, (1, 1, *shape), MN_MAJOR_BOX).value for address, *shape in operands]
-    a, b = maps[0::2], maps[1::2]
+    a, b, out = maps[0::2], maps[1::2], [_out_map(*of) for of in outs]
     unused = [maps[0]] * (MAX_WGRADS - len(a))
-    return KernelArgument(np.concatenate([*a, *unused, *b, *unused]))
+    return KernelArgument(np.concatenate([*a, *unused, *b, *unused, *out, *unused]))
+
+
+def _out_map(address: int, rows: int, columns: int, element_bytes: int) -> np.ndarray:
+    """Boxes of 16 rows by 128 bytes. Of eight rows, a box has first 0 and 4, then 1 and 5, and so
+    on: kernels_cu/gemm/wgrad_epilogue.cuh says why."""
+    shape, strides = (rows // 8, 4, 2, columns), (8 * columns, columns, 4 * columns)
+    box = (2, 4, 2, 128 // element_bytes)
+    return encode(address, shape, box, element_bytes=element_bytes, strides=strides).value
 
 
 class Wgrad(NamedTuple):

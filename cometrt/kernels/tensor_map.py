@@ -13,19 +13,28 @@ from cometrt.errors import CometError
 from cometrt.kernels.driver import driver_function
 from cometrt.kernels.params import KernelArgument
 
-_BFLOAT16 = 9  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+_ELEMENTS = {2: 9, 4: 7}  # bytes -> CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 and _FLOAT32
 _SWIZZLE_128B = 3
 _L2_PROMOTION_256B = 3
 _MAP_BYTES = 128
 
 
-def encode(pointer: int, shape: tuple[int, ...], box: tuple[int, ...]) -> KernelArgument:
-    """Encode the tensor map of a C-contiguous bf16 array on the device, with 128-byte swizzle.
+def encode(
+    pointer: int,
+    shape: tuple[int, ...],
+    box: tuple[int, ...],
+    *,
+    element_bytes: int = 2,
+    strides: tuple[int, ...] | None = None,
+) -> KernelArgument:
+    """Encode the tensor map of an array on the device, with 128-byte swizzle.
 
     Args:
         pointer: address of the array, a multiple of 16.
         shape: of the array, outermost dimension first.
         box: shape of a tile. Its innermost dimension is at most 128 bytes.
+        element_bytes: 2 for bf16, 4 for float32.
+        strides: in elements, of all dimensions but the innermost; None: the array is C-contiguous.
 
     Returns:
         a kernel argument, passed by value. Its 128 bytes must not be modified.
@@ -36,21 +45,25 @@ def encode(pointer: int, shape: tuple[int, ...], box: tuple[int, ...]) -> Kernel
     memory = np.empty(2 * _MAP_BYTES, np.uint8)
     address = memory.__array_interface__["data"][0]
     start = -address % _MAP_BYTES
-    layout = _layout(shape, box)
-    error = _encode_tiled()(address + start, _BFLOAT16, len(shape), pointer, *layout)
+    if strides is None:
+        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape) - 1))
+    layout = _layout(shape, box, tuple(element_bytes * stride for stride in strides))
+    element = _ELEMENTS[element_bytes]
+    error = _encode_tiled()(address + start, element, len(shape), pointer, *layout)
     if error:
         raise CometError(f"no tensor map for shape {shape}, box {box}: CUDA error {error}")
     return KernelArgument(memory[start : start + _MAP_BYTES].view(f"V{_MAP_BYTES}"))
 
 
 @functools.lru_cache(maxsize=1024)
-def _layout(shape: tuple[int, ...], box: tuple[int, ...]) -> tuple[Any, ...]:
+def _layout(
+    shape: tuple[int, ...], box: tuple[int, ...], strides_bytes: tuple[int, ...]
+) -> tuple[Any, ...]:
     """The arguments of cuTensorMapEncodeTiled after the address.
 
     Cached, because every call of a layer has the same shapes, but not the same addresses.
     """
     rank = len(shape)
-    strides_bytes = [2 * math.prod(shape[axis + 1 :]) for axis in range(rank - 1)]
     return (
         (ctypes.c_uint64 * rank)(*reversed(shape)),
         (ctypes.c_uint64 * max(rank - 1, 1))(*reversed(strides_bytes)),

@@ -6,45 +6,11 @@
 // has three bits more than bf16 then, so that dz has one rounding to bf16 and hardly any other.
 #pragma once
 
-#include <cuda_fp16.h>
-
-#include "gemm/epilogue.cuh"
+#include "gemm/down_dgrad_math.cuh"
+#include "gemm/down_dgrad_shared.cuh"
 #include "hopper/async_copy.cuh"
 
 namespace cometrt {
-
-// Mirrored by down_dgrad_params_dtype in cometrt/kernels/params.py.
-struct DownDgradParams : TileList {
-  const __nv_bfloat16* z;     // [rows, gate and up, num_columns]
-  const float* row_weight;    // [rows]
-  __nv_bfloat16* dz;          // as z
-  __nv_bfloat16* weighted_a;  // [rows, num_columns]
-  float* dweight;             // [rows, N-tiles]: partial sums over the columns of an N-tile
-  int num_columns, num_inner_blocks;
-
-  static constexpr bool kMayBeEmpty = false;
-
-  __device__ int num_k_blocks(const WorkTile&) const { return num_inner_blocks; }
-  __device__ int first_k(const WorkTile&) const { return 0; }
-};
-
-constexpr int kZStages = 3;  // steps whose z is under way
-
-// What a warp's next steps read, and what belongs to its rows of the stashed tile: registers have
-// no room for it.
-struct RowStage {
-  int4 z[kZStages][2][32];  // [gate, up][lane]
-  WorkTile tile, next;      // stashed, or m_tile -1; being multiplied
-  float inverse[16];        // of each row: of its power of two,
-  float weight[16];         // its weight,
-  float dot[16];            // and its dweight, up to the last subtile
-};
-
-struct DownDgradShared {
-  Shared gemm;
-  RowStage rows[4 * kWarpgroups];  // of each warp that multiplies
-};
-static_assert(sizeof(DownDgradShared) <= 227 * 1024, "shared memory of an SM");
 
 // A warp's epilogue. A step is four rows of a subtile: short, so that the next products are asked
 // for in time. All subtiles of the upper eight rows come first. z comes to shared memory a few
@@ -52,6 +18,7 @@ static_assert(sizeof(DownDgradShared) <= 227 * 1024, "shared memory of an SM");
 template <int kActivation>
 class DownDgradEpilogue {
   static constexpr bool kGated = is_gated(kActivation);
+  using Vectors = DownDgradVectors;
   static constexpr int kWarpRows = kHalfM / 4, kSubtiles = BLOCK_N / kSubtileColumns;
   static constexpr int kStepsOfSubtile = 2;  // of eight rows
 
@@ -62,27 +29,20 @@ class DownDgradEpilogue {
   // `warp` counts those that multiply.
   __device__ DownDgradEpilogue(DownDgradShared& shared, const DownDgradParams& p, int warp)
       : subtile_(shared.gemm.epilogue_tiles[warp]), rows_(shared.rows[warp]), p_(p), warp_(warp) {
-    set_tile({-1, 0, 0, 0, 0});
+    if (threadIdx.x % 32 == 0) rows_.tiles[0].columns = 0;
+    __syncwarp();
   }
 
   // The tile that comes next: kept here, not in registers, while it is multiplied.
   __device__ void expect(const WorkTile& tile) {
-    if (threadIdx.x % 32 == 0) rows_.next = tile;
+    if (threadIdx.x % 32 == 0) rows_.tiles[1] = rows_of(tile);
+    __syncwarp();
   }
 
   __device__ void stash(const WorkTile&, const float (&d)[128]) {
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
-      // The largest of the row's columns in this tile, of which four lanes have 64 each.
-      float largest[4] = {0, 0, 0, 0};  // of a few chains
-#pragma unroll
-      for (int i = 0; i < 64; ++i) {
-        largest[i % 4] = fmaxf(largest[i % 4], fabsf(d[i / 2 * 4 + 2 * upper + i % 2]));
-      }
-      float most = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-      const u32 exponent = max(__float_as_uint(most) >> 23, 15u);
+      const u32 exponent = row_exponent(d, upper);
       const float scale = __uint_as_float((268 - exponent) << 23);  // most becomes [2^14, 2^15)
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
@@ -91,7 +51,8 @@ class DownDgradEpilogue {
       }
       const int lane = threadIdx.x % 32;
       if (lane % 4 == 0) {
-        rows_.inverse[kSubtileRows * upper + lane / 4] = __uint_as_float((exponent - 14) << 23);
+        const float inverse = __uint_as_float((exponent - 14) << 23);
+        rows_.factors[kSubtileRows * upper + lane / 4].x = inverse;
       }
     }
     begin();
@@ -103,19 +64,24 @@ class DownDgradEpilogue {
     begin();
   }
 
+  // Rows of the next subtile go to shared memory at the end of a step: the step that reads them has
+  // less to wait for.
   __device__ void store_step(int step) {
-    if (rows_.tile.m_tile < 0) return;
+    if (rows_.tiles[0].columns == 0) return;
     copy_async_wait<kZStages - 1>();
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 2 * kSubtiles; ++i) {  // the compiler must know which registers
-      if (step == kStepsOfSubtile * i) subtile_.put(stash_ + 16 * (i % kSubtiles), i / kSubtiles);
-    }
     __syncwarp();
     store_rows(step);
     __syncwarp();  // what the next step overwrites has been read
     load_z(step + kZStages);
-    if (step == kSteps - 1) set_tile({-1, 0, 0, 0, 0});
+    if (step % kStepsOfSubtile == 0) return;
+    const int next = step / kStepsOfSubtile + 1;
+#pragma unroll
+    for (int i = 1; i < 2 * kSubtiles; ++i) {  // the compiler must know which registers
+      if (next == i) subtile_.put(stash_ + 16 * (i % kSubtiles), i / kSubtiles);
+    }
+    if (step < kSteps - 1) return;
+    if (threadIdx.x % 32 == 0) rows_.tiles[0].columns = 0;
+    __syncwarp();
   }
   __device__ void flush() {
 #pragma unroll 1
@@ -123,85 +89,99 @@ class DownDgradEpilogue {
   }
 
  private:
-  struct Vectors {
-    int4 gate, up, a;
-  };
-  // Where a lane's vector of a step lies.
+  // Where a lane's vector of a step lies, in this warp's rows of the tile.
   struct Place {
-    int subtile, row;  // row: of the warp's
-    int column;
-    long long out;  // the element of a result
+    int subtile, row, column;
 
-    __device__ Place(const DownDgradEpilogue& epilogue, int step) {
-      const DownDgradParams& p = epilogue.p_;
-      const WorkTile& tile = epilogue.rows_.tile;
-      const int lane = threadIdx.x % 32, eight = step / kStepsOfSubtile;
+    __device__ explicit Place(u32 step) {  // unsigned: a division is one shift
+      const u32 lane = threadIdx.x % 32, eight = step / kStepsOfSubtile;
       subtile = eight % kSubtiles;
       row = eight / kSubtiles * kSubtileRows + step % kStepsOfSubtile * 4 + lane / 8;
-      column = tile.n_tile * BLOCK_N + subtile * kSubtileColumns + lane % 8 * 8;
-      const long long all =
-          static_cast<long long>(tile.m_tile) * BLOCK_M + epilogue.warp_ * kWarpRows + row;
-      out = all * p.num_columns + column;
+      column = subtile * kSubtileColumns + lane % 8 * 8;
     }
-    // The element of z: rows of gate and up are twice as long.
-    __device__ long long z() const { return kGated ? 2 * out - column : out; }
+    // Elements of weighted_a, and of z and dz, from their first on.
+    __device__ int of_a(int num_columns) const { return row * num_columns + column; }
+    __device__ int of_z(int num_columns) const {
+      return kGated ? 2 * row * num_columns + column : of_a(num_columns);
+    }
   };
 
-  __device__ void store_rows(int step) {
-    const Place at(*this, step);
-    const int lane = threadIdx.x % 32;
-    const bool is_padding = warp_ * kWarpRows + at.row >= rows_.tile.rows;
-    const float inverse = is_padding ? 0.0f : rows_.inverse[at.row];
-    const int4 scaled = is_padding ? make_int4(0, 0, 0, 0) : subtile_.vector(at.row % kSubtileRows);
-    Vectors out;
-    const int4(&z)[2][32] = rows_.z[step % kZStages];
-    float dot = gradients(scaled, inverse, rows_.weight[at.row], z[0][lane], z[1][lane], out);
-    if (at.column < p_.num_columns) {
-      __stcs(reinterpret_cast<int4*>(p_.weighted_a + at.out), out.a);
-      int4* dz = reinterpret_cast<int4*>(p_.dz + at.z());
-      __stcs(dz, out.gate);
-      if (kGated) __stcs(dz + p_.num_columns / 8, out.up);
-    }
-#pragma unroll
-    for (int lanes = 4; lanes > 0; lanes /= 2) dot += __shfl_xor_sync(~0u, dot, lanes);
-    if (lane % 8 != 0) return;
-    if (at.subtile > 0) dot += rows_.dot[at.row];
-    rows_.dot[at.row] = dot;
-    if (at.subtile == kSubtiles - 1) {
-      const int num_n_tiles = (p_.num_columns + BLOCK_N - 1) / BLOCK_N;
-      const int row = warp_ * kWarpRows + at.row;
-      const long long all = static_cast<long long>(rows_.tile.m_tile) * BLOCK_M + row;
-      p_.dweight[all * num_n_tiles + rows_.tile.n_tile] = dot;
-    }
+  __device__ int num_n_tiles() const { return (p_.num_columns + BLOCK_N - 1) / BLOCK_N; }
+
+  __device__ RowsOfTile rows_of(const WorkTile& tile) const {
+    if (tile.m_tile < 0) return {};
+    const int column = tile.n_tile * BLOCK_N, row = warp_ * kWarpRows;
+    const long long first = static_cast<long long>(tile.m_tile) * BLOCK_M + row;
+    const long long a = first * p_.num_columns + column, z = kGated ? 2 * a - column : a;
+    return {p_.weighted_a + a,
+            p_.dz + z,
+            p_.z + z,
+            p_.num_columns - column,
+            tile.rows - row,
+            p_.row_weight + first,
+            p_.dweight + first * num_n_tiles() + tile.n_tile};
   }
 
-  // By all lanes: one of them writes.
-  __device__ void set_tile(const WorkTile& tile) {
-    if (threadIdx.x % 32 == 0) rows_.tile = tile;
-    __syncwarp();
+  __device__ void store_rows(int step) {
+    const Place at(step);
+    const RowsOfTile& tile = rows_.tiles[0];
+    const int lane = threadIdx.x % 32;
+    const int4(&z)[2][32] = rows_.z[static_cast<u32>(step) % kZStages];
+    int4 scaled = subtile_.vector(at.row % kSubtileRows);
+    float2 factors = rows_.factors[at.row];
+    if (at.row >= tile.rows) {  // padding: whatever was stashed
+      scaled = make_int4(0, 0, 0, 0);
+      factors.x = 0;
+    }
+    Vectors out;
+    const float dot =
+        down_gradients<kActivation>(scaled, factors.x, factors.y, z[0][lane], z[1][lane], out);
+    if (at.column < tile.columns) {
+      const int to = at.of_z(p_.num_columns);
+      __stcs(reinterpret_cast<int4*>(tile.weighted_a + at.of_a(p_.num_columns)), out.a);
+      __stcs(reinterpret_cast<int4*>(tile.dz + to), out.gate);
+      if (kGated) __stcs(reinterpret_cast<int4*>(tile.dz + (to + p_.num_columns)), out.up);
+    }
+    // Two steps share a subtile: this one's rows had their last subtile two steps ago.
+    float sum = at.subtile == 0 ? dot : dots_[0] + dot;
+    dots_[0] = dots_[1];
+    dots_[1] = sum;
+    if (at.subtile < kSubtiles - 1) return;
+#pragma unroll
+    for (int lanes = 4; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    if (lane % 8 == 0) tile.dweight[at.row * num_n_tiles()] = sum;
   }
 
   __device__ void begin() {
     __syncwarp();
-    set_tile(rows_.next);
-    const WorkTile& tile = rows_.tile;
-    if (tile.m_tile < 0) return;
-    const int lane = threadIdx.x % 32, row = warp_ * kWarpRows + lane;
-    if (lane < kWarpRows) {
-      const float* weight = p_.row_weight + static_cast<long long>(tile.m_tile) * BLOCK_M + row;
-      copy_async_4(&rows_.weight[lane], weight, row < tile.rows);
+    if (threadIdx.x % 32 == 0) {
+      rows_.tiles[0] = rows_.tiles[1];
+      rows_.tiles[1].columns = rows_.tiles[1].rows = 0;
     }
+    __syncwarp();
+    if (rows_.tiles[0].columns == 0) return;
+    load_weights();
 #pragma unroll 1
     for (int step = 0; step < kZStages; ++step) load_z(step);
+    subtile_.put(stash_, 0);
+  }
+
+  // In the same group as the next load_z.
+  __device__ void load_weights() {
+    const RowsOfTile& tile = rows_.tiles[0];
+    const int lane = threadIdx.x % 32;
+    if (lane < kWarpRows) {
+      copy_async_4(&rows_.factors[lane].y, tile.row_weight + lane, lane < tile.rows);
+    }
   }
 
   // A group of copies, also where there is no such step: so groups count steps.
-  __device__ void load_z(int step) {
+  __device__ void load_z(u32 step) {
     if (step < kSteps) {
-      const Place at(*this, step);
-      const bool exists =
-          at.column < p_.num_columns && warp_ * kWarpRows + at.row < rows_.tile.rows;
-      const __nv_bfloat16* from = p_.z + (exists ? at.z() : 0);
+      const Place at(step);
+      const RowsOfTile& tile = rows_.tiles[0];
+      const bool exists = (at.column < tile.columns) & (at.row < tile.rows);
+      const __nv_bfloat16* from = tile.z + at.of_z(p_.num_columns);
       int4* to = &rows_.z[step % kZStages][0][threadIdx.x % 32];
       copy_async_16(to, from, exists);
       if (kGated) copy_async_16(to + 32, from + p_.num_columns, exists);
@@ -209,41 +189,12 @@ class DownDgradEpilogue {
     copy_async_commit();
   }
 
-  // Of eight columns of a row, where da' is inverse * scaled. a is rounded before anything is
-  // computed from it, as in the forward. Returns <da', a>.
-  __device__ static float gradients(const int4& scaled, float inverse, float weight,
-                                    const int4& z_gate, const int4& z_up, Vectors& out) {
-    const float factor = weight * inverse;
-    float dot = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 da = unpack_half((&scaled.x)[i]), gate = unpack((&z_gate.x)[i]);
-      const float2 up = kGated ? unpack((&z_up.x)[i]) : make_float2(1, 1);
-      const ValueAndSlope low = activation_of(kActivation, gate.x);
-      const ValueAndSlope high = activation_of(kActivation, gate.y);
-      const float2 a = unpack(pack(low.value * up.x, high.value * up.y));
-      dot += da.x * a.x + da.y * a.y;
-      const float2 weighted = {factor * da.x, factor * da.y};
-      (&out.gate.x)[i] = pack(low.slope * up.x * weighted.x, high.slope * up.y * weighted.y);
-      (&out.up.x)[i] = pack(low.value * weighted.x, high.value * weighted.y);
-      (&out.a.x)[i] = pack(weight * a.x, weight * a.y);
-    }
-    return inverse * dot;
-  }
-
-  __device__ static u32 pack_half(float low, float high) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const u32*>(&pair);
-  }
-  __device__ static float2 unpack_half(u32 pair) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-  }
-
   SubtileStore subtile_;
   RowStage& rows_;
   const DownDgradParams& p_;
   int warp_;
   u32 stash_[64];  // fp16 pairs in the accumulators' order
+  float dots_[2];  // <da', a> of the last two steps' rows: this lane's columns up to their subtile
 };
 
 }  // namespace cometrt

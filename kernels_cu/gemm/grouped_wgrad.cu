@@ -15,30 +15,42 @@ struct Roles {
   using Registers = RegisterBudget<40, 232>;
   using Operands = TransposedRowsTimesRows;
 
-  __device__ void init() {}
+  WgradShared& wgrad_shared;
+  const WgradMaps& maps;
+
+  __device__ void init() {
+    for (u64& barrier : wgrad_shared.old_full) mbarrier_init(&barrier, 1);
+  }
   __device__ void load(Shared& shared, const WgradParams& p, const Operands& operands) {
     AlwaysReady ready;
     produce(shared, p, operands, ready);
   }
   __device__ void communicate(int) {}
   __device__ void multiply(Shared& shared, const WgradParams& p, int warp) {
-    const NoSignal no_signal;
-    WgradEpilogue epilogue(shared, p, warp, no_signal);
-    consume<Operands>(shared, p, warp / 4, epilogue);
+    if (p.overwrites_bf16()) {
+      const NoSignal no_signal;
+      Bf16WgradEpilogue epilogue(shared, p, warp, no_signal);
+      consume<Operands>(shared, p, warp / 4, epilogue);
+    } else {
+      BoxEpilogue epilogue(wgrad_shared, p, maps);
+      consume<Operands>(shared, p, warp / 4, epilogue);
+      epilogue.finish();
+    }
   }
 };
 
 }  // namespace
 
 // Dynamic shared memory, which the host reads from the compiled file.
-extern "C" __constant__ const int shared_bytes = sizeof(Shared);
+extern "C" __constant__ const int shared_bytes = sizeof(WgradShared);
 
-// Grid: an even number of CTAs, at most as many as run at once. Dynamic shared memory: Shared.
+// Grid: an even number of CTAs, at most as many as run at once. Dynamic shared memory: WgradShared.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     grouped_wgrad(const __grid_constant__ WgradParams p, const __grid_constant__ WgradMaps maps) {
   extern __shared__ __align__(1024) char memory[];
-  Roles roles;
-  run_cta(*reinterpret_cast<Shared*>(memory), p, TransposedRowsTimesRows(maps), roles);
+  WgradShared& shared = *reinterpret_cast<WgradShared*>(memory);
+  Roles roles{shared, maps};
+  run_cta(shared, p, TransposedRowsTimesRows(maps), roles);
 }
 
 // Writes what `p.work_tiles`, `p.num_steps` and `p.progress` point to. Any grid.

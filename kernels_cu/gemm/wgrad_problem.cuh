@@ -29,15 +29,20 @@ struct WgradParams : TileList {
   __device__ const WgradProblem& problem_of(const WorkTile& tile) const {
     return problems[tile.kind()];
   }
+  // All results of the launch are bf16, and what was there is replaced.
+  __device__ bool overwrites_bf16() const {
+    return !accumulate && !problems[0].is_float32 && (num_problems == 1 || !problems[1].is_float32);
+  }
   __device__ int num_k_blocks(const WorkTile& tile) const {
     return (expert_rows[tile.expert] + BLOCK_K - 1) / BLOCK_K;
   }
   __device__ int first_k(const WorkTile& tile) const { return expert_offsets[tile.expert]; }
 };
 
-// Boxes of 64 columns by BLOCK_K rows of each problem's operands.
+// Boxes of 64 columns by BLOCK_K rows of each problem's operands. Boxes of 128 bytes by 16 rows of
+// out, whose rows are [experts * num_rows / 8, 4, 2]: row 4 * i + j of eight is [j, i].
 struct WgradMaps {
-  TensorMap a[kMaxWgrads], b[kMaxWgrads];
+  TensorMap a[kMaxWgrads], b[kMaxWgrads], out[kMaxWgrads];
 };
 
 }  // namespace cometrt

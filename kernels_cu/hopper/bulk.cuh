@@ -1,5 +1,5 @@
 // PTX wrappers for bulk copies (TMA): contiguous bytes between global and shared memory, and boxes
-// of a tensor map into shared memory. Loads complete on an mbarrier, stores in a bulk group.
+// of a tensor map. Loads complete on an mbarrier, stores in a bulk group.
 #pragma once
 
 #include "hopper/mbarrier.cuh"
@@ -79,6 +79,23 @@ __device__ inline void tensor_load_4d(void* shared, const TensorMap* map, int c0
       ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
       : "memory");
+}
+
+// A box of this CTA's shared memory into that of the tensor map: elements beyond the map's bounds
+// are left out. Completes in this thread's next bulk group. Lines are evicted first.
+__device__ inline void tensor_store_4d(const TensorMap* map, const void* shared, int c0, int c1,
+                                       int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group.L2::cache_hint "
+      "[%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(map),
+      "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
+      "l"(cache_policy<CacheHint::kEvictFirst>())
+      : "memory");
+}
+
+// By each thread that wrote shared memory, before a barrier and a bulk copy that reads it.
+__device__ inline void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 }  // namespace cometrt

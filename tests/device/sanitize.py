@@ -46,6 +46,9 @@ if sys.argv[1] == "engine":
         problems = WgradProblems(EDGES, [(208, 272), (272, 144)], float32=float32)
         problems.check()
         problems.check_accumulated()
+        problems = WgradProblems((460, 70, 520), [(208, 272), (144, 528)], float32=float32)
+        problems.check(sms=2)  # tiles leave under the main loops of others
+        problems.check_accumulated(sms=2)
 else:
     ranks_wanted = int(sys.argv[1])
     for ranks in RANKS:

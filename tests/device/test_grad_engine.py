@@ -264,10 +264,10 @@ class WgradProblems:
         again = self.run(**how)
         assert [out.tobytes() for out in found] == [out.tobytes() for out in again]
 
-    def check_accumulated(self):
+    def check_accumulated(self, **how):
         """old + sum, rounded once; experts without rows are untouched."""
-        found, sums = self.run(accumulate=True), self.run()
-        again = self.run(accumulate=True)
+        found, sums = self.run(accumulate=True, **how), self.run(**how)
+        again = self.run(accumulate=True, **how)
         assert [out.tobytes() for out in found] == [out.tobytes() for out in again]
         for out, old, alone, expected in zip(found, self.old, sums, self.expected, strict=True):
             assert out[-1].tobytes() == old[-1].tobytes(), "written beyond the experts"
@@ -305,6 +305,32 @@ def test_wgrads_are_written_and_accumulated_in_both_types(shapes, float32):
         problems = WgradProblems(rows, shapes, float32=float32)
         problems.check()
         problems.check_accumulated()
+
+
+@gpu
+@pytest.mark.parametrize("float32", [(), (0,), (1,), (0, 1)])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        (384, 385, 448, 449, 513),  # 6 to 9 K blocks: the last tile leaves at once, or in steps
+        (2300, 1, 700, 0, 130, 1024),  # long, short and no main loops in turns
+    ],
+)
+def test_few_sms_write_and_accumulate_many_tiles_each(rows, float32):
+    problems = WgradProblems(rows, [(208, 784), (144, 272)], float32=float32)
+    problems.check(sms=4)
+    problems.check_accumulated(sms=4)
+
+
+@gpu
+@pytest.mark.parametrize("columns", [16, 32, 48, 80, 144, 240, 256, 304])
+@pytest.mark.parametrize("rows", [16, 112, 144])
+def test_wgrad_boxes_at_the_edges(rows, columns):
+    # A box has 16 rows of 32 float32 or 64 bf16 columns.
+    shapes = [(rows, columns), (columns, rows)]
+    problems = WgradProblems((600, 65), shapes, float32=(0,))
+    problems.check(sms=2)
+    problems.check_accumulated(sms=2)
 
 
 @gpu

@@ -21,6 +21,7 @@ from cometrt.plan import PlanShape
 from cometrt.specs import Geometry
 from tests.launch import ROOT
 
+ENGINE = ("engine_forms", "engine_backward")
 MACHINE = {"gpu": "A GPU", "driver": 13000, "date": "2026-01-01", "commit": "abc"}
 START = """
 import runpy, sys
@@ -50,7 +51,7 @@ def cupy(monkeypatch):
 
 
 def forget_those_with_cupy():
-    for name in ("peers", "layer", "contenders", "nccl"):
+    for name in ("peers", "layer", "contenders", "nccl", "engine", *ENGINE):
         if sys.modules.pop(f"benchmarks.{name}", None):
             delattr(benchmarks, name)
 
@@ -83,6 +84,20 @@ def test_unknown_names_are_refused(options, wrong):
     assert wrong in found.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("module", "wrong"),
+    [
+        ("engine", ["--pass", "forward,both"]),
+        ("engine", ["--models", "mixtral"]),
+        ("host_time", ["--pass", "both"]),
+    ],
+)
+def test_passes_and_models_must_be_known(module, wrong):
+    found = start(module, *wrong)
+    assert found.returncode == 2
+    assert wrong[1].split(",")[-1] in found.stderr.splitlines()[-1]
+
+
 def test_options_make_cells(cupy):
     from benchmarks import peers
 
@@ -103,6 +118,88 @@ def test_cells_like_those_of_several_gpus(cupy):
     assert str(found[0][0]) == "qwen3-30b-a3b W=4 T=8192 link=h200"
     assert found[0][1].order == "columns"
     assert len(found) == 5
+
+
+def test_the_engines_forms_are_those_of_the_passes_asked_for(cupy):
+    from benchmarks import engine
+
+    args = engine.parse(["--pass", "backward", "--models", "phi-3.5-moe"])
+    made = []
+    engine.form_of = lambda name, form: made.append((name, form))
+    engine.measure_form = lambda label, form, rounds: {}
+    assert [label for label, _ in engine.measured(args)] == [
+        f"phi-3.5-moe {form}" for form in ("down dgrad", "up dgrad", "down wgrad", "up wgrad")
+    ]
+    assert made[0] == ("phi-3.5-moe", "down dgrad")
+    assert len(list(engine.measured(engine.parse([])))) == 5 * (2 + 4)
+
+
+def test_the_engines_file_keeps_shapes_of_the_same_machine_and_commit(cupy, tmp_path):
+    from benchmarks import engine
+
+    path = tmp_path / "engine.json"
+    assert engine.earlier(None, MACHINE) == engine.earlier(path, MACHINE) == {}
+    path.write_text(json.dumps({"machine": MACHINE, "shapes": {"phi up": {}}}))
+    assert engine.earlier(path, MACHINE) == {"phi up": {}}
+    assert engine.earlier(path, MACHINE | {"commit": "def"}) == {}
+
+
+class ColumnMajorBlas:
+    """gemmStridedBatchedEx on float32 memory of the host."""
+
+    CUBLAS_OP_N, CUBLAS_OP_T = 0, 1
+
+    def __init__(self, arrays):
+        self.arrays = arrays  # by address
+
+    def setStream(self, *_):
+        pass
+
+    def gemmStridedBatchedEx(
+        self, _, op_a, op_b, m, n, k, alpha, a, _1, lda, step_a, b, _2, ldb, step_b, beta, c, _3,
+        ldc, step_c, count, *_4,
+    ):  # fmt: skip
+        def matrix(address, leading, step, index, rows, columns, transposed):
+            if transposed:
+                rows, columns = columns, rows
+            flat, size = self.arrays[address].reshape(-1)[index * step :], 4
+            strided = np.lib.stride_tricks.as_strided
+            found = strided(flat, (rows, columns), (size, size * leading))
+            return found.T if transposed else found
+
+        for i in range(count):
+            product = matrix(a, lda, step_a, i, m, k, op_a) @ matrix(b, ldb, step_b, i, k, n, op_b)
+            matrix(c, ldc, step_c, i, m, n, False)[:] = product
+
+
+@pytest.mark.parametrize(
+    ("layout", "a", "b"), [("NT", (5, 7), (3, 7)), ("NN", (5, 7), (7, 3)), ("TN", (7, 5), (7, 3))]
+)
+def test_cublas_gets_every_layout(cupy, monkeypatch, layout, a, b):
+    from benchmarks import engine_forms
+
+    arrays, rng = {}, np.random.default_rng(0)
+
+    class Array(np.ndarray):
+        @property
+        def data(self):
+            arrays[self.ctypes.data] = self
+            return types.SimpleNamespace(ptr=self.ctypes.data)
+
+    def made(shape):
+        return rng.random((2, *shape), np.float32).view(Array)
+
+    libraries = types.SimpleNamespace(cublas=ColumnMajorBlas(arrays))
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", libraries)
+    monkeypatch.setattr(
+        engine_forms.cp, "empty", lambda shape, _: np.zeros(shape, np.float32).view(Array)
+    )
+    first, second = made(a), made(b)
+    run = engine_forms.batched_run(layout, first, second)
+    first = first.transpose(0, 2, 1) if layout[0] == "T" else first
+    second = second.transpose(0, 2, 1) if layout[1] == "T" else second
+    assert run.out.shape == (2, 5, 3)
+    np.testing.assert_allclose(run.out, first @ second, rtol=1e-5)
 
 
 # ---- cells and routing ---------------------------------------------------------------------------
@@ -491,6 +588,42 @@ def test_the_documents_have_the_tables_of_the_results():
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     for name in tables.PAGES["docs/benchmarks.md"]:
         assert f"<!-- table: {name} -->\n" in text
+
+
+RATES = {"engine": 800.0, "torch": 640.0, "batched": 700.0, "dense": 750.0}
+RATES |= {"skewed": 780.0, "torch skewed": 600.0}
+GEMM = {"tflops": RATES, "ms": {"engine": {"median": 2.0}}}
+
+
+def engine_table_of(shapes, folder, monkeypatch):
+    (folder / "engine.json").write_text(json.dumps({"machine": MACHINE, "shapes": shapes}))
+    monkeypatch.setattr(tables, "RESULTS", folder)
+    return tables.engine_table()
+
+
+def test_the_table_of_the_engines_forward(tmp_path, monkeypatch):
+    lines = engine_table_of({"mixtral-8x7b up": GEMM}, tmp_path, monkeypatch)
+    assert lines[4:] == [
+        "| mixtral-8x7b up | 800 | 640 | 700 | 1.143 | 780 (torch 600) | 750 |",
+        "",
+        "Geometric mean over the better peer: 1.143.",
+    ]
+
+
+def test_the_table_of_the_engines_backward(tmp_path, monkeypatch):
+    ms = {name: {"median": t} for name, t in (("engine", 2.0), ("fp32+", 3.0), ("bf16+", 2.2))}
+    wgrad = {"tflops": RATES, "ms": ms, "copy_ms": {"fp32+": 2.5, "bf16+": 1.5}}
+    shapes = {"phi up": GEMM, "phi up dgrad": GEMM | {"copy_ms": {}}, "phi up wgrad": wgrad}
+    lines = engine_table_of(shapes, tmp_path, monkeypatch)
+    first = lines.index("The backward's:")
+    rates = "800 | 640 | 700 | 1.143 | 780 (torch 600) | 750"
+    assert sum("phi" in line for line in lines[:first]) == 1
+    assert lines[first + 4 :] == [
+        f"| phi up dgrad | {rates} | - |",
+        f"| phi up wgrad | {rates} | fp32+ 1.50 (1.20), bf16+ 1.10 |",
+        "",
+        "Geometric mean over the better peer: 1.143.",
+    ]
 
 
 def test_every_result_file_is_in_a_table():

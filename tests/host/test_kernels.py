@@ -94,11 +94,12 @@ def test_kernels_say_how_much_shared_memory_they_need():
     (dispatch,) = layout_of("DispatchStages", "fused/dispatch_warp.cuh", [])
     (combine,) = layout_of("CombineStages", "fused/row_sums.cuh", [])
     (down_dgrad,) = layout_of("DownDgradShared", "gemm/down_dgrad_epilogue.cuh", [])
+    (wgrad,) = layout_of("WgradShared", "gemm/wgrad_epilogue.cuh", [])
     for file, wanted in (
         ("gemm/grouped_gemm.cu", gemm),
         ("gemm/grouped_dgrad.cu", gemm),
         ("gemm/grouped_down_dgrad.cu", down_dgrad),
-        ("gemm/grouped_wgrad.cu", gemm),
+        ("gemm/grouped_wgrad.cu", wgrad),
         ("fused/dispatch_gemm.cu", gemm + dispatch),
         ("fused/gemm_combine.cu", gemm + 2 * combine),
     ):

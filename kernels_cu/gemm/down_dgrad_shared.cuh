@@ -1,0 +1,48 @@
+// The down dgrad's parameters and the shared memory of its CTA.
+#pragma once
+
+#include "gemm/tile.cuh"
+
+namespace cometrt {
+
+// Mirrored by down_dgrad_params_dtype in cometrt/kernels/params.py.
+struct DownDgradParams : TileList {
+  const __nv_bfloat16* z;     // [rows, gate and up, num_columns]
+  const float* row_weight;    // [rows]
+  __nv_bfloat16* dz;          // as z
+  __nv_bfloat16* weighted_a;  // [rows, num_columns]
+  float* dweight;             // [rows, N-tiles]: partial sums over the columns of an N-tile
+  int num_columns, num_inner_blocks;
+
+  static constexpr bool kMayBeEmpty = false;
+
+  __device__ int num_k_blocks(const WorkTile&) const { return num_inner_blocks; }
+  __device__ int first_k(const WorkTile&) const { return 0; }
+};
+
+constexpr int kZStages = 3;  // steps whose z is under way
+
+// A warp's rows of a tile: where they begin, and how many rows and columns are valid from there on.
+struct alignas(16) RowsOfTile {
+  __nv_bfloat16 *weighted_a, *dz;
+  const __nv_bfloat16* z;
+  int columns, rows;  // no columns: there is no tile
+  const float* row_weight;
+  float* dweight;
+};
+
+// What a warp's next steps read, and what belongs to its rows of the stashed tile: registers have
+// no room for it.
+struct RowStage {
+  int4 z[kZStages][2][32];  // [gate, up][lane]
+  RowsOfTile tiles[2];      // stashed; being multiplied
+  float2 factors[16];       // of each row: the inverse of its power of two, and its weight
+};
+
+struct DownDgradShared {
+  Shared gemm;
+  RowStage rows[4 * kWarpgroups];  // of each warp that multiplies
+};
+static_assert(sizeof(DownDgradShared) <= 227 * 1024, "shared memory of an SM");
+
+}  // namespace cometrt
