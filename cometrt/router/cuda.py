@@ -1,0 +1,156 @@
+"""Routers over CuPy arrays: one launch of kernels_cu/router a call, on CuPy's current stream.
+
+Nothing waits for the GPU, so a call can be captured in a CUDA graph. The first call with a new
+number of experts loads a kernel: make it before the capture.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from cometrt.kernels.launch import load_kernels
+from cometrt.kernels.params import ParamStruct, router_params_dtype
+from cometrt.router.options import KINDS, Options
+
+DTYPES = tuple(  # ElementType of kernels_cu/router/params.cuh
+    np.dtype(name) for name in (np.float32, np.float64, ml_dtypes.bfloat16, np.float16)
+)
+ID_DTYPES = (np.dtype(np.int32), np.dtype(np.int64))
+EXPERTS_PER_LANE = (1, 2, 4, 8, 16, 32)  # builds of router.cu, whose warps have a token each
+MAX_EXPERTS = 32 * EXPERTS_PER_LANE[-1]
+MAX_TOPK = MAX_GROUPS = 32  # a lane each
+_KERNELS = ("router_topk", "router_weights", "router_backward")
+
+
+def topk(logits: Any, count: int, options: Options) -> tuple[Any, Any]:
+    """ids [T, K] int32 and weights [T, K] float32."""
+    import cupy
+
+    launch = Launch(logits, count, options)
+    ids = cupy.empty((len(logits), count), np.int32)
+    weights = cupy.empty(ids.shape, np.float32)
+    launch("router_topk", out_ids=ids, out_weights=weights)
+    return ids, weights
+
+
+def weights(logits: Any, ids: Any, options: Options) -> Any:
+    """Weights [T, K] float32 of given ids."""
+    import cupy
+
+    launch = Launch(logits, ids.shape[1], options)
+    found = cupy.empty(ids.shape, np.float32)
+    launch("router_weights", ids=launch.ids(ids), out_weights=found)
+    return found
+
+
+def backward(dweights: Any, logits: Any, ids: Any, options: Options) -> Any:
+    """dlogits [T, E] float32."""
+    import cupy
+
+    launch = Launch(logits, ids.shape[1], options)
+    dlogits = cupy.empty(logits.shape, np.float32)
+    dweights = launch.floats("dweights", dweights)
+    launch("router_backward", ids=launch.ids(ids), dweights=dweights, dlogits=dlogits)
+    return dlogits
+
+
+def experts_per_lane(num_experts: int) -> int:
+    """The smallest build that holds so many experts."""
+    return next(n for n in EXPERTS_PER_LANE if 32 * n >= num_experts)
+
+
+def check_array(name: str, array: Any, dtypes: tuple[np.dtype, ...]) -> Any:
+    """A C-contiguous CuPy array on the current GPU: `array` itself, or a copy of a strided one.
+
+    Raises:
+        ValueError: for an array of another library, dtype or GPU.
+    """
+    import cupy
+
+    if not isinstance(array, cupy.ndarray):
+        raise ValueError(
+            f"{name} must be a NumPy or CuPy array (got {type(array)!r}); cupy.asarray(x) shares "
+            f"the memory of an array on a GPU"
+        )
+    if array.dtype not in dtypes:
+        rule = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{name} must have dtype {rule} on a GPU (got {array.dtype})")
+    device = cupy.cuda.runtime.getDevice()
+    if array.data.device_id != device:
+        raise ValueError(
+            f"{name} must be on the current GPU {device} (got GPU {array.data.device_id})"
+        )
+    return cupy.ascontiguousarray(array)
+
+
+class Launch:
+    """One launch: its parameter struct, and the arrays that it reads.
+
+    Raises:
+        ValueError: for arrays or sizes that the kernels do not take.
+    """
+
+    def __init__(self, logits: Any, topk: int, options: Options) -> None:
+        _check_size("logits' number of experts", logits.shape[1], MAX_EXPERTS)
+        _check_size("topk", topk, MAX_TOPK)
+        _check_size("num_groups", options.num_groups, MAX_GROUPS)
+        self._params = ParamStruct(router_params_dtype)
+        self._arrays: list[Any] = []  # alive until the launch is queued
+        num_tokens, num_experts = logits.shape
+        self._num_tokens, self._num_experts = num_tokens, num_experts
+        self._set(
+            logits=self.floats("logits", logits).data.ptr,
+            scale=options.scale,
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            topk=topk,
+            kind=KINDS.index(options.kind),
+            num_groups=options.num_groups,
+            topk_groups=options.topk_groups,
+            sum_of_two=options.group_score == "top2",
+            renormalize=bool(options.renormalize),
+        )
+        if options.bias is not None:
+            self._set(bias=self.floats("bias", options.bias).data.ptr)
+        if options.mask is not None:
+            mask = self._keep(check_array("mask", options.mask, (np.dtype(bool),)))
+            self._set(mask=mask.data.ptr, mask_stride=num_experts if mask.ndim == 2 else 0)
+
+    def floats(self, name: str, array: Any) -> Any:
+        """An argument that the kernels read: "logits", "bias" or "dweights"."""
+        array = self._keep(check_array(name, array, DTYPES))
+        self._set(**{f"{name}_type": DTYPES.index(array.dtype)})
+        return array
+
+    def ids(self, ids: Any) -> Any:
+        array = self._keep(check_array("ids", ids, ID_DTYPES))
+        self._set(ids_are_64=array.dtype.itemsize == 8)
+        return array
+
+    def __call__(self, name: str, **arrays: Any) -> None:
+        """Queue a kernel. `arrays`: fields of the struct."""
+        import cupy
+
+        self._set(**{field: array.data.ptr for field, array in arrays.items()})
+        if not self._num_tokens:
+            return
+        macros = (("EXPERTS_PER_LANE", experts_per_lane(self._num_experts)),)
+        kernel = load_kernels("router/router.cu", *_KERNELS, macros=macros)[_KERNELS.index(name)]
+        grid = -(-self._num_tokens // (kernel.block // 32))
+        kernel(cupy.cuda.get_current_stream().ptr, grid, self._params)
+
+    def _keep(self, array: Any) -> Any:
+        self._arrays.append(array)
+        return array
+
+    def _set(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            self._params.fields[name] = value
+
+
+def _check_size(what: str, value: int, largest: int) -> None:
+    if value > largest:
+        raise ValueError(f"{what} must be <= {largest} on a GPU (got {value})")
