@@ -225,7 +225,7 @@ def _balance(logits: Any, topk_ids: Any, per_sequence: int | None, counts: Any) 
     shares = kept / (xp.maximum(tokens, 1) * xp.maximum((tokens > 0).sum(), 1))[:, None]
     probabilities = _softmax(scores, xp)[0].reshape(num_sequences, length, num_experts)
     if counts is None:
-        by_sequence = ids.reshape(num_sequences, -1)
+        by_sequence = ids.reshape(num_sequences, length * ids.shape[1])
         first = xp.arange(num_sequences)[:, None] * num_experts
         by_sequence = xp.where(
             (by_sequence >= 0) & (by_sequence < num_experts), by_sequence + first, -1

@@ -34,7 +34,7 @@ class Options:
 
 def on_device(array: object) -> bool:
     """Whether an array lies in a GPU's memory."""
-    return not isinstance(array, np.ndarray) and hasattr(array, "__cuda_array_interface__")
+    return hasattr(array, "__cuda_array_interface__")
 
 
 def check_library(name: str, array: Any, device: bool) -> Any:
