@@ -45,6 +45,50 @@ def to_host(*arrays: Any) -> list[np.ndarray]:
     return [array if isinstance(array, np.ndarray) else array.get() for array in arrays]
 
 
+def array_module(world: cometrt.World) -> Any:
+    """NumPy or CuPy: the library of the arrays that the world's layers take."""
+    if world.device == "host":
+        return np
+    import cupy
+
+    return cupy
+
+
+class GradientSum:
+    """Adds arrays over the ranks, in place: by MPI on the host, by NCCL on GPUs.
+
+    On GPUs it is queued on the current stream, without a wait. Make it before the first call of a
+    layer, because NCCL loads kernels.
+    """
+
+    def __init__(self, comm: Any, world: cometrt.World) -> None:
+        self._comm, self._nccl = comm, None
+        self._on_host = world.device == "host"
+        if not self._on_host and comm.Get_size() > 1:
+            from cupy.cuda import nccl
+
+            unique = comm.bcast(nccl.get_unique_id() if comm.Get_rank() == 0 else None)
+            self._nccl = nccl.NcclCommunicator(comm.Get_size(), unique, comm.Get_rank())
+            self([array_module(world).zeros(1, np.float32)])
+
+    def __call__(self, arrays: list[Any]) -> None:
+        """Of float32, C-contiguous."""
+        if self._on_host:
+            from mpi4py import MPI
+
+            for array in arrays:
+                self._comm.Allreduce(MPI.IN_PLACE, array)
+        elif self._nccl is not None:
+            import cupy
+            from cupy.cuda import nccl
+
+            stream = cupy.cuda.get_current_stream().ptr
+            for array in arrays:
+                assert array.flags.c_contiguous
+                place, count = array.data.ptr, array.size
+                self._nccl.allReduce(place, place, count, nccl.NCCL_FLOAT32, nccl.NCCL_SUM, stream)
+
+
 def random_weights(spec: cometrt.MoESpec, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Random w_up [E, 2I, H] and w_down [E, H, I] of the whole model, the same on every rank."""
     rng = np.random.default_rng(seed)
