@@ -49,6 +49,7 @@ BUILDS: dict[str, list[Defines]] = {
     "plan/plan.cu": _with_options([()], LINKED),
     "sequential/rows.cu": _with_options([()], LINKED),
     "router/router.cu": [(("EXPERTS_PER_LANE", n),) for n in EXPERTS_PER_LANE],
+    "router/losses.cu": [(("EXPERTS_PER_LANE", n),) for n in EXPERTS_PER_LANE],
 }
 RENAMED: dict[str, str] = {
     "gemm/grouped_gemm.cu": "gemm/forward.cu",

@@ -179,6 +179,13 @@ router_params_dtype = np.dtype(
         ).split()
     ]
 )
+router_loss_params_dtype = np.dtype(
+    [(name, np.uint64) for name in "sums fractions balance_factors z_factor".split()]
+    + [
+        (name, np.int32)
+        for name in "sequence_tokens chunks_per_sequence fractions_stride padding".split()
+    ]
+)
 
 # struct in kernels_cu -> (header, mirror)
 MIRRORS = {
@@ -207,6 +214,7 @@ MIRRORS = {
     "PipelineChunk": ("scheduler/pipeline_chunk.cuh", pipeline_chunk_dtype),
     "ActivationParams": ("sequential/activation.cuh", activation_params_dtype),
     "RouterParams": ("router/params.cuh", router_params_dtype),
+    "RouterLossParams": ("router/params.cuh", router_loss_params_dtype),
 }
 
 

@@ -1,4 +1,4 @@
-"""Routers over CuPy arrays: one launch of kernels_cu/router a call, on CuPy's current stream.
+"""Routers and losses over CuPy arrays: launches of kernels_cu/router on CuPy's current stream.
 
 Nothing waits for the GPU, so a call can be captured in a CUDA graph. The first call with a new
 number of experts loads a kernel: make it before the capture.
@@ -11,25 +11,29 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from cometrt.kernels.constants import LOSS_CHUNK_TOKENS
 from cometrt.kernels.launch import load_kernels
-from cometrt.kernels.params import ParamStruct, router_params_dtype
+from cometrt.kernels.params import ParamStruct, router_loss_params_dtype, router_params_dtype
 from cometrt.router.options import KINDS, Options
 
 DTYPES = tuple(  # ElementType of kernels_cu/router/params.cuh
     np.dtype(name) for name in (np.float32, np.float64, ml_dtypes.bfloat16, np.float16)
 )
 ID_DTYPES = (np.dtype(np.int32), np.dtype(np.int64))
-EXPERTS_PER_LANE = (1, 2, 4, 8, 16, 32)  # builds of router.cu, whose warps have a token each
+EXPERTS_PER_LANE = (1, 2, 4, 8, 16, 32)  # builds of the kernels, whose warps have a token each
 MAX_EXPERTS = 32 * EXPERTS_PER_LANE[-1]
 MAX_TOPK = MAX_GROUPS = 32  # a lane each
-_KERNELS = ("router_topk", "router_weights", "router_backward")
+KERNELS = {  # by file
+    "router/router.cu": ("router_topk", "router_weights", "router_backward"),
+    "router/losses.cu": ("router_loss_sums", "router_loss_backward"),
+}
 
 
 def topk(logits: Any, count: int, options: Options) -> tuple[Any, Any]:
     """ids [T, K] int32 and weights [T, K] float32."""
     import cupy
 
-    launch = Launch(logits, count, options)
+    launch = Launch(*_checked(logits, count, options))
     ids = cupy.empty((len(logits), count), np.int32)
     weights = cupy.empty(ids.shape, np.float32)
     launch("router_topk", out_ids=ids, out_weights=weights)
@@ -40,7 +44,7 @@ def weights(logits: Any, ids: Any, options: Options) -> Any:
     """Weights [T, K] float32 of given ids."""
     import cupy
 
-    launch = Launch(logits, ids.shape[1], options)
+    launch = Launch(*_checked(logits, ids.shape[1], options))
     found = cupy.empty(ids.shape, np.float32)
     launch("router_weights", ids=launch.ids(ids), out_weights=found)
     return found
@@ -50,10 +54,49 @@ def backward(dweights: Any, logits: Any, ids: Any, options: Options) -> Any:
     """dlogits [T, E] float32."""
     import cupy
 
-    launch = Launch(logits, ids.shape[1], options)
+    launch = Launch(*_checked(logits, ids.shape[1], options))
     dlogits = cupy.empty(logits.shape, np.float32)
     dweights = launch.floats("dweights", dweights)
     launch("router_backward", ids=launch.ids(ids), dweights=dweights, dlogits=dlogits)
+    return dlogits
+
+
+def loss_sums(logits: Any, ids: Any, sequence_tokens: int) -> Any:
+    """`cometrt.router.host.loss_sums` on the device."""
+    import cupy
+
+    num_tokens, num_experts = logits.shape
+    num_sequences = num_tokens // sequence_tokens
+    chunks = -(-sequence_tokens // LOSS_CHUNK_TOKENS)
+    launch = Launch(logits, 0 if ids is None else ids.shape[1], Options("softmax"))
+    given = {} if ids is None else {"ids": launch.ids(ids)}
+    sums = cupy.empty((num_sequences, chunks, 2 * num_experts + 3), np.float64)
+    more = ParamStruct(router_loss_params_dtype)
+    more.fields["sums"] = sums.data.ptr
+    more.fields["sequence_tokens"], more.fields["chunks_per_sequence"] = sequence_tokens, chunks
+    launch("router_loss_sums", more, num_blocks=num_sequences * chunks, **given)
+    return sums[:, 0] if chunks == 1 else sums.sum(axis=1)
+
+
+def loss_backward(
+    logits: Any, ids: Any, sequence_tokens: int, balance: tuple[Any, Any] | None, z_factor: Any
+) -> Any:
+    """`cometrt.router.host.loss_backward` on the device."""
+    import cupy
+
+    launch = Launch(logits, 0 if ids is None else ids.shape[1], Options("softmax"))
+    given = {} if ids is None else {"ids": launch.ids(ids)}
+    more = ParamStruct(router_loss_params_dtype)
+    more.fields["sequence_tokens"] = sequence_tokens
+    if balance is not None:
+        fractions, factors = map(cupy.ascontiguousarray, balance)
+        more.fields["fractions"] = fractions.data.ptr
+        more.fields["balance_factors"] = factors.data.ptr
+        more.fields["fractions_stride"] = logits.shape[1] if len(fractions) > 1 else 0
+    if z_factor is not None:
+        more.fields["z_factor"] = z_factor.data.ptr
+    dlogits = cupy.empty(logits.shape, np.float32)
+    launch("router_loss_backward", more, dlogits=dlogits, **given)
     return dlogits
 
 
@@ -95,8 +138,6 @@ class Launch:
 
     def __init__(self, logits: Any, topk: int, options: Options) -> None:
         _check_size("logits' number of experts", logits.shape[1], MAX_EXPERTS)
-        _check_size("topk", topk, MAX_TOPK)
-        _check_size("num_groups", options.num_groups, MAX_GROUPS)
         self._params = ParamStruct(router_params_dtype)
         self._arrays: list[Any] = []  # alive until the launch is queued
         num_tokens, num_experts = logits.shape
@@ -130,17 +171,29 @@ class Launch:
         self._set(ids_are_64=array.dtype.itemsize == 8)
         return array
 
-    def __call__(self, name: str, **arrays: Any) -> None:
-        """Queue a kernel. `arrays`: fields of the struct."""
+    def __call__(
+        self, name: str, *more: ParamStruct, num_blocks: int | None = None, **arrays: Any
+    ) -> None:
+        """Queue a kernel.
+
+        Args:
+            name: of the kernel.
+            more: its structs after the first.
+            num_blocks: of the launch. None: a warp for each token.
+            arrays: fields of the first struct.
+        """
         import cupy
 
         self._set(**{field: array.data.ptr for field, array in arrays.items()})
         if not self._num_tokens:
             return
+        source = next(source for source, names in KERNELS.items() if name in names)
         macros = (("EXPERTS_PER_LANE", experts_per_lane(self._num_experts)),)
-        kernel = load_kernels("router/router.cu", *_KERNELS, macros=macros)[_KERNELS.index(name)]
-        grid = -(-self._num_tokens // (kernel.block // 32))
-        kernel(cupy.cuda.get_current_stream().ptr, grid, self._params)
+        kernels = load_kernels(source, *KERNELS[source], macros=macros)
+        kernel = kernels[KERNELS[source].index(name)]
+        if num_blocks is None:
+            num_blocks = -(-self._num_tokens // (kernel.block // 32))
+        kernel(cupy.cuda.get_current_stream().ptr, num_blocks, self._params, *more)
 
     def _keep(self, array: Any) -> Any:
         self._arrays.append(array)
@@ -149,6 +202,13 @@ class Launch:
     def _set(self, **fields: Any) -> None:
         for name, value in fields.items():
             self._params.fields[name] = value
+
+
+def _checked(logits: Any, topk: int, options: Options) -> tuple[Any, int, Options]:
+    """The arguments, whose sizes the routers' kernels take."""
+    _check_size("topk", topk, MAX_TOPK)
+    _check_size("num_groups", options.num_groups, MAX_GROUPS)
+    return logits, topk, options
 
 
 def _check_size(what: str, value: int, largest: int) -> None:

@@ -10,6 +10,7 @@ A token whose K ids are all -1 is padding: no loss counts it.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,8 +98,8 @@ def balance_loss(
         ValueError: for wrong shapes or dtypes, with NumPy also for values out of range.
     """
     terms = _balance(logits, topk_ids, per_sequence, counts)
-    loss = (terms.fractions * terms.means).sum() * terms.num_experts
-    return loss if terms.device else float(loss)
+    loss = (terms.fractions * terms.probabilities * terms.factors[:, None]).sum()
+    return loss if terms.batch.device else float(loss)
 
 
 def balance_loss_backward(
@@ -119,10 +120,9 @@ def balance_loss_backward(
         ValueError: as `balance_loss`.
     """
     terms = _balance(logits, topk_ids, per_sequence, counts)
-    p, f = terms.probabilities, terms.fractions[:, None]  # [B, S, E], [B, 1, E]
-    mean = (p * f).sum(axis=2, keepdims=True)
-    scale = terms.num_experts * terms.shares[:, :, None] * dloss
-    return (scale * p * (f - mean)).reshape(logits.shape).astype(np.float32)
+    batch = terms.batch
+    balance = (terms.fractions, terms.factors * dloss)
+    return batch.module.loss_backward(batch.logits, batch.ids, batch.length, balance, None)
 
 
 def z_loss(logits: Any, topk_ids: Any = None) -> Any:
@@ -135,9 +135,10 @@ def z_loss(logits: Any, topk_ids: Any = None) -> Any:
     Raises:
         ValueError: for wrong shapes or dtypes, with NumPy also for values out of range.
     """
-    _, logsumexp, shares, device = _z_terms(logits, topk_ids)
-    loss = (shares * logsumexp**2).sum()
-    return loss if device else float(loss)
+    batch = _batch(logits, topk_ids)
+    sums = batch.sums()
+    loss = sums[:, -2].sum() / batch.xp.maximum(sums[:, -1].sum(), 1.0)
+    return loss if batch.device else float(loss)
 
 
 def z_loss_backward(dloss: Any, logits: Any, topk_ids: Any = None) -> Any:
@@ -150,9 +151,9 @@ def z_loss_backward(dloss: Any, logits: Any, topk_ids: Any = None) -> Any:
     Raises:
         ValueError: as `z_loss`.
     """
-    probabilities, logsumexp, shares, _ = _z_terms(logits, topk_ids)
-    scale = (2.0 * shares * logsumexp * dloss)[:, None]
-    return (scale * probabilities).astype(np.float32)
+    batch = _batch(logits, topk_ids)
+    factor = 2.0 * dloss / batch.xp.maximum(batch.sums()[:, -1].sum(keepdims=True), 1.0)
+    return batch.module.loss_backward(batch.logits, batch.ids, batch.length, None, factor)
 
 
 def update_bias(bias: Any, counts: Any, *, rate: float = 1e-3) -> None:
@@ -187,85 +188,81 @@ def update_bias(bias: Any, counts: Any, *, rate: float = 1e-3) -> None:
 # ---- what losses have in common ------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Batch:
+    """B sequences of `length` tokens, and the library and module for their arrays."""
+
+    logits: Any
+    ids: Any
+    length: int
+    device: bool
+
+    @property
+    def xp(self) -> Any:
+        return _library(self.device)
+
+    @property
+    def module(self) -> Any:
+        return cuda if self.device else host
+
+    def sums(self) -> Any:
+        """[B, 2 E + 3]: see `host.loss_sums`."""
+        return self.module.loss_sums(self.logits, self.ids, self.length)
+
+
 class _Balance(NamedTuple):
-    """B sequences of S tokens.
+    """Terms of the balance loss, sum(fractions * probabilities * factors).
 
     Attributes:
-        probabilities: [B, S, E], the softmax.
-        shares: [B, S], the weight of each token in the mean over all; 0 for padding.
-        means: [B, E], sum of shares * probabilities.
         fractions: [B, E], or [1, E] with counts of the global batch.
+        probabilities: [B, E], sums over a sequence's tokens.
+        factors: [B], E / (tokens of the sequence * sequences), of those that are not padding.
     """
 
-    probabilities: Any
-    shares: Any
-    means: Any
+    batch: _Batch
     fractions: Any
-    num_experts: int
-    device: bool
+    probabilities: Any
+    factors: Any
 
 
 def _balance(logits: Any, topk_ids: Any, per_sequence: int | None, counts: Any) -> _Balance:
-    scores, device = _checked_logits(logits)
-    num_tokens, num_experts = scores.shape
-    ids = check_library("topk_ids", topk_ids, device)
-    check_ids_form("topk_ids", ids, num_tokens)
-    ids = _checked_ids(ids, num_experts, device)
-    xp = _library(device)
-    length = num_tokens
-    if per_sequence is not None:
-        length = check_int("per_sequence", per_sequence, minimum=1)
-        if counts is not None:
-            raise ValueError("counts must be None with per_sequence (got both)")
-        if num_tokens % length:
-            raise ValueError(f"per_sequence must divide the {num_tokens} tokens (got {length})")
-    num_sequences = num_tokens // length if length else 1
-    kept = ((ids >= 0) & (ids < num_experts)).any(axis=1).reshape(num_sequences, length)
-    tokens = kept.sum(axis=1)  # [B]
-    shares = kept / (xp.maximum(tokens, 1) * xp.maximum((tokens > 0).sum(), 1))[:, None]
-    probabilities = _softmax(scores, xp)[0].reshape(num_sequences, length, num_experts)
+    if per_sequence is not None and counts is not None:
+        raise ValueError("counts must be None with per_sequence (got both)")
+    if topk_ids is None:
+        raise ValueError("topk_ids must be an array (got None)")
+    batch = _batch(logits, topk_ids, per_sequence)
+    num_experts = batch.logits.shape[1]
+    sums = batch.sums()
     if counts is None:
-        by_sequence = ids.reshape(num_sequences, length * ids.shape[1])
-        first = xp.arange(num_sequences)[:, None] * num_experts
-        by_sequence = xp.where(
-            (by_sequence >= 0) & (by_sequence < num_experts), by_sequence + first, -1
-        )
-        found = _counts(by_sequence, num_sequences * num_experts, device)
-        found = found.reshape(num_sequences, num_experts)
+        pairs = sums[:, num_experts : 2 * num_experts]
     else:
-        found = _check_counts(counts, num_experts, device)[None]
+        pairs = _check_counts(counts, num_experts, batch.device).astype(np.float64)[None]
+    xp, tokens = batch.xp, sums[:, -3]
+    num_sequences = xp.maximum((tokens > 0).sum(), 1)
     return _Balance(
-        probabilities=probabilities,
-        shares=shares,
-        means=(shares[:, :, None] * probabilities).sum(axis=1),
-        fractions=found / xp.maximum(found.sum(axis=1, keepdims=True), 1),
-        num_experts=num_experts,
-        device=device,
+        batch=batch,
+        fractions=pairs / xp.maximum(pairs.sum(axis=1, keepdims=True), 1.0),
+        probabilities=sums[:, :num_experts],
+        factors=num_experts / (xp.maximum(tokens, 1.0) * num_sequences),
     )
 
 
-def _z_terms(logits: Any, topk_ids: Any) -> tuple[Any, Any, Any, bool]:
-    """The softmax [T, E], logsumexp [T], and the weight of each token in the mean [T]."""
-    scores, device = _checked_logits(logits)
-    xp = _library(device)
-    probabilities, logsumexp = _softmax(scores, xp)
-    counted = scores.max(axis=1) > -np.inf  # some expert is not masked
-    if topk_ids is not None:
-        ids = check_library("topk_ids", topk_ids, device)
-        check_ids_form("topk_ids", ids, len(scores))
-        _checked_ids(ids, scores.shape[1], device)
-        counted = counted & (ids >= 0).any(axis=1)
-    return probabilities, logsumexp, counted / xp.maximum(counted.sum(), 1), device
-
-
-def _softmax(scores: Any, xp: Any) -> tuple[Any, Any]:
-    """Of each row, and its logsumexp; 0 and 0 in a row of -inf."""
-    largest = scores.max(axis=1, keepdims=True)
-    largest = xp.where(largest == -np.inf, 0.0, largest)
-    exponent = xp.exp(scores - largest)
-    total = exponent.sum(axis=1, keepdims=True)
-    total = xp.where(total == 0, 1.0, total)
-    return exponent / total, (xp.log(total) + largest)[:, 0]
+def _batch(logits: Any, topk_ids: Any, per_sequence: int | None = None) -> _Batch:
+    """Check the arguments of a loss, but not the values in them."""
+    check_unmasked("logits", logits)
+    device = on_device(logits)
+    logits = logits if device else np.asarray(logits)
+    num_tokens, _ = check_shape(logits)
+    ids = topk_ids
+    if ids is not None:
+        ids = check_library("topk_ids", ids, device)
+        check_ids_form("topk_ids", ids, num_tokens)
+    length = max(num_tokens, 1)
+    if per_sequence is not None:
+        length = check_int("per_sequence", per_sequence, minimum=1)
+        if num_tokens % length:
+            raise ValueError(f"per_sequence must divide the {num_tokens} tokens (got {length})")
+    return _Batch(logits, ids, length, device)
 
 
 def _counts(ids: Any, size: int, device: bool) -> Any:
@@ -277,17 +274,6 @@ def _counts(ids: Any, size: int, device: bool) -> Any:
     bins = xp.where((ids >= 0) & (ids < size), ids, size).ravel()
     xp.add.at(counts, bins, xp.ones(bins.shape, np.int32))
     return counts[:size]
-
-
-def _checked_logits(logits: Any) -> tuple[Any, bool]:
-    """[T, E] float64, and whether on a GPU."""
-    check_unmasked("logits", logits)
-    device = on_device(logits)
-    logits = logits if device else np.asarray(logits)
-    check_shape(logits)
-    if device:
-        return cuda.check_array("logits", logits, cuda.DTYPES).astype(np.float64), True
-    return host.check_logits(logits), False
 
 
 def _checked_ids(ids: Any, num_experts: int, device: bool) -> Any:

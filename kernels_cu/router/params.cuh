@@ -1,4 +1,4 @@
-// What the routers' kernels take. Its mirror is router_params_dtype of cometrt/kernels/params.py.
+// What the routers' kernels take. The mirrors are in cometrt/kernels/params.py.
 #pragma once
 
 namespace cometrt {
@@ -21,6 +21,15 @@ struct RouterParams {
   int num_groups, topk_groups, sum_of_two;  // sum_of_two: of a group's scores; else the largest
   int renormalize, mask_stride;             // mask_stride: between tokens, 0 or E
   int logits_type, bias_type, dweights_type, ids_are_64, padding;
+};
+
+// What the losses take besides: B sequences of sequence_tokens tokens.
+struct RouterLossParams {
+  double* sums;                   // [B * chunks_per_sequence, 2 E + 3]
+  const double* fractions;        // [B, E], or [E] with a stride of 0; null: no balance loss
+  const double* balance_factors;  // [B]
+  const double* z_factor;         // [1]; null: no z-loss
+  int sequence_tokens, chunks_per_sequence, fractions_stride, padding;
 };
 
 }  // namespace cometrt

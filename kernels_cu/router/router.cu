@@ -11,9 +11,6 @@ using namespace cometrt;
 
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kBlocksPerSm = kPerLane > 16 ? 4 : 8;  // at least: leaves enough registers
-
 __device__ int token_of_warp() { return blockIdx.x * kWarps + threadIdx.x / 32; }
 
 __device__ bool needs_normalizer(const RouterParams& p) {

@@ -13,6 +13,8 @@ namespace cometrt {
 
 constexpr int kPerLane = EXPERTS_PER_LANE;  // of the 32 * kPerLane experts that fit
 constexpr int kMaxExperts = 32 * kPerLane;
+constexpr int kWarps = 4;                            // of a CTA
+constexpr int kBlocksPerSm = kPerLane > 16 ? 4 : 8;  // at least: leaves enough registers
 
 __device__ inline int lane_index() { return threadIdx.x % 32; }
 
@@ -96,6 +98,7 @@ struct Normalizer {
   double max, sum;
 
   __device__ double probability(double logit) const { return exp(logit - max) / sum; }
+  __device__ double logsumexp() const { return max + log(sum); }
 };
 
 __device__ inline Normalizer normalizer_of(int num_experts, const double* row) {

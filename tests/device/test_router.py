@@ -134,6 +134,18 @@ def test_a_wrong_bias_makes_all_tokens_nan(wrong):
     assert np.isnan(on_host(weights)).all()
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_wrong_logit_makes_losses_nan(wrong):
+    logits, ids = np.zeros((40, 8)), on_gpu(np.zeros((40, 1), int))
+    logits[21, 3] = wrong
+    logits = on_gpu(logits)
+    assert np.isnan(on_host(router.balance_loss(logits, ids)))
+    assert np.isnan(on_host(router.z_loss(logits)))
+    dlogits = on_host(router.z_loss_backward(1.0, logits))
+    assert np.isnan(dlogits[21]).all()
+    assert np.isfinite(np.delete(dlogits, 21, axis=0)).all()
+
+
 @pytest.mark.parametrize("ids", [[3, 40], [3, -2], [3, 3]])
 def test_wrong_ids_make_their_token_nan(ids):
     logits, dweights = on_gpu(np.zeros((2, 40))), on_gpu(np.ones((2, 2)))
@@ -223,14 +235,15 @@ def test_a_step_is_captured_and_replayed(kind):
 # ---- losses ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_tokens", [0, 12, 4096])
-def test_losses_are_numpys(num_tokens):
+@pytest.mark.parametrize("experts", [20, 64, 128, 256, 512, 1024])
+@pytest.mark.parametrize("num_tokens", [0, 12, 1000])
+def test_losses_are_numpys(num_tokens, experts):
     rng = np.random.default_rng(1)
-    logits = rng.standard_normal((num_tokens, 128), np.float32)
+    logits = rng.standard_normal((num_tokens, experts), np.float32)
     logits[rng.random(logits.shape) < 0.1] = -np.inf
     ids = router.softmax_topk(logits, 4).ids
     ids[3:5], ids[7:8, 1] = -1, -1
-    counts = np.arange(128)
+    counts = np.arange(experts)
     arrays = on_gpu(logits), on_gpu(ids)
     for options in ({}, {"per_sequence": 4}, {"counts": counts}):
         on_device = {name: on_gpu(value) for name, value in options.items()}
@@ -253,6 +266,6 @@ def test_losses_are_numpys(num_tokens):
         rtol=1e-6,
         atol=1e-15,
     )
-    found, expected = (router.load_statistics(of, 128) for of in (arrays[1], ids))
+    found, expected = (router.load_statistics(of, experts) for of in (arrays[1], ids))
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(on_host(one), other, rtol=1e-12)

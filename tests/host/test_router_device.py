@@ -3,21 +3,22 @@
 `tests/device/test_router.py` has the kernels' results.
 """
 
+import ctypes
 import sys
 
 import numpy as np
 import pytest
 
 from cometrt import router
-from cometrt.kernels.params import router_params_dtype
-from cometrt.router import cuda
+from cometrt.kernels.constants import LOSS_CHUNK_TOKENS
+from cometrt.router import cuda, host
 from tests import cupy_stand_in
 from tests.cupy_stand_in import asarray, to_host
 from tests.router_cases import KINDS, RouterCase
 
 
 class Launches(list):
-    """(kernel, macros, stream, grid, struct) of each launch."""
+    """(kernel, macros, stream, grid, struct) of each launch. Those of losses compute, in NumPy."""
 
     def load(self, _source, *names, macros=()):
         return tuple(Recorder(self, name, macros) for name in names)
@@ -29,9 +30,54 @@ class Recorder:
     def __init__(self, launches, name, macros):
         self._launches, self._name, self._macros = launches, name, macros
 
-    def __call__(self, stream, grid, params):
+    def __call__(self, stream, grid, params, more=None):
         struct = np.array(params.fields[0])
         self._launches.append((self._name, self._macros, stream, grid, struct))
+        if more is not None:
+            run_loss_kernel(self._name, grid, struct, np.array(more.fields[0]))
+
+
+def array_at(address, shape, dtype):
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = (ctypes.c_char * nbytes).from_address(int(address))
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def run_loss_kernel(name, grid, p, more):
+    """What kernels_cu/router/losses.cu does, from the structs alone."""
+    num_tokens, num_experts, length = (
+        int(p[f]) if f in p.dtype.names else int(more[f])
+        for f in ("num_tokens", "num_experts", "sequence_tokens")
+    )
+    logits = array_at(p["logits"], (num_tokens, num_experts), cuda.DTYPES[p["logits_type"]])
+    ids = None
+    if p["ids"]:
+        dtype = np.int64 if p["ids_are_64"] else np.int32
+        ids = array_at(p["ids"], (num_tokens, int(p["topk"])), dtype)
+    if name == "router_loss_backward":
+        balance = z_factor = None
+        if more["fractions"]:
+            rows = num_tokens // length if more["fractions_stride"] else 1
+            balance = (
+                array_at(more["fractions"], (rows, num_experts), np.float64),
+                array_at(more["balance_factors"], (num_tokens // length,), np.float64),
+            )
+        if more["z_factor"]:
+            z_factor = array_at(more["z_factor"], (1,), np.float64)
+        dlogits = array_at(p["dlogits"], (num_tokens, num_experts), np.float32)
+        dlogits[...] = host.loss_backward(logits, ids, length, balance, z_factor)
+        return
+    chunks = int(more["chunks_per_sequence"])
+    assert grid == num_tokens // length * chunks
+    sums = array_at(more["sums"], (grid, 2 * num_experts + 3), np.float64)
+    for block, out in enumerate(sums):
+        begin = block // chunks * length + block % chunks * LOSS_CHUNK_TOKENS
+        of = slice(begin, min(begin + LOSS_CHUNK_TOKENS, (block // chunks + 1) * length))
+        try:
+            part = None if ids is None else np.where(ids[of] < num_experts, ids[of], -1)
+            out[:] = host.loss_sums(logits[of], part, of.stop - of.start)
+        except ValueError:  # NaN or +inf
+            out[:] = np.nan
 
 
 @pytest.fixture
@@ -95,10 +141,6 @@ def test_strided_arrays_are_copied(launches):
 def test_the_smallest_build_that_holds_the_experts():
     found = [cuda.experts_per_lane(e) for e in (1, 32, 33, 64, 65, 256, 257, 1024)]
     assert found == [1, 1, 2, 2, 4, 8, 16, 32]
-
-
-def test_the_struct_fills_whole_words():
-    assert router_params_dtype.itemsize % 8 == 0
 
 
 @pytest.mark.parametrize(
@@ -173,14 +215,16 @@ def same(found, expected):
     np.testing.assert_allclose(to_host(found), expected, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 12])
+@pytest.mark.parametrize("num_tokens", [0, 12, 60])
 def test_losses_equal_numpys_without_a_wait(launches, num_tokens):
     rng = np.random.default_rng(1)
     logits = rng.standard_normal((num_tokens, 8))
     ids = router.softmax_topk(logits, 2).ids
     ids[3:5], ids[7:8, 1] = -1, -1
     arrays, counts = (asarray(logits), asarray(ids)), np.arange(8)
-    for options in ({}, {"per_sequence": 4}, {"counts": counts}):
+    for options in (
+        {}, {"per_sequence": 4}, {"per_sequence": max(1, num_tokens // 2)}, {"counts": counts},
+    ):  # fmt: skip
         on_gpu = {name: asarray(v) if name == "counts" else v for name, v in options.items()}
         same(router.balance_loss(*arrays, **on_gpu), router.balance_loss(logits, ids, **options))
         same(
@@ -189,6 +233,13 @@ def test_losses_equal_numpys_without_a_wait(launches, num_tokens):
         )
     same(router.z_loss(*arrays), router.z_loss(logits, ids))
     same(router.z_loss_backward(0.5, *arrays), router.z_loss_backward(0.5, logits, ids))
+    same(router.z_loss(arrays[0]), router.z_loss(logits))
+    names = [launch[0] for launch in launches]
+    assert (
+        names[:3] == ["router_loss_sums"] * 2 + ["router_loss_backward"]
+        if num_tokens
+        else not names
+    )
     found = router.load_statistics(arrays[1], 8)
     for one, other in zip(found, router.load_statistics(ids, 8), strict=True):
         same(one, other)
@@ -199,15 +250,14 @@ def test_losses_equal_numpys_without_a_wait(launches, num_tokens):
     same(other, bias)
 
 
-@np.errstate(invalid="ignore")
 def test_wrong_values_do_not_wait_either(launches):
-    logits, ids = np.zeros((4, 8)), np.zeros((4, 1), int)
-    logits[1, 2], ids[2] = np.nan, 8
-    assert np.isnan(to_host(router.balance_loss(asarray(logits), asarray(ids))))
-    assert np.isnan(to_host(router.z_loss(asarray(logits))))
-    logits[1, 2] = np.inf
-    assert np.isnan(to_host(router.z_loss(asarray(logits))))
-    assert to_host(router.load_statistics(asarray(ids), 8).counts).tolist() == [3] + [0] * 7
+    for wrong in (np.nan, np.inf):
+        logits, ids = np.zeros((40, 8)), np.zeros((40, 1), int)
+        logits[21, 2], ids[2] = wrong, 8
+        assert np.isnan(to_host(router.balance_loss(asarray(logits), asarray(ids))))
+        assert np.isnan(to_host(router.z_loss(asarray(logits))))
+    counts = router.load_statistics(asarray(ids), 8).counts
+    assert to_host(counts).tolist() == [39] + [0] * 7
 
 
 def test_the_stand_in_sees_waits():
