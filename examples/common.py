@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 from typing import Any
 
@@ -55,38 +56,43 @@ def array_module(world: cometrt.World) -> Any:
 
 
 class GradientSum:
-    """Adds arrays over the ranks, in place: by MPI on the host, by NCCL on GPUs.
+    """Adds arrays over the ranks, in place.
 
-    On GPUs it is queued on the current stream, without a wait. Make it before the first call of a
-    layer, because NCCL loads kernels.
+    By NCCL where every rank has a GPU of its own: queued on the current stream, without a wait. By
+    MPI on the host, and where ranks share a GPU, which NCCL refuses. Make it before the first call
+    of a layer, because NCCL loads kernels.
     """
 
     def __init__(self, comm: Any, world: cometrt.World) -> None:
         self._comm, self._nccl = comm, None
-        self._on_host = world.device == "host"
-        if not self._on_host and comm.Get_size() > 1:
-            from cupy.cuda import nccl
+        if world.device == "host" or comm.Get_size() == 1:
+            return
+        import cupy
+        from cupy.cuda import nccl
 
+        gpus = comm.allgather((platform.node(), cupy.cuda.Device().pci_bus_id))
+        if nccl.available and len(set(gpus)) == len(gpus):
             unique = comm.bcast(nccl.get_unique_id() if comm.Get_rank() == 0 else None)
             self._nccl = nccl.NcclCommunicator(comm.Get_size(), unique, comm.Get_rank())
-            self([array_module(world).zeros(1, np.float32)])
+            self([cupy.zeros(1, np.float32)])
 
     def __call__(self, arrays: list[Any]) -> None:
         """Of float32, C-contiguous."""
-        if self._on_host:
-            from mpi4py import MPI
-
-            for array in arrays:
-                self._comm.Allreduce(MPI.IN_PLACE, array)
-        elif self._nccl is not None:
+        if self._nccl is not None:
             import cupy
             from cupy.cuda import nccl
 
             stream = cupy.cuda.get_current_stream().ptr
             for array in arrays:
-                assert array.flags.c_contiguous
                 place, count = array.data.ptr, array.size
                 self._nccl.allReduce(place, place, count, nccl.NCCL_FLOAT32, nccl.NCCL_SUM, stream)
+        elif self._comm.Get_size() > 1:
+            from mpi4py import MPI
+
+            for array, total in zip(arrays, to_host(*arrays), strict=True):
+                self._comm.Allreduce(MPI.IN_PLACE, total)
+                if total is not array:
+                    array.set(total)
 
 
 def random_weights(spec: cometrt.MoESpec, seed: int) -> tuple[np.ndarray, np.ndarray]:

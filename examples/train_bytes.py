@@ -6,7 +6,7 @@ linear head. Each rank holds its own experts. Embedding, router and head are the
 rank, so their gradients are summed over the ranks.
 
 On the host all arrays are NumPy's. On a GPU they are CuPy's, and a step never leaves it: the host
-waits only every tenth step, to print. Several GPUs sum their gradients by NCCL, one rank a GPU.
+waits only every tenth step, to print. Ranks with a GPU each sum their gradients by NCCL.
 
 mpirun -n 4 python -m mpi4py examples/train_bytes.py
 """

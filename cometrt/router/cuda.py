@@ -6,13 +6,14 @@ number of experts loads a kernel: make it before the capture.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from cometrt.kernels.constants import LOSS_CHUNK_TOKENS
-from cometrt.kernels.launch import load_kernels
+from cometrt.kernels.launch import Kernel, load_kernels
 from cometrt.kernels.params import ParamStruct, router_loss_params_dtype, router_params_dtype
 from cometrt.router.options import KINDS, Options
 
@@ -27,6 +28,7 @@ KERNELS = {  # by file
     "router/router.cu": ("router_topk", "router_weights", "router_backward"),
     "router/losses.cu": ("router_loss_sums", "router_loss_backward"),
 }
+_loading = threading.Lock()
 
 
 def topk(logits: Any, count: int, options: Options) -> tuple[Any, Any]:
@@ -103,6 +105,21 @@ def loss_backward(
 def experts_per_lane(num_experts: int) -> int:
     """The smallest build that holds so many experts."""
     return next(n for n in EXPERTS_PER_LANE if 32 * n >= num_experts)
+
+
+def load_all(num_experts: int) -> dict[str, Kernel]:
+    """All kernels for so many experts, by name, on the current GPU.
+
+    They are loaded together, since loading may wait for the GPU. So after a rank's first router
+    call nothing waits for a layer's kernel that waits for a peer.
+    """
+    macros = (("EXPERTS_PER_LANE", experts_per_lane(num_experts)),)
+    with _loading:  # a second virtual rank finds what the first has loaded
+        return {
+            name: kernel
+            for source, names in KERNELS.items()
+            for name, kernel in zip(names, load_kernels(source, *names, macros=macros), strict=True)
+        }
 
 
 def check_array(name: str, array: Any, dtypes: tuple[np.dtype, ...]) -> Any:
@@ -187,10 +204,7 @@ class Launch:
         self._set(**{field: array.data.ptr for field, array in arrays.items()})
         if not self._num_tokens:
             return
-        source = next(source for source, names in KERNELS.items() if name in names)
-        macros = (("EXPERTS_PER_LANE", experts_per_lane(self._num_experts)),)
-        kernels = load_kernels(source, *KERNELS[source], macros=macros)
-        kernel = kernels[KERNELS[source].index(name)]
+        kernel = load_all(self._num_experts)[name]
         if num_blocks is None:
             num_blocks = -(-self._num_tokens // (kernel.block // 32))
         kernel(cupy.cuda.get_current_stream().ptr, num_blocks, self._params, *more)

@@ -178,6 +178,8 @@ def update_bias(bias: Any, counts: Any, *, rate: float = 1e-3) -> None:
         raise ValueError(
             f"bias must be floating, of shape (E,) (got {bias.dtype} of shape {bias.shape})"
         )
+    if device:
+        cuda.check_array("bias", bias, cuda.DTYPES)
     counts = _check_counts(counts, len(bias), device)
     rate = check_positive("rate", rate)
     xp = _library(device)
