@@ -136,7 +136,7 @@ def chosen(case, row):
 
 def near(one, other):
     """Whether two choices, or sums of two, are within ULPS units in the last place."""
-    return abs(one - other) <= 2 * ULPS * np.spacing(max(abs(one), abs(other)))
+    return abs(one - other) <= ULPS * np.spacing(max(abs(one), abs(other)))
 
 
 def check_ids(case, ids):

@@ -71,7 +71,7 @@ def loss_sums(logits: Any, ids: Any, sequence_tokens: int) -> Any:
     num_sequences = num_tokens // sequence_tokens
     chunks = -(-sequence_tokens // LOSS_CHUNK_TOKENS)
     launch = Launch(logits, 0 if ids is None else ids.shape[1], Options("softmax"))
-    given = {} if ids is None else {"ids": launch.ids(ids)}
+    given = {} if ids is None else {"ids": launch.ids(ids, "topk_ids")}
     sums = cupy.empty((num_sequences, chunks, 2 * num_experts + 3), np.float64)
     more = ParamStruct(router_loss_params_dtype)
     more.fields["sums"] = sums.data.ptr
@@ -87,7 +87,7 @@ def loss_backward(
     import cupy
 
     launch = Launch(logits, 0 if ids is None else ids.shape[1], Options("softmax"))
-    given = {} if ids is None else {"ids": launch.ids(ids)}
+    given = {} if ids is None else {"ids": launch.ids(ids, "topk_ids")}
     more = ParamStruct(router_loss_params_dtype)
     more.fields["sequence_tokens"] = sequence_tokens
     if balance is not None:
@@ -183,8 +183,8 @@ class Launch:
         self._set(**{f"{name}_type": DTYPES.index(array.dtype)})
         return array
 
-    def ids(self, ids: Any) -> Any:
-        array = self._keep(check_array("ids", ids, ID_DTYPES))
+    def ids(self, ids: Any, name: str = "ids") -> Any:
+        array = self._keep(check_array(name, ids, ID_DTYPES))
         self._set(ids_are_64=array.dtype.itemsize == 8)
         return array
 

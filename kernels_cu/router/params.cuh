@@ -3,7 +3,7 @@
 
 namespace cometrt {
 
-// Indices into KINDS and DTYPES of cometrt/router/options.py.
+// Indices into KINDS of cometrt/router/options.py and DTYPES of cometrt/router/cuda.py.
 enum RouterKind : int { kSoftmax, kSigmoid, kSqrtSoftplus };
 enum ElementType : int { kFloat32, kFloat64, kBfloat16, kFloat16 };
 

@@ -4,12 +4,14 @@
 """
 
 import ctypes
+import re
 import sys
 
 import numpy as np
 import pytest
 
 from cometrt import router
+from cometrt.kernels.compiler import kernels_folder
 from cometrt.kernels.constants import LOSS_CHUNK_TOKENS
 from cometrt.router import cuda, host
 from tests import cupy_stand_in
@@ -136,6 +138,16 @@ def test_strided_arrays_are_copied(launches):
     router.softmax_topk(logits, 3)
     assert launches[0][-1]["logits"] != logits.ctypes.data
     assert launches[0][-1]["num_experts"] == 20
+
+
+def test_kernels_and_launches_mean_the_same_by_a_number():
+    text = (kernels_folder() / "router/params.cuh").read_text()
+
+    def written(enum):
+        return re.search(rf"enum {enum} : int {{(.*?)}}", text).group(1).strip().split(", ")
+
+    assert written("RouterKind") == ["k" + kind.title().replace("_", "") for kind in KINDS]
+    assert written("ElementType") == ["k" + dtype.name.title() for dtype in cuda.DTYPES]
 
 
 def test_the_smallest_build_that_holds_the_experts():
