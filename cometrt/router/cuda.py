@@ -6,6 +6,7 @@ number of experts loads a kernel: make it before the capture.
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -107,19 +108,22 @@ def experts_per_lane(num_experts: int) -> int:
     return next(n for n in EXPERTS_PER_LANE if 32 * n >= num_experts)
 
 
-def load_all(num_experts: int) -> dict[str, Kernel]:
-    """All kernels for so many experts, by name, on the current GPU.
+@functools.cache
+def load_build(device_id: int, per_lane: int) -> dict[str, Kernel]:
+    """All kernels of one build by name, on the current GPU, which is `device_id`.
 
     They are loaded together, since loading may wait for the GPU. So after a rank's first router
     call nothing waits for a layer's kernel that waits for a peer.
     """
-    macros = (("EXPERTS_PER_LANE", experts_per_lane(num_experts)),)
-    with _loading:  # a second virtual rank finds what the first has loaded
-        return {
-            name: kernel
-            for source, names in KERNELS.items()
-            for name, kernel in zip(names, load_kernels(source, *names, macros=macros), strict=True)
-        }
+    return {
+        name: kernel
+        for source, names in KERNELS.items()
+        for name, kernel in zip(
+            names,
+            load_kernels(source, *names, macros=(("EXPERTS_PER_LANE", per_lane),)),
+            strict=True,
+        )
+    }
 
 
 def check_array(name: str, array: Any, dtypes: tuple[np.dtype, ...]) -> Any:
@@ -155,7 +159,7 @@ class Launch:
 
     def __init__(self, logits: Any, topk: int, options: Options) -> None:
         _check_size("logits' number of experts", logits.shape[1], MAX_EXPERTS)
-        self._params = ParamStruct(router_params_dtype)
+        self._fields: dict[str, Any] = dict.fromkeys(router_params_dtype.names or (), 0)
         self._arrays: list[Any] = []  # alive until the launch is queued
         num_tokens, num_experts = logits.shape
         self._num_tokens, self._num_experts = num_tokens, num_experts
@@ -201,21 +205,24 @@ class Launch:
         """
         import cupy
 
-        self._set(**{field: array.data.ptr for field, array in arrays.items()})
         if not self._num_tokens:
             return
-        kernel = load_all(self._num_experts)[name]
+        self._set(**{field: array.data.ptr for field, array in arrays.items()})
+        params = ParamStruct(router_params_dtype)
+        params.fields[0] = tuple(self._fields.values())
+        device_id = cupy.cuda.runtime.getDevice()
+        with _loading:  # a second virtual rank finds what the first has loaded
+            kernel = load_build(device_id, experts_per_lane(self._num_experts))[name]
         if num_blocks is None:
             num_blocks = -(-self._num_tokens // (kernel.block // 32))
-        kernel(cupy.cuda.get_current_stream().ptr, num_blocks, self._params, *more)
+        kernel(cupy.cuda.get_current_stream().ptr, num_blocks, params, *more)
 
     def _keep(self, array: Any) -> Any:
         self._arrays.append(array)
         return array
 
     def _set(self, **fields: Any) -> None:
-        for name, value in fields.items():
-            self._params.fields[name] = value
+        self._fields |= fields
 
 
 def _checked(logits: Any, topk: int, options: Options) -> tuple[Any, int, Options]:

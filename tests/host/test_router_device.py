@@ -87,7 +87,9 @@ def launches(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", cupy_stand_in.module())
     launches = Launches()
     monkeypatch.setattr(cuda, "load_kernels", launches.load)
-    return launches
+    cuda.load_build.cache_clear()
+    yield launches
+    cuda.load_build.cache_clear()
 
 
 def logits_of(tokens=9, experts=40, seed=0):
