@@ -5,19 +5,33 @@
 
 namespace cometrt {
 
-// Replace a row of logits by what decides the choice, with -infinity for masked experts. Without a
-// bias and without sums of scores that is the logit itself: scores grow with their logits. False if
-// a bias is not finite, on all lanes.
-__device__ inline bool to_choice(const RouterParams& p, const Normalizer& normalizer, double* row) {
+__device__ inline double bias_of(const RouterParams& p, int expert) {
+  if (p.bias == nullptr) return 0.0;
+  // The usual type first: a switch in a loop is an indirect branch.
+  if (p.bias_type == kFloat32) return static_cast<const float*>(p.bias)[expert];
+  return load_element(p.bias, p.bias_type, expert);
+}
+
+template <int kKind>
+__device__ inline bool to_scores(const RouterParams& p, const Normalizer& normalizer, double* row) {
   bool valid = true;
 #pragma unroll 2
   for (int expert = lane_index(); expert < p.num_experts; expert += 32) {
-    const double logit = row[expert];
-    const double bias = p.bias == nullptr ? 0.0 : load_element(p.bias, p.bias_type, expert);
+    const double logit = row[expert], bias = bias_of(p, expert);
     valid = valid && fabs(bias) < CUDART_INF;  // false for NaN
-    if (logit > -CUDART_INF) row[expert] = score_of(p.kind, normalizer, logit) + bias;
+    const double choice = score_of(kKind, normalizer, logit) + bias;
+    row[expert] = logit == -CUDART_INF ? -CUDART_INF : choice;
   }
   return __all_sync(~0u, valid);
+}
+
+// Replace a row of logits by scores with their bias, -infinity for masked experts. False if a bias
+// is not finite, on all lanes. Without a bias and without sums of scores the logits decide instead:
+// scores grow with them.
+__device__ inline bool to_choice(const RouterParams& p, const Normalizer& normalizer, double* row) {
+  if (p.kind == kSoftmax) return to_scores<kSoftmax>(p, normalizer, row);
+  if (p.kind == kSigmoid) return to_scores<kSigmoid>(p, normalizer, row);
+  return to_scores<kSqrtSoftplus>(p, normalizer, row);
 }
 
 // Set the choice to -infinity outside the topk_groups best groups. Each group has a team of lanes,
