@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 from typing import Any
 
@@ -43,6 +44,55 @@ def to_device(world: cometrt.World, *arrays: np.ndarray) -> list[Any]:
 def to_host(*arrays: Any) -> list[np.ndarray]:
     """NumPy or CuPy arrays as NumPy arrays."""
     return [array if isinstance(array, np.ndarray) else array.get() for array in arrays]
+
+
+def array_module(world: cometrt.World) -> Any:
+    """NumPy or CuPy: the library of the arrays that the world's layers take."""
+    if world.device == "host":
+        return np
+    import cupy
+
+    return cupy
+
+
+class GradientSum:
+    """Adds arrays over the ranks, in place.
+
+    By NCCL where every rank has a GPU of its own: queued on the current stream, without a wait. By
+    MPI on the host, and where ranks share a GPU, which NCCL refuses. Make it before the first call
+    of a layer, because NCCL loads kernels.
+    """
+
+    def __init__(self, comm: Any, world: cometrt.World) -> None:
+        self._comm, self._nccl = comm, None
+        if world.device == "host" or comm.Get_size() == 1:
+            return
+        import cupy
+        from cupy.cuda import nccl
+
+        gpus = comm.allgather((platform.node(), cupy.cuda.Device().pci_bus_id))
+        if nccl.available and len(set(gpus)) == len(gpus):
+            unique = comm.bcast(nccl.get_unique_id() if comm.Get_rank() == 0 else None)
+            self._nccl = nccl.NcclCommunicator(comm.Get_size(), unique, comm.Get_rank())
+            self([cupy.zeros(1, np.float32)])
+
+    def __call__(self, arrays: list[Any]) -> None:
+        """Of float32, C-contiguous."""
+        if self._nccl is not None:
+            import cupy
+            from cupy.cuda import nccl
+
+            stream = cupy.cuda.get_current_stream().ptr
+            for array in arrays:
+                place, count = array.data.ptr, array.size
+                self._nccl.allReduce(place, place, count, nccl.NCCL_FLOAT32, nccl.NCCL_SUM, stream)
+        elif self._comm.Get_size() > 1:
+            from mpi4py import MPI
+
+            for array, total in zip(arrays, to_host(*arrays), strict=True):
+                self._comm.Allreduce(MPI.IN_PLACE, total)
+                if total is not array:
+                    array.set(total)
 
 
 def random_weights(spec: cometrt.MoESpec, seed: int) -> tuple[np.ndarray, np.ndarray]:

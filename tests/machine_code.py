@@ -21,6 +21,7 @@ from pathlib import Path
 from cometrt.activations import ACTIVATIONS
 from cometrt.kernels import compiler
 from cometrt.kernels.constants import MACROS
+from cometrt.router.cuda import EXPERTS_PER_LANE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,6 +48,8 @@ BUILDS: dict[str, list[Defines]] = {
     "fused/gemm_combine.cu": _with_options([()], TRACED, LINKED),
     "plan/plan.cu": _with_options([()], LINKED),
     "sequential/rows.cu": _with_options([()], LINKED),
+    "router/router.cu": [(("EXPERTS_PER_LANE", n),) for n in EXPERTS_PER_LANE],
+    "router/losses.cu": [(("EXPERTS_PER_LANE", n),) for n in EXPERTS_PER_LANE],
 }
 RENAMED: dict[str, str] = {
     "gemm/grouped_gemm.cu": "gemm/forward.cu",

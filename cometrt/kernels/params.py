@@ -165,6 +165,27 @@ tile_order_params_dtype = np.dtype(
 pipeline_chunk_dtype = np.dtype(
     [("block_order_idx", np.uint64), ("index", np.int32), ("count", np.int32)]
 )
+router_params_dtype = np.dtype(
+    [
+        (name, np.uint64)
+        for name in "logits bias mask ids dweights out_ids out_weights dlogits".split()
+    ]
+    + [("scale", np.float64)]
+    + [
+        (name, np.int32)
+        for name in (
+            "num_tokens num_experts topk kind num_groups topk_groups sum_of_two renormalize "
+            "mask_stride logits_type bias_type dweights_type ids_are_64 padding"
+        ).split()
+    ]
+)
+router_loss_params_dtype = np.dtype(
+    [(name, np.uint64) for name in "sums fractions balance_factors z_factor".split()]
+    + [
+        (name, np.int32)
+        for name in "sequence_tokens chunks_per_sequence fractions_stride padding".split()
+    ]
+)
 
 # struct in kernels_cu -> (header, mirror)
 MIRRORS = {
@@ -192,6 +213,8 @@ MIRRORS = {
     "TileOrderParams": ("scheduler/tile_order.cuh", tile_order_params_dtype),
     "PipelineChunk": ("scheduler/pipeline_chunk.cuh", pipeline_chunk_dtype),
     "ActivationParams": ("sequential/activation.cuh", activation_params_dtype),
+    "RouterParams": ("router/params.cuh", router_params_dtype),
+    "RouterLossParams": ("router/params.cuh", router_loss_params_dtype),
 }
 
 

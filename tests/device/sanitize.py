@@ -1,5 +1,5 @@
 """Small cases to be run under compute-sanitizer. The argument: a number of virtual ranks, which
-run a layer; or "engine", GEMMs alone."""
+run a layer; "engine", GEMMs alone; or "router", routers and losses."""
 
 import sys
 
@@ -10,7 +10,10 @@ from tests.device.pauses import Pauses
 from tests.device.test_engine import EDGES, Problem
 from tests.device.test_failures import Rank
 from tests.device.test_grad_engine import Dgrad, DownDgrad, WgradProblems
+from tests.device.test_router import check as check_routers
+from tests.device.test_router import check_losses, deepseek_case
 from tests.host.test_failures import caught
+from tests.router_cases import KINDS
 
 
 def queue_behind_a_failed_call(ranks):
@@ -49,6 +52,11 @@ if sys.argv[1] == "engine":
         problems = WgradProblems((460, 70, 520), [(208, 272), (144, 528)], float32=float32)
         problems.check(sms=2)  # tiles leave under the main loops of others
         problems.check_accumulated(sms=2)
+elif sys.argv[1] == "router":
+    for kind in KINDS:
+        for experts in (20, 256, 1000):
+            check_routers(deepseek_case(kind, 21, experts, 8))
+            check_losses(50, experts)
 else:
     ranks_wanted = int(sys.argv[1])
     for ranks in RANKS:

@@ -59,3 +59,11 @@ def test_examples_use_the_gpu(service, tmp_path):
     result = mpirun(4, "-m", "mpi4py", "examples/moe_layer.py", "--scale", "32", "--tp", "2")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "checked: y " in result.stdout
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_model_trains_on_the_gpu(ranks):
+    script = ["-m", "mpi4py", "examples/train_bytes.py", "--device", "cuda"]
+    result = mpirun(ranks, *script, timeout_sec=150)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "step   59  loss" in result.stdout

@@ -13,7 +13,14 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize(
     ("tool", "what"),
-    [("memcheck", "1"), ("memcheck", "4"), ("memcheck", "engine"), ("racecheck", "engine")],
+    [
+        ("memcheck", "1"),
+        ("memcheck", "4"),
+        ("memcheck", "engine"),
+        ("racecheck", "engine"),
+        ("memcheck", "router"),
+        ("racecheck", "router"),
+    ],
 )
 def test_sanitizer_is_clean(tool, what):
     program = shutil.which("compute-sanitizer")

@@ -61,7 +61,7 @@ def forget_those_with_cupy():
 
 @pytest.mark.parametrize(
     "module",
-    "engine layer peers nccl link host_time tables rivals_torch rivals_jax".split(),
+    "engine layer peers nccl link host_time router tables rivals_torch rivals_jax".split(),
 )
 def test_a_benchmark_says_how_to_use_it(module):
     found = start(module, "--help")

@@ -17,11 +17,11 @@ from tests.launch import ROOT
 LAYERS = (
     {"errors", "activations", "types", "kernels.constants"},
     {"specs"},
-    {"models", "reference", "router", "weights", "arrays"},
+    {"models", "reference", "weights", "arrays"},
     {"plan"},
     {"world"},
     {"kernels", "trace", "heap", "buffers", "residuals", "legality"},
-    {"arguments", "executor", "call_scope"},
+    {"arguments", "executor", "call_scope", "router"},
     {"host", "cuda"},
     {"memory", "tuner"},
     {"agreement"},

@@ -20,6 +20,7 @@ FOLDERS: dict[str, set[str]] = {
     "plan": {"hopper", "common", "scheduler", "protocol"},
     "sequential": {"hopper", "common", "scheduler", "protocol", "plan"},
     "fused": {"hopper", "common", "gemm", "protocol"},
+    "router": {"hopper"},
 }
 MAX_LINES = 350
 EMULATED_LINK = "protocol/emulated_link.cuh"

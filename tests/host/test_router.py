@@ -26,32 +26,32 @@ def test_softmax_topk(renormalize):
 
 def test_ties_go_to_the_lower_id():
     assert router.softmax_topk(np.zeros((2, 5)), 3).ids.tolist() == [[0, 1, 2]] * 2
-    assert router.sigmoid_topk(np.zeros((1, 5)), np.zeros(5), 2).ids.tolist() == [[0, 1]]
+    assert router.sigmoid_topk(np.zeros((1, 5)), 2).ids.tolist() == [[0, 1]]
 
 
 def test_extreme_logits_stay_finite():
     logits = np.array([[1e4, -1e4, 0.0]])
     assert np.isfinite(router.softmax_topk(logits, 2).weights).all()
-    assert np.isfinite(router.sigmoid_topk(logits, np.zeros(3), 3).weights).all()
+    assert np.isfinite(router.sigmoid_topk(logits, 3, bias=np.zeros(3)).weights).all()
     low = np.full((1, 3), -1e4)  # all affinities underflow
-    np.testing.assert_allclose(router.sigmoid_topk(low, np.zeros(3), 2).weights, [[0.5, 0.5]])
+    np.testing.assert_allclose(router.sigmoid_topk(low, 2, bias=np.zeros(3)).weights, [[0.5, 0.5]])
 
 
 def test_sigmoid_keeps_its_digits_far_below_zero():
     logits = np.array([[-40.0, -41.0, -60.0]])
-    ids, weights = router.sigmoid_topk(logits, np.zeros(3), 2)
+    ids, weights = router.sigmoid_topk(logits, 2, bias=np.zeros(3))
     p = 1 / (1 + np.exp(-1.0))  # sigmoid is exp there
     np.testing.assert_allclose(weights, [[p, 1 - p]], rtol=1e-6)
     dlogits = router.sigmoid_topk_backward(np.array([[1.0, 0.0]]), logits, ids)
     np.testing.assert_allclose(dlogits, [[p * (1 - p), -p * (1 - p), 0]], rtol=1e-6)
-    plain = router.sigmoid_topk(logits, np.zeros(3), 1, renormalize=False).weights
+    plain = router.sigmoid_topk(logits, 1, bias=np.zeros(3), renormalize=False).weights
     np.testing.assert_allclose(plain, [[np.exp(-40.0)]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_sigmoid_topk_chooses_with_the_bias_and_weighs_without(renormalize):
     logits, bias = logits_of(), np.random.default_rng(1).normal(size=12)
-    ids, weights = router.sigmoid_topk(logits, bias, 4, renormalize=renormalize, scale=2.5)
+    ids, weights = router.sigmoid_topk(logits, 4, bias=bias, renormalize=renormalize, scale=2.5)
     for t in range(len(logits)):
         s = 1 / (1 + np.exp(-logits[t]))
         best = sorted(range(12), key=lambda e, s=s: -(s[e] + bias[e]))[:4]
@@ -62,7 +62,7 @@ def test_sigmoid_topk_chooses_with_the_bias_and_weighs_without(renormalize):
 
 def test_sigmoid_topk_limited_to_groups():
     logits, bias = logits_of(tokens=50), np.random.default_rng(1).normal(size=12)
-    ids, _ = router.sigmoid_topk(logits, bias, 3, num_groups=4, topk_groups=2)
+    ids, _ = router.sigmoid_topk(logits, 3, bias=bias, num_groups=4, topk_groups=2)
     for t in range(len(logits)):
         choice = (1 / (1 + np.exp(-logits[t])) + bias).reshape(4, 3)
         score = np.sort(choice, axis=1)[:, 1:].sum(axis=1)
@@ -79,8 +79,8 @@ def test_no_tokens(num_groups):
     for ids, weights in (
         router.softmax_topk(none, 2),
         router.softmax_topk(none, 2, renormalize=False),
-        router.sigmoid_topk(none, bias, 2, **options),
-        router.sigmoid_topk(none, bias, 2, renormalize=False, **options),
+        router.sigmoid_topk(none, 2, bias=bias, **options),
+        router.sigmoid_topk(none, 2, bias=bias, renormalize=False, **options),
     ):
         assert (ids.shape, ids.dtype, weights.shape) == ((0, 2), np.int32, (0, 2))
         for backward in (router.softmax_topk_backward, router.sigmoid_topk_backward):
@@ -95,7 +95,7 @@ def test_backward_equals_finite_differences(kind, renormalize):
     if kind == "softmax":
         ids = router.softmax_topk(logits, 3, renormalize=renormalize).ids
     else:
-        ids = router.sigmoid_topk(logits, bias, 3, renormalize=renormalize).ids
+        ids = router.sigmoid_topk(logits, 3, bias=bias, renormalize=renormalize).ids
     dweights = np.random.default_rng(2).normal(size=ids.shape)
     dweights[2, 1] = 0.0  # a pair that was dropped after routing
 
@@ -164,24 +164,27 @@ def test_padding_does_not_change_the_balance_loss():
         (lambda: router.softmax_topk(np.full((1, 3), np.nan), 1), "logits must be finite"),
         (lambda: router.softmax_topk(np.zeros((1, 3)), 4), r"topk must be an integer in \[1, 3\]"),
         (lambda: router.softmax_topk(np.zeros((1, 3)), 0), r"topk must be .* \(got 0\)"),
-        (lambda: router.sigmoid_topk(np.zeros((1, 3)), np.zeros(2), 1), r"bias must be finite"),
         (
-            lambda: router.sigmoid_topk(np.zeros((1, 4)), np.zeros(4), 1, num_groups=3),
+            lambda: router.sigmoid_topk(np.zeros((1, 3)), 1, bias=np.zeros(2)),
+            r"bias must be finite",
+        ),
+        (
+            lambda: router.sigmoid_topk(np.zeros((1, 4)), 1, bias=np.zeros(4), num_groups=3),
             "num_groups must divide",
         ),
         (
-            lambda: router.sigmoid_topk(np.zeros((1, 4)), np.zeros(4), 3, num_groups=2),
+            lambda: router.sigmoid_topk(np.zeros((1, 4)), 3, bias=np.zeros(4), num_groups=2),
             "topk must be <= 2",
         ),
         (
-            lambda: router.sigmoid_topk(np.zeros((1, 4)), np.zeros(4), 1, topk_groups=2),
+            lambda: router.sigmoid_topk(np.zeros((1, 4)), 1, bias=np.zeros(4), topk_groups=2),
             "topk_groups must be an integer in",
         ),
         (
             lambda: router.softmax_topk_backward(
-                np.zeros((1, 2)), np.zeros((1, 4)), np.array([[0, -1]])
+                np.zeros((1, 2)), np.zeros((1, 4)), np.array([[0, -2]])
             ),
-            r"ids must lie in \[0, 4\)",
+            r"ids must lie in \[-1, 4\)",
         ),
         (
             lambda: router.sigmoid_topk_backward(

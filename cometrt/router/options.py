@@ -1,0 +1,120 @@
+"""What a router is asked for, and the checks that NumPy and CuPy arrays share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from cometrt.specs import check_choice, check_int, check_positive, check_unmasked
+
+KINDS = ("softmax", "sigmoid", "sqrt_softplus")  # RouterKind of kernels_cu/router/params.cuh
+GROUP_SCORES = ("max", "top2")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Options:
+    """The keywords of a router; see `cometrt.router.softmax_topk`."""
+
+    kind: str
+    bias: Any = None
+    mask: Any = None
+    num_groups: int = 1
+    topk_groups: int = 1
+    group_score: str = "max"
+    scale: float = 1.0
+    renormalize: bool = True
+
+    @property
+    def by_score(self) -> bool:
+        """Whether scores decide the choice. Otherwise logits do, which have the same order."""
+        return self.bias is not None or (self.num_groups > 1 and self.group_score == "top2")
+
+
+def on_device(array: object) -> bool:
+    """Whether an array lies in a GPU's memory."""
+    return hasattr(array, "__cuda_array_interface__")
+
+
+def check_library(name: str, array: Any, device: bool) -> Any:
+    """An argument beside logits as an array of the library that logits is of.
+
+    Raises:
+        ValueError: if it is of the other one, or a masked array.
+    """
+    check_unmasked(name, array)
+    if device != on_device(array):
+        ours, theirs = ("a CuPy", "NumPy") if device else ("a NumPy", "CuPy")
+        raise ValueError(
+            f"{name} must be {ours} array, as the first argument is, not {theirs}'s "
+            f"(got {type(array)!r})"
+        )
+    return array if device else np.asarray(array)
+
+
+def check_shape(logits: Any) -> tuple[int, int]:
+    """T and E of logits."""
+    if len(logits.shape) != 2 or logits.shape[1] < 1:
+        raise ValueError(f"logits must have shape (T, E), E >= 1 (got {logits.shape})")
+    return logits.shape
+
+
+def check_options(options: Options, logits: Any, device: bool) -> Options:
+    """Check all but the values in arrays. Returns options with arrays of the library of logits."""
+    num_tokens, num_experts = check_shape(logits)
+    bias, mask = options.bias, options.mask
+    if bias is not None:
+        bias = check_library("bias", bias, device)
+        if bias.shape != (num_experts,):
+            raise ValueError(
+                f"bias must be finite, of shape ({num_experts},) (got shape {bias.shape})"
+            )
+    if mask is not None:
+        mask = check_library("mask", mask, device)
+        if mask.dtype != bool or mask.shape not in ((num_experts,), (num_tokens, num_experts)):
+            raise ValueError(
+                f"mask must be bool of shape ({num_experts},) or ({num_tokens}, {num_experts}) "
+                f"(got {mask.dtype} of shape {mask.shape})"
+            )
+    num_groups = check_int("num_groups", options.num_groups, minimum=1)
+    topk_groups = check_int(
+        "topk_groups", options.topk_groups, minimum=1, maximum=options.num_groups
+    )
+    if num_experts % num_groups:
+        raise ValueError(f"num_groups must divide the {num_experts} experts (got {num_groups})")
+    check_choice("group_score", options.group_score, GROUP_SCORES)
+    scale = check_positive("scale", options.scale)
+    return dataclasses.replace(
+        options, bias=bias, mask=mask, num_groups=num_groups, topk_groups=topk_groups, scale=scale
+    )
+
+
+def check_topk(topk: int, num_experts: int, options: Options) -> int:
+    """K, which the experts of `topk_groups` groups must suffice for."""
+    topk = check_int("topk", topk, minimum=1, maximum=num_experts)
+    most = options.topk_groups * (num_experts // options.num_groups)
+    if topk > most:
+        raise ValueError(
+            f"topk must be <= {most}, the experts of {options.topk_groups} of "
+            f"{options.num_groups} groups (got {topk})"
+        )
+    return topk
+
+
+def check_ids_form(name: str, ids: Any, num_tokens: int) -> None:
+    """Check the dtype and the number of rows of ids [T, K]."""
+    if len(ids.shape) != 2 or ids.dtype.kind != "i":
+        raise ValueError(
+            f"{name} must be integers of shape (T, K) (got {ids.dtype} of shape {ids.shape})"
+        )
+    if len(ids) != num_tokens:
+        raise ValueError(f"{name} must have {num_tokens} rows, as logits has (got {len(ids)})")
+
+
+def check_dweights_form(dweights: Any, ids: Any) -> None:
+    if dweights.shape != ids.shape:
+        raise ValueError(
+            f"dweights and ids must have the same shape (T, K) "
+            f"(got {dweights.shape} and {ids.shape})"
+        )
