@@ -16,6 +16,9 @@ namespace cometrt {
 enum EventKind : u16 {
   kUp,
   kDown,
+  kDownDgrad,
+  kUpDgrad,
+  kWgrad,
   kPull,
   kReduceAndPush,
   kReduceAtHome,
@@ -71,10 +74,12 @@ class Recorder {
   __device__ void count(bool over_link, u32 bytes) {
     (over_link ? link_bytes_ : local_bytes_) += bytes;
   }
-  __device__ void end(int tile, int column) {
+  // is_next_kind: the event is of the kind behind `kind`.
+  __device__ void end(int tile, int column, bool is_next_kind = false) {
     if (TraceLane* lane = this->lane()) {
       const u64 now_ns = global_timer_ns();
-      write(*lane, kind, lane->since_ns, now_ns, tile, column);
+      write(*lane, static_cast<EventKind>(kind + is_next_kind), lane->since_ns, now_ns, tile,
+            column);
       lane->since_ns = now_ns;
     }
     local_bytes_ = link_bytes_ = 0;
@@ -92,12 +97,13 @@ class Recorder {
   __device__ void end_wait(EventKind wait, int tile, int column) {
     TraceLane* lane = this->lane();
     if (lane == nullptr) return;
-    const u64 now_ns = global_timer_ns(), waits_since_ns = lane->waits_since_ns;
-    if (now_ns - waits_since_ns < kShortestWaitNs) return;
-    if (local_bytes_ + link_bytes_ > 0) write(*lane, kind, lane->since_ns, waits_since_ns, -1, -1);
+    if (global_timer_ns() - lane->waits_since_ns < kShortestWaitNs) return;
+    if (local_bytes_ + link_bytes_ > 0) {
+      write(*lane, kind, lane->since_ns, lane->waits_since_ns, -1, -1);
+    }
     local_bytes_ = link_bytes_ = 0;
-    write(*lane, wait, waits_since_ns, now_ns, tile, column);
-    lane->since_ns = now_ns;
+    lane->since_ns = global_timer_ns();
+    write(*lane, wait, lane->waits_since_ns, lane->since_ns, tile, column);
   }
 
  private:
@@ -133,7 +139,7 @@ struct Recorder {
   __device__ Recorder(TraceLane* const*, int, EventKind) {}
   __device__ void begin() {}
   __device__ void count(bool, u32) {}
-  __device__ void end(int, int) {}
+  __device__ void end(int, int, bool = false) {}
   __device__ void end_if_moved(u32) {}
   __device__ void begin_wait() {}
   __device__ void end_wait(EventKind, int, int) {}

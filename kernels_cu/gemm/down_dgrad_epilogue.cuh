@@ -28,10 +28,9 @@ struct DownDgradParams : TileList {
   __device__ int first_k(const WorkTile&) const { return 0; }
 };
 
-constexpr int kZStages = 3;  // steps whose z is under way
-
 // What a warp's next steps read, and what belongs to its rows of the stashed tile: registers have
-// no room for it.
+// no room for it. kZStages: steps whose z is under way.
+template <int kZStages>
 struct RowStage {
   int4 z[kZStages][2][32];  // [gate, up][lane]
   WorkTile tile, next;      // stashed, or m_tile -1; being multiplied
@@ -40,16 +39,16 @@ struct RowStage {
   float dot[16];            // and its dweight, up to the last subtile
 };
 
+template <int kZStages>
 struct DownDgradShared {
   Shared gemm;
-  RowStage rows[4 * kWarpgroups];  // of each warp that multiplies
+  RowStage<kZStages> rows[4 * kWarpgroups];  // of each warp that multiplies
 };
-static_assert(sizeof(DownDgradShared) <= 227 * 1024, "shared memory of an SM");
 
 // A warp's epilogue. A step is four rows of a subtile: short, so that the next products are asked
 // for in time. All subtiles of the upper eight rows come first. z comes to shared memory a few
 // steps ahead.
-template <int kActivation>
+template <int kActivation, int kZStages>
 class DownDgradEpilogue {
   static constexpr bool kGated = is_gated(kActivation);
   static constexpr int kWarpRows = kHalfM / 4, kSubtiles = BLOCK_N / kSubtileColumns;
@@ -60,7 +59,8 @@ class DownDgradEpilogue {
   static constexpr int kUnrolledSteps = 1;  // one copy of a step's code is long enough
 
   // `warp` counts those that multiply.
-  __device__ DownDgradEpilogue(DownDgradShared& shared, const DownDgradParams& p, int warp)
+  __device__ DownDgradEpilogue(DownDgradShared<kZStages>& shared, const DownDgradParams& p,
+                               int warp)
       : subtile_(shared.gemm.epilogue_tiles[warp]), rows_(shared.rows[warp]), p_(p), warp_(warp) {
     set_tile({-1, 0, 0, 0, 0});
   }
@@ -240,7 +240,7 @@ class DownDgradEpilogue {
   }
 
   SubtileStore subtile_;
-  RowStage& rows_;
+  RowStage<kZStages>& rows_;
   const DownDgradParams& p_;
   int warp_;
   u32 stash_[64];  // fp16 pairs in the accumulators' order

@@ -111,6 +111,8 @@ struct Forward {
 struct NoSignal {
   static constexpr bool kSignals = false;
   __device__ void signal(const WorkTile&) const {}
+  __device__ static int flag_of(const WorkTile&) { return -1; }
+  __device__ void signal(int) const {}
 };
 
 // One warp's epilogue: stash() a tile, then its steps under the next tile's main loop. `Math`: what

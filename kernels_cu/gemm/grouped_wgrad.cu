@@ -23,7 +23,7 @@ struct Roles {
   __device__ void communicate(int) {}
   __device__ void multiply(Shared& shared, const WgradParams& p, int warp) {
     const NoSignal no_signal;
-    WgradEpilogue epilogue(shared, p, warp, no_signal);
+    WgradEpilogue<> epilogue(shared, p, warp, no_signal);
     consume<Operands>(shared, p, warp / 4, epilogue);
   }
 };

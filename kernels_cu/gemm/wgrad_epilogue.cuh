@@ -6,37 +6,33 @@
 
 namespace cometrt {
 
-// out = d, of the rows of out[expert]. A warp's rows all exist, or none of them.
-struct OverwriteBf16 {
-  static constexpr int kColumns = BLOCK_N, kSteps = 1;
-
-  __device__ static void store(int, u32* pairs, SubtileStore& subtile, const WgradProblem& problem,
-                               int expert, long long row, int column) {
-    if (row >= problem.num_rows) return;
-    __nv_bfloat16* out = static_cast<__nv_bfloat16*>(problem.out);
-    const long long out_row = static_cast<long long>(expert) * problem.num_rows + row;
-    subtile.store(pairs, out + out_row * problem.num_columns + column, problem.num_columns - column,
-                  problem.num_columns);
-  }
-};
-
 // bf16 results are stashed as those of other GEMMs. float32 results would need as many registers as
 // the accumulators: they are stored before the next tile begins. Each element has one writer, so
-// that the order of additions is always the same.
-class WgradEpilogue : public Epilogue<OverwriteBf16, NoSignal, WgradParams> {
-  using Base = Epilogue<OverwriteBf16, NoSignal, WgradParams>;
+// that the order of additions is always the same. Of a stashed tile it keeps where results go,
+// which takes fewer registers than to find it again for each step. `TileStored`: as for Epilogue,
+// with
+//   int flag_of(tile): what to signal, or -1; signal(flag): one step after the last store.
+template <typename Params = WgradParams, typename TileStored = NoSignal>
+class WgradEpilogue {
+  static constexpr int kWarpRows = kHalfM / 4, kSubtiles = BLOCK_N / kSubtileColumns;
 
  public:
-  __device__ WgradEpilogue(Shared& shared, const WgradParams& p, int warp,
-                           const NoSignal& no_signal)
-      : Base(shared, p, warp, no_signal), p_(p), warp_(warp) {}
+  static constexpr int kSteps = kSubtiles + (TileStored::kSignals ? 1 : 0);
+  static constexpr int kUnrolledSteps = kSteps;
+
+  // `warp` counts those that multiply.
+  __device__ WgradEpilogue(Shared& shared, const Params& p, int warp, const TileStored& tile_stored)
+      : subtile_(shared.epilogue_tiles[warp]), p_(p), warp_(warp), tile_stored_(tile_stored) {}
+
+  __device__ void expect(const WorkTile&) {}
 
   __device__ void stash(const WorkTile& tile, float (&d)[128]) {
     const WgradProblem& problem = p_.problem_of(tile);
-    const Place at(problem, tile, warp_);
+    const bool accumulates = p_.accumulate && p_.is_wgrad(tile);
     if (problem.is_float32) {
+      const Place at(problem, tile, warp_);
       float* out = static_cast<float*>(problem.out) + at.element;
-      if (p_.accumulate) {
+      if (accumulates) {
         at.for_each_pair(d, [&](int offset, float& low, float& high) {
           add_relaxed_gpu(out + offset, low, high);
         });
@@ -45,22 +41,48 @@ class WgradEpilogue : public Epilogue<OverwriteBf16, NoSignal, WgradParams> {
           __stcs(reinterpret_cast<float2*>(out + offset), make_float2(low, high));
         });
       }
-      return;
-    }
-    if (p_.accumulate) {  // before the only rounding
+    } else if (accumulates) {  // before the only rounding
+      const Place at(problem, tile, warp_);
       at.add_old(static_cast<const __nv_bfloat16*>(problem.out) + at.element, d);
     }
-    Base::stash(tile, d);
+    // Also of float32 results, which no step stores: so the old stash takes no registers up to
+    // here.
+#pragma unroll
+    for (int i = 0; i < 64; ++i) stash_[i] = pack(d[2 * i], d[2 * i + 1]);
+    begin(problem, tile);
   }
 
-  // Of an expert without rows; no such tile is accumulated.
+  // Of an expert without rows, or of rows that are all padding. No such tile is accumulated.
   __device__ void stash_zeros(const WorkTile& tile) {
     const WgradProblem& problem = p_.problem_of(tile);
-    if (!problem.is_float32) return Base::stash_zeros(tile);
-    const Place at(problem, tile, warp_);
-    float* out = static_cast<float*>(problem.out) + at.element;
-    at.for_each_offset(
-        [&](int, int offset) { *reinterpret_cast<float2*>(out + offset) = make_float2(0, 0); });
+    if (problem.is_float32) {
+      const Place at(problem, tile, warp_);
+      float* out = static_cast<float*>(problem.out) + at.element;
+      at.for_each_offset(
+          [&](int, int offset) { *reinterpret_cast<float2*>(out + offset) = make_float2(0, 0); });
+    }
+#pragma unroll
+    for (int i = 0; i < 64; ++i) stash_[i] = 0;
+    begin(problem, tile);
+  }
+
+  // One step of the stashed tile, if there is one. `index`: a constant after unrolling.
+  __device__ void store_step(int index) {
+    if (index < kSubtiles) {
+      const int column = index * kSubtileColumns;
+      if (column < columns_) {
+        subtile_.store(stash_ + 16 * index, to_ + column, columns_ - column, stride_);
+      }
+      if (index == kSubtiles - 1) columns_ = 0;
+    } else if (flag_ >= 0) {
+      tile_stored_.signal(flag_);
+      flag_ = -1;
+    }
+  }
+  // All steps of the stashed tile.
+  __device__ void flush() {
+#pragma unroll
+    for (int index = 0; index < kSteps; ++index) store_step(index);
   }
 
  private:
@@ -112,8 +134,25 @@ class WgradEpilogue : public Epilogue<OverwriteBf16, NoSignal, WgradParams> {
     }
   };
 
-  const WgradParams& p_;
+  // From here on the steps store the stash.
+  __device__ void begin(const WgradProblem& problem, const WorkTile& tile) {
+    const int row = tile.m_tile * BLOCK_M + warp_ * kWarpRows, column = tile.n_tile * BLOCK_N;
+    const long long out_row = static_cast<long long>(tile.expert) * problem.expert_stride + row;
+    stride_ = problem.num_columns;
+    to_ = static_cast<__nv_bfloat16*>(problem.out) + out_row * stride_ + column;
+    // A warp's rows all exist, or none of them.
+    const bool stores = tile.m_tile >= 0 && row < problem.num_rows && !problem.is_float32;
+    columns_ = stores ? stride_ - column : 0;
+    flag_ = tile.m_tile < 0 ? -1 : tile_stored_.flag_of(tile);
+  }
+  SubtileStore subtile_;
+  const Params& p_;
   int warp_;
+  const TileStored& tile_stored_;
+  u32 stash_[64];  // bf16 pairs in accumulator order
+  __nv_bfloat16* to_ = nullptr;
+  int columns_ = 0, stride_ = 0;  // columns_: of the tile, that are still to be stored
+  int flag_ = -1;
 };
 
 }  // namespace cometrt

@@ -11,7 +11,8 @@ constexpr int kMaxWgrads = 2;  // of one launch: those of the up and of the down
 struct WgradProblem {
   void* out;  // [experts, num_rows, num_columns], bf16 or float32
   int num_rows, num_columns;
-  int is_float32, padding;
+  int is_float32;
+  int expert_stride;  // rows of out from one expert to the next
 };
 
 // Rows of a work tile are those of out[expert]. K is the expert's rows: from its offset, a multiple
@@ -26,6 +27,7 @@ struct WgradParams : TileList {
 
   static constexpr bool kMayBeEmpty = true;
 
+  __device__ static constexpr bool is_wgrad(const WorkTile&) { return true; }
   __device__ const WgradProblem& problem_of(const WorkTile& tile) const {
     return problems[tile.kind()];
   }

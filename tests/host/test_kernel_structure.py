@@ -19,7 +19,7 @@ FOLDERS: dict[str, set[str]] = {
     "protocol": {"hopper", "common"},
     "plan": {"hopper", "common", "scheduler", "protocol"},
     "sequential": {"hopper", "common", "scheduler", "protocol", "plan"},
-    "fused": {"hopper", "common", "gemm", "protocol"},
+    "fused": {"hopper", "common", "scheduler", "gemm", "protocol", "plan"},
 }
 MAX_LINES = 350
 EMULATED_LINK = "protocol/emulated_link.cuh"
