@@ -21,6 +21,8 @@ COLUMNS_384 = TileConfig(order="columns", n_chunk=384)
         (TileConfig(gemm="cublas"), 8, "fused", "gemm must be 'engine' on device='cuda' in mode"),
         (TileConfig(gemm="cublas"), 8, "chunked", "gemm must be 'engine' on device='cuda' in mode"),
         (COLUMNS_384, 8, "fused", "n_chunk must be a multiple of 256 on device='cuda' in mode"),
+        (TileConfig(backward_order="columns", backward_n_chunk=384), 8, "fused", "backward_n_chunk "
+         "must be a multiple of 256 on device='cuda' in mode 'fused' with backward_order='columns'"),
         (TileConfig(block_m=64), 8, "fused", "block_m must be 128 on device='cuda' with gemm="),
         (TileConfig(block_m=64), 8, "sequential", "block_m must be 128 on device='cuda' with ge"),
         (TileConfig(), 128, "fused", "topk + ranks must be at most 128 on device='cuda' in mode "
