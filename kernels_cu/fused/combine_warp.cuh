@@ -92,15 +92,16 @@ class CombineWarp : RowSums {
 
   // Stores this rank's dweight of send_tokens [first, end) in their home's memory.
   __device__ void send_dweight(int home, int first, int end) const {
-    const int pairs = (end - first) * p_.g.topk;
 #pragma unroll 1
-    for (int i = lane_; i < pairs; i += 32) {
-      const int token = p_.send_tokens[first + i / p_.g.topk];
-      const long long pair = static_cast<long long>(token) * p_.g.topk + i % p_.g.topk;
-      const int row = p_.pair_row[pair];
-      if (row < 0) continue;
-      const long long first_pair = static_cast<long long>(home) * p_.g.max_tokens * p_.g.topk;
-      *dweight_part(p_, home, p_.world.rank % p_.g.tp, pair - first_pair) = dweight_of_row(p_, row);
+    for (int i = first + lane_; i < end; i += 32) {  // a token a lane: its pairs are close together
+      const int token = p_.send_tokens[i], local = token - home * p_.g.max_tokens;
+#pragma unroll 1
+      for (int k = 0; k < p_.g.topk; ++k) {
+        const int row = p_.pair_row[static_cast<long long>(token) * p_.g.topk + k];
+        if (row < 0) continue;
+        const int shard = p_.world.rank % p_.g.tp, pair = local * p_.g.topk + k;
+        *dweight_part(p_, home, shard, pair) = dweight_of_row(p_, row);
+      }
     }
   }
 
@@ -155,11 +156,15 @@ class CombineWarp : RowSums {
   // Of this rank's own tokens [first, end), after wait_addends(): their contributors have stored
   // their parts before partials_ready.
   __device__ void sum_dweight(int first, int end) const {
+    const int first_token = p_.world.rank * p_.g.max_tokens;
 #pragma unroll 1
-    for (int pair = first * p_.g.topk + lane_; pair < end * p_.g.topk; pair += 32) {
-      const long long first_pair =
-          static_cast<long long>(p_.world.rank) * p_.g.max_tokens * p_.g.topk;
-      p_.out_dweight[pair] = sum_dweight_parts(p_, pair, p_.pair_row[first_pair + pair]);
+    for (int local = first + lane_; local < end; local += 32) {
+#pragma unroll 1
+      for (int k = 0; k < p_.g.topk; ++k) {
+        const int row = p_.pair_row[static_cast<long long>(first_token + local) * p_.g.topk + k];
+        const int pair = local * p_.g.topk + k;
+        p_.out_dweight[pair] = sum_dweight_parts(p_, pair, row);
+      }
     }
   }
 
