@@ -13,9 +13,9 @@ constexpr int kPrepareThreads = 1024, kWarps = kPrepareThreads / 32;
 
 }  // namespace
 
-// Any grid. The list of the up dgrad goes on with the tiles of the weight gradients, whose kinds
-// begin at 1. The plan in `saved` is complete if the call is active, so only the last block waits
-// for peers, after its share. It sets `ok`.
+// Any grid. The list of the up dgrad goes on with the tiles of the weight gradients. The plan in
+// `saved` is complete if the call is active, so only the last block waits for peers, after its
+// share. It sets `ok`.
 extern "C" __global__ void __launch_bounds__(kPrepareThreads, 1)
     prepare_backward(const __grid_constant__ ExchangeParams params,
                      const __grid_constant__ PlannedTiles tiles,
@@ -27,7 +27,8 @@ extern "C" __global__ void __launch_bounds__(kPrepareThreads, 1)
   write_tile_order<kPrepareThreads>(down_dgrad, tiles, blockIdx.x, gridDim.x, shared);
   const int steps =
       write_tile_order<kPrepareThreads>(up_dgrad, tiles, blockIdx.x, gridDim.x, shared);
-  write_wgrad_order(wgrads, up_dgrad.work_tiles, up_dgrad.num_steps, up_dgrad.progress, steps, 1);
+  write_wgrad_order(wgrads, up_dgrad.work_tiles, up_dgrad.num_steps, up_dgrad.progress, steps,
+                    kFirstWgrad);
   const int warp = blockIdx.x * kWarps + threadIdx.x / 32;
   zero_padding_rows(params, params.rows, warp, gridDim.x * kWarps);
   if (params.x_rows != nullptr) {

@@ -110,7 +110,7 @@ __device__ inline void consume(Shared& shared, const Params& p, int warpgroup, E
       more = scheduler.next(next);
       wgmma_wait<0>();
       release_stage(shared, last);
-      recorder.end(tile.m_tile, tile.n_tile, tile.kind() > 0);
+      recorder.end(tile.m_tile, tile.n_tile, Operands::kByKind && tile.kind() > 0);
       epilogue.stash(tile, d);
     } else {
       epilogue.flush();

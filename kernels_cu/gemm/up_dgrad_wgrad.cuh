@@ -7,9 +7,6 @@
 
 namespace cometrt {
 
-// Kind of the first weight gradient.
-constexpr int kFirstWgrad = 1;
-
 // The same tile as weight gradients count their kinds.
 __device__ inline WorkTile wgrad_tile(WorkTile tile) {
   tile.packed -= kFirstWgrad << 4;

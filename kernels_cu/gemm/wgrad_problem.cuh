@@ -7,6 +7,8 @@
 namespace cometrt {
 
 constexpr int kMaxWgrads = 2;  // of one launch: those of the up and of the down weights
+// Kind of the first weight gradient in a launch that begins with the up dgrad.
+constexpr int kFirstWgrad = 1;
 
 struct WgradProblem {
   void* out;  // [experts, num_rows, num_columns], bf16 or float32
