@@ -16,6 +16,7 @@ from tests.cases import (
     Output,
     check_case,
     make_inputs,
+    on_device,
     on_host,
     run_case,
 )
@@ -141,15 +142,13 @@ def test_gradients_are_added_to_what_is_there(ranks, wide):
     inputs = wide_inputs(case)
 
     def fn(world):
-        import cupy
-
-        results = []
+        results, move = [], on_device(world)
         for mode in ("fused", "sequential"):
             rank = Rank(world, inputs, case.spec, case.config, mode)
             geometry = rank.layer.geometry
             shapes = geometry.w_up_shape, geometry.w_down_shape
             totals = [
-                cupy.full(shape, 0.5, np.float32 if is_wide else case.spec.numpy_dtype)
+                move(np.full(shape, 0.5, np.float32 if is_wide else case.spec.numpy_dtype))
                 for shape, is_wide in zip(shapes, wide, strict=True)
             ]
             for _ in range(2):
