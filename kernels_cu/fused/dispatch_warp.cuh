@@ -62,7 +62,7 @@ class DispatchWarp {
 
   __device__ DispatchWarp(const ExchangeParams& p, const EmulatedLink& link,
                           DispatchStages<Shape>& stages)
-      : p_(p), link_(opaque_link(link)), s_(stages) {
+      : p_(p), link_(opaque_link(link)), s_(stages), lane_(threadIdx.x % 32) {
     queue_head_ = opaque_pointer(p.queue_heads);
   }
 
@@ -98,10 +98,10 @@ class DispatchWarp {
   }
 
  private:
-  // Read again at each use: few registers are left.
-  __device__ static int lane() { return thread_index() % 32; }
-  __device__ static int stage() { return lane() / kLanesPerItem; }  // of its item; kStages: none
-  __device__ static int k() { return lane() % kLanesPerItem; }
+  // A trace needs registers: then they are computed again at each use.
+  __device__ int lane() const { return TRACE ? thread_index() % 32 : lane_; }
+  __device__ int stage() const { return lane() / kLanesPerItem; }  // of its item; kStages: none
+  __device__ int k() const { return lane() % kLanesPerItem; }
   // Items in the queue: those that fill tiles, then those of x.
   __device__ int end() const {
     return kPullsX && p_.x_rows != nullptr ? 2 * num_items_ : num_items_;
@@ -181,6 +181,7 @@ class DispatchWarp {
   EmulatedLink link_;
   u32* queue_head_;
   DispatchStages<Shape>& s_;
+  int lane_;
   int num_items_;          // that fill tiles
   u32 step_ = 0;           // batches begun
   int ticket_ = 0;         // in lane 0
