@@ -8,10 +8,11 @@ namespace cometrt {
 
 // bf16 results are stashed as those of other GEMMs. float32 results would need as many registers as
 // the accumulators: they are stored before the next tile begins. Each element has one writer, so
-// that the order of additions is always the same. Of a stashed tile it keeps where results go,
-// which takes fewer registers than to find it again for each step. `TileStored`: as for Epilogue,
-// with
-//   int flag_of(tile): what to signal, or -1; signal(flag): one step after the last store.
+// that the order of additions is always the same. Where a stashed tile goes is kept, which takes
+// fewer registers than to derive it again in each step.
+//
+// `TileStored` has flag_of(tile), the flag to signal or -1, and signal(flag), which is called one
+// step after the tile's last store.
 template <typename Params = WgradParams, typename TileStored = NoSignal>
 class WgradEpilogue {
   static constexpr int kWarpRows = kHalfM / 4, kSubtiles = BLOCK_N / kSubtileColumns;
@@ -45,8 +46,7 @@ class WgradEpilogue {
       const Place at(problem, tile, warp_);
       at.add_old(static_cast<const __nv_bfloat16*>(problem.out) + at.element, d);
     }
-    // Also of float32 results, which no step stores: so the old stash takes no registers up to
-    // here.
+    // float32 results too, although no step stores them: so the old stash is dead up to here.
 #pragma unroll
     for (int i = 0; i < 64; ++i) stash_[i] = pack(d[2 * i], d[2 * i + 1]);
     begin(problem, tile);
