@@ -45,7 +45,8 @@ def heap_table(shape: PlanShape) -> dict[str, HeapEntry]:
         region. A peer's planner may read them for one more epoch, also one of another layer.
     staging [staging_rows, H]: partial rows that contributors push.
     dweight [tp, max_tokens, K]: gradients of the router weights, by the shard that computed them.
-    partials_ready [W, token blocks, N-chunks]: epoch, by contributor.
+    partials_ready [W, token blocks, N-chunks]: epoch, by contributor. A call may have fewer
+        N-chunks, and so other strides.
     """
     spec, size = shape.geometry.spec, shape.geometry.size
     tokens, dtype = (spec.max_tokens, spec.hidden), spec.numpy_dtype
@@ -57,7 +58,7 @@ def heap_table(shape: PlanShape) -> dict[str, HeapEntry]:
         "dweight": ("data", (spec.tp, *pairs), np.dtype(np.float32)),
         "partials_ready": (
             "flags",
-            (size, shape.blocks_per_home, shape.config.num_n_chunks(spec.hidden)),
+            (size, shape.blocks_per_home, max_n_chunks(shape)),
             np.dtype(np.int64),
         ),
     }
@@ -69,6 +70,12 @@ def heap_table(shape: PlanShape) -> dict[str, HeapEntry]:
         entry = table[name] = HeapEntry(region, end[region], array_shape, array_dtype)
         end[region] += -(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT
     return table
+
+
+def max_n_chunks(shape: PlanShape) -> int:
+    """N-chunks of a forward or of a backward, whichever has more."""
+    hidden = shape.geometry.spec.hidden
+    return max(of.config.num_n_chunks(hidden) for of in (shape, shape.of_backward()))
 
 
 def region_bytes(table: dict[str, HeapEntry]) -> dict[str, int]:

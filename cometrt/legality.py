@@ -100,9 +100,11 @@ def _broken_mode_rule(shape: PlanShape, device: str, mode: str) -> str:
             f"topk + ranks must be at most {MAX_ADDENDS} on device='cuda' in mode 'fused' "
             f"(got {addends})"
         )
-    if config.order == "columns" and config.n_chunk % BLOCK_N:
-        return (
-            f"n_chunk must be a multiple of {BLOCK_N} on device='cuda' in mode 'fused' "
-            f"with order='columns' (got {config.n_chunk})"
-        )
+    for of, name in ((config, "n_chunk"), (config.of_backward(), "backward_n_chunk")):
+        if of.order == "columns" and of.n_chunk % BLOCK_N:
+            order = "order" if of is config else "backward_order"
+            return (
+                f"{name} must be a multiple of {BLOCK_N} on device='cuda' in mode 'fused' "
+                f"with {order}='columns' (got {of.n_chunk})"
+            )
     return ""

@@ -45,6 +45,10 @@ BUILDS: dict[str, list[Defines]] = {
     "gemm/grouped_gemm.cu": [(("ACTIVATION", -1), ("WRITE_Z", 0)), *ACTIVATED],
     "gemm/grouped_down_dgrad.cu": [(("ACTIVATION", a),) for a in range(len(ACTIVATIONS))],
     "fused/dispatch_gemm.cu": _with_options(ACTIVATED, TRACED, LINKED),
+    "fused/dispatch_down_dgrad.cu": _with_options(
+        [(("ACTIVATION", a),) for a in range(len(ACTIVATIONS))], TRACED, LINKED
+    ),
+    "fused/up_dgrad_combine_wgrad.cu": _with_options([()], TRACED, LINKED),
     "fused/gemm_combine.cu": _with_options([()], TRACED, LINKED),
     "plan/plan.cu": _with_options([()], LINKED),
     "sequential/rows.cu": _with_options([()], LINKED),

@@ -1,7 +1,8 @@
 """The backward by the engine: kernels that do one thing each, all on one stream. The host waits for
 nothing and knows no group sizes: so a backward can be captured, and replayed as a graph.
 
-In every mode; `cometrt.cuda.cublas` has the same with cuBLAS's GEMMs.
+Of the modes "sequential" and "chunked"; `cometrt.cuda.cublas` has the same with cuBLAS's GEMMs.
+`cometrt.cuda.fused_backward` has that of mode "fused".
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from cometrt.cuda.wgrad import (
     wgrad_raster_group,
 )
 from cometrt.kernels.launch import load_kernels
-from cometrt.kernels.params import ParamStruct, planned_tiles_dtype
+from cometrt.kernels.params import KernelArgument, ParamStruct, planned_tiles_dtype
 from cometrt.plan import PlanShape
 from cometrt.specs import Geometry
 from cometrt.world.partitions import num_sms
@@ -43,6 +44,27 @@ def dgrad_tiles(geometry: Geometry) -> dict[str, int]:
     """N-tiles of both GEMMs of activation gradients."""
     columns = {"down_dgrad": geometry.local_intermediate, "up_dgrad": geometry.spec.hidden}
     return {name: dgrad_n_tiles(width) for name, width in columns.items()}
+
+
+class PlanTables:
+    """Addresses of the tables of a call's plan.
+
+    Args:
+        table_offsets: byte offset of each of a plan's tables, by name.
+    """
+
+    def __init__(self, table_offsets: dict[str, int]) -> None:
+        self._offsets, self._planned = table_offsets, ParamStruct(planned_tiles_dtype)
+        names = planned_tiles_dtype.names or ()
+        self._planned_offsets = np.array([table_offsets[name] for name in names], np.uint64)
+
+    def address(self, call: Call, name: str) -> int:
+        return call.at["tables"] + self._offsets[name]
+
+    def planned(self, call: Call) -> ParamStruct:
+        """PlannedTiles. Valid until the next one."""
+        self._planned.uint64s[:] = self._planned_offsets + np.uint64(call.at["tables"])
+        return self._planned
 
 
 class BackwardGemms:
@@ -84,10 +106,7 @@ class BackwardGemms:
         self._wgrads = WgradArguments(
             self._wgrad_order, rows, shapes, experts, raster_group=group, ok=ok
         )
-        self._planned = ParamStruct(planned_tiles_dtype)
-        names = planned_tiles_dtype.names or ()
-        self._planned_offsets = np.array([table_offsets[name] for name in names], np.uint64)
-        self._table_offsets = table_offsets
+        self._tables = PlanTables(table_offsets)
         (self._order_kernel,) = load_kernels("gemm/backward_order.cu", "backward_order")
         self._down_kernel, self._up_kernel = down_dgrad_kernel(spec.activation), dgrad_kernel()
         (self._wgrad_kernel,) = load_kernels("gemm/grouped_wgrad.cu", "grouped_wgrad")
@@ -100,23 +119,13 @@ class BackwardGemms:
 
     def _launch_order(self, stream: int, call: Call) -> None:
         """The orders of all GEMMs' tiles, from the plan's tables."""
-        self._planned.uint64s[:] = self._planned_offsets + np.uint64(call.at["tables"])
         orders = (order.params for order in self._orders.values())
-        params = self._wgrad_params(call)
-        self._order_kernel(stream, _ORDER_CTAS, self._planned, *orders, params)
+        params = wgrad_params(self._wgrads, self._tables, call)
+        self._order_kernel(stream, _ORDER_CTAS, self._tables.planned(call), *orders, params)
 
     def _launch_down(self, stream: int, call: Call) -> None:
         """dz, weighted_a and dweight from dy and z."""
-        at = call.at
-        arguments = self._down(
-            at["dy_rows"],
-            at["w_down"],
-            z=at["z"],
-            row_weight=at["tables"] + self._table_offsets["row_weight"],
-            dz=at["dz"],
-            weighted_a=at["weighted_a"],
-            dweight=at["dweight_rows"],
-        )
+        arguments = down_dgrad_arguments(self._down, self._tables, call)
         self._down_kernel(stream, gemm_ctas(), *arguments)
 
     def _launch_up(self, stream: int, call: Call) -> None:
@@ -126,18 +135,33 @@ class BackwardGemms:
 
     def _launch_wgrad(self, stream: int, call: Call) -> None:
         """Gradients of both weights."""
-        maps = self._wgrads.maps(_wgrads_of(call))
-        self._wgrad_kernel(stream, gemm_ctas(), self._wgrad_params(call), maps)
-
-    def _wgrad_params(self, call: Call) -> ParamStruct:
-        offsets, rows = (
-            call.at["tables"] + self._table_offsets[name]
-            for name in ("expert_offsets", "expert_rows")
-        )
-        return self._wgrads.params(offsets, rows, _wgrads_of(call), accumulate=call.accumulate)
+        params = wgrad_params(self._wgrads, self._tables, call)
+        self._wgrad_kernel(stream, gemm_ctas(), params, self._wgrads.maps(wgrads_of(call)))
 
 
-def _wgrads_of(call: Call) -> tuple[WgradAddresses, WgradAddresses]:
+def down_dgrad_arguments(
+    arguments: DownDgradArguments, tables: PlanTables, call: Call
+) -> tuple[KernelArgument, ...]:
+    """Of a call: dz, weighted_a and dweight from dy and z."""
+    at = call.at
+    return arguments(
+        at["dy_rows"],
+        at["w_down"],
+        z=at["z"],
+        row_weight=tables.address(call, "row_weight"),
+        dz=at["dz"],
+        weighted_a=at["weighted_a"],
+        dweight=at["dweight_rows"],
+    )
+
+
+def wgrad_params(arguments: WgradArguments, tables: PlanTables, call: Call) -> ParamStruct:
+    """WgradParams of a call."""
+    offsets, rows = (tables.address(call, name) for name in ("expert_offsets", "expert_rows"))
+    return arguments.params(offsets, rows, wgrads_of(call), accumulate=call.accumulate)
+
+
+def wgrads_of(call: Call) -> tuple[WgradAddresses, WgradAddresses]:
     """Of w_up and w_down."""
     at, (up, down) = call.at, call.float32_gradients
     return (

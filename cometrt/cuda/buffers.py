@@ -10,7 +10,7 @@ from cometrt.cuda.engine import layer_n_tiles, tile_order_size
 from cometrt.cuda.exchange_params import num_dweight_partials
 from cometrt.cuda.fused import fused_counter_words, n_chunk_tiles
 from cometrt.cuda.planner import planner_counters, planner_routing, planner_scratch, table_words
-from cometrt.cuda.wgrad import wgrad_order_size
+from cometrt.cuda.wgrad import max_wgrad_steps, wgrad_order_size
 from cometrt.kernels.params import traced_exchange_state_dtype
 from cometrt.plan import PlanShape
 from cometrt.residuals import META_SHAPE
@@ -47,11 +47,20 @@ def held(shape: PlanShape, mode: str) -> Buffers:
         tile_bytes, counts = tile_order_size(shape.max_tiles, n_tiles, size, chunks)
         buffers[f"{name}_work_tiles"] = ((tile_bytes,), _UINT8)
         buffers[f"{name}_counts"] = ((counts,), _INT32)
-    geometry = shape.geometry
-    for name, n_tiles in dgrad_tiles(geometry).items():
-        tile_bytes, counts = tile_order_size(shape.max_tiles, n_tiles, None, 1)
+    geometry, dgrads = shape.geometry, dgrad_tiles(shape.geometry)
+    if mode == "fused":
+        n_chunk = n_chunk_tiles(shape.of_backward())
+        steps = max_wgrad_steps(geometry.local_experts, wgrad_shapes(geometry))
+        sizes = {"down_dgrad": (None, 0), "up_dgrad": (n_chunk, steps)}
+    else:
+        sizes = dict.fromkeys(dgrads, (None, 0))
+    for name, n_tiles in dgrads.items():
+        size, more_steps = sizes[name]
+        tile_bytes, counts = tile_order_size(shape.max_tiles, n_tiles, size, 1, more_steps)
         buffers[f"{name}_work_tiles"] = ((tile_bytes,), _UINT8)
         buffers[f"{name}_counts"] = ((counts,), _INT32)
+    if mode == "fused":  # the weight gradients' tiles are in the list of the up dgrad
+        return buffers
     tile_bytes, counts = wgrad_order_size(geometry.local_experts, wgrad_shapes(geometry))
     buffers["wgrad_work_tiles"] = ((tile_bytes,), _UINT8)
     buffers["wgrad_counts"] = ((counts,), _INT32)

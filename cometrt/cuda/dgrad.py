@@ -46,7 +46,7 @@ class DgradArguments:
     def __call__(self, a: int, b: int, out: int) -> tuple[KernelArgument, ...]:
         """The params, and the tensor maps of a, of its halves, and of b; all by address."""
         self._params.fields["problems"]["out"] = out
-        return self._params, *_operand_maps(a, self._a, b, self._b)
+        return self._params, *dgrad_maps(a, self._a, b, self._b)
 
 
 class DownDgradArguments:
@@ -84,11 +84,11 @@ class DownDgradArguments:
     ) -> tuple[KernelArgument, ...]:
         """The params, and the tensor maps of dy, of its halves, and of w_down; all by address."""
         self._params.uint64s[self._arrays] = z, row_weight, dz, weighted_a, dweight
-        return self._params, *_operand_maps(dy, self._dy, w_down, self._w)
+        return self._params, *dgrad_maps(dy, self._dy, w_down, self._w)
 
 
 @functools.lru_cache(maxsize=4096)
-def _operand_maps(
+def dgrad_maps(
     a: int, a_shape: tuple[int, ...], b: int, b_shape: tuple[int, ...]
 ) -> tuple[KernelArgument, KernelArgument, KernelArgument]:
     """Of a, of its halves, and of boxes of b."""

@@ -54,6 +54,7 @@ class TileOrder:
         n_chunk, raster_group: N-tiles of each; None: all.
         backwards: walk the dispatch order from its end.
         pipeline_chunks: how many.
+        more_steps: room for so many cluster steps of other GEMMs behind the order.
 
     Attributes:
         params: TileOrderParams, for the planner.
@@ -70,10 +71,12 @@ class TileOrder:
         raster_group: int | None = None,
         backwards: bool = False,
         pipeline_chunks: int = 1,
+        more_steps: int = 0,
     ) -> None:
         import cupy as cp
 
-        tile_bytes, counts = tile_order_size(max_tiles, n_tiles, n_chunk, pipeline_chunks)
+        sizes = max_tiles, n_tiles, n_chunk, pipeline_chunks, more_steps
+        tile_bytes, counts = tile_order_size(*sizes)
         self._tiles, self.counts = cp.empty(tile_bytes, cp.uint8), cp.zeros(counts, cp.int32)
         self._chunk_bytes = tile_bytes // pipeline_chunks
         self.params = ParamStruct(tile_order_params_dtype)
@@ -100,10 +103,10 @@ class TileOrder:
 
 
 def tile_order_size(
-    max_tiles: int, n_tiles: int, n_chunk: int | None, pipeline_chunks: int
+    max_tiles: int, n_tiles: int, n_chunk: int | None, pipeline_chunks: int, more_steps: int = 0
 ) -> tuple[int, int]:
     """(bytes of work tiles, number of counts) of a `TileOrder`."""
-    steps = max_cluster_steps(-(-max_tiles // pipeline_chunks), n_tiles, n_chunk)
+    steps = max_cluster_steps(-(-max_tiles // pipeline_chunks), n_tiles, n_chunk) + more_steps
     tiles = CLUSTER_SIZE * pipeline_chunks * steps
     return tiles * work_tile_dtype.itemsize, _COUNTS * pipeline_chunks
 

@@ -96,8 +96,8 @@ class ExchangeParamsBuilder:
     """One layer's exchange params: one struct, filled again for every call.
 
     Args:
-        fixed: address by field, the same in every forward.
-        num_counters: 32-bit words at the field "counters".
+        fixed: operation -> address by field, the same in every such call.
+        num_counters: operation -> 32-bit words at the field "counters".
         table_offsets: byte offset of each of EXCHANGE_TABLES in a plan's memory.
     """
 
@@ -107,12 +107,13 @@ class ExchangeParamsBuilder:
         shape: PlanShape,
         heap: SymmetricHeap,
         layer: int,
-        fixed: Mapping[str, int],
-        num_counters: int,
+        fixed: Mapping[str, Mapping[str, int]],
+        num_counters: Mapping[str, int],
         table_offsets: np.ndarray,
     ) -> None:
         self._world, self._shape, self._heap, self._layer = world, shape, heap, layer
         self._fixed, self._num_counters, self._table_offsets = fixed, num_counters, table_offsets
+        self._config, self._backward_config = shape.config, shape.of_backward().config
         self._filled_for: tuple[float, ...] = ()
         self._params = ParamStruct(exchange_params_dtype)
 
@@ -128,14 +129,18 @@ class ExchangeParamsBuilder:
         fields["num_tokens"] = call.num_tokens
         fields["operation"] = OPERATIONS.index(call.operation)
         fields["weighted"], fields["ids_are_64"] = forward, call.ids_are_64
-        fields["num_counters"] = self._num_counters if forward else 0
+        fields["num_counters"] = self._num_counters[call.operation]
+        hidden = self._shape.geometry.spec.hidden
+        config = self._config if forward else self._backward_config
+        fields["num_n_chunks"] = config.num_n_chunks(hidden)
+        fields["n_chunk_columns"] = config.n_chunks(hidden)[0][1]
         at = call.at
         set_fields(params, **{field: at.get(name, 0) for field, name in self._arrays(call)})
         set_fields(params, pull_offset=self._heap.table["x" if forward else "dy"].offset)
         if not forward:
             set_fields(params, **self._gradients(call))
-        state = {name: self._fixed[name] for name in ("state", "report")}
-        set_fields(params, **(self._fixed if forward else state))
+            set_fields(params, x_rows=at["x_rows"] if "saved_x" in at else 0)
+        set_fields(params, **self._fixed[call.operation])
         params.uint64s[_TABLES] = self._table_offsets + np.uint64(at["tables"])
         return params
 
@@ -179,8 +184,6 @@ class ExchangeParamsBuilder:
         peers["timeout_ns"] = round(world.timeout_sec * 1e9)
         peers["rank"], peers["size"] = world.rank, world.size
         params["world"], params["g"] = peers, geometry_params(shape)
-        params["num_n_chunks"] = self._heap.table["partials_ready"].shape[-1]
-        params["n_chunk_columns"] = shape.config.n_chunks(shape.geometry.spec.hidden)[0][1]
         for field, name in HEAP_OFFSETS.items():
             params[field] = self._heap.table[name].offset
         params["layer"], params["spec_hash"] = self._layer, shape.geometry.spec.digest()

@@ -183,9 +183,9 @@ class CudaExecutor:
 
     @contextlib.contextmanager
     def recorded_by(self, recording: Recording) -> Iterator[None]:
-        """Within it the fused forward's kernels record themselves."""
+        """Within it the fused kernels record themselves."""
         fused = self.queue.fused
-        if fused is None:
+        if not fused:
             yield
             return
         self.graphs.enabled, before = False, self.graphs.enabled  # they have other kernels

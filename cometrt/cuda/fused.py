@@ -1,6 +1,11 @@
-"""The fused forward: dispatch within the up GEMM's launch, combine within the down GEMM's."""
+"""The fused forward: dispatch within the up GEMM's launch, combine within the down GEMM's.
+
+`cometrt.cuda.fused_backward` has the backward.
+"""
 
 from __future__ import annotations
+
+import abc
 
 import numpy as np
 
@@ -9,15 +14,17 @@ from cometrt.cuda.engine import GemmArguments, gemm_ctas, layer_orders
 from cometrt.cuda.exchange_params import Call
 from cometrt.cuda.links import Links
 from cometrt.cuda.types import Launches
+from cometrt.heap import max_n_chunks
 from cometrt.kernels.constants import BLOCK_N, NUM_ARRIVALS
-from cometrt.kernels.launch import Kernel, load_kernels
+from cometrt.kernels.launch import Kernel, Macros, load_kernels
 from cometrt.kernels.params import KernelArgument, ParamStruct
 from cometrt.plan import PlanShape
 
 
 def fused_counter_words(shape: PlanShape) -> dict[str, int]:
-    """32-bit words of each array that the fused kernels count up, by field of ExchangeParams."""
-    num_chunks = shape.config.num_n_chunks(shape.geometry.spec.hidden)
+    """32-bit words of each array that the fused kernels count up, by field of ExchangeParams; of
+    both passes, each of which begins with zeros."""
+    num_chunks = max_n_chunks(shape)
     return {
         "tile_filled": shape.max_tiles,
         "tile_done": shape.max_tiles * num_chunks,
@@ -27,11 +34,35 @@ def fused_counter_words(shape: PlanShape) -> dict[str, int]:
 
 
 def n_chunk_tiles(shape: PlanShape) -> int:
-    """N-tiles of the down GEMM that make an N-chunk."""
+    """N-tiles of the down GEMM, or of the up dgrad, that make an N-chunk."""
     return -(-shape.config.n_chunks(shape.geometry.spec.hidden)[0][1] // BLOCK_N)
 
 
-class FusedForward:
+class FusedPath(abc.ABC):
+    """Two launches of one layer whose kernels may record themselves.
+
+    Attributes:
+        num_ctas: of both launches.
+    """
+
+    num_ctas: int
+    _kernels: dict[str, Kernel]
+
+    @abc.abstractmethod
+    def load(self, *, trace: bool = False) -> dict[str, Kernel]:
+        """Its kernels, which record themselves if `trace`. Before any kernel waits for a peer."""
+
+    def use(self, kernels: dict[str, Kernel]) -> dict[str, Kernel]:
+        """Launch these from now on; returns those that were launched before."""
+        before, self._kernels = self._kernels, kernels
+        return before
+
+
+def trace_macros(trace: bool) -> Macros:
+    return (("TRACE", 1),) if trace else ()
+
+
+class FusedForward(FusedPath):
     """One layer's two launches.
 
     Args:
@@ -40,7 +71,6 @@ class FusedForward:
 
     Attributes:
         orders: TileOrderParams of the up and the down GEMM.
-        num_ctas: of both launches.
     """
 
     def __init__(self, shape: PlanShape, links: Links, ok: int, kernels: Launches) -> None:
@@ -60,8 +90,7 @@ class FusedForward:
         kernels |= {"dispatch_gemm": self._dispatch_gemm, "gemm_combine": self._gemm_combine}
 
     def load(self, *, trace: bool = False) -> dict[str, Kernel]:
-        """Its kernels, which record themselves if `trace`. Before any kernel waits for a peer."""
-        macros = (*self._links.macros, *((("TRACE", 1),) if trace else ()))
+        macros = (*self._links.macros, *trace_macros(trace))
         activation = list(ACTIVATIONS).index(self._activation)
         kernels = {}
         for write_z, name in enumerate(("inference", "training")):
@@ -71,11 +100,6 @@ class FusedForward:
             )
         (kernels["combine"],) = load_kernels("fused/gemm_combine.cu", "gemm_combine", macros=macros)
         return kernels
-
-    def use(self, kernels: dict[str, Kernel]) -> dict[str, Kernel]:
-        """Launch these from now on; returns those that were launched before."""
-        before, self._kernels = self._kernels, kernels
-        return before
 
     def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None:
         kernels["dispatch_gemm"](stream, params, call)

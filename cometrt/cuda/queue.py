@@ -9,10 +9,13 @@ its mode does between them and `finish`:
     chunked     the same for each pipeline chunk, on two streams
     cublas      dispatch, cublas_forward, push, home_reduce
 
-and of a backward, in every mode:
+and of a backward:
 
-    engine      backward_order, dispatch, down_dgrad, up_dgrad, push, wgrad, home_reduce
+    fused       dispatch_down_dgrad, up_dgrad_combine_wgrad
+    others      backward_order, dispatch, down_dgrad, up_dgrad, push, wgrad, home_reduce
     cublas      dispatch, cublas_dgrad, push, cublas_wgrad, home_reduce
+
+A fused backward has `prepare_backward` in the place of `agree`: it also orders tiles.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from cometrt.cuda import buffers
 from cometrt.cuda.backward import BackwardGemms, EngineBackward
 from cometrt.cuda.cublas import CublasBackward, CublasExperts, CublasForward
 from cometrt.cuda.exchange_params import Call, ExchangeParamsBuilder
-from cometrt.cuda.fused import FusedForward, fused_counter_words
+from cometrt.cuda.fused import FusedForward, FusedPath, fused_counter_words
+from cometrt.cuda.fused_backward import FusedBackward
 from cometrt.cuda.links import Links
 from cometrt.cuda.planner import DevicePlanner
 from cometrt.cuda.row_kernels import RowKernels
@@ -107,7 +111,7 @@ class CallQueue:
             so that a dropped layer frees its memory at once.
         planner: makes the plans.
         state: ExchangeState of the running call, as bytes.
-        fused: the path of mode "fused", or None.
+        fused: the paths of mode "fused", of both passes; empty in other modes.
     """
 
     def __init__(
@@ -127,51 +131,58 @@ class CallQueue:
         self.state = cp.zeros(traced_exchange_state_dtype.itemsize, cp.uint8)
         links = Links(world.link)
         self.planner = DevicePlanner(shape, counters[:planner_words], links.macros)
-        fixed = {
-            "state": int(self.state.data.ptr),
-            "report": report,
+        state = {"state": int(self.state.data.ptr), "report": report}
+        fixed = state | {
             "all_ids": int(self.planner.ids.data.ptr),
             "all_weights": int(self.planner.weights.data.ptr),
             "progress": int(self.planner.progress.data.ptr),
             "counters": int(counters.data.ptr),
         }
+        fused_counters: dict[str, int] = {}
         if mode == "fused":
             address = fixed["counters"] + 4 * planner_words
             for name, words in fused_counter_words(shape).items():
-                fixed[name] = address
+                fused_counters[name] = address
                 address += 4 * words
+        # A backward makes no plan: it leaves the planner's counters as they are.
+        begin = fixed["counters"] + 4 * planner_words if mode == "fused" else 0
+        of_backward = state | {"counters": begin} | fused_counters
         self._params = ExchangeParamsBuilder(
             world,
             shape,
             heap,
             layer,
-            fixed,
-            num_counters=counters.size,
+            {"forward": fixed | fused_counters, "backward": of_backward},
+            num_counters={"forward": counters.size, "backward": fused_words},
             table_offsets=self.planner.offsets_of(EXCHANGE_TABLES),
         )
         self.kernels: Launches = {}
         kernels, ok = self.kernels, fixed["state"] + _OK_OFFSET
         chunks = buffers.num_pipeline_chunks(shape, mode)
-        RowKernels(shape, links, kernels, self.planner.block_order_idx, chunks)
-        self.fused: FusedForward | None = None
+        self.fused: tuple[FusedPath, ...] = ()
         forward: Path
         backward: Path
         offsets = self.planner.table_offsets
-        if shape.config.gemm == "cublas":
+        if mode != "fused":
+            RowKernels(shape, links, kernels, self.planner.block_order_idx, chunks)
+        if mode == "fused":
+            forward = FusedForward(shape, links, ok, kernels)
+            backward = FusedBackward(shape, links, offsets, ok, kernels)
+            self.fused, orders = (forward, backward), forward.orders
+        elif shape.config.gemm == "cublas":
             cublas = CublasExperts(shape, fixed["state"], offsets, meet, kernels)
             orders = _NO_ORDER, _NO_ORDER
             forward, backward = CublasForward(cublas), CublasBackward(cublas, self._params)
         else:
             BackwardGemms(shape, offsets, ok, kernels)
             backward = EngineBackward(self._params)
-            if mode == "fused":
-                forward = self.fused = FusedForward(shape, links, ok, kernels)
-                orders = self.fused.orders
-            else:
-                orders = ExpertGemms(shape, ok, kernels, chunks).orders
-                forward = ChunkedForward(shape.config) if mode == "chunked" else SequentialForward()
+            orders = ExpertGemms(shape, ok, kernels, chunks).orders
+            forward = ChunkedForward(shape.config) if mode == "chunked" else SequentialForward()
         ProtocolKernels(self.planner, orders, links, kernels)
         self._paths = {"forward": forward, "backward": backward}
+        self._plans = {"forward": "prepare", "backward": "agree"}
+        if mode == "fused":
+            self._plans["backward"] = "prepare_backward"
 
     def enqueue(self, stream: int, call: Call) -> None:
         """Queue a call on a raw stream. It allocates nothing, captures nothing, meets no other
@@ -180,7 +191,7 @@ class CallQueue:
         """
         params, kernels = self._params.begin(call), self.kernels
         kernels["publish"](stream, params)
-        kernels["prepare" if call.operation == "forward" else "agree"](stream, params, call)
+        kernels[self._plans[call.operation]](stream, params, call)
         self._paths[call.operation].launch(kernels, stream, params, call)
         kernels["finish"](stream, params)
 

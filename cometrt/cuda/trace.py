@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from cometrt.cuda.fused import FusedForward
+from cometrt.cuda.fused import FusedPath
 from cometrt.kernels.constants import TRACE_LANES
 from cometrt.kernels.params import (
     trace_lane_dtype,
@@ -20,6 +20,9 @@ from cometrt.trace import Event, Recording
 KINDS = (  # role, name, flag; numbers of EventKind
     ("compute", "up", ""),
     ("compute", "down", ""),
+    ("compute", "down dgrad", ""),
+    ("compute", "up dgrad", ""),
+    ("compute", "wgrad", ""),
     ("comm", "pull", ""),
     ("comm", "reduce and push", ""),
     ("comm", "reduce at home", ""),
@@ -33,9 +36,9 @@ _AT = traced_exchange_state_dtype.fields["trace"][1]  # type: ignore[index]
 
 @contextlib.contextmanager
 def recorded_by(
-    recording: Recording, fused: FusedForward, state: Any, ended: Any
+    recording: Recording, fused: Sequence[FusedPath], state: Any, ended: Any
 ) -> Iterator[None]:
-    """Within it the kernels of `fused` record events; at its end the recording gets them.
+    """Within it the kernels of those paths record events; at its end the recording gets them.
 
     Kernels are loaded when it is entered. No peer's kernel waits for this rank then: all ranks have
     launched the calls before, and the next call begins with a meeting.
@@ -46,12 +49,13 @@ def recorded_by(
     """
     import cupy as cp
 
-    kernels = fused.use(fused.load(trace=True))
-    trace = DeviceTrace(state, fused.num_ctas)
+    kernels = [path.use(path.load(trace=True)) for path in fused]
+    trace = DeviceTrace(state, max(path.num_ctas for path in fused))
     try:
         yield
     finally:
-        fused.use(kernels)
+        for path, before in zip(fused, kernels, strict=True):
+            path.use(before)
         ended.synchronize()
         cp.cuda.get_current_stream().synchronize()  # where graphs were launched
         lanes = trace.end()

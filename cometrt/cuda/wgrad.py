@@ -56,8 +56,13 @@ class WgradOrder:
 
 def wgrad_order_size(num_experts: int, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """(bytes of work tiles, number of counts) of a `WgradOrder`."""
-    steps = num_experts * sum(num_wgrad_steps(*shape) for shape in shapes)
+    steps = max_wgrad_steps(num_experts, shapes)
     return CLUSTER_SIZE * steps * work_tile_dtype.itemsize, _COUNTS
+
+
+def max_wgrad_steps(num_experts: int, shapes: Sequence[tuple[int, int]]) -> int:
+    """Cluster steps of all experts' gradients."""
+    return num_experts * sum(num_wgrad_steps(*shape) for shape in shapes)
 
 
 def num_wgrad_steps(rows: int, columns: int) -> int:
@@ -81,6 +86,12 @@ class WgradAddresses(NamedTuple):
     is_float32: bool
 
 
+class TileList(Protocol):
+    """Memory of an order of tiles, by address."""
+
+    def addresses(self) -> dict[str, int]: ...
+
+
 class WgradArguments:
     """Arguments of the launches of a few weights' gradients.
 
@@ -94,7 +105,7 @@ class WgradArguments:
 
     def __init__(
         self,
-        order: WgradOrder,
+        order: TileList,
         rows: int,
         shapes: Sequence[tuple[int, int]],
         num_experts: int,
@@ -111,6 +122,7 @@ class WgradArguments:
         fields["num_problems"], fields["num_experts"] = len(shapes), num_experts
         for problem, shape in zip(fields["problems"][0], shapes, strict=False):
             problem["num_rows"], problem["num_columns"] = shape
+            problem["expert_stride"] = shape[0]
 
     def params(
         self,

@@ -80,7 +80,8 @@ class HostExecutor:
         self, dy: np.ndarray, saved: Residuals, *, out: Gradients, accumulate: bool, tracer: Tracer
     ) -> None:
         """Fill `out`; weight gradients only once the exchange has succeeded."""
-        ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
+        shape = self._shape.of_backward()
+        ex = Exchange(self._world, self._heap, shape, self._layer, tracer)
         with ex.guard("compute"):
             wide = empty(wide_weights(self._shape))
             payloads = {"dy": dy}

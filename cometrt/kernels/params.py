@@ -72,7 +72,9 @@ trace_event_dtype = np.dtype(
 trace_lane_dtype = np.dtype(
     [
         ("num_events", np.uint32),
-        ("unused", np.uint32, (3,)),
+        ("tile", np.int32),
+        ("column", np.int32),
+        ("unused", np.uint32),
         ("since_ns", np.uint64),
         ("waits_since_ns", np.uint64),
         ("events", trace_event_dtype, (TRACE_EVENTS,)),
@@ -112,7 +114,7 @@ exchange_params_dtype = np.dtype(
             *"forward_epoch state report x dy ids weights saved_epoch saved_x".split(),
             *"all_ids all_weights progress".split(),
             *EXCHANGE_TABLES,
-            *"pull_offset rows partial_rows out dweight_rows out_dweight".split(),
+            *"pull_offset rows x_rows partial_rows out dweight_rows out_dweight".split(),
             *"num_dweight_partials dw_up dw_down dw_up_bytes dw_down_bytes".split(),
             *"counters tile_filled tile_done queue_heads arrivals".split(),
         )
@@ -136,13 +138,20 @@ down_dgrad_params_dtype = np.dtype(
 MAX_WGRADS = 2  # kMaxWgrads of gemm/wgrad_problem.cuh
 wgrad_problem_dtype = np.dtype(
     [("out", np.uint64)]
-    + [(name, np.int32) for name in "num_rows num_columns is_float32 padding".split()]
+    + [(name, np.int32) for name in "num_rows num_columns is_float32 expert_stride".split()]
 )
 wgrad_params_dtype = np.dtype(
     _TILE_LIST
     + [(name, np.uint64) for name in "expert_offsets expert_rows".split()]
     + [("problems", wgrad_problem_dtype, (MAX_WGRADS,))]
     + [(name, np.int32) for name in "num_problems num_experts raster_group accumulate".split()]
+)
+up_dgrad_wgrad_params_dtype = np.dtype(
+    [
+        *((name, wgrad_params_dtype[name]) for name in wgrad_params_dtype.names or ()),
+        ("dx", wgrad_problem_dtype),
+        *((name, np.int32) for name in "num_dx_k_blocks unused".split()),
+    ]
 )
 emulated_link_dtype = np.dtype(
     [(name, np.uint64) for name in "free_at_ns femtoseconds_per_byte latency_ns".split()]
@@ -208,6 +217,7 @@ MIRRORS = {
     "DownDgradParams": ("gemm/down_dgrad_epilogue.cuh", down_dgrad_params_dtype),
     "WgradProblem": ("gemm/wgrad_problem.cuh", wgrad_problem_dtype),
     "WgradParams": ("gemm/wgrad_problem.cuh", wgrad_params_dtype),
+    "UpDgradWgradParams": ("gemm/up_dgrad_wgrad.cuh", up_dgrad_wgrad_params_dtype),
     "EmulatedLink": ("protocol/emulated_link.cuh", emulated_link_dtype),
     "PlannedTiles": ("scheduler/tile_order.cuh", planned_tiles_dtype),
     "TileOrderParams": ("scheduler/tile_order.cuh", tile_order_params_dtype),

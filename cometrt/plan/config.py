@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from cometrt.specs import ALIGNMENT, check_choice, check_int
 
@@ -41,6 +42,8 @@ class TileConfig:
             eighth of the SMs.
         dispatch_ctas, combine_ctas: number of CTAs whose comm warps transfer rows in the fused
             kernels dispatch_gemm and gemm_combine. None, or more than the grid has: all CTAs.
+        backward_order, backward_n_chunk, backward_dispatch_ctas, backward_combine_ctas: the same of
+            backward, where the up dgrad has the order of the down GEMM. None: as in forward.
 
     Raises:
         ValueError: naming the argument, its value and the rule.
@@ -58,25 +61,44 @@ class TileConfig:
     comm_sms: int | None = None
     dispatch_ctas: int | None = None
     combine_ctas: int | None = None
+    backward_order: str | None = None
+    backward_n_chunk: int | None = None
+    backward_dispatch_ctas: int | None = None
+    backward_combine_ctas: int | None = None
 
     def __post_init__(self) -> None:
         counts = ("block_m", "block_n", "block_tokens", "n_chunk", "num_phases", "pipeline_chunks")
         for name in counts:
             object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=1))
-        for name in ("raster_group", "dispatch_ctas", "combine_ctas", "comm_sms"):
+        optional = ("raster_group", "dispatch_ctas", "combine_ctas", "comm_sms", "backward_n_chunk")
+        for name in (*optional, "backward_dispatch_ctas", "backward_combine_ctas"):
             if (value := getattr(self, name)) is not None:
                 even = name in ("raster_group", "comm_sms")
                 object.__setattr__(self, name, check_int(name, value, minimum=2 if even else 1))
                 if even and value % 2:
                     raise ValueError(f"{name} must be even (got {value})")
         check_choice("order", self.order, ORDERS)
+        if self.backward_order is not None:
+            check_choice("backward_order", self.backward_order, ORDERS)
         check_choice("gemm", self.gemm, GEMMS)
         if self.block_n % ALIGNMENT:
             raise ValueError(f"block_n must be a multiple of {ALIGNMENT} (got {self.block_n})")
-        if self.n_chunk % self.block_n:
-            raise ValueError(
-                f"n_chunk must be a multiple of block_n={self.block_n} (got {self.n_chunk})"
-            )
+        for name in ("n_chunk", "backward_n_chunk"):
+            if (getattr(self, name) or 0) % self.block_n:
+                raise ValueError(
+                    f"{name} must be a multiple of block_n={self.block_n} "
+                    f"(got {getattr(self, name)})"
+                )
+
+    def of_backward(self) -> TileConfig:
+        """The config of a backward: its own fields, where they are not None, in place of those of
+        a forward."""
+        changes: dict[str, Any] = {}
+        for name in ("order", "n_chunk", "dispatch_ctas", "combine_ctas"):
+            if (value := getattr(self, f"backward_{name}")) is not None:
+                changes[name] = value
+            changes[f"backward_{name}"] = None
+        return dataclasses.replace(self, **changes)
 
     def last_distances(self, size: int) -> list[int]:
         """The largest ring distance of each phase, with `size` ranks."""

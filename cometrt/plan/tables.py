@@ -24,6 +24,10 @@ class PlanShape:
     geometry: Geometry
     config: TileConfig
 
+    def of_backward(self) -> PlanShape:
+        """The same tables, with the config of a backward."""
+        return dataclasses.replace(self, config=self.config.of_backward())
+
     @functools.cached_property
     def digest(self) -> int:
         """63-bit hash. Equal digests: tables and residuals have the same shapes and meaning.

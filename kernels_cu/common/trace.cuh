@@ -16,6 +16,9 @@ namespace cometrt {
 enum EventKind : u16 {
   kUp,
   kDown,
+  kDownDgrad,
+  kUpDgrad,
+  kWgrad,
   kPull,
   kReduceAndPush,
   kReduceAtHome,
@@ -43,7 +46,9 @@ struct alignas(16) TraceEvent {
 // Events of one trace lane of one CTA over all launches of a recording. num_events also counts
 // events that found no room. Mirrored by trace_lane_dtype.
 struct alignas(16) TraceLane {
-  u32 num_events, unused[3];
+  u32 num_events;
+  int tile, column;  // of the current work tile
+  u32 unused;
   u64 since_ns, waits_since_ns;  // begin of the current work and of the last wait
   TraceEvent events[kEventsOfLane];
 };
@@ -79,6 +84,20 @@ class Recorder {
     }
     local_bytes_ = link_bytes_ = 0;
   }
+  // The event of a work tile, kept in the lane: its main loop leaves no register for it.
+  __device__ void begin_tile(int tile, int column) {
+    if (TraceLane* lane = this->lane()) {
+      lane->tile = tile, lane->column = column;
+      lane->since_ns = global_timer_ns();
+    }
+  }
+  // is_next_kind: the event is of the kind behind `kind`.
+  __device__ void end_tile(bool is_next_kind) {
+    if (TraceLane* lane = this->lane()) {
+      write(*lane, static_cast<EventKind>(kind + is_next_kind), lane->since_ns, global_timer_ns(),
+            lane->tile, lane->column);
+    }
+  }
   // For work in many small parts: ends an event once it has moved so many bytes, and begins the
   // next.
   __device__ void end_if_moved(u32 bytes) {
@@ -92,12 +111,13 @@ class Recorder {
   __device__ void end_wait(EventKind wait, int tile, int column) {
     TraceLane* lane = this->lane();
     if (lane == nullptr) return;
-    const u64 now_ns = global_timer_ns(), waits_since_ns = lane->waits_since_ns;
-    if (now_ns - waits_since_ns < kShortestWaitNs) return;
-    if (local_bytes_ + link_bytes_ > 0) write(*lane, kind, lane->since_ns, waits_since_ns, -1, -1);
+    if (global_timer_ns() - lane->waits_since_ns < kShortestWaitNs) return;
+    if (local_bytes_ + link_bytes_ > 0) {
+      write(*lane, kind, lane->since_ns, lane->waits_since_ns, -1, -1);
+    }
     local_bytes_ = link_bytes_ = 0;
-    write(*lane, wait, waits_since_ns, now_ns, tile, column);
-    lane->since_ns = now_ns;
+    lane->since_ns = global_timer_ns();
+    write(*lane, wait, lane->waits_since_ns, lane->since_ns, tile, column);
   }
 
  private:
@@ -134,6 +154,8 @@ struct Recorder {
   __device__ void begin() {}
   __device__ void count(bool, u32) {}
   __device__ void end(int, int) {}
+  __device__ void begin_tile(int, int) {}
+  __device__ void end_tile(bool) {}
   __device__ void end_if_moved(u32) {}
   __device__ void begin_wait() {}
   __device__ void end_wait(EventKind, int, int) {}

@@ -1,18 +1,21 @@
-// The combine warps of gemm_combine. A warp pops one token block at a time. Push: it sums the
-// tokens' rows on this rank once their tiles are done (tile_done), stores the partial rows in the
-// home's staging buffer, and signals partials_ready there. Reduce: for this rank's own tokens it
-// adds local rows and the contributors' partial rows (partials_ready) into the output.
+// The combine warps of gemm_combine and up_dgrad_combine_wgrad. A warp pops one token block at a
+// time. Push: it sums the tokens' rows on this rank once their tiles are done (tile_done), stores
+// the partial rows in the home's staging buffer, and signals partials_ready there. Reduce: for this
+// rank's own tokens it adds local rows and the contributors' partial rows (partials_ready) into the
+// output.
 #pragma once
 
 #include "fused/row_sums.cuh"
+#include "fused/tile_done.cuh"
+#include "protocol/dweight.cuh"
 #include "protocol/emulated_link.cuh"
 #include "protocol/wait.cuh"
 
 namespace cometrt {
 
-constexpr u32 kSignalsPerTile = 4 * kWarpgroups;  // of tile_done: one a multiplying warp
-
-// One combine warp. All lanes run converged.
+// One combine warp. All lanes run converged. kHasDweight: with N-chunk 0 the rows' dweight is sent
+// and summed too. It is complete before the launch.
+template <bool kHasDweight>
 class CombineWarp : RowSums {
  public:
   Recorder recorder;  // lane 0 alone records
@@ -66,6 +69,7 @@ class CombineWarp : RowSums {
     int token = p_.send_offsets[home] + block * p_.g.block_tokens;
     const int end_token = min(token + p_.g.block_tokens, p_.send_offsets[home + 1]);
     if (lane_ == 0) s_.summed.flag = p_.partials_ready(home, p_.world.rank, block) + n_chunk;
+    if (kHasDweight && n_chunk == 0) send_dweight(home, token, end_token);
     while (token < end_token) {
       const bool used = token + lane_ < end_token;
       const int here = list_addends(used ? p_.send_tokens[token + lane_] : -1, nullptr);
@@ -84,6 +88,21 @@ class CombineWarp : RowSums {
     if (lane_ == 0) s_.pushed = s_.summed;
     __syncwarp();  // orders all lanes' stores of the block before lane 0's later signal
     return true;
+  }
+
+  // Stores this rank's dweight of send_tokens [first, end) in their home's memory.
+  __device__ void send_dweight(int home, int first, int end) const {
+#pragma unroll 1
+    for (int i = first + lane_; i < end; i += 32) {  // a token a lane: its pairs are close together
+      const int token = p_.send_tokens[i], local = token - home * p_.g.max_tokens;
+#pragma unroll 1
+      for (int k = 0; k < p_.g.topk; ++k) {
+        const int row = p_.pair_row[static_cast<long long>(token) * p_.g.topk + k];
+        if (row < 0) continue;
+        const int shard = p_.world.rank % p_.g.tp, pair = local * p_.g.topk + k;
+        *dweight_part(p_, home, shard, pair) = dweight_of_row(p_, row);
+      }
+    }
   }
 
   // The staging row in the home's memory of send_tokens[index].
@@ -126,11 +145,27 @@ class CombineWarp : RowSums {
       if (!wait_addends(n_chunk)) return false;
       recorder.begin();
       sum_batch(n_chunk, p_.out + static_cast<long long>(local) * p_.g.hidden);
+      if (kHasDweight && n_chunk == 0) sum_dweight(local, local + here);
       local += here;
       recorder.count(false, 2 * num_addends_ * (end(n_chunk) - begin(n_chunk)));
       recorder.end(block, n_chunk);
     }
     return true;
+  }
+
+  // Of this rank's own tokens [first, end), after wait_addends(): their contributors have stored
+  // their parts before partials_ready.
+  __device__ void sum_dweight(int first, int end) const {
+    const int first_token = p_.world.rank * p_.g.max_tokens;
+#pragma unroll 1
+    for (int local = first + lane_; local < end; local += 32) {
+#pragma unroll 1
+      for (int k = 0; k < p_.g.topk; ++k) {
+        const int row = p_.pair_row[static_cast<long long>(first_token + local) * p_.g.topk + k];
+        const int pair = local * p_.g.topk + k;
+        p_.out_dweight[pair] = sum_dweight_parts(p_, pair, row);
+      }
+    }
   }
 
   // Waits for all listed addends, a lane each. Acquires tile_done at gpu scope (TileDoneSignal) and

@@ -3,9 +3,8 @@
 // The load thread waits for each tile's rows by tile_filled. Macros: ACTIVATION and WRITE_Z as in
 // gemm/grouped_gemm.cu, TRACE, LINK.
 #include "fused/arrivals.cuh"
-#include "fused/dispatch_warp.cuh"
+#include "fused/rows_ready.cuh"
 #include "gemm/kernel_body.cuh"
-#include "protocol/wait.cuh"
 
 #ifndef ACTIVATION
 #define ACTIVATION 0
@@ -16,36 +15,13 @@ using namespace cometrt;
 
 namespace {
 
+using Copies = CopyShape<3, 4096>;
+
 struct Memory {
   Shared gemm;
-  DispatchStages dispatch;
+  DispatchStages<Copies> dispatch[kCommWarps];
 };
 static_assert(sizeof(Memory) <= 227 * 1024, "shared memory of an SM");
-
-// The load thread's wait for a tile's rows. Acquires tile_filled at gpu scope; its partner is
-// DispatchWarp::release().
-class RowsReady {
- public:
-  __device__ explicit RowsReady(const ExchangeParams& params) : params_(params) {
-    recorder_ = Recorder(params.trace(), 1, kUp);
-  }
-
-  __device__ void wait(const WorkTile& tile) {
-    if (stopped_) return;
-    const u32* filled = &params_.tile_filled[tile.m_tile];
-    recorder_.begin_wait();
-    stopped_ = !wait_until(params_.world, {kTileFilled, params_.world.rank, tile.m_tile, -1},
-                           params_.world.epoch(), tile.rows * num_copy_chunks(params_.g),
-                           [&] { return load_acquire_gpu(filled); });
-    recorder_.end_wait(kWaitTileFilled, tile.m_tile, tile.n_tile);
-    fence_proxy_async();  // tensor loads read the rows
-  }
-
- private:
-  const ExchangeParams& params_;
-  bool stopped_ = false;  // the world has stopped: no more waits, since the results become NaN
-  Recorder recorder_;
-};
 
 using Math = Forward<ACTIVATION, WRITE_Z>;
 
@@ -55,23 +31,20 @@ struct Roles {
 
   const ExchangeParams& params;
   const EmulatedLink& link;
-  DispatchStages& stages;
+  Memory& memory;
   int num_comm;
 
   __device__ void init() {
-    for (auto& of_warp : stages.full) {
-      for (u64& barrier : of_warp) mbarrier_init(&barrier, 1);
-    }
+    for (DispatchStages<Copies>& stages : memory.dispatch) stages.init();
   }
   __device__ void load(Shared& shared, const GemmParams& p, const Operands& operands) {
-    RowsReady ready(params);
+    RowsReady<Copies> ready(params, kUp);
     produce(shared, p, operands, ready);
   }
   __device__ void communicate(int warp) {
     if (warp < kFirstCommWarp || !params.state->ok) return;
     if (!takes_part(params, kDispatchRole, num_comm)) return;
-    const int index = warp - kFirstCommWarp;
-    DispatchWarp dispatch(params, link, stages.bytes[index], stages.full[index]);
+    DispatchWarp<Copies> dispatch(params, link, memory.dispatch[warp - kFirstCommWarp]);
     dispatch.recorder = Recorder(params.trace(), 1, kPull);
     dispatch.run();
   }
@@ -99,6 +72,6 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
                   const __grid_constant__ EmulatedLink link, const __grid_constant__ int num_comm) {
   extern __shared__ __align__(1024) char memory[];
   Memory& all = *reinterpret_cast<Memory*>(memory);
-  Roles roles{params, link, all.dispatch, num_comm};
+  Roles roles{params, link, all, num_comm};
   run_cta(all.gemm, p, {a_map, a_half_map, b_map}, roles);
 }

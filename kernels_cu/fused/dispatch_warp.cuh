@@ -1,5 +1,6 @@
-// The dispatch warps of dispatch_gemm: two a CTA. They copy token rows from their homes through
-// stages of shared memory to the rows of the experts, and signal tile_filled to the load threads.
+// The dispatch warps of dispatch_gemm and dispatch_down_dgrad: two a CTA. They copy token rows from
+// their homes through stages of shared memory to the rows of the experts, and signal tile_filled to
+// the load threads.
 #pragma once
 
 #include "gemm/roles.cuh"
@@ -9,30 +10,47 @@
 
 namespace cometrt {
 
-constexpr int kCopyStages = 3;                        // of a warp; a batch fills all of them
-constexpr u32 kCopyChunkBytes = 4096;                 // of a row; the last one may be shorter
-constexpr u32 kBytesPerEvent = 64 * kCopyChunkBytes;  // pulls of one traced event
+constexpr u32 kBytesPerEvent = 256 * 1024;  // pulls of one traced event
 
-// Shared memory of a CTA's dispatch warps. full: completed by the bytes of a bulk load, waited for
-// by the lanes of that item.
-struct alignas(128) DispatchStages {
-  char bytes[kCommWarps][kCopyStages][kCopyChunkBytes];
-  u64 full[kCommWarps][kCopyStages];
+// How a kernel cuts rows. kStages: copy stages of a warp; a batch fills all of them. kChunkBytes:
+// of a copy chunk; the last one of a row may be shorter.
+template <int kNumStages, u32 kBytesOfChunk>
+struct CopyShape {
+  static constexpr int kStages = kNumStages;
+  static constexpr u32 kChunkBytes = kBytesOfChunk;
+
+  __device__ static u32 chunks_of_row(const Geometry& g) {
+    return (2 * g.hidden + kChunkBytes - 1) / kChunkBytes;
+  }
 };
 
-__device__ inline u32 num_copy_chunks(const Geometry& g) {
-  return (2 * g.hidden + kCopyChunkBytes - 1) / kCopyChunkBytes;
-}
+// Shared memory of one dispatch warp. full: completed by the bytes of a bulk load, waited for by
+// the lanes of that item.
+template <typename Shape>
+struct alignas(128) DispatchStages {
+  char bytes[Shape::kStages][Shape::kChunkBytes];
+  u64 full[Shape::kStages];
+
+  // By one thread. mbarrier_init_fence must follow.
+  __device__ void init() {
+    for (u64& barrier : full) mbarrier_init(&barrier, 1);
+  }
+};
 
 // One dispatch warp. A transfer item is a copy chunk of a token's row. Items are queued in the
 // order in which tiles need the tokens. A token crosses the link once and is stored to all its rows
-// here. The warp pops a batch of kCopyStages items. Ten lanes serve an item: lane k stores to the
-// token's row k (and k + 10, ...). All lanes run converged.
+// here. The warp pops a batch of kStages items. kLanesPerItem lanes serve an item: lane k stores to
+// the token's row k (and k + kLanesPerItem, ...). All lanes run converged.
+//
+// kPullsX: the same tokens of x are queued behind those of dy, unless x_rows is null. No tile waits
+// for them. They are in place when the launch ends.
 //
 // Software pipeline over batches: the queue ticket is requested two batches ahead, token ids one
 // batch ahead. While batch i loads, the stores of batch i - 1 complete and signal tile_filled.
+template <typename Shape, bool kPullsX = false>
 class DispatchWarp {
-  static constexpr int kLanesPerItem = 32 / kCopyStages;
+  static constexpr int kStages = Shape::kStages, kLanesPerItem = 32 / kStages;
+  static constexpr u32 kChunkBytes = Shape::kChunkBytes;
 
   // This lane's item of a batch.
   struct Item {
@@ -43,19 +61,13 @@ class DispatchWarp {
   Recorder recorder;  // lane 0 alone records
 
   __device__ DispatchWarp(const ExchangeParams& p, const EmulatedLink& link,
-                          char (*stages)[kCopyChunkBytes], u64* full)
-      : p_(p),
-        link_(opaque_link(link)),
-        stages_(stages),
-        full_(full),
-        lane_(threadIdx.x % 32),
-        stage_(lane_ / kLanesPerItem),
-        k_(lane_ % kLanesPerItem) {
+                          DispatchStages<Shape>& stages)
+      : p_(p), link_(opaque_link(link)), s_(stages), lane_(threadIdx.x % 32) {
     queue_head_ = opaque_pointer(p.queue_heads);
   }
 
   __device__ void run() {
-    const u32 copy_chunks = num_copy_chunks(p_.g);
+    const u32 copy_chunks = Shape::chunks_of_row(p_.g);
     num_items_ = p_.pull_offsets[p_.g.max_tiles] * static_cast<int>(copy_chunks);
     recorder.begin();
     pop_ahead();
@@ -64,19 +76,21 @@ class DispatchWarp {
     Item now{token_of(first, copy_chunks), -1}, before{-1, -1};
     // A warp's tickets only grow, so the first one beyond the queue ends its work.
 #pragma unroll 1
-    for (; first < num_items_; ++step_) {
-      const u32 offset = (first + stage_) % copy_chunks * kCopyChunkBytes;
-      const u32 bytes = now.token >= 0 ? min(kCopyChunkBytes, 2 * p_.g.hidden - offset) : 0;
+    for (; first < end(); ++step_) {
+      const u32 offset = (first + stage()) % copy_chunks * kChunkBytes;
+      const bool is_x = kPullsX && first + stage() >= num_items_;
+      const u32 bytes = now.token >= 0 ? min(kChunkBytes, 2 * p_.g.hidden - offset) : 0;
       bulk_wait_read<0>();  // with __syncwarp: all lanes' stores have read the stages
       __syncwarp();
-      load(now.token, offset, bytes);
-      if (now.token >= 0 && k_ < p_.g.topk) now.row = rows_of(now.token)[k_];
+      load(now.token, is_x ? p_.x_offset : p_.pull_offset, offset, bytes);
+      if (now.token >= 0 && k() < p_.g.topk) now.row = rows_of(now.token)[k()];
       first = __shfl_sync(~0u, ticket_, 0);
       pop_ahead();
       const Item next{token_of(first, copy_chunks), -1};
       release(before);
-      store(now, offset, bytes);
+      store(now, is_x ? p_.x_rows : p_.rows, offset, bytes);
       before = now;
+      if (is_x) before.token = -1;  // its rows are not signalled
       now = next;
     }
     release(before);
@@ -84,13 +98,24 @@ class DispatchWarp {
   }
 
  private:
+  // A trace needs registers: then they are computed again at each use.
+  __device__ int lane() const { return TRACE ? thread_index() % 32 : lane_; }
+  __device__ int stage() const { return lane() / kLanesPerItem; }  // of its item; kStages: none
+  __device__ int k() const { return lane() % kLanesPerItem; }
+  // Items in the queue: those that fill tiles, then those of x.
+  __device__ int end() const {
+    return kPullsX && p_.x_rows != nullptr ? 2 * num_items_ : num_items_;
+  }
+
   // Lane 0 requests a batch: the ticket is its first item. The result is not waited for here.
   __device__ void pop_ahead() {
-    if (lane_ == 0) ticket_ = static_cast<int>(fetch_add_relaxed_gpu(queue_head_, kCopyStages));
+    if (lane() == 0) ticket_ = static_cast<int>(fetch_add_relaxed_gpu(queue_head_, kStages));
   }
   __device__ int token_of(int first, u32 copy_chunks) const {
-    const int item = first + stage_;
-    return stage_ < kCopyStages && item < num_items_ ? p_.pull_tokens[item / copy_chunks] : -1;
+    int item = first + stage();
+    if (stage() >= kStages || item >= end()) return -1;
+    if (kPullsX && item >= num_items_) item -= num_items_;
+    return p_.pull_tokens[item / copy_chunks];
   }
   __device__ const int* rows_of(int token) const {
     return p_.pair_row + static_cast<long long>(token) * p_.g.topk;
@@ -101,19 +126,20 @@ class DispatchWarp {
     if (item.token < 0) return;
     if (item.row >= 0) use(item.row);
 #pragma unroll 1
-    for (int k = k_ + kLanesPerItem; k < p_.g.topk; k += kLanesPerItem) {
-      const int row = rows_of(item.token)[k];
+    for (int i = k() + kLanesPerItem; i < p_.g.topk; i += kLanesPerItem) {
+      const int row = rows_of(item.token)[i];
       if (row >= 0) use(row);
     }
   }
 
-  __device__ void load(int token, u32 offset, u32 bytes) {
+  // array: byte offset of x or dy in the homes' memory.
+  __device__ void load(int token, u64 array, u32 offset, u32 bytes) {
     const int source = token / p_.g.max_tokens, index = token % p_.g.max_tokens;
-    const bool loads = bytes != 0 && k_ == 0, over_link = loads && source != p_.world.rank;
+    const bool loads = bytes != 0 && k() == 0, over_link = loads && source != p_.world.rank;
     if (loads) {
-      const char* from = p_.data<char>(source, p_.pull_offset) + 2ll * index * p_.g.hidden + offset;
-      mbarrier_arrive_expect(&full_[stage_], bytes);
-      bulk_load<CacheHint::kEvictFirst>(stages_[stage_], from, bytes, &full_[stage_]);
+      const char* from = p_.data<char>(source, array) + 2ll * index * p_.g.hidden + offset;
+      mbarrier_arrive_expect(&s_.full[stage()], bytes);
+      bulk_load<CacheHint::kEvictFirst>(s_.bytes[stage()], from, bytes, &s_.full[stage()]);
     }
     const u32 link_bytes = __reduce_add_sync(~0u, over_link ? bytes : 0);
     if (is_elected(0)) transfer_.begin(link_, link_bytes);
@@ -122,11 +148,11 @@ class DispatchWarp {
       recorder.count(false, __reduce_add_sync(~0u, loads && !over_link ? bytes : 0));
   }
 
-  __device__ void store(const Item& item, u32 offset, u32 bytes) {
-    if (bytes != 0) mbarrier_wait(&full_[stage_], step_ & 1);
+  __device__ void store(const Item& item, __nv_bfloat16* rows, u32 offset, u32 bytes) {
+    if (bytes != 0) mbarrier_wait(&s_.full[stage()], step_ & 1);
     for_rows(item, [&](int row) {
-      char* to = reinterpret_cast<char*>(p_.rows) + 2ll * row * p_.g.hidden;
-      bulk_store<CacheHint::kEvictFirst>(to + offset, stages_[stage_], bytes);
+      char* to = reinterpret_cast<char*>(rows) + 2ll * row * p_.g.hidden;
+      bulk_store<CacheHint::kEvictFirst>(to + offset, s_.bytes[stage()], bytes);
     });
     bulk_commit();
   }
@@ -148,18 +174,18 @@ class DispatchWarp {
   // Whether this lane holds the link transfer of the batch so many batches ago. Lanes 0 and 1
   // alternate, since two batches are in flight.
   __device__ bool is_elected(int batches_ago) const {
-    return lane_ == static_cast<int>((step_ - batches_ago) % 2);
+    return lane() == static_cast<int>((step_ - batches_ago) % 2);
   }
 
   const ExchangeParams& p_;
   EmulatedLink link_;
   u32* queue_head_;
-  char (*stages_)[kCopyChunkBytes];
-  u64* full_;
-  int lane_, stage_, k_, num_items_;  // stage_: of this lane's item; kCopyStages: no item
-  u32 step_ = 0;                      // batches begun
-  int ticket_ = 0;                    // in lane 0
-  LinkTransfer transfer_;             // of the batch that elected this lane
+  DispatchStages<Shape>& s_;
+  int lane_;
+  int num_items_;          // that fill tiles
+  u32 step_ = 0;           // batches begun
+  int ticket_ = 0;         // in lane 0
+  LinkTransfer transfer_;  // of the batch that elected this lane
 };
 
 }  // namespace cometrt

@@ -1,5 +1,5 @@
-// The tile orders of all GEMMs of a backward. A plan is made once for both passes, and the forward
-// has used its own orders up.
+// The tile orders of all GEMMs of a backward that is not fused. A plan is made once for both
+// passes, and the forward has used its own orders up.
 #include "gemm/wgrad_order.cuh"
 #include "scheduler/tile_order.cuh"
 

@@ -18,13 +18,10 @@ __device__ inline void release_stage(Shared& shared, int stage) {
   if (lane < kClusterSize) mbarrier_arrive_at(&shared.empty[stage], lane);
 }
 
-// d [64, 256] += a [64, BLOCK_K] b [256, BLOCK_K]^T. The first stage of a tile overwrites d.
+// The wgmma of a stage, by one operand policy.
 template <typename Operands>
-__device__ inline void multiply_stage(Shared& shared, const StageState& state, int warpgroup,
-                                      bool first, float (&d)[128]) {
-  mbarrier_wait(&shared.full[state.stage], state.parity);
-  const u64 a = Operands::a_descriptor(shared.stages[state.stage], warpgroup);
-  const u64 b = Operands::b_descriptor(shared.stages[state.stage]);
+__device__ inline void issue_stage(const Stage& stage, int warpgroup, bool first, float (&d)[128]) {
+  const u64 a = Operands::a_descriptor(stage, warpgroup), b = Operands::b_descriptor(stage);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < BLOCK_K / 16; ++step) {
@@ -34,15 +31,30 @@ __device__ inline void multiply_stage(Shared& shared, const StageState& state, i
   wgmma_commit();
 }
 
+// d [64, 256] += a [64, BLOCK_K] b [256, BLOCK_K]^T. The first stage of a tile overwrites d.
+template <typename Operands>
+__device__ inline void multiply_stage(Shared& shared, const StageState& state, u32 kind,
+                                      int warpgroup, bool first, float (&d)[128]) {
+  mbarrier_wait(&shared.full[state.stage], state.parity);
+  const Stage& stage = shared.stages[state.stage];
+  if constexpr (!Operands::kByKind) {
+    issue_stage<Operands>(stage, warpgroup, first, d);
+  } else if (kind == 0) {
+    issue_stage<typename Operands::OfFirstKind>(stage, warpgroup, first, d);
+  } else {
+    issue_stage<typename Operands::OfOtherKinds>(stage, warpgroup, first, d);
+  }
+}
+
 // d [64, 256] = a [64, K] b [256, K]^T. Meanwhile the epilogue stores the previous tile, one step
 // every few K blocks. A stage is released after the next stage's wgmma are issued and its own are
 // complete. Returns the last stage, whose wgmma still run and which the caller releases.
 template <typename Operands, typename Epilogue>
-__device__ inline int multiply(Shared& shared, StageState& state, int num_k_blocks, int warpgroup,
-                               float (&d)[128], Epilogue& epilogue) {
+__device__ inline int multiply(Shared& shared, StageState& state, u32 kind, int num_k_blocks,
+                               int warpgroup, float (&d)[128], Epilogue& epilogue) {
   int last = state.stage;
   const auto next = [&](bool first) {
-    multiply_stage<Operands>(shared, state, warpgroup, first, d);
+    multiply_stage<Operands>(shared, state, kind, warpgroup, first, d);
     if (!first) {
       wgmma_wait<1>();
       release_stage(shared, last);
@@ -92,12 +104,13 @@ __device__ inline void consume(Shared& shared, const Params& p, int warpgroup, E
       float d[128];
       // The traced event begins when the first stage is full.
       if (Recorder::kOn) mbarrier_wait(&shared.full[state.stage], state.parity);
-      recorder.begin();
-      const int last = multiply<Operands>(shared, state, num_k_blocks, warpgroup, d, epilogue);
+      recorder.begin_tile(tile.m_tile, tile.n_tile);
+      const int last =
+          multiply<Operands>(shared, state, tile.kind(), num_k_blocks, warpgroup, d, epilogue);
       more = scheduler.next(next);
       wgmma_wait<0>();
       release_stage(shared, last);
-      recorder.end(tile.m_tile, tile.n_tile);
+      recorder.end_tile(Operands::kByKind && tile.kind() > 0);
       epilogue.stash(tile, d);
     } else {
       epilogue.flush();

@@ -15,7 +15,7 @@ namespace cometrt {
 // A warp's epilogue. A step is four rows of a subtile: short, so that the next products are asked
 // for in time. All subtiles of the upper eight rows come first. z comes to shared memory a few
 // steps ahead.
-template <int kActivation>
+template <int kActivation, int kZStages>
 class DownDgradEpilogue {
   static constexpr bool kGated = is_gated(kActivation);
   using Vectors = DownDgradVectors;
@@ -27,7 +27,8 @@ class DownDgradEpilogue {
   static constexpr int kUnrolledSteps = 1;  // one copy of a step's code is long enough
 
   // `warp` counts those that multiply.
-  __device__ DownDgradEpilogue(DownDgradShared& shared, const DownDgradParams& p, int warp)
+  __device__ DownDgradEpilogue(DownDgradShared<kZStages>& shared, const DownDgradParams& p,
+                               int warp)
       : subtile_(shared.gemm.epilogue_tiles[warp]), rows_(shared.rows[warp]), p_(p), warp_(warp) {
     if (threadIdx.x % 32 == 0) rows_.tiles[0].columns = 0;
     __syncwarp();
@@ -118,8 +119,8 @@ class DownDgradEpilogue {
             p_.z + z,
             p_.num_columns - column,
             tile.rows - row,
-            p_.row_weight + first,
-            p_.dweight + first * num_n_tiles() + tile.n_tile};
+            static_cast<int>(first),
+            static_cast<int>(first) * num_n_tiles() + tile.n_tile};
   }
 
   __device__ void store_rows(int step) {
@@ -143,13 +144,13 @@ class DownDgradEpilogue {
       if (kGated) __stcs(reinterpret_cast<int4*>(tile.dz + (to + p_.num_columns)), out.up);
     }
     // Two steps share a subtile: this one's rows had their last subtile two steps ago.
-    float sum = at.subtile == 0 ? dot : dots_[0] + dot;
-    dots_[0] = dots_[1];
-    dots_[1] = sum;
+    float sum = at.subtile == 0 ? dot : rows_.dots[lane] + dot;
+    rows_.dots[lane] = last_dot_;
+    last_dot_ = sum;
     if (at.subtile < kSubtiles - 1) return;
 #pragma unroll
     for (int lanes = 4; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-    if (lane % 8 == 0) tile.dweight[at.row * num_n_tiles()] = sum;
+    if (lane % 8 == 0) p_.dweight[tile.dweight_index + at.row * num_n_tiles()] = sum;
   }
 
   __device__ void begin() {
@@ -171,7 +172,7 @@ class DownDgradEpilogue {
     const RowsOfTile& tile = rows_.tiles[0];
     const int lane = threadIdx.x % 32;
     if (lane < kWarpRows) {
-      copy_async_4(&rows_.factors[lane].y, tile.row_weight + lane, lane < tile.rows);
+      copy_async_4(&rows_.factors[lane].y, p_.row_weight + tile.row + lane, lane < tile.rows);
     }
   }
 
@@ -190,11 +191,11 @@ class DownDgradEpilogue {
   }
 
   SubtileStore subtile_;
-  RowStage& rows_;
+  RowStage<kZStages>& rows_;
   const DownDgradParams& p_;
   int warp_;
-  u32 stash_[64];  // fp16 pairs in the accumulators' order
-  float dots_[2];  // <da', a> of the last two steps' rows: this lane's columns up to their subtile
+  u32 stash_[64];   // fp16 pairs in the accumulators' order
+  float last_dot_;  // <da', a> of the last step's row: this lane's columns up to its subtile
 };
 
 }  // namespace cometrt

@@ -20,29 +20,28 @@ struct DownDgradParams : TileList {
   __device__ int first_k(const WorkTile&) const { return 0; }
 };
 
-constexpr int kZStages = 3;  // steps whose z is under way
-
 // A warp's rows of a tile: where they begin, and how many rows and columns are valid from there on.
-struct alignas(16) RowsOfTile {
+struct RowsOfTile {
   __nv_bfloat16 *weighted_a, *dz;
   const __nv_bfloat16* z;
-  int columns, rows;  // no columns: there is no tile
-  const float* row_weight;
-  float* dweight;
+  int columns, rows;       // no columns: there is no tile
+  int row, dweight_index;  // the first row among all rows, and its element of dweight
 };
 
 // What a warp's next steps read, and what belongs to its rows of the stashed tile: registers have
-// no room for it.
+// no room for it. kZStages: steps whose z is under way.
+template <int kZStages>
 struct RowStage {
   int4 z[kZStages][2][32];  // [gate, up][lane]
   RowsOfTile tiles[2];      // stashed; being multiplied
   float2 factors[16];       // of each row: the inverse of its power of two, and its weight
+  float dots[32];           // of each lane: <da', a> of its row of the last step but one
 };
 
+template <int kZStages>
 struct DownDgradShared {
   Shared gemm;
-  RowStage rows[4 * kWarpgroups];  // of each warp that multiplies
+  RowStage<kZStages> rows[4 * kWarpgroups];  // of each warp that multiplies
 };
-static_assert(sizeof(DownDgradShared) <= 227 * 1024, "shared memory of an SM");
 
 }  // namespace cometrt

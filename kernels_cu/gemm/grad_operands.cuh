@@ -69,6 +69,7 @@ struct TransposedRowsTimesRows {
   const WgradMaps& maps;
   u64 policy;
 
+  static constexpr bool kByKind = false;
   static constexpr Major kMajorA = Major::kMN, kMajorB = Major::kMN;
   static constexpr u64 kStepA = 128, kStepB = 128;
   static_assert(kHalfM == kBoxColumns, "a half of A is a box");

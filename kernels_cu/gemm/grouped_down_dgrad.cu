@@ -12,11 +12,15 @@ using namespace cometrt;
 
 namespace {
 
+constexpr int kZStages = 3;
+using Memory = DownDgradShared<kZStages>;
+static_assert(sizeof(Memory) <= 227 * 1024, "shared memory of an SM");
+
 struct Roles {
   using Registers = RegisterBudget<40, 232>;
   using Operands = RowsTimesTransposedWeights;
 
-  DownDgradShared& all;
+  Memory& all;
 
   __device__ void init() {}
   __device__ void load(Shared& shared, const DownDgradParams& p, const Operands& operands) {
@@ -25,7 +29,7 @@ struct Roles {
   }
   __device__ void communicate(int) {}
   __device__ void multiply(Shared& shared, const DownDgradParams& p, int warp) {
-    DownDgradEpilogue<ACTIVATION> epilogue(all, p, warp);
+    DownDgradEpilogue<ACTIVATION, kZStages> epilogue(all, p, warp);
     consume<Operands>(shared, p, warp / 4, epilogue);
   }
 };
@@ -33,7 +37,7 @@ struct Roles {
 }  // namespace
 
 // Dynamic shared memory, which the host reads from the compiled file.
-extern "C" __constant__ const int shared_bytes = sizeof(DownDgradShared);
+extern "C" __constant__ const int shared_bytes = sizeof(Memory);
 
 // Grid: an even number of CTAs, at most as many as run at once.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
@@ -42,7 +46,7 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
                        const __grid_constant__ TensorMap a_half_map,
                        const __grid_constant__ TensorMap b_map) {
   extern __shared__ __align__(1024) char memory[];
-  DownDgradShared& all = *reinterpret_cast<DownDgradShared*>(memory);
+  Memory& all = *reinterpret_cast<Memory*>(memory);
   Roles roles{all};
   run_cta(all.gemm, p, {a_map, a_half_map, b_map}, roles);
 }

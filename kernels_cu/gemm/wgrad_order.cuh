@@ -62,19 +62,20 @@ __device__ inline int place_of(const WgradParams& p, int expert) {
 }
 
 // By all threads of all blocks. An expert without rows has steps, which write zeros, unless
-// gradients are accumulated.
+// gradients are accumulated. `first_step`: steps of other GEMMs that the list begins with;
+// `first_kind`: of the first weight gradient.
 __device__ inline void write_wgrad_order(const WgradParams& p, WorkTile* work_tiles, int* num_steps,
-                                         int* progress) {
+                                         int* progress, int first_step = 0, int first_kind = 0) {
   int steps_of_expert = 0;
   for (int kind = 0; kind < p.num_problems; ++kind) {
-    steps_of_expert += WgradSteps{p.problems[kind], kind, p.raster_group}.count();
+    steps_of_expert += WgradSteps{p.problems[kind], first_kind + kind, p.raster_group}.count();
   }
   for (int expert = blockIdx.x; expert < p.num_experts; expert += gridDim.x) {
     const int place = place_of(p, expert);
     if (p.accumulate && p.expert_rows[expert] == 0) continue;
-    WorkTile* to = work_tiles + 2ll * place * steps_of_expert;
+    WorkTile* to = work_tiles + 2 * (first_step + static_cast<long long>(place) * steps_of_expert);
     for (int kind = 0; kind < p.num_problems; ++kind) {
-      const WgradSteps steps{p.problems[kind], kind, p.raster_group};
+      const WgradSteps steps{p.problems[kind], first_kind + kind, p.raster_group};
       for (int step = threadIdx.x; step < steps.count(); step += blockDim.x) {
         steps.write(step, expert, to + 2ll * step);
       }
@@ -89,7 +90,7 @@ __device__ inline void write_wgrad_order(const WgradParams& p, WorkTile* work_ti
     with_steps += __syncthreads_count(used);
   }
   if (threadIdx.x > 0) return;
-  *num_steps = with_steps * steps_of_expert;
+  *num_steps = first_step + with_steps * steps_of_expert;
   progress[0] = progress[1] = 0;
 }
 

@@ -7,11 +7,14 @@
 namespace cometrt {
 
 constexpr int kMaxWgrads = 2;  // of one launch: those of the up and of the down weights
+// Kind of the first weight gradient in a launch that begins with the up dgrad.
+constexpr int kFirstWgrad = 1;
 
 struct WgradProblem {
   void* out;  // [experts, num_rows, num_columns], bf16 or float32
   int num_rows, num_columns;
-  int is_float32, padding;
+  int is_float32;
+  int expert_stride;  // rows of out from one expert to the next
 };
 
 // Rows of a work tile are those of out[expert]. K is the expert's rows: from its offset, a multiple

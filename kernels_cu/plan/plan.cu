@@ -210,7 +210,7 @@ struct PlanOfCall {
     const int shares = num_order_shares();
     if (i >= 2 * shares) {
       const int warp = (i - 2 * shares) * kWarps + threadIdx.x / 32;
-      zero_padding_rows(params, warp, num_padding_shares() * kWarps);
+      zero_padding_rows(params, params.rows, warp, num_padding_shares() * kWarps);
       return;
     }
     const PlannedTiles tiles{p.tile_order, p.out_num_tiles, p.tile_expert, p.expert_offsets,

@@ -23,7 +23,8 @@ struct EmulatedLink {
 // A transfer in flight. end_ns() is computed late, so that no thread waits for the atomic's result
 // before it needs it.
 struct LinkTransfer {
-  u64 begin_ns = 0, duration_ns = 0;  // duration_ns 0: none in flight
+  u64 begin_ns = 0;
+  u32 duration_ns = 0;  // 0: none in flight
 
   // Queues the bytes behind those on the link. A transfer over an idle link begins now.
   __device__ void begin(const EmulatedLink& link, u64 bytes) {
@@ -31,7 +32,7 @@ struct LinkTransfer {
     if (bytes == 0) return;
     const u64 cost_ns = bytes * link.femtoseconds_per_byte / 1000000;
     max_relaxed_gpu(link.free_at_ns, global_timer_ns());
-    duration_ns = cost_ns + link.latency_ns;
+    duration_ns = static_cast<u32>(cost_ns + link.latency_ns);
     begin_ns = fetch_add_relaxed_gpu(link.free_at_ns, cost_ns);
   }
   __device__ u64 end_ns() const { return duration_ns != 0 ? begin_ns + duration_ns : 0; }

@@ -88,9 +88,9 @@ struct ExchangeParams {
   const int *push_blocks, *num_blocks, *staging_row, *staging_base;
   // rows: [capacity, hidden], pulled from the homes' arrays at pull_offset. partial_rows: the last
   // GEMM's results, summed by token into `out` [num_tokens, hidden]. dweight_rows into out_dweight
-  // [num_tokens, topk].
+  // [num_tokens, topk]. x_rows: of a fused backward with save="z", which pulls x again, behind dy.
   u64 pull_offset;
-  __nv_bfloat16* rows;
+  __nv_bfloat16 *rows, *x_rows;
   const __nv_bfloat16* partial_rows;
   __nv_bfloat16* out;
   const float* dweight_rows;  // [rows, num_dweight_partials], to be summed

@@ -125,10 +125,10 @@ __device__ inline void write_step(const Order& order, const PlacedRun& placed, i
                 : WorkTile{-1, 0, 0, 0, 0};
 }
 
-// Writes block `block` of `blocks`'s share of the list of a pipeline chunk.
+// Writes block `block` of `blocks`'s share of the list of a pipeline chunk. Returns its steps.
 template <int kThreads>
-__device__ inline void write_steps(const TileOrderParams& p, const Order& order, int chunk,
-                                   int block, int blocks, int* shared) {
+__device__ inline int write_steps(const TileOrderParams& p, const Order& order, int chunk,
+                                  int block, int blocks, int* shared) {
   __shared__ PlacedRun placed[kThreads];  // of as many order indices
   WorkTile* work_tiles = p.work_tiles + 2ll * chunk * p.max_steps;
   int before = 0;
@@ -157,20 +157,23 @@ __device__ inline void write_steps(const TileOrderParams& p, const Order& order,
     p.num_steps[3 * chunk] = before;
     p.progress[3 * chunk] = p.progress[3 * chunk + 1] = 0;
   }
+  return before;
 }
 
 // By all threads of a block, share `block` of `blocks`. kThreads: threads of a block. `shared`: as
-// for block_scan.
+// for block_scan. Returns the steps of the last list.
 template <int kThreads>
-__device__ inline void write_tile_order(const TileOrderParams& p, const PlannedTiles& tiles,
-                                        int block, int blocks, int* shared) {
+__device__ inline int write_tile_order(const TileOrderParams& p, const PlannedTiles& tiles,
+                                       int block, int blocks, int* shared) {
   const int num_tiles = *tiles.num_tiles;
+  int steps = 0;
   for (int chunk = 0; chunk < p.num_pipeline_chunks; ++chunk) {
     const int first = pipeline_chunk_begin(num_tiles, chunk, p.num_pipeline_chunks);
     const int end = pipeline_chunk_begin(num_tiles, chunk + 1, p.num_pipeline_chunks);
     const Order order{tiles, p.backwards != 0, first, end - first};
-    write_steps<kThreads>(p, order, chunk, block, blocks, shared);
+    steps = write_steps<kThreads>(p, order, chunk, block, blocks, shared);
   }
+  return steps;
 }
 
 }  // namespace cometrt

@@ -1,4 +1,4 @@
-// Row movement in launches of its own, for modes "sequential" and "chunked" and for backward:
+// Row movement in launches of its own, for both passes of modes "sequential" and "chunked":
 // `dispatch` pulls token rows from their homes, `push` sums rows by token and pushes partial rows
 // to the homes, `home_reduce` adds them up. A launch serves a whole call or one pipeline chunk, on
 // all SMs or beside a GEMM. Only partials_ready (push to home_reduce) is a flag; stream order does
@@ -6,6 +6,7 @@
 #include "common/packed_rows.cuh"
 #include "hopper/bulk.cuh"
 #include "plan/padding.cuh"
+#include "protocol/dweight.cuh"
 #include "protocol/emulated_link.cuh"
 #include "protocol/wait.cuh"
 #include "scheduler/pipeline_chunk.cuh"
@@ -104,12 +105,8 @@ __device__ inline void send_dweight(const ExchangeParams& params, int home, long
   for (int i = k; i < params.g.topk; i += 32) {
     const int row = params.pair_row[token * params.g.topk + i];
     if (row < 0) continue;
-    float* part = params.data<float>(home, params.dweight_offset);
-    const long long shard = params.world.rank % params.g.tp;
-    const float* partials = params.dweight_rows + row * params.num_dweight_partials;
-    float sum = partials[0];
-    for (u64 j = 1; j < params.num_dweight_partials; ++j) sum += partials[j];
-    part[(shard * params.g.max_tokens + local) * params.g.topk + i] = sum;
+    const int shard = params.world.rank % params.g.tp;
+    *dweight_part(params, home, shard, local * params.g.topk + i) = dweight_of_row(params, row);
   }
 }
 
@@ -182,7 +179,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads,
     return;
   }
   if (chunk.index != 0) return;
-  zero_padding_rows(params, blockIdx.x * (kWarps - kPullWarps) + warp - kPullWarps,
+  zero_padding_rows(params, params.rows, blockIdx.x * (kWarps - kPullWarps) + warp - kPullWarps,
                     gridDim.x * (kWarps - kPullWarps));
 }
 
@@ -264,16 +261,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                  params.g.hidden);
     }
     if (params.dweight_rows == nullptr) continue;
-    send_dweight(params, me, token);
-    __syncwarp();
     for (int k = lane; k < params.g.topk; k += 32) {
-      const float* part = params.data<float>(me, params.dweight_offset);
-      const long long at = static_cast<long long>(local) * params.g.topk + k;
-      float sum = part[at];
-      for (long long shard = 1; shard < params.g.tp; ++shard) {
-        sum += part[shard * params.g.max_tokens * params.g.topk + at];
-      }
-      params.out_dweight[at] = sum;
+      const long long pair = static_cast<long long>(local) * params.g.topk + k;
+      params.out_dweight[pair] =
+          sum_dweight_parts(params, pair, params.pair_row[token * params.g.topk + k]);
     }
   }
 }

@@ -63,7 +63,9 @@ class Pauses:
     def hold_up(self, layer):
         """Before each launch of the fused layer's calls."""
         kernels = layer.executor.kernels
-        for name in ("publish", "prepare", "dispatch_gemm", "gemm_combine", "finish"):
+        forward = "publish", "prepare", "dispatch_gemm", "gemm_combine", "finish"
+        backward = "prepare_backward", "dispatch_down_dgrad", "up_dgrad_combine_wgrad"
+        for name in (*forward, *backward):
             kernels[name] = functools.partial(self._late, kernels[name])
 
     def _late(self, launch, *args):

@@ -1,5 +1,6 @@
 """A wrong argument is a ValueError that names it, its value and the rule; nothing has happened."""
 
+import dataclasses
 import re
 import sys
 
@@ -68,11 +69,27 @@ def test_specs_are_hashable_and_take_numpy_integers():
         ({"comm_sms": 5}, "comm_sms must be even (got 5)"),
         ({"dispatch_ctas": 0}, "dispatch_ctas must be an integer >= 1 (got 0)"),
         ({"combine_ctas": 2.0}, "combine_ctas must be an integer >= 1 (got 2.0)"),
+        ({"backward_order": "rows"}, "backward_order must be one of phases, columns (got 'rows')"),
+        (
+            {"block_n": 64, "backward_n_chunk": 96},
+            "backward_n_chunk must be a multiple of block_n=64 (got 96)",
+        ),
+        ({"backward_dispatch_ctas": 0}, "backward_dispatch_ctas must be an integer >= 1 (got 0)"),
+        ({"backward_combine_ctas": 0}, "backward_combine_ctas must be an integer >= 1 (got 0)"),
     ],
 )
 def test_tile_config(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         cometrt.TileConfig(**change)
+
+
+def test_a_backward_has_the_forwards_config_but_for_its_own_fields():
+    config = cometrt.TileConfig(n_chunk=512, dispatch_ctas=3, num_phases=4)
+    assert config.of_backward() == config
+    own = {"order": "columns", "n_chunk": 1024, "dispatch_ctas": 5, "combine_ctas": 7}
+    changed = dataclasses.replace(config, **{f"backward_{name}": own[name] for name in own})
+    assert changed.of_backward() == dataclasses.replace(config, **own)
+    assert changed.of_backward().of_backward() == changed.of_backward()
 
 
 def without_gpu(monkeypatch, message):

@@ -19,7 +19,7 @@ FOLDERS: dict[str, set[str]] = {
     "protocol": {"hopper", "common"},
     "plan": {"hopper", "common", "scheduler", "protocol"},
     "sequential": {"hopper", "common", "scheduler", "protocol", "plan"},
-    "fused": {"hopper", "common", "gemm", "protocol"},
+    "fused": {"hopper", "common", "scheduler", "gemm", "protocol", "plan"},
     "router": {"hopper"},
 }
 MAX_LINES = 350

@@ -16,7 +16,7 @@ from cometrt.kernels.constants import MACROS, TRACE_LANES
 from cometrt.kernels.elf import constants
 from cometrt.kernels.params import MIRRORS, trace_lane_dtype
 from tests.launch import ROOT
-from tests.machine_code import ACTIVATED, builds, machine_code
+from tests.machine_code import BUILDS, builds, machine_code
 
 pytest.importorskip("cuda.bindings", reason="needs NVRTC")
 
@@ -91,17 +91,27 @@ def test_structs_are_laid_out_as_their_mirrors(struct):
 
 def test_kernels_say_how_much_shared_memory_they_need():
     (gemm,) = layout_of("Shared", "gemm/tile.cuh", [])
-    (dispatch,) = layout_of("DispatchStages", "fused/dispatch_warp.cuh", [])
+    (dispatch,) = layout_of(
+        "DispatchStages<cometrt::CopyShape<3, 4096>>", "fused/dispatch_warp.cuh", []
+    )
+    (dispatch_dy,) = layout_of(
+        "DispatchStages<cometrt::CopyShape<4, 2048>>", "fused/dispatch_warp.cuh", []
+    )
     (combine,) = layout_of("CombineStages", "fused/row_sums.cuh", [])
-    (down_dgrad,) = layout_of("DownDgradShared", "gemm/down_dgrad_epilogue.cuh", [])
+    down_dgrad, fused_down_dgrad = (
+        layout_of(f"DownDgradShared<{stages}>", "gemm/down_dgrad_shared.cuh", [])[0]
+        for stages in (3, 1)
+    )
     (wgrad,) = layout_of("WgradShared", "gemm/wgrad_epilogue.cuh", [])
     for file, wanted in (
         ("gemm/grouped_gemm.cu", gemm),
         ("gemm/grouped_dgrad.cu", gemm),
         ("gemm/grouped_down_dgrad.cu", down_dgrad),
         ("gemm/grouped_wgrad.cu", wgrad),
-        ("fused/dispatch_gemm.cu", gemm + dispatch),
+        ("fused/dispatch_gemm.cu", gemm + 2 * dispatch),
         ("fused/gemm_combine.cu", gemm + 2 * combine),
+        ("fused/dispatch_down_dgrad.cu", fused_down_dgrad + 2 * dispatch_dy),
+        ("fused/up_dgrad_combine_wgrad.cu", gemm + 2 * combine),
     ):
         macros = next(macros for source, macros in builds() if source == file)
         found = constants(compile_cubin(kernels_folder() / file, macros).path)
@@ -125,9 +135,11 @@ def without_recorders(folder: Path) -> None:
         path.write_text("\n".join(lines) + "\n")
 
 
-@pytest.mark.parametrize("name", ["dispatch_gemm", "gemm_combine"])
+@pytest.mark.parametrize(
+    "name", ["dispatch_gemm", "gemm_combine", "dispatch_down_dgrad", "up_dgrad_combine_wgrad"]
+)
 def test_no_trace_is_the_code_of_sources_without_recorders(name, tmp_path, monkeypatch):
-    defines = ACTIVATED[1] if name == "dispatch_gemm" else ()
+    defines = BUILDS[f"fused/{name}.cu"][0]
     here = kernels_folder() / "fused" / f"{name}.cu"
     off, on = (machine_code(compile_cubin(here, (*defines, ("TRACE", i))).path) for i in (0, 1))
     folder = tmp_path / "kernels_cu"

@@ -114,7 +114,14 @@ def test_inference_gives_the_same_y_and_saves_nothing():
 def test_default_tiles_and_a_hidden_size_that_is_not_a_multiple_of_them():
     case = Case((4, 1))
     inputs = make_inputs(case)
-    for config in (None, cometrt.TileConfig(order="columns", block_n=32, n_chunk=32)):
+    columns = {"order": "columns", "n_chunk": 32}
+    of_backward = {"backward_order": "columns", "backward_n_chunk": 32}
+    for config in (
+        None,
+        cometrt.TileConfig(block_n=32, **columns),
+        cometrt.TileConfig(block_n=16, n_chunk=16, **of_backward),
+        cometrt.TileConfig(block_n=32, backward_order="phases", **columns),
+    ):
 
         def run(world, config=config):
             w_up, w_down = cometrt.shard_weights(

@@ -13,6 +13,7 @@ from cometrt.legality import check_layer
 
 SPEC = cometrt.MoESpec(hidden=64, intermediate=96, num_experts=128, topk=2, max_tokens=32)
 COLUMNS_384 = TileConfig(order="columns", n_chunk=384)
+BACKWARD_384 = TileConfig(backward_order="columns", backward_n_chunk=384)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,7 @@ COLUMNS_384 = TileConfig(order="columns", n_chunk=384)
         (TileConfig(gemm="cublas"), 8, "fused", "gemm must be 'engine' on device='cuda' in mode"),
         (TileConfig(gemm="cublas"), 8, "chunked", "gemm must be 'engine' on device='cuda' in mode"),
         (COLUMNS_384, 8, "fused", "n_chunk must be a multiple of 256 on device='cuda' in mode"),
+        (BACKWARD_384, 8, "fused", "backward_n_chunk must be a multiple of 256 on device='cuda'"),
         (TileConfig(block_m=64), 8, "fused", "block_m must be 128 on device='cuda' with gemm="),
         (TileConfig(block_m=64), 8, "sequential", "block_m must be 128 on device='cuda' with ge"),
         (TileConfig(), 128, "fused", "topk + ranks must be at most 128 on device='cuda' in mode "

@@ -149,7 +149,7 @@ def test_all_shipped_entries_can_be_used(caplog, monkeypatch):
         monkeypatch.setattr(cache, "num_sms", lambda of=of: int(of["sms"]))
         world = fake_world(size=int(of["ranks"]), link=None)
         config = look_up(world, spec, None)
-        assert dataclasses.asdict(config) == entry["config"]
+        assert config == cometrt.TileConfig(**entry["config"])
         check_layer(spec, world.size, "cuda", "fused", config)
     assert not caplog.records
 

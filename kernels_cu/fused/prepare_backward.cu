@@ -1,0 +1,41 @@
+// What a fused backward needs besides its forward's plan: the tile orders of its GEMMs, zeros in
+// padding rows, and the agreement of all ranks. It stands where `prepare` does in a forward.
+#include "gemm/wgrad_order.cuh"
+#include "plan/padding.cuh"
+#include "protocol/agree.cuh"
+#include "scheduler/tile_order.cuh"
+
+using namespace cometrt;
+
+namespace {
+
+constexpr int kPrepareThreads = 1024, kWarps = kPrepareThreads / 32;
+
+}  // namespace
+
+// Any grid. The list of the up dgrad goes on with the tiles of the weight gradients. The plan in
+// `saved` is complete if the call is active, so only the last block waits for peers, after its
+// share. It sets `ok`.
+extern "C" __global__ void __launch_bounds__(kPrepareThreads, 1)
+    prepare_backward(const __grid_constant__ ExchangeParams params,
+                     const __grid_constant__ PlannedTiles tiles,
+                     const __grid_constant__ TileOrderParams down_dgrad,
+                     const __grid_constant__ TileOrderParams up_dgrad,
+                     const __grid_constant__ WgradParams wgrads) {
+  __shared__ int shared[kWarps];
+  if (params.state->status != kActive) return;
+  write_tile_order<kPrepareThreads>(down_dgrad, tiles, blockIdx.x, gridDim.x, shared);
+  const int steps =
+      write_tile_order<kPrepareThreads>(up_dgrad, tiles, blockIdx.x, gridDim.x, shared);
+  write_wgrad_order(wgrads, up_dgrad.work_tiles, up_dgrad.num_steps, up_dgrad.progress, steps,
+                    kFirstWgrad);
+  const int warp = blockIdx.x * kWarps + threadIdx.x / 32;
+  zero_padding_rows(params, params.rows, warp, gridDim.x * kWarps);
+  if (params.x_rows != nullptr) {
+    zero_padding_rows(params, params.x_rows, warp, gridDim.x * kWarps);
+  }
+  if (blockIdx.x != gridDim.x - 1) return;
+  for (int s = threadIdx.x; s < params.world.size; s += kPrepareThreads) wait_source(params, s);
+  __syncthreads();
+  if (threadIdx.x == 0) params.state->ok = all_agree(params);
+}

@@ -1,0 +1,34 @@
+// The load thread's wait for a tile's rows, in the kernels whose dispatch warps bring them.
+#pragma once
+
+#include "fused/dispatch_warp.cuh"
+#include "protocol/wait.cuh"
+
+namespace cometrt {
+
+// Acquires tile_filled at gpu scope; its partner is DispatchWarp::release() of the same copy shape.
+template <typename Shape>
+class RowsReady {
+ public:
+  __device__ RowsReady(const ExchangeParams& params, EventKind kind) : params_(params) {
+    recorder_ = Recorder(params.trace(), 1, kind);
+  }
+
+  __device__ void wait(const WorkTile& tile) {
+    if (stopped_) return;
+    const u32* filled = &params_.tile_filled[tile.m_tile];
+    recorder_.begin_wait();
+    stopped_ = !wait_until(params_.world, {kTileFilled, params_.world.rank, tile.m_tile, -1},
+                           params_.world.epoch(), tile.rows * Shape::chunks_of_row(params_.g),
+                           [&] { return load_acquire_gpu(filled); });
+    recorder_.end_wait(kWaitTileFilled, tile.m_tile, tile.n_tile);
+    fence_proxy_async();  // tensor loads read the rows
+  }
+
+ private:
+  const ExchangeParams& params_;
+  bool stopped_ = false;  // the world has stopped: no more waits, since the results become NaN
+  Recorder recorder_;
+};
+
+}  // namespace cometrt

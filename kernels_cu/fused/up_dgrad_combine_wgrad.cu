@@ -1,0 +1,56 @@
+// The up dgrad, combine of dx, and both weight gradients in one launch, the backward's second. In
+// every CTA two warpgroups multiply: first the tiles of the up dgrad, which signal tile_done, then
+// those of the weight gradients, which need nothing that still arrives. Combine warps push and
+// reduce dx meanwhile, as in gemm_combine; dweight goes with it. Macros: TRACE, LINK.
+#include "fused/combine_role.cuh"
+#include "gemm/kernel_body.cuh"
+#include "gemm/up_dgrad_wgrad_epilogue.cuh"
+
+using namespace cometrt;
+
+namespace {
+
+// Nobody waits for tiles of weight gradients.
+struct DxDoneSignal : TileDoneSignal {
+  __device__ int flag_of(const WorkTile& tile) const {
+    return UpDgradWgradParams::is_wgrad(tile) ? -1 : TileDoneSignal::flag_of(tile);
+  }
+};
+
+struct Roles : CombineRole<true> {
+  using Registers = RegisterBudget<88, 208>;
+  using Operands = UpDgradWgradOperands;
+  using Params = UpDgradWgradParams;
+
+  __device__ void load(Shared& shared, const Params& p, const Operands& operands) {
+    AlwaysReady ready;
+    produce(shared, p, operands, ready);
+  }
+  __device__ void multiply(Shared& shared, const Params& p, int warp) {
+    const DxDoneSignal tile_done{params};
+    UpDgradWgradEpilogue<DxDoneSignal> epilogue(shared, p, warp, tile_done);
+    Recorder recorder(params.trace(), 1, kUpDgrad);
+    consume<Operands>(shared, p, warp / 4, epilogue, recorder);
+    end_of_tiles();
+  }
+};
+
+}  // namespace
+
+// Bytes of dynamic shared memory. The host reads it from the compiled kernel.
+extern "C" __constant__ const int shared_bytes = sizeof(CombineMemory);
+
+// Grid and num_comm: as in gemm_combine. No deadlock: tiles wait for no combine warp.
+extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
+    up_dgrad_combine_wgrad(
+        const __grid_constant__ ExchangeParams params, const __grid_constant__ UpDgradWgradParams p,
+        const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap a_half_map,
+        const __grid_constant__ TensorMap b_map, const __grid_constant__ WgradMaps wgrad_maps,
+        const __grid_constant__ EmulatedLink link, const __grid_constant__ int num_comm) {
+  extern __shared__ __align__(1024) char memory[];
+  CombineMemory& all = *reinterpret_cast<CombineMemory*>(memory);
+  Roles roles{{params, link, all, num_comm}};
+  const UpDgradWgradOperands operands{{a_map, a_half_map, b_map},
+                                      TransposedRowsTimesRows(wgrad_maps)};
+  run_cta(all.gemm, p, operands, roles);
+}
