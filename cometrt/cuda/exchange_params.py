@@ -130,7 +130,8 @@ class ExchangeParamsBuilder:
         fields["weighted"], fields["ids_are_64"] = forward, call.ids_are_64
         fields["num_counters"] = self._num_counters if forward else 0
         at = call.at
-        set_fields(params, **{field: at.get(name, 0) for field, name in self._arrays(call)})
+        arrays = _ARRAYS[call.operation].items()
+        set_fields(params, **{field: at.get(name, 0) for field, name in arrays})
         set_fields(params, pull_offset=self._heap.table["x" if forward else "dy"].offset)
         if not forward:
             set_fields(params, **self._gradients(call))
@@ -154,9 +155,6 @@ class ExchangeParamsBuilder:
             fields[name] = call.at[name]
             fields[f"{name}_bytes"] = math.prod(shape) * (4 if wide else 2)
         return fields
-
-    def _arrays(self, call: Call) -> list[tuple[str, str]]:
-        return list(_ARRAYS[call.operation].items())
 
     def world_state(self) -> tuple[float, ...]:
         """What the params depend on besides the call. Another layer may make regions move, peers'
