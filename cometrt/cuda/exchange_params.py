@@ -135,7 +135,8 @@ class ExchangeParamsBuilder:
         fields["num_n_chunks"] = config.num_n_chunks(hidden)
         fields["n_chunk_columns"] = config.n_chunks(hidden)[0][1]
         at = call.at
-        set_fields(params, **{field: at.get(name, 0) for field, name in self._arrays(call)})
+        arrays = _ARRAYS[call.operation].items()
+        set_fields(params, **{field: at.get(name, 0) for field, name in arrays})
         set_fields(params, pull_offset=self._heap.table["x" if forward else "dy"].offset)
         if not forward:
             set_fields(params, **self._gradients(call))
@@ -159,9 +160,6 @@ class ExchangeParamsBuilder:
             fields[name] = call.at[name]
             fields[f"{name}_bytes"] = math.prod(shape) * (4 if wide else 2)
         return fields
-
-    def _arrays(self, call: Call) -> list[tuple[str, str]]:
-        return list(_ARRAYS[call.operation].items())
 
     def world_state(self) -> tuple[float, ...]:
         """What the params depend on besides the call. Another layer may make regions move, peers'

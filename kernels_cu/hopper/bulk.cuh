@@ -63,15 +63,6 @@ __device__ inline void bulk_wait() {
 }
 
 // A box of the tensor map into this CTA's shared memory. Coordinates are innermost first.
-__device__ inline void tensor_load_2d(void* shared, const TensorMap* map, int column, int row,
-                                      u64* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(shared)),
-      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
-      : "memory");
-}
-
 __device__ inline void tensor_load_4d(void* shared, const TensorMap* map, int c0, int c1, int c2,
                                       int c3, u64* barrier, u64 policy) {
   asm volatile(
