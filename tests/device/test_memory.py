@@ -17,7 +17,7 @@ MODES = [
 ]
 
 
-def used_by(call):
+def used_by(call, pool):
     """Bytes of CuPy's pool that are used more after a call, and at most during it."""
     import cupy
 
@@ -28,8 +28,7 @@ def used_by(call):
         def malloc_postprocess(self, **_):
             self.most = max(self.most, pool.used_bytes())
 
-    pool, watch = cupy.get_default_memory_pool(), Watch()
-    before = pool.used_bytes()
+    watch, before = Watch(), pool.used_bytes()
     with watch:
         result = call()
         cupy.cuda.get_current_stream().synchronize()
@@ -39,25 +38,32 @@ def used_by(call):
 @pytest.mark.parametrize("save", ["rows", "z"])
 @pytest.mark.parametrize(("mode", "gemm"), MODES)
 def test_memory_is_what_is_allocated(mode, gemm, save):
+    import cupy
+
     case = Case((1, 1), mode=mode, gemm=gemm, save=save)
     inputs = make_inputs(case)
 
-    def fn(world):
-        held, _, rank = used_by(lambda: Rank(world, inputs, case.spec, case.config, mode))
+    def measured(world, pool):
+        held, _, rank = used_by(lambda: Rank(world, inputs, case.spec, case.config, mode), pool)
         arguments = [rank.x, rank.dy, rank.ids, rank.topk_weights, *rank.weights]
         held -= sum(-(-array.nbytes // 512) * 512 for array in arguments)
         y, grads = (on_device(world)(inputs.x[0]) for _ in range(2))
-        _, inference, _ = used_by(lambda: rank.forward(training=False, out=y))
-        kept, forward, (_, saved) = used_by(lambda: rank.forward(out=y))
+        _, inference, _ = used_by(lambda: rank.forward(training=False, out=y), pool)
+        kept, forward, (_, saved) = used_by(lambda: rank.forward(out=y), pool)
         grads = rank.layer.backward(rank.dy, saved)
         rank.layer.synchronize()
         _, saved = rank.forward(out=y)
-        _, backward, _ = used_by(lambda: rank.layer.backward(rank.dy, saved, out=grads))
+        _, backward, _ = used_by(lambda: rank.layer.backward(rank.dy, saved, out=grads), pool)
         rank.layer.synchronize()
         regions = ("data", "flags", "routing0", "routing1")
         heap = sum(world.regions.nbytes(name) for name in regions)
         *arrays, _, _ = saved
         return held, inference, forward - kept, backward, heap, sum(a.nbytes for a in arrays)
+
+    def fn(world):
+        pool = cupy.cuda.MemoryPool()  # what earlier tests left is not counted
+        with cupy.cuda.using_allocator(pool.malloc):
+            return measured(world, pool)
 
     ((held, inference, forward, backward, heap, residuals),) = cometrt.spawn(fn, 1, "cuda")
     how = {"mode": mode, "config": case.config}
