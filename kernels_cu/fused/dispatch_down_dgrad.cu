@@ -17,8 +17,8 @@ using namespace cometrt;
 namespace {
 
 // z and the copy stages share what the GEMM's stages leave.
-constexpr int kZStages = 1;
-using Copies = CopyShape<4, 2048>;
+constexpr int kZStages = 2;
+using Copies = CopyShape<2, 2048>;
 
 struct Memory {
   DownDgradShared<kZStages> gemm;
