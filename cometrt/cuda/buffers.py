@@ -90,7 +90,8 @@ def forward_buffers(shape: PlanShape, mode: str, training: bool) -> Buffers:
 
 
 def backward_buffers(shape: PlanShape) -> Buffers:
-    """Arrays that a backward allocates. What is computed again with z is written to weighted_a."""
+    """Arrays that a backward allocates. With save="nothing" z and a are computed again in dz and
+    weighted_a."""
     rows = plan_rows(shape)
     buffers = {"dy_rows": rows["x"], "dx_rows": rows["x"], "dz": rows["z"], "weighted_a": rows["a"]}
     if shape.config.gemm == "cublas":
@@ -98,8 +99,6 @@ def backward_buffers(shape: PlanShape) -> Buffers:
     buffers["dweight_rows"] = ((shape.capacity, num_dweight_partials(shape)), _FLOAT32)
     if shape.geometry.spec.save != "rows":
         buffers["x_rows"] = rows["x"]
-    if shape.geometry.spec.save == "nothing":
-        buffers["z"] = rows["z"]
     return buffers
 
 

@@ -146,8 +146,8 @@ class CudaExecutor:
                 "dw_down": out.w_down,
                 "x_rows" if save == "rows" else "saved_x": saved.x,
             } | self._new(self._backward_buffers)
-            if save == "nothing":  # the up GEMM's a; the down dgrad overwrites it later
-                arrays["a"] = arrays["weighted_a"]
+            if save == "nothing":  # the down dgrad reads z before it writes dz there
+                arrays |= {"z": arrays["dz"], "a": arrays["weighted_a"]}
             else:
                 arrays["z"] = saved.z
             wide = tuple(array.dtype.itemsize == 4 for array in (out.w_up, out.w_down))

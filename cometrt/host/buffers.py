@@ -28,8 +28,6 @@ def backward_rows(shape: PlanShape) -> Buffers:
     }
     if shape.geometry.spec.save != "rows":
         buffers["x_rows"] = rows["x"]
-    if shape.geometry.spec.save == "nothing":
-        buffers |= {"z": rows["z"], "a": rows["a"]}
     return buffers
 
 

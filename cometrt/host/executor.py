@@ -94,7 +94,9 @@ class HostExecutor:
             comm.clear_dweight(ex, len(dy))
             ex.publish("backward", payloads, len(dy), forward_epoch=int(saved.epoch[0]))
             ex.plan = Plan(*saved.tables)
-            if saved.z is not None:
+            if self._save == "nothing":  # the down dgrad reads z before it writes dz there
+                arrays |= {"z": arrays["dz"], "a": arrays["weighted_a"]}
+            else:
                 arrays["z"] = saved.z
             arrays |= {"w_up": saved.w_up, "w_down": saved.w_down, "out": out.x}
             arrays |= {"dw_up": wide["w_up"], "dw_down": wide["w_down"]}
@@ -155,7 +157,8 @@ def forward_path(ex: Exchange, arrays: Arrays) -> list[Stage]:
 
 
 def backward_path(ex: Exchange, arrays: Arrays) -> list[Stage]:
-    """arrays: of `backward_rows`; x_rows, z; w_up, w_down; out, dw_up, dw_down.
+    """arrays: of `backward_rows`; x_rows, z; w_up, w_down; out, dw_up, dw_down. With
+    save="nothing" also a, for what is computed again.
 
     x is pulled before the last partial row of dx leaves. Then its home may overwrite it.
     """
