@@ -14,6 +14,7 @@ import pytest
 import cometrt
 from cometrt import memory
 from cometrt.buffers import total_bytes
+from cometrt.models import scaled_spec
 from cometrt.plan import PlanShape
 from cometrt.specs import Geometry
 from cometrt.world import room
@@ -139,6 +140,16 @@ def test_saved_bytes_of_a_token(save, tp, activation, device):
     padded = 2 * padding * ((save == "rows") * 256 + (z_columns if of_z else 0))
     assert saved == 2 * (of_x + of_z) * spec.max_tokens + padded
     assert spec.memory(4, device=device).residuals == total_bytes(found)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [("qwen3-30b-a3b", (118_471, 55_047, 4_407)), ("mixtral-8x7b", (263_281, 238_577, 8_305))],
+)
+def test_bytes_of_a_token_in_the_guide(model, expected):
+    for save, found in zip(("rows", "z", "nothing"), expected, strict=True):
+        spec = scaled_spec(model, max_tokens=8192, save=save)
+        assert round(spec.memory(4).residuals / 8192) == found
 
 
 @pytest.mark.parametrize(
