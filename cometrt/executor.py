@@ -43,7 +43,7 @@ class Executor(Protocol):
         out: Any,
         tracer: Tracer,
     ) -> dict[str, Any] | None:
-        """Fill `out`. In training: epoch, x, z and tables of `Residuals`."""
+        """Fill `out`. In training: epoch, x, z (or None) and tables of `Residuals`."""
         ...
 
     def backward(

@@ -2,7 +2,8 @@
 
 (meta [7] int64 on the host, read-only; epoch [1] int64; x; z [capacity, 2 * I_s]; the plan's
 tables, on "cuda" in one array; w_up; w_down), where x is the gathered rows [capacity, H]
-(save="rows") or this rank's tokens [max_tokens, H] (save="z").
+(save="rows") or this rank's tokens [max_tokens, H] (save="z" and "nothing"). z is left out with
+save="nothing". Activations without a gate have z [capacity, I_s].
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Residuals:
         serial: number of the forward within its layer.
         num_tokens: T of the forward.
         epoch: of the forward.
+        z: None with save="nothing".
         tables: the plan's.
     """
 
@@ -62,7 +64,8 @@ class Residuals:
         """`saved`."""
         meta = np.array([*dataclasses.astuple(origin), self.num_tokens, self.serial], np.int64)
         meta.flags.writeable = False
-        return (meta, self.epoch, self.x, self.z, *self.tables, self.w_up, self.w_down)
+        z = () if self.z is None else (self.z,)
+        return (meta, self.epoch, self.x, *z, *self.tables, self.w_up, self.w_down)
 
     @staticmethod
     def unpack(
@@ -92,13 +95,15 @@ class Residuals:
                     f"saved must come from this layer's forward "
                     f"({name} is {expected}, got {found[name]}{_HINTS.get(name, '')})"
                 )
-        epoch, x, z, *tables, w_up, w_down = (
-            arrays.check(f"saved[{i}] ({of.name})", saved[i], of.shape, (of.dtype,))
+        kept = {
+            of.name: arrays.check(f"saved[{i}] ({of.name})", saved[i], of.shape, (of.dtype,))
             for i, of in enumerate(specs)
             if i > 0
-        )
+        }
+        named = {name: kept.pop(name) for name in ("epoch", "x", "w_up", "w_down")}
+        z, tables = kept.pop("z", None), tuple(kept.values())
         serial, num_tokens = found["serial"], found["num_tokens"]
-        return Residuals(serial, num_tokens, epoch, x, z, tuple(tables), w_up, w_down)
+        return Residuals(serial, num_tokens, z=z, tables=tables, **named)
 
 
 class Uses:

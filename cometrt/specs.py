@@ -22,7 +22,7 @@ DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
 }
-SAVE_MODES = ("rows", "z")
+SAVE_MODES = ("rows", "z", "nothing")
 ALIGNMENT = 16  # H and I / tp are multiples of it: the K of one wgmma instruction
 
 
@@ -43,7 +43,9 @@ class MoESpec:
         activation: "swiglu" or "geglu" (gated), "silu", "gelu" (tanh form), "relu" or "relu2".
         dtype: of x, y and the weights: "bfloat16", or "float32" (device="host" only).
         save: what forward keeps for backward. "rows": the gathered token rows and the
-            pre-activations z. "z": z alone; backward pulls the token rows again.
+            pre-activations z. "z": this rank's tokens and z; backward pulls the token rows again.
+            "nothing": this rank's tokens; backward pulls the rows and computes z again. All give
+            the same bits.
         capacity_factor: limits the rows that a rank can hold, to min(capacity_factor * W *
             max_tokens * K / EP, W * max_tokens * min(K, E_l)), plus up to block_m - 1 padding
             rows per local expert. A call that needs more raises CapacityError. EP suffices always.

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="per rank")
     parser.add_argument("--tp", type=int, default=1, help="shards of each expert")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--save", choices=["rows", "z"], default="rows")
+    parser.add_argument("--save", choices=["rows", "z", "nothing"], default="rows")
     parser.add_argument("--mode", choices=["fused", "sequential"], help="default: the best")
     add_device_option(parser)
     parser.add_argument("--order", choices=["phases", "columns"], default="phases")

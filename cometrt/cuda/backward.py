@@ -73,11 +73,17 @@ class BackwardGemms:
     Args:
         table_offsets: byte offset of each of a plan's tables, by name.
         ok: address of ExchangeState.ok.
+        recompute: TileOrderParams of the up GEMM, if it computes z again; else null.
         kernels: gets "backward_order", "down_dgrad", "up_dgrad" and "wgrad".
     """
 
     def __init__(
-        self, shape: PlanShape, table_offsets: dict[str, int], ok: int, kernels: Launches
+        self,
+        shape: PlanShape,
+        table_offsets: dict[str, int],
+        ok: int,
+        recompute: ParamStruct,
+        kernels: Launches,
     ) -> None:
         geometry, spec, rows = shape.geometry, shape.geometry.spec, shape.capacity
         experts, width, up = (
@@ -106,7 +112,7 @@ class BackwardGemms:
         self._wgrads = WgradArguments(
             self._wgrad_order, rows, shapes, experts, raster_group=group, ok=ok
         )
-        self._tables = PlanTables(table_offsets)
+        self._tables, self._recompute = PlanTables(table_offsets), recompute
         (self._order_kernel,) = load_kernels("gemm/backward_order.cu", "backward_order")
         self._down_kernel, self._up_kernel = down_dgrad_kernel(spec.activation), dgrad_kernel()
         (self._wgrad_kernel,) = load_kernels("gemm/grouped_wgrad.cu", "grouped_wgrad")
@@ -121,7 +127,8 @@ class BackwardGemms:
         """The orders of all GEMMs' tiles, from the plan's tables."""
         orders = (order.params for order in self._orders.values())
         params = wgrad_params(self._wgrads, self._tables, call)
-        self._order_kernel(stream, _ORDER_CTAS, self._tables.planned(call), *orders, params)
+        tables = self._tables.planned(call)
+        self._order_kernel(stream, _ORDER_CTAS, tables, self._recompute, *orders, params)
 
     def _launch_down(self, stream: int, call: Call) -> None:
         """dz, weighted_a and dweight from dy and z."""
@@ -172,17 +179,23 @@ def wgrads_of(call: Call) -> tuple[WgradAddresses, WgradAddresses]:
 
 class EngineBackward:
     """One launch after the other, of BackwardGemms and RowKernels. Weight gradients are computed
-    while rows of dx cross."""
+    while rows of dx cross.
 
-    def __init__(self, builder: ExchangeParamsBuilder) -> None:
-        self._builder = builder
+    Args:
+        num_up_launches: of the up GEMM, which computes z again with save="nothing".
+    """
+
+    def __init__(self, builder: ExchangeParamsBuilder, num_up_launches: int) -> None:
+        self._builder, self._num_up_launches = builder, num_up_launches
 
     def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None:
         kernels["backward_order"](stream, call)
         kernels["dispatch"](stream, params)
-        if "saved_x" in call.at:  # save="z": before the first partial row of dx leaves
+        if "saved_x" in call.at:  # x again: before the first partial row of dx leaves
             self._builder.pull_x(params, call)
             kernels["dispatch"](stream, params)
+        for chunk in range(self._num_up_launches):
+            kernels["up"](stream, call, chunk)
         kernels["down_dgrad"](stream, call)
         kernels["up_dgrad"](stream, call)
         kernels["push"](stream, params)

@@ -23,8 +23,8 @@ _FLOAT32 = np.dtype(np.float32)
 
 def num_counters(shape: PlanShape, mode: str) -> tuple[int, int]:
     """32-bit words that a call counts up: in the planner, and in the fused kernels."""
-    fused = sum(fused_counter_words(shape).values()) if mode == "fused" else 0
-    return planner_counters(shape), fused
+    of_fused = fused_counter_words(shape).values() if mode == "fused" else ()
+    return planner_counters(shape), sum(sum(fields.values()) for fields in of_fused)
 
 
 def o_offset(shape: PlanShape) -> int:
@@ -76,26 +76,28 @@ def forward_buffers(shape: PlanShape, mode: str, training: bool) -> Buffers:
     """Arrays that a forward allocates; a and o share one, "a_and_o"."""
     rows, spec = plan_rows(shape), shape.geometry.spec
     buffers: Buffers = {}
-    if training and spec.save == "z":
+    if training and spec.save != "rows":
         buffers["saved_x"] = ((spec.max_tokens, spec.hidden), spec.numpy_dtype)
     if training:
         buffers["epoch"] = ((1,), _INT64)
     buffers["tables"] = ((table_words(shape),), _INT32)
     buffers["x_rows"] = rows["x"]
-    if training or (mode != "fused" and shape.config.gemm == "cublas"):
+    saves_z = training and spec.save != "nothing"
+    if saves_z or (mode != "fused" and shape.config.gemm == "cublas"):
         buffers["z"] = rows["z"]
     buffers["a_and_o"] = ((o_offset(shape) + total_bytes({"o": rows["o"]}),), _UINT8)
     return buffers
 
 
 def backward_buffers(shape: PlanShape) -> Buffers:
-    """Arrays that a backward allocates."""
+    """Arrays that a backward allocates. With save="nothing" z and a are computed again in dz and
+    weighted_a."""
     rows = plan_rows(shape)
     buffers = {"dy_rows": rows["x"], "dx_rows": rows["x"], "dz": rows["z"], "weighted_a": rows["a"]}
     if shape.config.gemm == "cublas":
         buffers["da"] = (rows["a"][0], _FLOAT32)
     buffers["dweight_rows"] = ((shape.capacity, num_dweight_partials(shape)), _FLOAT32)
-    if shape.geometry.spec.save == "z":
+    if shape.geometry.spec.save != "rows":
         buffers["x_rows"] = rows["x"]
     return buffers
 
@@ -103,9 +105,9 @@ def backward_buffers(shape: PlanShape) -> Buffers:
 def residuals(shape: PlanShape) -> Buffers:
     """The arrays of `saved` but for the weights, by name; meta is in the host's memory."""
     made = forward_buffers(shape, "fused", training=True)
-    x = made["x_rows"] if shape.geometry.spec.save == "rows" else made["saved_x"]
-    kept = {name: made[name] for name in ("epoch", "z", "tables")}
-    return {"meta": (META_SHAPE, _INT64), "epoch": kept["epoch"], "x": x} | kept
+    kept = {"meta": (META_SHAPE, _INT64), "epoch": made["epoch"]}
+    kept["x"] = made["x_rows" if shape.geometry.spec.save == "rows" else "saved_x"]
+    return kept | {name: made[name] for name in ("z", "tables") if name in made}
 
 
 def scratch_bytes(shape: PlanShape, mode: str, training: bool) -> int:
@@ -115,9 +117,8 @@ def scratch_bytes(shape: PlanShape, mode: str, training: bool) -> int:
     forward = forward_buffers(shape, mode, training)
     if not training:
         return layer + total_bytes(forward, _POOL_BYTES)
-    kept = {"epoch", "z", "tables", "saved_x"}
-    if shape.geometry.spec.save == "rows":
-        kept.add("x_rows")
+    of_save = {"rows": ("x_rows", "z"), "z": ("saved_x", "z"), "nothing": ("saved_x",)}
+    kept = {"epoch", "tables", *of_save[shape.geometry.spec.save]}
     scratch = {name: buffer for name, buffer in forward.items() if name not in kept}
     calls = scratch, backward_buffers(shape)
     return layer + max(total_bytes(call, _POOL_BYTES) for call in calls)

@@ -185,16 +185,24 @@ class CublasExperts:
 
     def _forward(self, stream: int, call: Call, rows: list[tuple[int, int]]) -> None:
         of, (w_up, w_down) = self._rows_of(call), self._weights(call, "w")
-        for (begin, end), weights in zip(rows, w_up, strict=True):
-            x, z = of["x_rows"].part(begin, end), of["z"].part(begin, end)
-            self._gemm(stream, "NT", x, weights, z)
+        self._up(stream, rows, of, w_up)
         self._activate(stream, 8 * num_sms(), self._activation_params(call, "z", "a"))
         for (begin, end), weights in zip(rows, w_down, strict=True):
             a, o = of["a"].part(begin, end), of["o"].part(begin, end)
             self._gemm(stream, "NT", a, weights, o)
 
+    def _up(
+        self, stream: int, rows: list[tuple[int, int]], of: dict[str, Matrix], w_up: list[Matrix]
+    ) -> None:
+        """z from x_rows."""
+        for (begin, end), weights in zip(rows, w_up, strict=True):
+            x, z = of["x_rows"].part(begin, end), of["z"].part(begin, end)
+            self._gemm(stream, "NT", x, weights, z)
+
     def _dgrad(self, stream: int, call: Call, rows: list[tuple[int, int]]) -> None:
         of, (w_up, w_down) = self._rows_of(call), self._weights(call, "w")
+        if self._geometry.spec.save == "nothing":
+            self._up(stream, rows, of, w_up)
         for (begin, end), weights in zip(rows, w_down, strict=True):
             dy, da = of["dy_rows"].part(begin, end), of["da"].part(begin, end)
             self._gemm(stream, "NN", dy, weights, da)
@@ -279,7 +287,7 @@ class CublasBackward:
         if not rows:
             return
         kernels["dispatch"](stream, params)
-        if "saved_x" in call.at:  # save="z": before the first partial row of dx leaves
+        if "saved_x" in call.at:  # x again: before the first partial row of dx leaves
             self._builder.pull_x(params, call)
             kernels["dispatch"](stream, params)
         kernels["cublas_dgrad"](stream, call, rows)

@@ -169,7 +169,8 @@ class GroupedDownDgrad:
         Args:
             dy: [rows, H].
             w_down: [E, H, I].
-            z, dz: [rows, 2 * I], the gate columns first; [rows, I] where it is not gated.
+            z, dz: [rows, 2 * I], the gate columns first; [rows, I] where it is not gated. They may
+                be the same array.
             row_weight: [rows] float32.
             weighted_a: [rows, I].
             dweight: [rows, dgrad_n_tiles(I)] float32.

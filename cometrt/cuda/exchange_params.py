@@ -31,7 +31,7 @@ class Call:
         at: address of each array on the device, by name; a missing one is null.
             Arguments: x, ids, weights, w_up, w_down; of backward dy, w_up, w_down.
             Results: out [T, H]; of backward also out_dweight, dw_up, dw_down.
-            Residuals: epoch, saved_x or x_rows, z, tables.
+            Residuals: epoch, saved_x or x_rows, z unless save="nothing", tables.
             Scratch: all other arrays of `cometrt.cuda.buffers`.
         ids_are_64: whether ids are int64.
         accumulate: whether weight gradients are added to what is there.
@@ -96,7 +96,8 @@ class ExchangeParamsBuilder:
     """One layer's exchange params: one struct, filled again for every call.
 
     Args:
-        fixed: operation -> address by field, the same in every such call.
+        fixed: operation -> address by field, the same in every such call. "recompute": of
+            a backward's launch that computes z again, in place of the backward's.
         num_counters: operation -> 32-bit words at the field "counters".
         table_offsets: byte offset of each of EXCHANGE_TABLES in a plan's memory.
     """
@@ -148,6 +149,12 @@ class ExchangeParamsBuilder:
     def pull_x(self, params: ParamStruct, call: Call) -> None:
         """From here on `params` says that x is pulled, into x_rows."""
         set_fields(params, pull_offset=self._heap.table["x"].offset, rows=call.at["x_rows"])
+        set_fields(params, **self._fixed["recompute"])
+
+    def pull_dy(self, params: ParamStruct, call: Call) -> None:
+        """From here on, after `pull_x`, `params` says that dy alone is pulled, into dy_rows."""
+        set_fields(params, pull_offset=self._heap.table["dy"].offset, rows=call.at["dy_rows"])
+        set_fields(params, x_rows=0, **self._fixed["backward"])
 
     def _gradients(self, call: Call) -> dict[str, int]:
         """Fields of a backward's gradients."""

@@ -103,8 +103,9 @@ class CudaExecutor:
             self._queue(call, (given["x"], given["ids"], given["weights"], new))
         if not training:
             return None
-        kept = {"epoch": new["epoch"], "z": new["z"], "tables": (new["tables"],)}
-        return kept | {"x": new.get("saved_x", new["x_rows"])}
+        z = None if self._shape.geometry.spec.save == "nothing" else new["z"]
+        x = new.get("saved_x", new["x_rows"])
+        return {"epoch": new["epoch"], "x": x, "z": z, "tables": (new["tables"],)}
 
     def _queue(self, call: Call, arrays: Any) -> None:
         """arrays: whose memory a graph needs as long as it may be replayed."""
@@ -132,11 +133,10 @@ class CudaExecutor:
         """Fill `out`."""
         self._check_capture("backward")
         with self._order.guard("backward"):
-            (tables,) = saved.tables
+            (tables,), save = saved.tables, self._shape.geometry.spec.save
             arrays = {
                 "dy": self._heap.out_of_heap(dy, "dy"),
                 "epoch": saved.epoch,
-                "z": saved.z,
                 "tables": tables,
                 "w_up": saved.w_up,
                 "w_down": saved.w_down,
@@ -144,8 +144,12 @@ class CudaExecutor:
                 "out_dweight": out.topk_weights,
                 "dw_up": out.w_up,
                 "dw_down": out.w_down,
-                "saved_x" if self._shape.geometry.spec.save == "z" else "x_rows": saved.x,
+                "x_rows" if save == "rows" else "saved_x": saved.x,
             } | self._new(self._backward_buffers)
+            if save == "nothing":  # the down dgrad reads z before it writes dz there
+                arrays |= {"z": arrays["dz"], "a": arrays["weighted_a"]}
+            else:
+                arrays["z"] = saved.z
             wide = tuple(array.dtype.itemsize == 4 for array in (out.w_up, out.w_down))
             call = Call(
                 "backward",

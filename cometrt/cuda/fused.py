@@ -21,16 +21,21 @@ from cometrt.kernels.params import KernelArgument, ParamStruct
 from cometrt.plan import PlanShape
 
 
-def fused_counter_words(shape: PlanShape) -> dict[str, int]:
-    """32-bit words of each array that the fused kernels count up, by field of ExchangeParams; of
-    both passes, each of which begins with zeros."""
+def fused_counter_words(shape: PlanShape) -> dict[str, dict[str, int]]:
+    """32-bit words of each array that the fused kernels count up, by field of ExchangeParams. Each
+    pass begins with zeros.
+
+    Of "pass": both passes. Of "recompute": the launch of a backward that computes z again with
+    save="nothing". It has its own, since a later launch of the call also pulls rows.
+    """
     num_chunks = max_n_chunks(shape)
-    return {
-        "tile_filled": shape.max_tiles,
+    of_dispatch = {"tile_filled": shape.max_tiles, "queue_heads": 1, "arrivals": NUM_ARRIVALS}
+    of_pass = of_dispatch | {
         "tile_done": shape.max_tiles * num_chunks,
         "queue_heads": 1 + 2 * num_chunks,
-        "arrivals": NUM_ARRIVALS,
     }
+    recomputes = shape.geometry.spec.save == "nothing"
+    return {"pass": of_pass, "recompute": of_dispatch if recomputes else {}}
 
 
 def n_chunk_tiles(shape: PlanShape) -> int:
@@ -106,7 +111,7 @@ class FusedForward(FusedPath):
         kernels["gemm_combine"](stream, params, call)
 
     def _dispatch_gemm(self, stream: int, params: ParamStruct, call: Call) -> None:
-        """Pull tokens into x_rows, and multiply: a, and z in training."""
+        """Pull tokens into x_rows, and multiply: a, and z where it is saved or computed again."""
         at = call.at
         z = at.get("z", 0)
         self._kernels["training" if z else "inference"](

@@ -1,6 +1,6 @@
 """The fused backward: dispatch of dy within the down dgrad's launch, then combine of dx under the
 up dgrad and the weight gradients. It plans nothing: `prepare_backward` orders the tiles of its
-GEMMs by the forward's plan."""
+GEMMs by the forward's plan. With save="nothing", the forward's `dispatch_gemm` comes first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cometrt.cuda.backward import (
 )
 from cometrt.cuda.dgrad import DownDgradArguments, dgrad_maps
 from cometrt.cuda.engine import TileOrder, gemm_ctas, raster_group_of
-from cometrt.cuda.exchange_params import Call
+from cometrt.cuda.exchange_params import Call, ExchangeParamsBuilder
 from cometrt.cuda.fused import FusedPath, n_chunk_tiles, num_comm_ctas, trace_macros
 from cometrt.cuda.links import Links
 from cometrt.cuda.types import Launches
@@ -36,12 +36,15 @@ _WGRAD_WORDS = wgrad_params_dtype.itemsize // 8  # with which UpDgradWgradParams
 class FusedBackward(FusedPath):
     """One layer's two launches, and the one before them.
 
-    With save="z" the first launch pulls x again, behind dy. So all pulls of this rank have ended
-    before the second launch sends a partial row of dx.
+    With save="z" the first launch pulls x again, behind dy. With save="nothing" the forward's
+    `dispatch_gemm` does so before it, and computes z again. So all pulls of this rank have ended
+    before the last launch sends a partial row of dx.
 
     Args:
+        builder: of the params that `launch` gets.
         table_offsets: byte offset of each of a plan's tables, by name.
         ok: address of ExchangeState.ok.
+        recompute: TileOrderParams of `dispatch_gemm`, if it computes z again; else null.
         kernels: gets "prepare_backward", "dispatch_down_dgrad" and "up_dgrad_combine_wgrad".
     """
 
@@ -49,14 +52,17 @@ class FusedBackward(FusedPath):
         self,
         shape: PlanShape,
         links: Links,
+        builder: ExchangeParamsBuilder,
         table_offsets: dict[str, int],
         ok: int,
+        recompute: ParamStruct,
         kernels: Launches,
     ) -> None:
         shape = shape.of_backward()
         geometry, config, rows = shape.geometry, shape.config, shape.capacity
         spec, experts, up = geometry.spec, geometry.local_experts, geometry.up_columns
-        self._links, self._activation = links, spec.activation
+        self._links, self._activation, self._builder = links, spec.activation, builder
+        self._recompute, self._recomputes = recompute, spec.save == "nothing"
         self._tables, shapes = PlanTables(table_offsets), wgrad_shapes(geometry)
         n_tiles = dgrad_tiles(geometry)
         self._down_order = TileOrder(
@@ -107,6 +113,10 @@ class FusedBackward(FusedPath):
         return {"dispatch": dispatch, "combine": combine}
 
     def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None:
+        if self._recomputes:
+            self._builder.pull_x(params, call)
+            kernels["dispatch_gemm"](stream, params, call)
+            self._builder.pull_dy(params, call)
         kernels["dispatch_down_dgrad"](stream, params, call)
         kernels["up_dgrad_combine_wgrad"](stream, params, call)
 
@@ -117,13 +127,15 @@ class FusedBackward(FusedPath):
             num_sms(),
             params,
             self._tables.planned(call),
+            self._recompute,
             self._down_order.params,
             self._grads_order.params,
             wgrad_params(self._wgrads, self._tables, call),
         )
 
     def _dispatch_down_dgrad(self, stream: int, params: ParamStruct, call: Call) -> None:
-        """Pull dy into dy_rows, and multiply: dz, weighted_a and dweight_rows. Pull x again."""
+        """Pull dy into dy_rows, and multiply: dz, weighted_a and dweight_rows. Pull x again with
+        save="z"."""
         self._kernels["dispatch"](
             stream,
             self.num_ctas,

@@ -11,8 +11,10 @@ its mode does between them and `finish`:
 
 and of a backward:
 
-    fused       dispatch_down_dgrad, up_dgrad_combine_wgrad
-    others      backward_order, dispatch, down_dgrad, up_dgrad, push, wgrad, home_reduce
+    fused       dispatch_down_dgrad, up_dgrad_combine_wgrad; before them dispatch_gemm with
+                save="nothing", for z
+    others      backward_order, dispatch, down_dgrad, up_dgrad, push, wgrad, home_reduce; with
+                save="nothing" dispatch of x and up before down_dgrad
     cublas      dispatch, cublas_dgrad, push, cublas_wgrad, home_reduce
 
 A fused backward has `prepare_backward` in the place of `agree`: it also orders tiles.
@@ -138,21 +140,26 @@ class CallQueue:
             "progress": int(self.planner.progress.data.ptr),
             "counters": int(counters.data.ptr),
         }
-        fused_counters: dict[str, int] = {}
+        counters_of: dict[str, dict[str, int]] = {"pass": {}, "recompute": {}}
         if mode == "fused":
             address = fixed["counters"] + 4 * planner_words
-            for name, words in fused_counter_words(shape).items():
-                fused_counters[name] = address
-                address += 4 * words
+            for launches, fields in fused_counter_words(shape).items():
+                for name, words in fields.items():
+                    counters_of[launches][name] = address
+                    address += 4 * words
         # A backward makes no plan: it leaves the planner's counters as they are.
         begin = fixed["counters"] + 4 * planner_words if mode == "fused" else 0
-        of_backward = state | {"counters": begin} | fused_counters
+        operations = {
+            "forward": fixed | counters_of["pass"],
+            "backward": state | {"counters": begin} | counters_of["pass"],
+            "recompute": counters_of["recompute"],
+        }
         self._params = ExchangeParamsBuilder(
             world,
             shape,
             heap,
             layer,
-            {"forward": fixed | fused_counters, "backward": of_backward},
+            operations,
             num_counters={"forward": counters.size, "backward": fused_words},
             table_offsets=self.planner.offsets_of(EXCHANGE_TABLES),
         )
@@ -162,21 +169,24 @@ class CallQueue:
         self.fused: tuple[FusedPath, ...] = ()
         forward: Path
         backward: Path
-        offsets = self.planner.table_offsets
+        offsets, recomputes = self.planner.table_offsets, shape.geometry.spec.save == "nothing"
         if mode != "fused":
             RowKernels(shape, links, kernels, self.planner.block_order_idx, chunks)
         if mode == "fused":
             forward = FusedForward(shape, links, ok, kernels)
-            backward = FusedBackward(shape, links, offsets, ok, kernels)
-            self.fused, orders = (forward, backward), forward.orders
+            orders = forward.orders
+            recompute = orders[0] if recomputes else _NO_ORDER
+            backward = FusedBackward(shape, links, self._params, offsets, ok, recompute, kernels)
+            self.fused = forward, backward
         elif shape.config.gemm == "cublas":
             cublas = CublasExperts(shape, fixed["state"], offsets, meet, kernels)
             orders = _NO_ORDER, _NO_ORDER
             forward, backward = CublasForward(cublas), CublasBackward(cublas, self._params)
         else:
-            BackwardGemms(shape, offsets, ok, kernels)
-            backward = EngineBackward(self._params)
             orders = ExpertGemms(shape, ok, kernels, chunks).orders
+            recompute = orders[0] if recomputes else _NO_ORDER
+            BackwardGemms(shape, offsets, ok, recompute, kernels)
+            backward = EngineBackward(self._params, chunks if recomputes else 0)
             forward = ChunkedForward(shape.config) if mode == "chunked" else SequentialForward()
         ProtocolKernels(self.planner, orders, links, kernels)
         self._paths = {"forward": forward, "backward": backward}

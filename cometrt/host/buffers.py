@@ -26,7 +26,7 @@ def backward_rows(shape: PlanShape) -> Buffers:
         "weighted_a": rows["a"],
         "dweight_rows": ((shape.capacity,), _FLOAT32),
     }
-    if shape.geometry.spec.save == "z":
+    if shape.geometry.spec.save != "rows":
         buffers["x_rows"] = rows["x"]
     return buffers
 
@@ -44,7 +44,9 @@ def residuals(shape: PlanShape) -> Buffers:
     buffers["x"] = ((spec.max_tokens, spec.hidden), spec.numpy_dtype)
     if spec.save == "rows":
         buffers["x"] = rows["x"]
-    return buffers | {"z": rows["z"]} | _tables(shape)
+    if spec.save != "nothing":
+        buffers["z"] = rows["z"]
+    return buffers | _tables(shape)
 
 
 def scratch_bytes(shape: PlanShape, _mode: str, training: bool) -> int:
@@ -52,7 +54,7 @@ def scratch_bytes(shape: PlanShape, _mode: str, training: bool) -> int:
     forward, weights = plan_rows(shape), total_bytes(wide_weights(shape))
     if not training:
         return total_bytes(forward | _tables(shape)) + weights
-    kept = {"z", "x"} if shape.geometry.spec.save == "rows" else {"z"}
+    kept = {"rows": "xz", "z": "z", "nothing": ""}[shape.geometry.spec.save]
     scratch = {name: buffer for name, buffer in forward.items() if name not in kept}
     backward = total_bytes(backward_rows(shape)) + 2 * weights
     return max(total_bytes(scratch) + weights, backward)

@@ -92,13 +92,13 @@ def wgrad_tiles(
 ) -> None:
     """dw_up[e] = dz^T x and dw_down[e] = dy^T (weight * a) over the rows of expert e, in float32.
 
-    Padding rows are zero in all four operands and may be included. With save="z" backward pulls x
-    again, so this waits for tile_filled of x.
+    Padding rows are zero in all four operands and may be included. Unless save="rows", backward
+    pulls x again, so this waits for tile_filled of x.
     """
     plan, block_m = ex.plan, ex.shape.config.block_m
     for expert in range(len(dw_up)):
         begin, end = (int(row) for row in plan.expert_offsets[expert : expert + 2])
-        if ex.shape.geometry.spec.save == "z":
+        if ex.shape.geometry.spec.save != "rows":
             for tile in range(begin // block_m, end // block_m):
                 ex.wait_filled("x", tile)
         with ex.step("compute", "wgrad", expert):

@@ -38,7 +38,7 @@ class HostExecutor:
         self._overlapped = mode == "fused"
         self.captured: list[Any] = []  # the host has no CUDA graphs
         self._heap = SymmetricHeap(world, shape)
-        self._saves_rows = shape.geometry.spec.save == "rows"
+        self._save = shape.geometry.spec.save
 
     def buffer(self) -> np.ndarray:
         return self._heap.array("x")
@@ -67,14 +67,15 @@ class HostExecutor:
                 ex.plan = make_plan(ex.read_routing(num_tokens), self._shape)
             rows = empty(plan_rows(self._shape))
             kept = {"x": rows["x"]}
-            if training and not self._saves_rows:  # now: `out` may be x itself
+            if training and self._save != "rows":  # now: `out` may be x itself
                 kept = {"x": self._own_tokens(x)}
             arrays = {"w_up": w_up, "w_down": w_down, "out": out} | rows
             ex.run(forward_path(ex, arrays), overlapped=self._overlapped)
         if not training:
             return None
         epoch = np.array([ex.epoch], np.int64)
-        return kept | {"epoch": epoch, "z": rows["z"], "tables": ex.plan.arrays()}
+        z = None if self._save == "nothing" else rows["z"]
+        return kept | {"epoch": epoch, "z": z, "tables": ex.plan.arrays()}
 
     def backward(
         self, dy: np.ndarray, saved: Residuals, *, out: Gradients, accumulate: bool, tracer: Tracer
@@ -86,17 +87,20 @@ class HostExecutor:
             wide = empty(wide_weights(self._shape))
             payloads = {"dy": dy}
             arrays = empty(backward_rows(self._shape))
-            if self._saves_rows:
+            if self._save == "rows":
                 arrays["x_rows"] = saved.x
             else:
                 payloads["x"] = saved.x[: len(dy)]
             comm.clear_dweight(ex, len(dy))
             ex.publish("backward", payloads, len(dy), forward_epoch=int(saved.epoch[0]))
             ex.plan = Plan(*saved.tables)
-            arrays |= {"w_up": saved.w_up, "w_down": saved.w_down, "z": saved.z, "out": out.x}
+            if self._save == "nothing":  # the down dgrad reads z before it writes dz there
+                arrays |= {"z": arrays["dz"], "a": arrays["weighted_a"]}
+            else:
+                arrays["z"] = saved.z
+            arrays |= {"w_up": saved.w_up, "w_down": saved.w_down, "out": out.x}
             arrays |= {"dw_up": wide["w_up"], "dw_down": wide["w_down"]}
-            path = backward_path(ex, arrays, pulls_x=not self._saves_rows)
-            ex.run(path, overlapped=self._overlapped)
+            ex.run(backward_path(ex, arrays), overlapped=self._overlapped)
             out.topk_weights[:] = comm.gather_dweight(ex, len(dy))
         for result, value in ((out.w_up, wide["w_up"]), (out.w_down, wide["w_down"])):
             result[:] = result + value if accumulate else value
@@ -152,16 +156,25 @@ def forward_path(ex: Exchange, arrays: Arrays) -> list[Stage]:
     ]
 
 
-def backward_path(ex: Exchange, arrays: Arrays, *, pulls_x: bool) -> list[Stage]:
-    """arrays: of `backward_rows`; x_rows, z; w_up, w_down; out, dw_up, dw_down."""
+def backward_path(ex: Exchange, arrays: Arrays) -> list[Stage]:
+    """arrays: of `backward_rows`; x_rows, z; w_up, w_down; out, dw_up, dw_down. With
+    save="nothing" also a, for what is computed again.
+
+    x is pulled before the last partial row of dx leaves. Then its home may overwrite it.
+    """
     up, down = (compute.ExpertWeights(arrays[name]) for name in ("w_up", "w_down"))
     dy_rows, dz, x_rows = (arrays[name] for name in ("dy_rows", "dz", "x_rows"))
     weighted_a, dweight_rows = arrays["weighted_a"], arrays["dweight_rows"]
+    save = ex.shape.geometry.spec.save
 
     def pull() -> None:
-        comm.pull_rows(ex, "dy", dy_rows)
-        if pulls_x:  # before the last partial of dx leaves: then the home may overwrite x
-            comm.pull_rows(ex, "x", x_rows)
+        # The rows that the first GEMM needs come first.
+        for name in {"rows": ("dy",), "z": ("dy", "x"), "nothing": ("x", "dy")}[save]:
+            comm.pull_rows(ex, name, arrays[f"{name}_rows"])
+
+    def recompute() -> None:
+        if save == "nothing":
+            compute.up_tiles(ex, x_rows, up, arrays["z"], arrays["a"])
 
     def down_dgrad() -> None:
         compute.down_dgrad_tiles(ex, dy_rows, down, arrays["z"], dz, weighted_a, dweight_rows)
@@ -176,6 +189,7 @@ def backward_path(ex: Exchange, arrays: Arrays, *, pulls_x: bool) -> list[Stage]
 
     return [
         ("comm", pull),
+        ("compute", recompute),
         ("compute", down_dgrad),
         ("compute", lambda: compute.up_dgrad_tiles(ex, dz, up, arrays["dx_rows"])),
         ("compute", wgrad),

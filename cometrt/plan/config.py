@@ -43,7 +43,8 @@ class TileConfig:
         dispatch_ctas, combine_ctas: number of CTAs whose comm warps transfer rows in the fused
             kernels dispatch_gemm and gemm_combine. None, or more than the grid has: all CTAs.
         backward_order, backward_n_chunk, backward_dispatch_ctas, backward_combine_ctas: the same of
-            backward, where the up dgrad has the order of the down GEMM. None: as in forward.
+            backward, where the up dgrad has the order of the down GEMM. None: as in forward. With
+            save="nothing", dispatch_gemm has dispatch_ctas in a backward too.
 
     Raises:
         ValueError: naming the argument, its value and the rule.

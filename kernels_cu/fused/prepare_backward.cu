@@ -15,15 +15,18 @@ constexpr int kPrepareThreads = 1024, kWarps = kPrepareThreads / 32;
 
 // Any grid. The list of the up dgrad goes on with the tiles of the weight gradients. The plan in
 // `saved` is complete if the call is active, so only the last block waits for peers, after its
-// share. It sets `ok`.
+// share. It sets `ok`. recompute: of dispatch_gemm, where the backward computes z again; else no
+// pipeline chunk, so nothing is written.
 extern "C" __global__ void __launch_bounds__(kPrepareThreads, 1)
     prepare_backward(const __grid_constant__ ExchangeParams params,
                      const __grid_constant__ PlannedTiles tiles,
+                     const __grid_constant__ TileOrderParams recompute,
                      const __grid_constant__ TileOrderParams down_dgrad,
                      const __grid_constant__ TileOrderParams up_dgrad,
                      const __grid_constant__ WgradParams wgrads) {
   __shared__ int shared[kWarps];
   if (params.state->status != kActive) return;
+  write_tile_order<kPrepareThreads>(recompute, tiles, blockIdx.x, gridDim.x, shared);
   write_tile_order<kPrepareThreads>(down_dgrad, tiles, blockIdx.x, gridDim.x, shared);
   const int steps =
       write_tile_order<kPrepareThreads>(up_dgrad, tiles, blockIdx.x, gridDim.x, shared);

@@ -11,14 +11,17 @@ constexpr int kOrderThreads = 1024;
 
 }  // namespace
 
-// Any grid. Does nothing where the plan is not valid: `wgrads.ok` points to 0.
+// Any grid. Does nothing where the plan is not valid: `wgrads.ok` points to 0. recompute: of the up
+// GEMM, where the backward computes z again; else no pipeline chunk, so nothing is written.
 extern "C" __global__ void __launch_bounds__(kOrderThreads, 1)
     backward_order(const __grid_constant__ PlannedTiles tiles,
+                   const __grid_constant__ TileOrderParams recompute,
                    const __grid_constant__ TileOrderParams down_dgrad,
                    const __grid_constant__ TileOrderParams up_dgrad,
                    const __grid_constant__ WgradParams wgrads) {
   __shared__ int shared[kOrderThreads / 32];
   if (!*wgrads.ok) return;
+  write_tile_order<kOrderThreads>(recompute, tiles, blockIdx.x, gridDim.x, shared);
   write_tile_order<kOrderThreads>(down_dgrad, tiles, blockIdx.x, gridDim.x, shared);
   write_tile_order<kOrderThreads>(up_dgrad, tiles, blockIdx.x, gridDim.x, shared);
   write_wgrad_order(wgrads, const_cast<WorkTile*>(wgrads.work_tiles),

@@ -9,7 +9,7 @@ namespace cometrt {
 struct DownDgradParams : TileList {
   const __nv_bfloat16* z;     // [rows, gate and up, num_columns]
   const float* row_weight;    // [rows]
-  __nv_bfloat16* dz;          // as z
+  __nv_bfloat16* dz;          // as z; may be z: a lane reads a vector before it writes there
   __nv_bfloat16* weighted_a;  // [rows, num_columns]
   float* dweight;             // [rows, N-tiles]: partial sums over the columns of an N-tile
   int num_columns, num_inner_blocks;

@@ -89,6 +89,7 @@ struct ExchangeParams {
   // rows: [capacity, hidden], pulled from the homes' arrays at pull_offset. partial_rows: the last
   // GEMM's results, summed by token into `out` [num_tokens, hidden]. dweight_rows into out_dweight
   // [num_tokens, topk]. x_rows: of a fused backward with save="z", which pulls x again, behind dy.
+  // With save="nothing" only `prepare_backward` gets it; x comes to `rows` in a launch of its own.
   u64 pull_offset;
   __nv_bfloat16 *rows, *x_rows;
   const __nv_bfloat16* partial_rows;
@@ -105,6 +106,7 @@ struct ExchangeParams {
   // tile_done [max_tiles, num_n_chunks]: warps that have stored their part of an N-tile.
   // queue_heads [1 + 2 * num_n_chunks]: of copy chunks to pull; then per N-chunk of blocks to push
   // and of blocks to reduce at home. arrivals [kNumLimitedRoles]: warps that have asked for a role.
+  // A backward's launch that computes z again has its own of these, without tile_done.
   u32 *tile_filled, *tile_done, *queue_heads, *arrivals;
 
   __device__ TraceLane* const* trace() const {

@@ -16,7 +16,7 @@ struct ActivationParams {
   const __nv_bfloat16* z;
   __nv_bfloat16* a;  // forward: a; backward: weight * a
   const float* da;
-  __nv_bfloat16* dz;
+  __nv_bfloat16* dz;  // may be z: a thread reads an element before it writes there
   float* dweight_rows;
 };
 

@@ -64,8 +64,11 @@ else:
             for mode, save, order, gemm in (
                 ("fused", "rows", "phases", "engine"),
                 ("fused", "z", "columns", "engine"),
+                ("fused", "nothing", "phases", "engine"),
                 ("sequential", "rows", "phases", "engine"),
                 ("sequential", "z", "columns", "cublas"),
+                ("sequential", "nothing", "phases", "engine"),
+                ("sequential", "nothing", "columns", "cublas"),
                 ("chunked", "rows", "phases", "engine"),
             ):
                 case = Case(ranks, "skewed", save=save, order=order, mode=mode, gemm=gemm)

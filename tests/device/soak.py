@@ -61,13 +61,13 @@ class Model:
 
 def make_models(size):
     """One shape in both orders; and one whose rows take several pieces, and whose tokens lie in the
-    heap where the others have something else."""
+    heap where the others have something else. Each has another `save`."""
     shape = {"hidden": 528, "intermediate": 144, "topk": 3, "max_tokens": 150}
     wide = {"hidden": 2064, "intermediate": 96, "topk": 4, "max_tokens": 100}
     return [
         Model("phases", size, 0, order="phases", **shape),
-        Model("columns", size, 1, order="columns", num_phases=3, **shape),
-        Model("wide", size, 2, order="columns", tp=2, **wide),
+        Model("columns", size, 1, order="columns", num_phases=3, save="z", **shape),
+        Model("wide", size, 2, order="columns", tp=2, save="nothing", **wide),
     ]
 
 
@@ -233,7 +233,7 @@ class Rank:
         self.num_backwards += 1
 
     def _draw_pauses(self):
-        """Of the five launches of a call, in us: mostly none, or a few, or one long one."""
+        """Of the first five launches of a call, in us: mostly none, or a few, or one long one."""
         kind = self._own.random()
         if kind < 0.5:
             return []

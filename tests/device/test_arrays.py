@@ -205,7 +205,7 @@ def big_layer(world, save):
     return cometrt.MoELayer(world, spec), bf(300, 2048), tables, (bf(2, 128, 2048), bf(2, 2048, 64))
 
 
-@pytest.mark.parametrize("save", ["rows", "z"])
+@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
 @pytest.mark.parametrize("shift", [1, 7, 200])
 def test_rows_within_the_heap_are_not_overwritten_by_their_own_copy(save, shift):
     def fn(world):

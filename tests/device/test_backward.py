@@ -30,7 +30,9 @@ pytestmark = pytest.mark.gpu
 
 RANKS = [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (8, 4)]
 _TURNS = itertools.cycle(
-    itertools.product(ACTIVATIONS, [16, 80, 272], ["rows", "z"], ["phases", "columns"], [0, 1])
+    itertools.product(
+        ACTIVATIONS, [16, 80, 272], ["rows", "z", "nothing"], ["phases", "columns"], [0, 1]
+    )
 )
 CASES = [
     Case(ranks, routing, activation, "bfloat16", columns, save, order, "fused", seed, "engine")
@@ -112,7 +114,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("save", ["rows", "z"])
+@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 @pytest.mark.parametrize("ranks", [(1, 1), (4, 1), (4, 2)], ids=str)
 def test_wide_layers_in_every_order(ranks, changes, save):
@@ -123,13 +125,46 @@ def test_wide_layers_in_every_order(ranks, changes, save):
     compare(case, wide_inputs(case))
 
 
+@pytest.mark.parametrize(
+    ("mode", "gemm", "changes"),
+    [
+        ("fused", "engine", {}),
+        ("fused", "engine", {"raster_group": 2, "num_phases": 4, "dispatch_ctas": 1}),
+        ("sequential", "engine", {}),
+        ("chunked", "engine", {"pipeline_chunks": 3}),
+        ("sequential", "cublas", {"gemm": "cublas"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("activation", ["geglu", "relu2"])
+@pytest.mark.parametrize("ranks", [(1, 1), (4, 1), (4, 2)], ids=str)
+def test_every_save_has_the_same_bits(ranks, activation, mode, gemm, changes):
+    case = Wide(
+        ranks, activation=activation, shard_columns=592, mode=mode, gemm=gemm,
+        changes=tuple(changes.items()),
+    )  # fmt: skip
+    inputs = wide_inputs(case)
+
+    def fn(world):
+        saves = (dataclasses.replace(case, save=save) for save in ("rows", "z", "nothing"))
+        return [run_case(world, each, inputs) for each in saves]
+
+    results = cometrt.spawn(fn, case.size, "cuda", timeout_sec=10)
+    check_case(case, inputs, [outputs[-1] for outputs in results])
+    for rank, (rows, *others) in enumerate(results):
+        for save, output in zip(("z", "nothing"), others, strict=True):
+            assert output.y.tobytes() == rows.y.tobytes(), f"rank {rank}, {save}"
+            differ = [name for name, value in bits(rows).items() if bits(output)[name] != value]
+            assert not differ, f"rank {rank}, {save}: {differ}"
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation):
     case = Wide((2, 1), activation=activation, shard_columns=272, mode="fused", gemm="engine")
     compare(case, wide_inputs(case))
 
 
-@pytest.mark.parametrize("save", ["rows", "z"])
+@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
 def test_with_an_emulated_link(save):
     case = Wide((4, 1), shard_columns=272, save=save, mode="fused", gemm="engine")
     compare(case, wide_inputs(case), link="h100")
@@ -164,7 +199,7 @@ def test_gradients_are_added_to_what_is_there(ranks, wide):
     assert cometrt.spawn(fn, case.size, "cuda", timeout_sec=10) == [wide[0]] * case.size
 
 
-@pytest.mark.parametrize("save", ["rows", "z"])
+@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
 @pytest.mark.parametrize("order", ["f0 f1 f2 b2 b0 b1", "f0 f1 b1 f2 b2 b0", "f0 b0 f1 b1 f2 b2"])
 @pytest.mark.parametrize("ranks", [(4, 1), (4, 2)], ids=str)
 def test_micro_batches_in_any_order_with_a_slow_rank(ranks, order, save):
@@ -190,8 +225,11 @@ def test_micro_batches_in_any_order_with_a_slow_rank(ranks, order, save):
         check_case(case, batches[batch], [outputs[batch] for outputs in results])
 
 
-@pytest.mark.parametrize("save", ["rows", "z"])
-@pytest.mark.parametrize("before", range(5))  # publish, prepare, two launches, finish
+# publish, prepare, the launches of `FusedBackward`, finish
+@pytest.mark.parametrize(
+    ("save", "before"),
+    [(s, i) for s, launches in {"rows": 5, "z": 5, "nothing": 6}.items() for i in range(launches)],
+)
 def test_a_rank_that_is_late_before_any_launch(before, save):
     case = Wide((4, 1), shard_columns=80, save=save, mode="fused", gemm="engine")
     inputs = wide_inputs(case)
@@ -204,7 +242,7 @@ def test_a_rank_that_is_late_before_any_launch(before, save):
         world.barrier()
         if world.rank == 1:
             pauses.hold_up(rank.layer)
-            late = [0] * 10  # of the forward, then of the backward
+            late = [0] * 11  # of the forward, then of the backward
             late[5 + before] = 20_000
             pauses.next = iter(late)
         assert bits(rank.step()) == bits(expected)
@@ -213,7 +251,7 @@ def test_a_rank_that_is_late_before_any_launch(before, save):
     check_case(case, inputs, cometrt.spawn(fn, case.size, "cuda", timeout_sec=10))
 
 
-@pytest.mark.parametrize("save", ["rows", "z"])
+@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
 def test_a_lost_push_ends_all_waits_and_reset_helps(save):
     case = Case((4, 1), save=save, mode="fused", gemm="engine")
     inputs = make_inputs(case)
@@ -239,9 +277,9 @@ def test_a_lost_push_ends_all_waits_and_reset_helps(save):
     check_case(case, inputs, cometrt.spawn(fn, case.size, "cuda", timeout_sec=10))
 
 
-@pytest.mark.parametrize("name", ["prepare_backward", "dispatch_down_dgrad"])
+@pytest.mark.parametrize("name", ["prepare_backward", "dispatch_gemm", "dispatch_down_dgrad"])
 def test_a_rank_that_raises_in_the_middle_ends_the_others(name):
-    case = Case((4, 1), mode="fused", gemm="engine")
+    case = Case((4, 1), save="nothing", mode="fused", gemm="engine")
     inputs = make_inputs(case)
 
     def fail(*_):
@@ -262,8 +300,9 @@ def test_a_rank_that_raises_in_the_middle_ends_the_others(name):
     check_case(case, inputs, cometrt.spawn(fn, case.size, "cuda", timeout_sec=10))
 
 
-def test_a_trace_has_every_tile():
-    case = Wide((2, 1), shard_columns=272, mode="fused", gemm="engine")
+@pytest.mark.parametrize("save", ["rows", "nothing"])
+def test_a_trace_has_every_tile(save):
+    case = Wide((2, 1), shard_columns=272, save=save, mode="fused", gemm="engine")
     inputs = wide_inputs(case)
 
     def fn(world):
@@ -282,6 +321,7 @@ def test_a_trace_has_every_tile():
     names = {event.name for event in timeline.events}
     wanted = {"down dgrad", "up dgrad", "wgrad", "pull", "reduce and push", "reduce at home"}
     assert wanted <= names
+    assert ("up" in names) == (save == "nothing")
     # Both gradients of each expert: [2 * 272, 1552] in 5 x 7 tiles, [1552, 272] in 13 x 2.
     found = [event for event in timeline.events if (event.rank, event.name) == (0, "wgrad")]
     assert len(found) == geometry.local_experts * (5 * 7 + 13 * 2)

@@ -20,7 +20,9 @@ from tests.cases import (
 pytestmark = pytest.mark.gpu
 
 _TURNS = itertools.cycle(
-    itertools.product(ACTIVATIONS, [16, 48, 80], ["rows", "z"], ["phases", "columns"], [0, 1])
+    itertools.product(
+        ACTIVATIONS, [16, 48, 80], ["rows", "z", "nothing"], ["phases", "columns"], [0, 1]
+    )
 )
 CASES = [
     Case(ranks, routing, activation, "bfloat16", columns, save, order, "sequential", seed)

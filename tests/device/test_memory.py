@@ -35,7 +35,7 @@ def used_by(call, pool):
     return pool.used_bytes() - before, watch.most - before, result
 
 
-@pytest.mark.parametrize("save", ["rows", "z"])
+@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
 @pytest.mark.parametrize(("mode", "gemm"), MODES)
 def test_memory_is_what_is_allocated(mode, gemm, save):
     import cupy

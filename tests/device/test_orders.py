@@ -34,7 +34,7 @@ class Rank(HostRank):
         return self.layer.backward(self.arrays[batch][3], self.saved[batch])
 
 
-@pytest.mark.parametrize("save", ["rows", "z"])
+@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
 @pytest.mark.parametrize(
     ("routings", "order"),
     [

@@ -46,7 +46,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(RANKS < 2, reason="needs two G
 
 TP = sorted({tp for tp in (1, 2, RANKS) if RANKS and RANKS % tp == 0})
 _TURNS = itertools.cycle(
-    itertools.product(ACTIVATIONS, [16, 48, 80], ["rows", "z"], ["phases", "columns"], [0, 1])
+    itertools.product(
+        ACTIVATIONS, [16, 48, 80], ["rows", "z", "nothing"], ["phases", "columns"], [0, 1]
+    )
 )
 CASES = [
     Case((RANKS, tp), routing, activation, "bfloat16", columns, save, order, mode, seed, gemm)

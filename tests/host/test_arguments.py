@@ -32,7 +32,7 @@ SPEC = {"hidden": 64, "intermediate": 96, "num_experts": 8, "topk": 2, "max_toke
         ({"activation": "tanh"}, "activation must be one of swiglu, geglu, silu, gelu, relu"),
         ({"activation": None}, "activation must be one of"),
         ({"dtype": "float16"}, "dtype must be one of bfloat16, float32 (got 'float16')"),
-        ({"save": "all"}, "save must be one of rows, z (got 'all')"),
+        ({"save": "all"}, "save must be one of rows, z, nothing (got 'all')"),
         ({"capacity_factor": 0}, "capacity_factor must be a finite number > 0 (got 0)"),
         ({"capacity_factor": float("nan")}, "capacity_factor must be a finite number > 0"),
         ({"capacity_factor": "2"}, "capacity_factor must be a finite number > 0 (got '2')"),

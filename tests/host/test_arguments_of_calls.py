@@ -2,6 +2,7 @@
 may be repeated, and its answer is right."""
 
 import contextlib
+import dataclasses
 import re
 
 import ml_dtypes
@@ -164,6 +165,29 @@ def test_saved_is_flat_of_fixed_shape_and_good_for_one_backward():
 
     cometrt.spawn(fn, 2)
     assert len(set(shapes)) == 1
+
+
+def test_nothing_saved_but_tokens():
+    case = dataclasses.replace(CASE, save="nothing")
+    inputs = make_inputs(case)
+
+    def fn(world):
+        r = world.rank
+        weights = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, 2, case.spec)
+        layer = cometrt.MoELayer(world, case.spec, config=case.config)
+        saved = layer.forward(inputs.x[r], inputs.ids[r], inputs.weights[r], *weights)[1]
+        specs = layer.residuals(len(inputs.x[r]))
+        names = [of.name for of in specs]
+        assert names[:3] == ["meta", "epoch", "x"]
+        assert "z" not in names
+        assert [(a.shape, a.dtype) for a in saved] == [(of.shape, of.dtype) for of in specs]
+        assert saved[2].shape == (case.spec.max_tokens, case.spec.hidden)
+        assert saved[2][: len(inputs.x[r])].tobytes() == inputs.x[r].tobytes()
+        with pytest.raises(ValueError, match="saved must be the tuple of"):
+            layer.backward(inputs.dy[r], saved[:3] + saved[2:])
+        layer.backward(inputs.dy[r], saved)
+
+    cometrt.spawn(fn, 2)
 
 
 def test_copies_of_saved_count_as_one_use():

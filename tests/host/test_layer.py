@@ -27,7 +27,7 @@ PARAMETERS = {
     "activation": ACTIVATIONS,
     "dtype": ["bfloat16", "float32"],
     "shard_columns": [16, 48, 80],
-    "save": ["rows", "z"],
+    "save": ["rows", "z", "nothing"],
     "order": ["phases", "columns"],
     "mode": ["fused", "sequential"],
     "seed": [0, 1],
@@ -63,7 +63,7 @@ def test_product_against_reference(case):
 def test_modes_and_saves_have_the_same_bits(ranks, routing):
     digests = set()
     inputs = make_inputs(Case(ranks, routing))  # the case seeds its inputs: one for all here
-    for save, mode in itertools.product(["rows", "z"], ["fused", "sequential", None]):
+    for save, mode in itertools.product(["rows", "z", "nothing"], ["fused", "sequential", None]):
         case = Case(ranks, routing, save=save, mode=mode)
         outputs = cometrt.spawn(
             lambda world, c=case: run_case(world, c, inputs, 1), case.size, timeout_sec=60

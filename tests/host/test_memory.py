@@ -13,6 +13,10 @@ import pytest
 
 import cometrt
 from cometrt import memory
+from cometrt.buffers import total_bytes
+from cometrt.models import scaled_spec
+from cometrt.plan import PlanShape
+from cometrt.specs import Geometry
 from cometrt.world import room
 from cometrt.world.room import Room
 from tests.cases import Case, check_case, make_inputs
@@ -25,6 +29,7 @@ CASES = [
     Case((4, 1), save="z"),
     Case((4, 2), activation="relu", dtype="float32"),
     Case((3, 3), order="columns", save="z", seed=1),
+    Case((4, 2), save="nothing"),
 ]
 
 
@@ -53,7 +58,7 @@ def test_heap_residuals_and_weights_are_what_is_allocated(case):
         assert found.total == found.heap + found.residuals + found.scratch + found.weights
 
 
-@pytest.mark.parametrize("save", ["rows", "z"])
+@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_scratch_is_what_the_greediest_call_takes(save, dtype):
     # Rows and weights of some MB; a tile, the plan and an expert's share are small beside them.
@@ -102,9 +107,49 @@ def test_memory_on_cuda_needs_no_gpu(mode):
     rows = spec.memory(8, mode=mode)
     assert rows.weights == 32 * 3 * 7168 * 2048 * 2
     assert spec.memory(8, mode=mode, training=False).residuals == 0
-    assert dataclasses.replace(spec, save="z").memory(8, mode=mode).residuals < rows.residuals
+    z, nothing = (
+        dataclasses.replace(spec, save=save).memory(8, mode=mode) for save in ("z", "nothing")
+    )
+    assert nothing.residuals < z.residuals < rows.residuals
+    # z is computed again where dz will lie; the fused launch that does so has some counters.
+    assert 0 <= nothing.scratch - z.scratch < 1 << 16
     more = dataclasses.replace(spec, max_tokens=8192).memory(8, mode=mode)
     assert (more.heap > rows.heap, more.scratch > rows.scratch) == (True, True)
+
+
+@pytest.mark.parametrize("device", ["host", "cuda"])
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
+def test_saved_bytes_of_a_token(save, tp, activation, device):
+    # The table of docs/guide.md, in elements; all but the few tables of the plan.
+    spec = cometrt.MoESpec(
+        256, 96 * tp, num_experts=8, topk=2, max_tokens=4096, tp=tp, activation=activation,
+        save=save, capacity_factor=1.25,
+    )  # fmt: skip
+    rows, z_columns = 1.25 * 2 * tp, 96 * (2 if spec.gated else 1)
+    of_x = rows * 256 if save == "rows" else 256
+    of_z = 0 if save == "nothing" else rows * z_columns
+    shape = PlanShape(Geometry(spec, 0, 4), cometrt.TileConfig())
+    found = memory.buffers_of(device).residuals(shape)
+    assert list(found)[:3] == ["meta", "epoch", "x"]
+    assert ("z" in found) == (save != "nothing")
+    saved = total_bytes({name: found[name] for name in ("x", "z") if name in found})
+    padding = shape.capacity - rows * spec.max_tokens
+    assert 0 <= padding < 128 * shape.geometry.local_experts
+    padded = 2 * padding * ((save == "rows") * 256 + (z_columns if of_z else 0))
+    assert saved == 2 * (of_x + of_z) * spec.max_tokens + padded
+    assert spec.memory(4, device=device).residuals == total_bytes(found)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [("qwen3-30b-a3b", (118_471, 55_047, 4_407)), ("mixtral-8x7b", (263_281, 238_577, 8_305))],
+)
+def test_bytes_of_a_token_in_the_guide(model, expected):
+    for save, found in zip(("rows", "z", "nothing"), expected, strict=True):
+        spec = scaled_spec(model, max_tokens=8192, save=save)
+        assert round(spec.memory(4).residuals / 8192) == found
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def run_orders(case, batches, order, tracers=lambda rank: None):
     return results
 
 
-@pytest.mark.parametrize("save", ["rows", "z"])
+@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
 @pytest.mark.parametrize("ranks", [(4, 1), (4, 2)], ids=str)
 @pytest.mark.parametrize("slow_rank", [0, 3])
 def test_six_calls_in_a_row_with_one_slow_rank(ranks, save, slow_rank):
@@ -85,14 +85,14 @@ def test_six_calls_in_a_row_with_one_slow_rank(ranks, save, slow_rank):
     "order",
     ["f0 f1 b0 b1", "f0 f1 b1 b0", "f0 b0 f1 b1", "f0 f1 b0 f2 b2 b1", "f0 f1 f2 b1 b2 b0"],
 )
-@pytest.mark.parametrize("save", ["rows", "z"])
+@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
 def test_any_order_of_micro_batches(order, save):
     case = Case((3, 1), save=save)
     run_orders(case, batches_of(case, 3), order)
 
 
 @pytest.mark.parametrize("order", ["f0 f1 b1 b0", "f0 b0 f1 b1 f2 b2"])
-@pytest.mark.parametrize("save", ["rows", "z"])
+@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
 def test_ranks_that_never_exchange_a_token(order, save):
     # Nobody's partials hold anybody back: only source_ready keeps ranks within one epoch.
     case = Case((4, 1), "at_home", save=save)
@@ -118,7 +118,8 @@ def test_a_rank_that_plans_late_reads_the_tables_of_its_own_epoch():
 @pytest.mark.parametrize("seed", range(4))
 def test_random_delays_do_not_change_a_bit(seed):
     ranks = [(4, 1), (4, 2), (3, 3), (5, 1)][seed]
-    case = Case(ranks, save=["rows", "z"][seed % 2], order=["phases", "columns"][seed // 2])
+    save, order = ["rows", "z", "nothing"][seed % 3], ["phases", "columns"][seed // 2]
+    case = Case(ranks, save=save, order=order)
     batches, order = batches_of(case, 2, ("skewed", "one_token")), "f0 f1 b0 b1"
     calm = run_orders(case, batches, order)
     late = run_orders(case, batches, order, lambda rank: jitter(10 * seed + rank, 0.004))
@@ -169,7 +170,7 @@ def test_a_rank_that_plans_late_is_not_overtaken_by_another_layer():
         check_case(case, inputs[case], [outputs[case] for outputs in results])
 
 
-@pytest.mark.parametrize("save", ["rows", "z"])
+@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
 def test_x_in_the_heap_is_used_in_place_and_may_be_the_output(save):
     case = Case((4, 1), save=save)
     inputs = make_inputs(case)
@@ -188,8 +189,9 @@ def test_x_in_the_heap_is_used_in_place_and_may_be_the_output(save):
         assert output.digest() == other.digest()
 
 
-def test_inputs_may_be_overwritten_after_forward():
-    case = Case((4, 1), save="z")
+@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
+def test_inputs_may_be_overwritten_after_forward(save):
+    case = Case((4, 1), save=save)
     inputs, kept = make_inputs(case), make_inputs(case)
 
     def fn(world):

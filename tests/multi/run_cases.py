@@ -37,6 +37,8 @@ CASES = [
             ((4, 2), "one_token", "silu", "float32", 48, "z", "columns", "fused"),
             ((4, 1), "at_home", "swiglu", "bfloat16", 48, "rows", "phases", "fused"),
             ((4, 4), "at_home", "relu2", "float32", 80, "z", "phases", "fused"),
+            ((4, 1), "skewed", "swiglu", "bfloat16", 80, "nothing", "columns", "fused"),
+            ((4, 2), "empty_rank", "geglu", "bfloat16", 48, "nothing", "phases", "sequential"),
         ]
     )
 ]

@@ -22,8 +22,8 @@ MODES = (("fused", "engine"), ("sequential", "engine"), ("sequential", "cublas")
 
 def slow_rank(world):
     """Calls in a row that a rank comes to late, and then their backwards."""
-    for mode, _ in MODES[:2]:
-        case = Case((world.size, 1), mode=mode, gemm="engine")
+    for mode, save in itertools.product(("fused", "sequential"), ("rows", "nothing")):
+        case = Case((world.size, 1), save=save, mode=mode, gemm="engine")
         batches = batches_of(case, 4, ("uniform", "at_home", "skewed"))
         rank = Rank(world, case, batches, 0.02 if world.rank == 1 else 0.0)
         for batch in range(4):
