@@ -1,5 +1,5 @@
-// What a fused backward needs besides its forward's plan: the tile orders of its GEMMs, zeros in
-// padding rows, and the agreement of all ranks. It stands where `prepare` does in a forward.
+// Prepares a fused backward, as `prepare` does a forward. It writes the tile orders of the GEMMs
+// from the forward's plan, zeroes padding rows, and compares the headers of all ranks.
 #include "gemm/wgrad_order.cuh"
 #include "plan/padding.cuh"
 #include "protocol/agree.cuh"
@@ -13,9 +13,9 @@ constexpr int kPrepareThreads = 1024, kWarps = kPrepareThreads / 32;
 
 }  // namespace
 
-// Any grid. The list of the up dgrad goes on with the tiles of the weight gradients. The plan in
-// `saved` is complete if the call is active, so only the last block waits for peers, after its
-// share. It sets `ok`.
+// Any grid. The tiles of the weight gradients follow those of the up dgrad in one list. The plan in
+// `saved` is complete if the call is active, so tiles are ordered without a wait. Only the last
+// block waits for peers, after its share, and sets `ok`.
 extern "C" __global__ void __launch_bounds__(kPrepareThreads, 1)
     prepare_backward(const __grid_constant__ ExchangeParams params,
                      const __grid_constant__ PlannedTiles tiles,

@@ -1,5 +1,5 @@
-// The tile orders of all GEMMs of a backward that is not fused. A plan is made once for both
-// passes, and the forward has used its own orders up.
+// The tile orders of all GEMMs of a backward in the modes "sequential" and "chunked". They are made
+// from the plan in `saved`, which has no work tiles.
 #include "gemm/wgrad_order.cuh"
 #include "scheduler/tile_order.cuh"
 
@@ -11,7 +11,7 @@ constexpr int kOrderThreads = 1024;
 
 }  // namespace
 
-// Any grid. Does nothing where the plan is not valid: `wgrads.ok` points to 0.
+// Any grid. Does nothing while *wgrads.ok is 0, since the plan is not valid then.
 extern "C" __global__ void __launch_bounds__(kOrderThreads, 1)
     backward_order(const __grid_constant__ PlannedTiles tiles,
                    const __grid_constant__ TileOrderParams down_dgrad,
