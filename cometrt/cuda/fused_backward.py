@@ -1,6 +1,9 @@
-"""The fused backward: dispatch of dy within the down dgrad's launch, then combine of dx under the
-up dgrad and the weight gradients. It plans nothing: `prepare_backward` orders the tiles of its
-GEMMs by the forward's plan."""
+"""The backward of mode "fused", in two launches.
+
+The first one dispatches dy within the down dgrad. The second one combines dx under the up dgrad and
+both weight gradients. Nothing is planned: `prepare_backward` makes the tile orders from the
+forward's plan.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,11 @@ from cometrt.kernels.params import (
 from cometrt.plan import PlanShape
 from cometrt.world.partitions import num_sms
 
-_WGRAD_WORDS = wgrad_params_dtype.itemsize // 8  # with which UpDgradWgradParams begin
+_WGRAD_WORDS = wgrad_params_dtype.itemsize // 8  # UpDgradWgradParams begins with a WgradParams
 
 
 class FusedBackward(FusedPath):
-    """One layer's two launches, and the one before them.
+    """The path of one layer's fused backward: its two launches, and `prepare_backward` before them.
 
     With save="z" the first launch pulls x again, behind dy. So all pulls of this rank have ended
     before the second launch sends a partial row of dx.
@@ -42,7 +45,8 @@ class FusedBackward(FusedPath):
     Args:
         table_offsets: byte offset of each of a plan's tables, by name.
         ok: address of ExchangeState.ok.
-        kernels: gets "prepare_backward", "dispatch_down_dgrad" and "up_dgrad_combine_wgrad".
+        kernels: the layer's launches. "prepare_backward", "dispatch_down_dgrad" and
+            "up_dgrad_combine_wgrad" are added.
     """
 
     def __init__(
@@ -111,7 +115,7 @@ class FusedBackward(FusedPath):
         kernels["up_dgrad_combine_wgrad"](stream, params, call)
 
     def _launch_prepare(self, stream: int, params: ParamStruct, call: Call) -> None:
-        """Wait for all ranks; order the tiles, and zero padding rows."""
+        """Make the tile orders, zero padding rows, and wait for all ranks."""
         self._prepare(
             stream,
             num_sms(),
@@ -123,7 +127,7 @@ class FusedBackward(FusedPath):
         )
 
     def _dispatch_down_dgrad(self, stream: int, params: ParamStruct, call: Call) -> None:
-        """Pull dy into dy_rows, and multiply: dz, weighted_a and dweight_rows. Pull x again."""
+        """Pull dy into dy_rows; compute dz, weighted_a and dweight_rows. Pull x for save="z"."""
         self._kernels["dispatch"](
             stream,
             self.num_ctas,
@@ -134,7 +138,7 @@ class FusedBackward(FusedPath):
         )
 
     def _up_dgrad_combine_wgrad(self, stream: int, params: ParamStruct, call: Call) -> None:
-        """Multiply, push partial rows of dx, and add up at home. Waits for peers."""
+        """Compute rows of dx and both weight gradients; combine dx. Waits for peers."""
         at, words = call.at, self._grads.uint64s
         words[:_WGRAD_WORDS] = wgrad_params(self._wgrads, self._tables, call).uint64s
         self._grads.fields["dx"]["out"] = at["dx_rows"]

@@ -57,8 +57,8 @@ class UpDgradWgradEpilogue {
     begin(problem, tile);
   }
 
-  // For a tile without K (its expert has no rows), or of which this warp has padding or no rows. Its
-  // results are zero. A list of accumulated gradients has no tile without K.
+  // For a tile without K (its expert has no rows), or of which this warp has only padding or no
+  // rows. Its results are zero. A list of accumulated gradients has no tile without K.
   __device__ void stash_zeros(const WorkTile& tile) {
     const WgradProblem& problem = p_.problem_of(tile);
     if (problem.is_float32) {

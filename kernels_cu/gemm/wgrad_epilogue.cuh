@@ -162,8 +162,8 @@ class BoxEpilogue {
 #pragma unroll
     for (int i = 0; i < 64; ++i) stash_[i] = d[64 + i];
   }
-  // For a tile without K (its expert has no rows), or of which this warp has no rows. Its results are
-  // zero. A list of accumulated gradients has no tile without K.
+  // For a tile without K (its expert has no rows), or of which this warp has no rows. Its results
+  // are zero. A list of accumulated gradients has no tile without K.
   __device__ void stash_zeros(const WorkTile& tile) {
     const float zeros[128] = {};
     stash(tile, zeros);

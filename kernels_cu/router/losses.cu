@@ -27,9 +27,9 @@ __device__ bool keeps_pairs(const RouterParams& p, int token, int* counts) {
 }  // namespace
 
 // Each block sums LOSS_CHUNK_TOKENS tokens of a sequence into one row of l.sums [2 E + 3]. With
-// ids, tokens without a pair count nowhere. The row has: each expert's sum of probabilities, each expert's
-// number of pairs, the number of tokens, the sum of logsumexp^2, and the number of tokens in that
-// sum. Tokens whose logits are all -infinity are left out of the last two.
+// ids, tokens without a pair count nowhere. The row has: each expert's sum of probabilities, each
+// expert's number of pairs, the number of tokens, the sum of logsumexp^2, and the number of tokens
+// in that sum. Tokens whose logits are all -infinity are left out of the last two.
 extern "C" __global__ void __launch_bounds__(32 * kWarps, kSumBlocksPerSm)
     router_loss_sums(const __grid_constant__ RouterParams p,
                      const __grid_constant__ RouterLossParams l) {
