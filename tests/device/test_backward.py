@@ -68,7 +68,7 @@ def test_small_layers_of_every_routing(case):
 
 @dataclasses.dataclass(frozen=True)
 class Wide(Case):
-    """Several M-tiles of an expert, copy chunks of a row, N-tiles and N-chunks; last ones partial."""
+    """Experts of several M-tiles, rows of several copy chunks, several N-tiles and N-chunks."""
 
     changes: tuple = ()  # pairs (field, value) of the config
 
