@@ -8,8 +8,8 @@ time. Repeated calls have the same addresses, so they are replayed as a CUDA gra
 for the device between groups of calls, so that no call waits for room in the device's queue.
 Launches are counted in a call that is not replayed.
 
-Exits with 1 if a median is over 60 us for a forward or 80 us for a backward, or if a call has more
-than 6 launches, or 10 for a backward.
+Exits with 1 if a call is over its limits. A forward may have 6 launches and a median of 60 us, a
+backward 10 launches and 80 us.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 // The combine warps of gemm_combine and up_dgrad_combine_wgrad. A warp pops one token block at a
-// time. Push: it sums the tokens' rows on this rank once their tiles are done (tile_done), stores
-// the partial rows in the home's staging buffer, and signals partials_ready there. Reduce: for this
-// rank's own tokens it adds local rows and the contributors' partial rows (partials_ready) into the
-// output.
+// time. Push: it waits for the tokens' tiles on this rank (tile_done) and sums their rows. It
+// stores the partial rows in the home's staging buffer and signals partials_ready there. Reduce:
+// for this rank's own tokens it adds local rows and the contributors' partial rows (partials_ready)
+// into the output.
 #pragma once
 
 #include "fused/row_sums.cuh"
