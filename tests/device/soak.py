@@ -60,8 +60,8 @@ class Model:
 
 
 def make_models(size):
-    """One shape in both orders; and one whose rows have several copy chunks, and whose tokens lie in
-    the heap where the others have something else."""
+    """One shape in both orders; and one whose rows have several copy chunks. Its tokens lie in the
+    heap where the others have something else."""
     shape = {"hidden": 528, "intermediate": 144, "topk": 3, "max_tokens": 150}
     wide = {"hidden": 2064, "intermediate": 96, "topk": 4, "max_tokens": 100}
     return [
