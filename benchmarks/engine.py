@@ -3,8 +3,9 @@
     python -m benchmarks.engine [--pass forward,backward] [--models mixtral-8x7b,...]
                                 [--rounds 15] [--out engine.json]
 
-All contenders of a shape take turns in every round, isolated; medians. Random data, real rows only.
-Shapes that the file has of this machine and commit stay in it.
+In every round all contenders of a shape run in a random order, one at a time (isolated). Results
+are medians over rounds. Data is random. TFLOP/s count real rows only, without padding rows. Shapes
+that the file already has of this machine and commit stay in it.
 """
 
 from __future__ import annotations
@@ -29,17 +30,24 @@ from cometrt.cuda.engine import GroupedGemm, order_tiles, raster_group_of
 from cometrt.models import MODELS
 
 TOKENS = {"mixtral-8x7b": 8192, "phi-3.5-moe": 8192}  # others: 16384
-EXPERTS = {"deepseek-v3": 32}  # what fits; others: all
+EXPERTS = {"deepseek-v3": 32}  # as many as fit; others: all of the model
 FORMS = {
     "forward": ("up", "down"),
     "backward": ("down dgrad", "up dgrad", "down wgrad", "up wgrad"),
 }
-OWN = ("swiglu", "swiglu+z", "all", "fp32", "fp32+", "bf16+")  # forms that only the layer has
-MOST_ERROR = 1.1  # over cuBLAS's
+OWN = (
+    "swiglu",
+    "swiglu+z",
+    "all",
+    "fp32",
+    "fp32+",
+    "bf16+",
+)  # contenders with an epilogue that only the layer has
+MOST_ERROR = 1.1  # largest relative error, as a multiple of cuBLAS's
 
 
 class Down(RowsForm):
-    """A forward's GEMM without activation: out [rows, n] = a [rows, k] b[expert] [n, k]^T."""
+    """A forward's GEMM without activation: out [rows, n] = a [rows, k] b[expert]^T, b [n, k]."""
 
     def engine(
         self, groups: Groups, b: Any, activation: str | None = None, *, write_z: bool = False
@@ -55,7 +63,7 @@ class Down(RowsForm):
 
 
 class Up(Down):
-    """The same, also with its activation and z."""
+    """The up GEMM: as `Down`, and also with activation, and with activation and z."""
 
     def runs(self) -> dict[str, Run | None]:
         return super().runs() | {
@@ -65,7 +73,7 @@ class Up(Down):
 
 
 def form_of(name: str, form: str) -> Any:
-    """A form with the operands of a model's layer."""
+    """A form (a GEMM of a layer, one of FORMS) with the shapes of a model."""
     model, experts = MODELS[name], EXPERTS.get(name, MODELS[name].num_experts)
     rows, hidden, inter = TOKENS.get(name, 16384) * model.topk, model.hidden, model.intermediate
     kind, *extents = {
@@ -80,10 +88,10 @@ def form_of(name: str, form: str) -> Any:
 
 
 def measure_form(label: str, form: Any, rounds: int) -> dict[str, Any]:
-    """An entry of the file.
+    """Check and time all contenders of a form. Returns an entry of the file.
 
     Raises:
-        SystemExit: where a result is wrong.
+        SystemExit: if a result is wrong.
     """
     runs = {name: run for name, run in form.runs().items() if run is not None}
     errors = form.errors(runs)
@@ -105,8 +113,10 @@ def measure_form(label: str, form: Any, rounds: int) -> dict[str, Any]:
 
 
 def own_form(result: dict[str, Any], name: str) -> str:
-    """Time of one of OWN over the plain engine's; and over that of copying as many bytes, where
-    this takes longer."""
+    """The time of one of OWN, divided by that of the plain GEMM.
+
+    If copying as many bytes takes longer than the plain GEMM, also divided by that copy's time.
+    """
     plain, time = (result["ms"][of]["median"] for of in ("engine", name))
     copied = result["copy_ms"].get(name, 0.0)
     bound = f" (copy x{time / copied:.3f})" if copied > plain else ""
@@ -114,6 +124,7 @@ def own_form(result: dict[str, Any], name: str) -> str:
 
 
 def line(label: str, result: dict[str, Any]) -> str:
+    """An entry as a line of the table."""
     rate = result["tflops"]
     best = max(rate.get("torch", 0), rate["batched"])
     return (
@@ -128,12 +139,13 @@ def line(label: str, result: dict[str, Any]) -> str:
 
 
 def earlier(path: Path | None, here: dict[str, Any]) -> dict[str, Any]:
-    """Shapes of the file, if they are of this machine and commit."""
+    """The shapes of an earlier file, if it is of this machine and commit."""
     found = read(path) if path else {}
     return dict(found["shapes"]) if found.get("machine") == here else {}
 
 
 def measured(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Label and entry of each model and form that was asked for."""
     for name in args.models:
         for form in (form for which in args.passes for form in FORMS[which]):
             label = f"{name} {form}"

@@ -55,7 +55,7 @@ class Dgrad(RowsForm):
 
 
 class DownDgrad(Dgrad):
-    """The same of the down weights. "all": with dz, weighted_a and dweight, from z."""
+    """The down dgrad. Contender "all" also has the layer's epilogue: dz, weighted_a, dweight."""
 
     def __init__(self, rows: int, experts: int, n: int, k: int) -> None:
         super().__init__(rows, experts, n, k)
@@ -74,7 +74,7 @@ class DownDgrad(Dgrad):
         return run
 
     def errors(self, runs: dict[str, Run | None]) -> dict[str, float]:
-        """Of dz, too."""
+        """As `RowsForm.errors`, and that of dz."""
         found, run = super().errors(runs), runs["all"]
         assert run is not None
         run.out.fill(float("nan"))
@@ -94,12 +94,14 @@ class DownDgrad(Dgrad):
 
 
 class WeightGradient:
-    """out [expert, m, n] = a^T b over the expert's rows of both. "fp32", "fp32+" and "bf16+":
-    written in float32, and added to float32 or bf16 values. "dense" has one expert's rows and all
-    experts' columns: the same FLOPs, K and bytes.
+    """Weight gradients: out [expert, m, n] = a^T b over the expert's rows of both.
+
+    Contender "fp32" writes float32; "fp32+" and "bf16+" add to old values of that type. "dense" is
+    one GEMM over one expert's rows and all experts' columns. It has the same FLOPs, K and bytes.
 
     Args:
-        rows: of all experts in sum.
+        rows: number of rows of all experts together.
+        experts, m, n: number of experts, and the shape of one gradient.
     """
 
     layout = "TN"
@@ -113,7 +115,7 @@ class WeightGradient:
         self._kernel = load_kernels("gemm/grouped_wgrad.cu", "grouped_wgrad")[0]
 
     def engine(self, a: Groups, b: Groups, dtype: Any = BF16, *, accumulate: bool = False) -> Run:
-        """Without the launch that orders the tiles, as in the forward's forms."""
+        """The GEMM's launch. Tiles are ordered once, before, as in the forms over rows."""
         experts, shape = len(a.sizes), (a.rows.shape[1], b.rows.shape[1])
         out, order = cp.zeros((experts, *shape), dtype), WgradOrder(experts, [shape])
         group = wgrad_raster_group(num_sms())
@@ -130,7 +132,7 @@ class WeightGradient:
         return run
 
     def runs(self) -> dict[str, Run | None]:
-        """By contender."""
+        """The runs of all contenders, by name. None: it is not available."""
         (a, b), skewed = self.equal, self.skewed
         experts, rows = len(a.sizes), len(a.rows) // len(a.sizes)
         wide = device_normal((1, rows, experts * b.rows.shape[1]))
@@ -150,8 +152,10 @@ class WeightGradient:
         }
 
     def errors(self, runs: dict[str, Run | None]) -> dict[str, float]:
-        """Of some rows of some experts' results, against float64. Results are NaN before, or 0
-        where they are added to."""
+        """Relative errors of some rows against float64.
+
+        Results are filled before a run: with NaN, or with 0 if the run adds to them.
+        """
         names = ("engine", "batched", "fp32", "fp32+", "bf16+")
         found = {name: self._error(runs[name], *self.equal) for name in names}
         return found | {"skewed": self._error(runs["skewed"], *self.skewed)}
@@ -168,7 +172,7 @@ class WeightGradient:
         return worst
 
     def bytes_of(self) -> dict[str, int]:
-        """What the layer's own forms must at least read and write, by contender."""
+        """Least bytes that a contender of OWN reads and writes, by name."""
         a, b = self.equal
         elements = len(a.sizes) * a.rows.shape[1] * b.rows.shape[1]
         operands = a.rows.nbytes + b.rows.nbytes

@@ -1,4 +1,7 @@
-"""What all forms of the engine's benchmark share: groups of rows, the peers, how they are timed."""
+"""What all forms of the engine's benchmark share: rows by expert, contenders, and timing.
+
+A form is one GEMM of a layer, such as the down dgrad. A contender is one way to compute it.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ from cometrt.world.partitions import split_gpu, use_partition
 
 Run = Any  # queues a contender on the current stream; its `out` is what it writes
 BF16 = np.dtype(ml_dtypes.bfloat16)
-SKEW = 0.256
+SKEW = 0.256  # coefficient of variation of skewed loads
 PARTITIONS, REPEATS = 8, 4
-IDLE_NS = 1_000_000  # before what is timed
-EDGE_ROWS = 40  # of an expert's first and last results, whose errors count
+IDLE_NS = 1_000_000  # the GPU idles so long before each timed run
+EDGE_ROWS = 40  # the first and the last rows of an expert's result that are checked
 
 
 # ---- groups of rows ----------------------------------------------------------------------------
@@ -40,6 +43,7 @@ def group_sizes(rows: int, experts: int, skew: float) -> np.ndarray:
 
 
 def tiles_of(sizes: np.ndarray) -> Any:
+    """The plan's tables that the engine reads, for so many rows of each expert."""
     num_tiles = -(-sizes // BLOCK_M)
     offsets = np.concatenate([[0], np.cumsum(num_tiles)]) * BLOCK_M
     tables = {
@@ -71,31 +75,32 @@ class Groups:
                 self.rows[begin : begin + size] = device_normal((int(size), columns))
 
     def part(self, experts: slice) -> Groups:
-        """Of those experts, the same memory."""
+        """The groups of some experts, in the same memory."""
         begin, end = (int(self.tiles.offsets[i]) for i in (experts.start, experts.stop))
         return Groups(self.sizes[experts], self.rows.shape[1], self.rows[begin:end])
 
     def of_expert(self, expert: int) -> slice:
+        """The expert's real rows."""
         begin = int(self.tiles.offsets[expert])
         return slice(begin, begin + int(self.sizes[expert]))
 
     def real_rows(self) -> Any:
-        """Without padding, as other libraries want them."""
+        """All rows without padding, as other libraries want them."""
         return cp.concatenate([self.rows[self.of_expert(e)] for e in range(len(self.sizes))])
 
     def batch(self) -> Any:
-        """[experts, rows of one, columns], of equal groups without padding rows."""
+        """[experts, rows of an expert, columns]. Groups must be equal and without padding rows."""
         return self.rows.reshape(len(self.sizes), -1, self.rows.shape[1])
 
 
 def some_experts(groups: Groups) -> list[int]:
-    """Whose results are checked."""
+    """The experts whose results are checked: the first, the middle and the last one."""
     last = len(groups.sizes) - 1
     return [e for e in sorted({0, (last + 1) // 2, last}) if groups.sizes[e]]
 
 
 def edges(count: int) -> np.ndarray:
-    """The first and the last of so many rows."""
+    """Indices of the first and the last EDGE_ROWS of so many rows."""
     rows = np.arange(count)
     return np.unique(np.concatenate([rows[:EDGE_ROWS], rows[-EDGE_ROWS:]]))
 
@@ -110,7 +115,7 @@ def relative_error(found: Any, expected: Any) -> float:
 
 
 def batched_run(layout: str, a: Any, b: Any) -> Run:
-    """cuBLAS: out[i] = op(a[i]) op(b[i]), all of them in one call."""
+    """cuBLAS: out[i] = op(a[i]) op(b[i]) for all i, in one call."""
     from cupy.cuda import device
     from cupy_backends.cuda.libs import cublas
 
@@ -137,7 +142,7 @@ def batched_run(layout: str, a: Any, b: Any) -> Run:
 
 
 def torch_run(layout: str, a: Any, b: Any, sizes: np.ndarray) -> Run | None:
-    """torch._grouped_mm where it is there; rows are without padding."""
+    """torch._grouped_mm, on rows without padding. None if this PyTorch does not have it."""
     try:
         import torch
 
@@ -159,11 +164,12 @@ def torch_run(layout: str, a: Any, b: Any, sizes: np.ndarray) -> Run | None:
 
 
 def partitions_run(experts: int, engine_of: Callable[[slice], Run]) -> Run:
-    """The experts spread over eight partitions of 16 SMs, all busy at once. `REPEATS` times in a
-    row, so that starting and joining eight streams hardly counts.
+    """The engine on eight partitions of 16 SMs at once, each with an eighth of the experts.
+
+    A run repeats its work `REPEATS` times, so that starting and joining streams hardly counts.
 
     Args:
-        engine_of: makes the run of some experts, on the current partition.
+        engine_of: makes the run of some experts on the current partition.
     """
     parts, each = split_gpu(PARTITIONS), experts // PARTITIONS
     jobs: list[Run] = []
@@ -191,7 +197,8 @@ class RowsForm:
     """A GEMM over rows: out [rows, n] = a [rows, k] op(b[expert]).
 
     Args:
-        rows: of all experts in sum.
+        rows: number of rows of all experts together.
+        experts, n, k: number of experts, and the shape of b[expert].
     """
 
     layout = "NT"  # of every expert's GEMM
@@ -203,10 +210,11 @@ class RowsForm:
         self.equal, self.skewed = (Groups(group_sizes(rows, experts, s), k) for s in (0.0, SKEW))
 
     def engine(self, groups: Groups, b: Any) -> Run:
+        """The run of cometrt's engine."""
         raise NotImplementedError
 
     def runs(self) -> dict[str, Run | None]:
-        """By contender."""
+        """The runs of all contenders, by name. None: it is not available."""
         rows, (equal, skewed) = int(self.equal.sizes.sum()), (self.equal, self.skewed)
         k, b, layout = equal.rows.shape[1], self.b, self.layout
         return {
@@ -222,7 +230,7 @@ class RowsForm:
         }
 
     def errors(self, runs: dict[str, Run | None]) -> dict[str, float]:
-        """Of some rows of some experts, against float64. Results are NaN before."""
+        """Relative errors of some rows against float64. Before a run, results are NaN."""
         found = {name: self._error(runs[name], self.equal) for name in ("engine", "batched")}
         return found | {"skewed": self._error(runs["skewed"], self.skewed)}
 
@@ -238,12 +246,12 @@ class RowsForm:
         return worst
 
     def expected(self, groups: Groups, expert: int, rows: Any) -> Any:
-        """Those rows of the product in float64."""
+        """The given rows of the product in float64."""
         b = self.b[expert].astype(np.float64)
         return groups.rows[rows].astype(np.float64) @ (b.T if self.layout == "NT" else b)
 
     def bytes_of(self) -> dict[str, int]:
-        """What a form of the layer must at least read and write, by contender."""
+        """Least bytes that a contender of OWN reads and writes, by name."""
         return {}
 
 
@@ -257,17 +265,17 @@ def _barrier() -> tuple[Any, Any]:
 
 
 def hold_back() -> None:
-    """The GPU idles while the host queues what is timed, which then begins at once."""
+    """Hold the current stream for IDLE_NS. The host queues the timed run meanwhile."""
     kernel, never = _barrier()
     kernel((1,), (1,), (np.uint64(never.data.ptr), np.uint64(IDLE_NS)))
 
 
 def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each, taking turns."""
+    """Milliseconds of each run in each round. Two rounds before them are not timed."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = random.Random(0)
     for index in range(rounds + 2):
-        # The chip's power budget remembers who ran before: nobody keeps a neighbour.
+        # The GPU's clocks depend on the run before. So every round has a new random order.
         for name, run in order.sample(list(runs.items()), len(runs)):
             hold_back()
             begin, end = cp.cuda.Event(), cp.cuda.Event()
@@ -282,7 +290,7 @@ def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
 
 @functools.cache
 def copy_rate() -> float:
-    """Bytes a millisecond, read and written, of a copy between two large arrays."""
+    """Bytes per millisecond, read and written, of a copy between two large arrays."""
     source = cp.zeros(1 << 28, np.float32)
     target = cp.empty_like(source)
     times = measure({"copy": functools.partial(cp.copyto, target, source)}, 9)["copy"]

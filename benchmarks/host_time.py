@@ -3,11 +3,13 @@
     python -m benchmarks.host_time [--pass forward,backward] [--model qwen3-30b-a3b] [--tokens 128]
                                    [--calls 200] [--out FILE]
 
-One rank, memory from the pool; a backward writes into gradients that stay. Nothing waits within a
-call. Between groups of calls the device catches up, so that no call waits for room in its queue.
-Repeated calls have the same memory: they are replayed as a graph. Launches are counted in a call
-that is not. Exits with 1 where the median is over 60 us for a forward or 80 us for a backward, or a
-call has more than six launches, or ten for a backward.
+There is one rank. Memory comes from CuPy's pool, and a backward writes into the same gradients each
+time. Repeated calls have the same addresses, so they are replayed as a CUDA graph. The host waits
+for the device between groups of calls, so that no call waits for room in the device's queue.
+Launches are counted in a call that is not replayed.
+
+Exits with 1 if a call is over its limits. A forward may have 6 launches and a median of 60 us, a
+backward 10 launches and 80 us.
 """
 
 from __future__ import annotations
@@ -28,12 +30,13 @@ from benchmarks.records import machine, spread, write
 from benchmarks.workloads import Cell, device_normal, routing
 from cometrt.models import MODELS
 
-MOST = {"forward": (6, 60.0), "backward": (10, 80.0)}  # launches, microseconds
+MOST = {"forward": (6, 60.0), "backward": (10, 80.0)}  # limits: launches, microseconds
 GROUP = 20  # calls in a row
-WARM_UP = 2  # groups
+WARM_UP = 2  # groups that are not timed
 
 
 def inputs_of(cell: Cell, layer: cometrt.MoELayer) -> tuple[Any, ...]:
+    """Random arguments of a forward."""
     geometry, ids = layer.geometry, cp.asarray(routing(cell)[0])
     return (
         device_normal((cell.tokens, layer.spec.hidden)),
@@ -45,15 +48,15 @@ def inputs_of(cell: Cell, layer: cometrt.MoELayer) -> tuple[Any, ...]:
 
 
 class Timed(NamedTuple):
-    """A call whose host time is measured, and what comes before it."""
+    """A call whose host time is measured, and its preparation, which is not."""
 
     name: str  # in the file
-    call: Callable[[Any], Any]  # of what `prepare` returned
+    call: Callable[[Any], Any]  # takes what `prepare` returned
     prepare: Callable[[], Any] = lambda: None
 
 
 def timed_calls(layer: cometrt.MoELayer, inputs: tuple[Any, ...], which: str) -> list[Timed]:
-    """Of a pass."""
+    """The calls that are timed for a pass, "forward" or "backward"."""
     if which == "forward":
         return [
             Timed(name, functools.partial(_forward, layer, inputs, training))
@@ -73,7 +76,7 @@ def _forward(layer: cometrt.MoELayer, inputs: tuple[Any, ...], training: bool, _
 
 
 def launches_of(layer: cometrt.MoELayer, timed: Timed) -> int:
-    """Of one call that is not replayed."""
+    """Number of launches of one call that is not replayed."""
     executor, count = layer.executor, 0
     kernels = dict(executor.kernels)
 
@@ -97,6 +100,7 @@ def launches_of(layer: cometrt.MoELayer, timed: Timed) -> int:
 
 
 def times_us(timed: Timed, layer: cometrt.MoELayer, calls: int) -> list[float]:
+    """Microseconds of the host in each of at least `calls` calls."""
     times = []
     for group in range(WARM_UP + -(-calls // GROUP)):
         for _ in range(GROUP):

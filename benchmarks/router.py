@@ -1,11 +1,11 @@
-"""Measure routers and their losses on one GPU, in microseconds a call.
+"""Measure routers and their losses on one GPU, in microseconds per call.
 
     python -m benchmarks.router [--tokens 8192] [--experts 256] [--topk 8] [--out FILE]
 
-"device" is the time of one call among many in a CUDA graph, so that the host's part is left out;
-"host" is the time until the call returns. The router of DeepSeek-V3 (sigmoid, bias, 4 of 8 groups)
-has limits for 8,192 tokens, 256 experts and 8 of them: 40 us forward and 60 us backward. Exits with
-1 where its median is over them.
+"device" is the mean time of a call in a CUDA graph of many, which leaves out the host's time.
+"host" is the time until a call returns. The router of DeepSeek-V3 (sigmoid, bias, 4 of 8 groups)
+has limits for 8,192 tokens, 256 experts and topk 8: 40 us forward and 60 us backward. Exits with 1
+if its median is over a limit.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import cupy as cp
 from benchmarks.records import machine, spread, write
 from cometrt import router
 
-CALLS = 20  # of a graph
+CALLS = 20  # in a graph
 LIMITS = {"sigmoid, groups": {"forward": 40.0, "backward": 60.0}}
 LIMITED = (8192, 256, 8)  # tokens, experts, topk
 GROUPS = {"num_groups": 8, "topk_groups": 4}
 
 
 def device_us(call: Callable[[], Any], rounds: int) -> list[float]:
-    """Microseconds of a call within a graph of many."""
+    """Microseconds per call of a graph of CALLS calls, in each round."""
     times = []
     with cp.cuda.Stream(non_blocking=True) as stream:
         call()  # kernels are loaded, and memory lies in the pool
@@ -51,7 +51,7 @@ def device_us(call: Callable[[], Any], rounds: int) -> list[float]:
 
 
 def host_us(call: Callable[[], Any], rounds: int) -> list[float]:
-    """Microseconds until a call returns; the GPU catches up between rounds."""
+    """Microseconds until a call returns, in each round. Between rounds the host synchronises."""
     times = []
     for _ in range(rounds):
         begin = time.perf_counter_ns()
@@ -63,7 +63,7 @@ def host_us(call: Callable[[], Any], rounds: int) -> list[float]:
 
 
 def calls_of(tokens: int, experts: int, topk: int) -> dict[str, dict[str, Callable[[], Any]]]:
-    """By name of the router or loss: forward and backward."""
+    """Calls by name of the router or loss, then by "forward" and "backward"."""
     logits = cp.random.standard_normal((tokens, experts), dtype=cp.float32)
     bias = 0.01 * cp.random.standard_normal(experts, dtype=cp.float32)
     calls: dict[str, dict[str, Callable[[], Any]]] = {}

@@ -17,7 +17,7 @@ STOPPED = "the world is stopped until world.reset(): "
 
 
 class CallScope:
-    """Of one layer on one rank.
+    """Surrounds the calls of one layer on one rank with checks.
 
     Attributes:
         closed: whether the layer has been closed.

@@ -107,7 +107,7 @@ class Residuals:
 
 
 class Uses:
-    """Of a layer's residuals: each may have one backward. The latest 65,536 are remembered."""
+    """Remembers which residuals of a layer had their backward, of the latest 65,536."""
 
     def __init__(self) -> None:
         self._serials: dict[int, None] = {}
@@ -140,7 +140,7 @@ class ArraySpec:
 
 
 def array_specs(shape: PlanShape, buffers: Buffers) -> tuple[ArraySpec, ...]:
-    """Of all of `saved`; `buffers`: of what is not the weights, in its order."""
+    """Specs of all arrays of `saved`: those of `buffers`, in its order, then the weights."""
     geometry, dtype = shape.geometry, shape.geometry.spec.numpy_dtype
     weights: Buffers = {
         "w_up": (geometry.w_up_shape, dtype),

@@ -1,8 +1,8 @@
-"""The backward by the engine: kernels that do one thing each, all on one stream. The host waits for
-nothing and knows no group sizes: so a backward can be captured, and replayed as a graph.
+"""The backward of the modes "sequential" and "chunked": one launch after the other on one stream.
 
-Of the modes "sequential" and "chunked"; `cometrt.cuda.cublas` has the same with cuBLAS's GEMMs.
-`cometrt.cuda.fused_backward` has that of mode "fused".
+GEMMs are the engine's, so the host needs no row counts and waits for nothing. A backward can be
+captured and replayed as a CUDA graph. `cometrt.cuda.cublas` has the same backward with cuBLAS's
+GEMMs, `cometrt.cuda.fused_backward` that of mode "fused".
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _ORDER_CTAS = 16  # of the launch that orders tiles
 
 
 def wgrad_shapes(geometry: Geometry) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of one expert's w_up and w_down."""
+    """(M, N) of one expert's w_up and w_down."""
     hidden = geometry.spec.hidden
     return (geometry.up_columns, hidden), (hidden, geometry.local_intermediate)
 
 
 def dgrad_tiles(geometry: Geometry) -> dict[str, int]:
-    """N-tiles of both GEMMs of activation gradients."""
+    """Number of N-tiles of the down dgrad and of the up dgrad."""
     columns = {"down_dgrad": geometry.local_intermediate, "up_dgrad": geometry.spec.hidden}
     return {name: dgrad_n_tiles(width) for name, width in columns.items()}
 
@@ -62,13 +62,13 @@ class PlanTables:
         return call.at["tables"] + self._offsets[name]
 
     def planned(self, call: Call) -> ParamStruct:
-        """PlannedTiles. Valid until the next one."""
+        """PlannedTiles of a call. The next call of this method overwrites it."""
         self._planned.uint64s[:] = self._planned_offsets + np.uint64(call.at["tables"])
         return self._planned
 
 
 class BackwardGemms:
-    """The backward's GEMMs of all experts, of one layer.
+    """The GEMMs of one layer's backward.
 
     Args:
         table_offsets: byte offset of each of a plan's tables, by name.
@@ -92,7 +92,7 @@ class BackwardGemms:
             geometry.up_columns,
         )
         inner = {"down_dgrad": spec.hidden, "up_dgrad": up}
-        # The up GEMM begins with the rows of dz that were written last: the L2 cache has them.
+        # The up dgrad begins with the rows of dz that were written last: L2 still has them.
         self._orders = {
             name: TileOrder(
                 shape.max_tiles,
@@ -124,24 +124,24 @@ class BackwardGemms:
         }
 
     def _launch_order(self, stream: int, call: Call) -> None:
-        """The orders of all GEMMs' tiles, from the plan's tables."""
+        """Make the tile orders of all GEMMs from the plan's tables."""
         orders = (order.params for order in self._orders.values())
         params = wgrad_params(self._wgrads, self._tables, call)
         tables = self._tables.planned(call)
         self._order_kernel(stream, _ORDER_CTAS, tables, self._recompute, *orders, params)
 
     def _launch_down(self, stream: int, call: Call) -> None:
-        """dz, weighted_a and dweight from dy and z."""
+        """Compute dz, weighted_a and dweight from dy and z."""
         arguments = down_dgrad_arguments(self._down, self._tables, call)
         self._down_kernel(stream, gemm_ctas(), *arguments)
 
     def _launch_up(self, stream: int, call: Call) -> None:
-        """Rows of dx from dz."""
+        """Compute rows of dx from dz."""
         arguments = self._up(call.at["dz"], call.at["w_up"], call.at["dx_rows"])
         self._up_kernel(stream, gemm_ctas(), *arguments)
 
     def _launch_wgrad(self, stream: int, call: Call) -> None:
-        """Gradients of both weights."""
+        """Compute the gradients of both weights."""
         params = wgrad_params(self._wgrads, self._tables, call)
         self._wgrad_kernel(stream, gemm_ctas(), params, self._wgrads.maps(wgrads_of(call)))
 
@@ -149,7 +149,7 @@ class BackwardGemms:
 def down_dgrad_arguments(
     arguments: DownDgradArguments, tables: PlanTables, call: Call
 ) -> tuple[KernelArgument, ...]:
-    """Of a call: dz, weighted_a and dweight from dy and z."""
+    """Kernel arguments of a call's down dgrad: dz, weighted_a and dweight from dy and z."""
     at = call.at
     return arguments(
         at["dy_rows"],
@@ -169,7 +169,7 @@ def wgrad_params(arguments: WgradArguments, tables: PlanTables, call: Call) -> P
 
 
 def wgrads_of(call: Call) -> tuple[WgradAddresses, WgradAddresses]:
-    """Of w_up and w_down."""
+    """A call's gradients of w_up and w_down, with their operands."""
     at, (up, down) = call.at, call.float32_gradients
     return (
         WgradAddresses(at["dz"], at["x_rows"], at["dw_up"], up),
@@ -178,8 +178,8 @@ def wgrads_of(call: Call) -> tuple[WgradAddresses, WgradAddresses]:
 
 
 class EngineBackward:
-    """One launch after the other, of BackwardGemms and RowKernels. Weight gradients are computed
-    while rows of dx cross.
+    """The path of a backward: launches of BackwardGemms and RowKernels, one after the other. Weight
+    gradients stand between push and home_reduce: partial rows of dx arrive meanwhile.
 
     Args:
         num_up_launches: of the up GEMM, which computes z again with save="nothing".

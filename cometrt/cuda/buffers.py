@@ -68,7 +68,7 @@ def held(shape: PlanShape, mode: str) -> Buffers:
 
 
 def num_pipeline_chunks(shape: PlanShape, mode: str) -> int:
-    """Pieces of the dispatch order that are launched one by one."""
+    """Number of pipeline chunks, whose kernels are launched one after the other."""
     return shape.config.pipeline_chunks if mode == "chunked" else 1
 
 

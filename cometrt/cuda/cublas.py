@@ -34,7 +34,7 @@ class Matrix:
         self.address, self.rows, self.columns, self.float32 = address, rows, columns, float32
 
     def part(self, begin: int, end: int) -> Matrix:
-        """Those rows of it."""
+        """Rows [begin, end)."""
         offset = begin * self.columns * (4 if self.float32 else 2)
         return Matrix(self.address + offset, end - begin, self.columns, float32=self.float32)
 
@@ -169,7 +169,7 @@ class CublasExperts:
         }
 
     def _weights(self, call: Call, prefix: str) -> tuple[list[Matrix], list[Matrix]]:
-        """Of each expert: w_up and w_down, or their gradients."""
+        """w_up and w_down of each expert, or their gradients with the prefix "dw"."""
         geometry, experts = self._geometry, self._geometry.local_experts
         names = f"{prefix}_up", f"{prefix}_down"
         shapes = (

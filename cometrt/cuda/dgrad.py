@@ -1,5 +1,8 @@
-"""Activation gradients by the engine: all experts of a rank in one launch, group sizes known on the
-device alone. Weights are read as they lie: [E, K, N], with N innermost."""
+"""Activation gradients (dgrad) by the grouped GEMM engine: all experts of a rank in one launch.
+
+Only the device knows how many rows each expert has. Weights are not transposed: they are read as
+[E, K, N], with N innermost.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ class DgradArguments:
     """Arguments of a launch of grouped_dgrad: out [rows, columns] = a [rows, inner] b[expert].
 
     Args:
-        order: of the tiles, for `dgrad_n_tiles(columns)`.
+        order: tile order for `dgrad_n_tiles(columns)` N-tiles.
+        rows, inner, columns, experts: a is [rows, inner], b is [experts, inner, columns].
         ok: as for `cometrt.cuda.engine.GemmArguments`.
     """
 
@@ -44,7 +48,7 @@ class DgradArguments:
         self._a, self._b = (1, 1, rows, inner), (1, experts, inner, columns)
 
     def __call__(self, a: int, b: int, out: int) -> tuple[KernelArgument, ...]:
-        """The params, and the tensor maps of a, of its halves, and of b; all by address."""
+        """The parameter struct, and the tensor maps of `dgrad_maps`. All arrays by address."""
         self._params.fields["problems"]["out"] = out
         return self._params, *dgrad_maps(a, self._a, b, self._b)
 
@@ -53,8 +57,8 @@ class DownDgradArguments:
     """Arguments of a launch of grouped_down_dgrad.
 
     Args:
-        order: of the tiles, for `dgrad_n_tiles(columns)`.
-        rows, inner, columns: of dy; K; of da'.
+        order: tile order for `dgrad_n_tiles(columns)` N-tiles.
+        rows, inner, columns, experts: dy is [rows, inner], w_down is [experts, inner, columns].
         ok: as for `cometrt.cuda.engine.GemmArguments`.
     """
 
@@ -82,7 +86,7 @@ class DownDgradArguments:
         weighted_a: int,
         dweight: int,
     ) -> tuple[KernelArgument, ...]:
-        """The params, and the tensor maps of dy, of its halves, and of w_down; all by address."""
+        """The parameter struct, and the tensor maps of `dgrad_maps`. All arrays by address."""
         self._params.uint64s[self._arrays] = z, row_weight, dz, weighted_a, dweight
         return self._params, *dgrad_maps(dy, self._dy, w_down, self._w)
 
@@ -91,7 +95,7 @@ class DownDgradArguments:
 def dgrad_maps(
     a: int, a_shape: tuple[int, ...], b: int, b_shape: tuple[int, ...]
 ) -> tuple[KernelArgument, KernelArgument, KernelArgument]:
-    """Of a, of its halves, and of boxes of b."""
+    """Tensor maps, from addresses: of a by M-tiles, of a by half M-tiles, and of b by boxes."""
     return (
         encode(a, a_shape, (1, 1, BLOCK_M, BLOCK_K)),
         encode(a, a_shape, (1, 1, _HALF_M, BLOCK_K)),
@@ -100,7 +104,7 @@ def dgrad_maps(
 
 
 def dgrad_n_tiles(columns: int) -> int:
-    """N-tiles of a result of that many columns."""
+    """Number of N-tiles of a result with so many columns."""
     return num_n_tiles(columns, gated=False)
 
 
@@ -116,7 +120,7 @@ def down_dgrad_kernel(activation: str) -> Kernel:
 
 
 class GroupedDgrad:
-    """out = a b[expert], row by row; bf16 operands and results, fp32 accumulation."""
+    """out = a b[expert] for the rows of each expert. bf16 in and out, fp32 accumulation."""
 
     def __init__(self) -> None:
         self._kernel = dgrad_kernel()
@@ -136,8 +140,8 @@ class GroupedDgrad:
             a: [rows, K]; padding rows zero.
             b: [E, K, N].
             out: [rows, N]; padding rows become zero.
-            order: for `dgrad_n_tiles(N)`.
-            sms: how many take part; None: all.
+            order: tile order for `dgrad_n_tiles(N)` N-tiles.
+            sms: number of SMs to use; None: all.
         """
         arguments = DgradArguments(order, a.shape[0], a.shape[1], out.shape[1], len(b))
         addresses = a.data.ptr, b.data.ptr, out.data.ptr
@@ -145,8 +149,11 @@ class GroupedDgrad:
 
 
 class GroupedDownDgrad:
-    """From da' = dy w_down[expert] (fp32, never stored) and z, with a = act(z) rounded to bf16:
-    dz = dact(z, weight * da'), weighted_a = weight * a, and <da', a> of each row and N-tile."""
+    """The down dgrad, da' = dy w_down[expert], and what follows from da' and z in its epilogue.
+
+    With a = act(z), rounded to bf16: dz = dact(z, weight * da'), weighted_a = weight * a, and
+    <da', a> for each row and N-tile. da' is accumulated in fp32 and never stored.
+    """
 
     def __init__(self, activation: str) -> None:
         self._kernel, self.gated = down_dgrad_kernel(activation), is_gated(activation)
@@ -164,7 +171,7 @@ class GroupedDownDgrad:
         *,
         sms: int | None = None,
     ) -> None:
-        """Queue it on the current stream. Padding rows of what it writes become zero.
+        """Queue it on the current stream. Padding rows of all results become zero.
 
         Args:
             dy: [rows, H].
@@ -174,8 +181,8 @@ class GroupedDownDgrad:
             row_weight: [rows] float32.
             weighted_a: [rows, I].
             dweight: [rows, dgrad_n_tiles(I)] float32.
-            order: for `dgrad_n_tiles(I)`.
-            sms: how many take part; None: all.
+            order: tile order for `dgrad_n_tiles(I)` N-tiles.
+            sms: number of SMs to use; None: all.
         """
         (rows, inner), columns = dy.shape, w_down.shape[2]
         arguments = DownDgradArguments(order, rows, inner, columns, len(w_down))

@@ -1,5 +1,7 @@
-"""The grouped GEMM engine (kernels_cu/gemm): all experts of a rank in one launch, tiles in the
-plan's order, group sizes known on the device alone."""
+"""The grouped GEMM engine (kernels_cu/gemm): the GEMMs of all experts of a rank in one launch.
+
+Work tiles follow the plan's order. Only the device knows how many rows each expert has.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,11 @@ from cometrt.world.partitions import gpu_sms, num_sms
 
 _HALF_M, _HALF_N = BLOCK_M // 2, BLOCK_N // 2
 _ORDER_CTAS = 8  # of the launch that orders tiles
-_COUNTS = 3  # of a tile order: cluster steps; scheduled, and clusters that have finished
+_COUNTS = 3  # of a tile order: cluster steps; steps popped, clusters finished
 
 
 class PlannedTiles(Protocol):
-    """What the engine reads of a Plan made with block_m = 128; arrays on the device."""
+    """The tables that the engine reads of a plan made with block_m = 128, on the device."""
 
     tile_order: DeviceArray
     num_tiles: DeviceArray
@@ -45,21 +47,22 @@ class PlannedTiles(Protocol):
 
 
 class TileOrder:
-    """Memory for the order of a GEMM's tiles (see `cometrt.plan.tile_order`), on the device.
+    """Device memory for the tile order of a GEMM (see `cometrt.plan.tile_order`).
 
     Each pipeline chunk has an order of its own.
 
     Args:
-        max_tiles, n_tiles: most M-tiles; N-tiles.
-        n_chunk, raster_group: N-tiles of each; None: all.
+        max_tiles: largest number of M-tiles.
+        n_tiles: number of N-tiles.
+        n_chunk, raster_group: N-tiles of an N-chunk and of a raster group; None: all.
         backwards: walk the dispatch order from its end.
-        pipeline_chunks: how many.
+        pipeline_chunks: number of pipeline chunks.
         more_steps: room for so many cluster steps of other GEMMs behind the order.
 
     Attributes:
         params: TileOrderParams, for the planner.
-        counts: [3 * pipeline_chunks] int32: of each chunk its cluster steps, and two counters of a
-            GEMM.
+        counts: [3 * pipeline_chunks] int32: for each pipeline chunk its number of cluster steps,
+            and the GEMM's two counters.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class TileOrder:
         fields["max_steps"] = self._chunk_bytes // (CLUSTER_SIZE * work_tile_dtype.itemsize)
 
     def addresses(self, pipeline_chunk: int = 0) -> dict[str, int]:
-        """Of a pipeline chunk's work tiles, of how many there are, and of what a GEMM counts."""
+        """Addresses of a chunk's work tiles, of its number of steps, and of the GEMM's counters."""
         counts = self.counts.data.ptr + 4 * _COUNTS * pipeline_chunk
         tiles = self._tiles.data.ptr + self._chunk_bytes * pipeline_chunk
         return {"work_tiles": tiles, "num_steps": counts, "progress": counts + 4}
@@ -143,7 +146,7 @@ def order_tiles(
 def layer_orders(
     shape: PlanShape, *, n_chunk: int | None = None, pipeline_chunks: int = 1
 ) -> tuple[TileOrder, TileOrder]:
-    """Of the up and of the down GEMM of a layer; n_chunk: N-tiles of the down GEMM's chunks."""
+    """Tile orders of a layer's up and down GEMM; n_chunk: N-tiles of the down GEMM's N-chunks."""
     geometry, (up, down) = shape.geometry, layer_n_tiles(shape)
     up_group, down_group = (
         shape.config.raster_group or raster_group_of(inner)
@@ -163,7 +166,7 @@ def layer_orders(
 
 
 def layer_n_tiles(shape: PlanShape) -> tuple[int, int]:
-    """N-tiles of the up and of the down GEMM of a layer."""
+    """Number of N-tiles of a layer's up and down GEMM."""
     geometry, spec = shape.geometry, shape.geometry.spec
     up = num_n_tiles(geometry.local_intermediate, gated=spec.gated)
     return up, num_n_tiles(spec.hidden, gated=False)
@@ -178,11 +181,11 @@ class GemmArguments:
     """Arguments of one GEMM's launches: out = act(a b[expert]^T).
 
     Args:
-        order: of its tiles, or of one pipeline chunk's.
-        rows, inner, columns: of a; K; of out.
-        experts: of b.
-        gated: whether b is [experts, 2 * columns, K], the gate rows first.
-        ok: address of a word that is 0 where the order is not valid; 0: it always is.
+        order: tile order of the GEMM.
+        rows, inner, columns, experts: a is [rows, inner], b is [experts, columns, inner].
+        gated: b is [experts, 2 * columns, inner], the gate rows first.
+        ok: address of a word that is 0 while the order is not valid; 0: it always is valid.
+        pipeline_chunk: index of the pipeline chunk to compute.
     """
 
     def __init__(
@@ -208,18 +211,18 @@ class GemmArguments:
         self._a, self._b = (1, 1, rows, inner), (experts, halves, columns, inner)
 
     def __call__(self, a: int, b: int, out: int, z: int = 0) -> tuple[KernelArgument, ...]:
-        """The params, and the tensor maps of a, of its halves, and of b; all by address."""
+        """The parameter struct, and the tensor maps of a and b. All arrays by address."""
         uint64s = self._params.uint64s
         uint64s[_OUT], uint64s[_Z] = out, z
         return self._params, *_operand_maps(a, self._a, b, self._b)
 
 
 class GroupedGemm:
-    """out = act(a b[expert]^T), row by row: bf16 operands and results, fp32 accumulation.
+    """out = act(a b[expert]^T) for the rows of each expert. bf16 in and out, fp32 accumulation.
 
     Args:
-        activation: of cometrt.activations; None: out is the product.
-        write_z: also write what the activation is applied to, rounded; out has its bits.
+        activation: a name of cometrt.activations; None: no activation.
+        write_z: also store z, the rounded input of the activation. out is computed from it.
     """
 
     def __init__(self, activation: str | None = None, *, write_z: bool = False) -> None:
@@ -247,8 +250,10 @@ class GroupedGemm:
             a: [rows, K], padding rows zero.
             b: [E, N, K]; gated: [E, 2 * N, K], the gate rows first.
             out: [rows, N]; padding rows become act(0) = 0.
-            z: [rows, N or 2 * N], where write_z.
-            sms: how many work; None: all.
+            order: tile order for `num_n_tiles(b.shape[1])` N-tiles.
+            z: [rows, N or 2 * N], with write_z.
+            sms: number of SMs to use; None: all.
+            pipeline_chunk: index of the pipeline chunk to compute.
         """
         arguments = GemmArguments(
             order,
@@ -264,7 +269,7 @@ class GroupedGemm:
 
 
 def gemm_ctas(sms: int | None = None) -> int:
-    """CTAs on so many SMs (None: all); they come in pairs."""
+    """Number of CTAs of a GEMM on so many SMs (None: all). It is even, since clusters have two."""
     return (num_sms() if sms is None else sms) // CLUSTER_SIZE * CLUSTER_SIZE
 
 
@@ -276,7 +281,7 @@ def gemm_kernel(activation: str | None, write_z: bool) -> Kernel:
 
 
 def current_stream() -> int:
-    """CuPy's, as the driver has it."""
+    """CuPy's current stream, as a raw handle."""
     import cupy as cp
 
     return int(cp.cuda.get_current_stream().ptr)
@@ -286,7 +291,10 @@ def current_stream() -> int:
 def _operand_maps(
     a: int, a_shape: tuple[int, ...], b: int, b_shape: tuple[int, ...]
 ) -> tuple[KernelArgument, KernelArgument, KernelArgument]:
-    """Of a, of its halves, and of b. Cached: an allocator returns the same addresses again."""
+    """Tensor maps, from addresses: of a by M-tiles, of a by half M-tiles, and of b by half N-tiles.
+
+    Cached, since a training loop's allocator returns the same addresses again.
+    """
     return (
         encode(a, a_shape, (1, 1, BLOCK_M, BLOCK_K)),
         encode(a, a_shape, (1, 1, _HALF_M, BLOCK_K)),
@@ -294,5 +302,5 @@ def _operand_maps(
     )
 
 
-_OUT = ParamStruct(gemm_params_dtype).index_of("problems")  # of the first: out, z
+_OUT = ParamStruct(gemm_params_dtype).index_of("problems")  # the first problem's out, then its z
 _Z = _OUT + 1

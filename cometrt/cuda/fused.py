@@ -47,7 +47,7 @@ class FusedPath(abc.ABC):
     """Two launches of one layer whose kernels may record themselves.
 
     Attributes:
-        num_ctas: of both launches.
+        num_ctas: grid size of both launches.
     """
 
     num_ctas: int
@@ -55,7 +55,7 @@ class FusedPath(abc.ABC):
 
     @abc.abstractmethod
     def load(self, *, trace: bool = False) -> dict[str, Kernel]:
-        """Its kernels, which record themselves if `trace`. Before any kernel waits for a peer."""
+        """Load the kernels; with `trace` they record themselves. No kernel may wait for a peer."""
 
     def use(self, kernels: dict[str, Kernel]) -> dict[str, Kernel]:
         """Launch these from now on; returns those that were launched before."""
@@ -68,11 +68,11 @@ def trace_macros(trace: bool) -> Macros:
 
 
 class FusedForward(FusedPath):
-    """One layer's two launches.
+    """The path of one layer's fused forward, in two launches.
 
     Args:
         ok: address of ExchangeState.ok.
-        kernels: gets "dispatch_gemm" and "gemm_combine".
+        kernels: the layer's launches. "dispatch_gemm" and "gemm_combine" are added.
 
     Attributes:
         orders: TileOrderParams of the up and the down GEMM.
@@ -124,7 +124,7 @@ class FusedForward(FusedPath):
         )
 
     def _gemm_combine(self, stream: int, params: ParamStruct, call: Call) -> None:
-        """Multiply, push partial rows, and add up at home. Waits for peers."""
+        """Compute o, push partial rows, and add them up at home. Waits for peers."""
         at = call.at
         self._kernels["combine"](
             stream,

@@ -1,6 +1,9 @@
-"""The fused backward: dispatch of dy within the down dgrad's launch, then combine of dx under the
-up dgrad and the weight gradients. It plans nothing: `prepare_backward` orders the tiles of its
-GEMMs by the forward's plan. With save="nothing", the forward's `dispatch_gemm` comes first."""
+"""The backward of mode "fused", in two launches.
+
+The first one dispatches dy within the down dgrad. The second one combines dx under the up dgrad and
+both weight gradients. Nothing is planned: `prepare_backward` makes the tile orders from the
+forward's plan. With save="nothing", the forward's `dispatch_gemm` comes before both.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,11 @@ from cometrt.kernels.params import (
 from cometrt.plan import PlanShape
 from cometrt.world.partitions import num_sms
 
-_WGRAD_WORDS = wgrad_params_dtype.itemsize // 8  # with which UpDgradWgradParams begin
+_WGRAD_WORDS = wgrad_params_dtype.itemsize // 8  # UpDgradWgradParams begins with a WgradParams
 
 
 class FusedBackward(FusedPath):
-    """One layer's two launches, and the one before them.
+    """The path of one layer's fused backward: its two launches, and `prepare_backward` before them.
 
     With save="z" the first launch pulls x again, behind dy. With save="nothing" the forward's
     `dispatch_gemm` does so before it, and computes z again. So all pulls of this rank have ended
@@ -121,7 +124,7 @@ class FusedBackward(FusedPath):
         kernels["up_dgrad_combine_wgrad"](stream, params, call)
 
     def _launch_prepare(self, stream: int, params: ParamStruct, call: Call) -> None:
-        """Wait for all ranks; order the tiles, and zero padding rows."""
+        """Make the tile orders, zero padding rows, and wait for all ranks."""
         self._prepare(
             stream,
             num_sms(),
@@ -146,7 +149,7 @@ class FusedBackward(FusedPath):
         )
 
     def _up_dgrad_combine_wgrad(self, stream: int, params: ParamStruct, call: Call) -> None:
-        """Multiply, push partial rows of dx, and add up at home. Waits for peers."""
+        """Compute rows of dx and both weight gradients; combine dx. Waits for peers."""
         at, words = call.at, self._grads.uint64s
         words[:_WGRAD_WORDS] = wgrad_params(self._wgrads, self._tables, call).uint64s
         self._grads.fields["dx"]["out"] = at["dx_rows"]

@@ -1,4 +1,4 @@
-"""What kernels take for the link between ranks: an emulated one, or nothing."""
+"""Kernel arguments and macros for link emulation; without it the arguments are unused zeros."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ class Links:
     """One rank's link, in both directions.
 
     Args:
-        link: what is emulated; None: rows cross as fast as they can, and kernels are compiled
-            without emulation.
+        link: the link to emulate; None: kernels are compiled without emulation.
 
     Attributes:
-        dispatch, combine: EmulatedLink of what comes and of what leaves.
-        macros: that kernels are compiled with.
+        dispatch, combine: EmulatedLink for incoming and for outgoing rows.
+        macros: macros with which kernels are compiled.
     """
 
     def __init__(self, link: Link | None) -> None:

@@ -1,4 +1,4 @@
-"""How long a fused forward takes with a config, by the slowest rank."""
+"""Trials of the tuner: the time of a fused forward with a given config, on the slowest rank."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from cometrt.specs import Geometry
 from cometrt.trace import NullTracer
 from cometrt.world import World
 
-_ROUNDS, _CALLS = 5, 3  # a round times so many calls in a row
+_ROUNDS, _CALLS = 5, 3  # _CALLS: timed calls of a round, back to back
 _RANDOM_VALUES = 1 << 22
 
 
 class Trials:
-    """Forwards of one layer's shape with any config, all ranks together.
+    """Times forwards of one layer with any config, all ranks together.
 
     Args:
-        layer: its number, which candidates have too.
-        inputs: forward's five arrays, checked; None: random ones of max_tokens tokens a rank, as
-            many rows for every expert.
-        training: whether forwards keep what backward needs.
+        layer: number of the layer, which headers name.
+        inputs: forward's five arrays, checked; None: random ones of max_tokens tokens a rank, with
+            the same number of rows for every expert.
+        training: whether forwards keep residuals.
     """
 
     def __init__(
@@ -49,20 +49,20 @@ class Trials:
         self._barrier = StartBarrier(world.timeout_sec)
 
     def executor(self, config: TileConfig) -> CudaExecutor:
-        """Collective."""
+        """An executor with this config. Collective."""
         shape = PlanShape(self._geometry, config)
         return CudaExecutor(self._world, shape, self._layer, "fused")
 
     def time(self, config: TileConfig) -> float:
-        """Collective: milliseconds of a forward, median of rounds, equal on all ranks.
+        """Milliseconds of a forward: median of rounds, the same on all ranks. Collective.
 
         Raises:
-            RoutingError, CapacityError: of given inputs, on all ranks.
+            RoutingError, CapacityError: for given inputs, on all ranks.
         """
-        # All ranks have met in the last trial's allgather, and meet again before this one's first
-        # launch: no kernel waits for a peer while memory is allocated.
+        # All ranks have met in the last trial's allgather, and meet again before this trial's first
+        # launch. So no kernel waits for a peer while memory is allocated.
         executor = self.executor(config)
-        executor.graphs.enabled = False  # nothing may be captured behind the barrier
+        executor.graphs.enabled = False  # no graph may be captured behind the start barrier
         try:
             return self._time(executor)
         except BaseException:
@@ -73,14 +73,15 @@ class Trials:
         import cupy as cp
 
         world, (begin, end) = self._world, self._events
-        self.calls(executor)  # from here on all memory that calls take is there
+        self.calls(executor)  # allocates all memory that later calls use
         executor.synchronize()
         world.barrier()
         times = []
         for _ in range(_ROUNDS):
-            # The device begins when the host has queued all calls: the host may be slower, and
-            # ranks that share a GPU meet on the host in each call. Ranks do not leave the barrier
-            # at the same time, but end the first call together; it is not timed.
+            # The device begins when the host has queued all calls. Otherwise the host's time would
+            # count, and ranks that share a GPU meet on the host in each call. The first call is
+            # not timed: ranks leave the start barrier at different times but end that call
+            # together.
             self._barrier.close()
             try:
                 self.calls(executor)
@@ -94,7 +95,7 @@ class Trials:
         return statistics.median(max(times) for times in zip(*ranks, strict=True))
 
     def calls(self, executor: CudaExecutor) -> None:
-        """One call, and _CALLS between the events; nothing of them is kept."""
+        """Queue one call, then _CALLS calls between the two events. Results are dropped."""
         begin, end = self._events
         try:
             for index in range(1 + _CALLS):
@@ -109,8 +110,7 @@ class Trials:
 
 
 class StartBarrier:
-    """Holds the current stream: work queued behind `close` begins after `open`, or after
-    timeout_sec."""
+    """Holds the current stream. Work queued behind `close` begins after `open`, or timeout_sec."""
 
     def __init__(self, timeout_sec: float) -> None:
         import cupy as cp
@@ -121,31 +121,36 @@ class StartBarrier:
         (self._kernel,) = load_kernels("protocol/start_barrier.cu", "start_barrier")
 
     def close(self) -> None:
-        """The work behind the last `close` must have ended."""
+        """Hold the stream. Work queued behind the last `close` must have ended."""
         self._flag[0] = 0
         address = np.uint64(self._memory.ptr)
         self._kernel(current_stream(), 1, address, self._timeout_ns)
 
     def open(self) -> None:
+        """Let the work begin."""
         self._flag[0] = 1
 
 
 def balanced_ids(geometry: Geometry) -> np.ndarray:
-    """[max_tokens, K] int32: distinct experts of each of this rank's tokens, over all ranks each
-    expert as often as any other, to within K."""
+    """[max_tokens, K] int32: distinct experts for each of this rank's tokens.
+
+    Over all ranks, every expert is chosen equally often, to within K.
+    """
     spec = geometry.spec
     experts, topk = spec.num_experts, spec.topk
     token = geometry.rank * spec.max_tokens + np.arange(spec.max_tokens, dtype=np.int64)
-    # E tokens in a row begin at E different experts and take the same stride through them, which
-    # has no divisor in common with E.
+    # E consecutive tokens begin at E different experts. All take the same stride through the
+    # experts, which is coprime to E.
     strides = np.array([s for s in range(1, experts + 1) if math.gcd(s, experts) == 1])
     stride = strides[(token // experts * 7919) % len(strides)]
     return ((token[:, None] + stride[:, None] * np.arange(topk)) % experts).astype(np.int32)
 
 
 def _random_inputs(geometry: Geometry) -> tuple[Any, ...]:
-    """Normal values of the scale that activations and weights have: multiplying zeros takes less
-    power, and so less time."""
+    """Random normal inputs, at the scale of a model's activations and weights.
+
+    Zeros would take less power and therefore less time.
+    """
     import cupy as cp
 
     spec = geometry.spec

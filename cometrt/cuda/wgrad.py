@@ -19,18 +19,18 @@ from cometrt.kernels.tensor_map import encode
 from cometrt.plan.tile_order import work_tile_dtype
 from cometrt.world.partitions import num_sms
 
-_COUNTS = 3  # of the order: cluster steps; scheduled, and clusters that have finished
+_COUNTS = 3  # of a tile order: cluster steps; steps popped, clusters finished
 
 
 class WgradOrder:
-    """Memory for the order of the tiles: of one expert after the other, that with the most rows
-    first.
+    """Device memory for the tile order of weight gradients: expert by expert, most rows first.
 
     Args:
-        num_experts: how many; each has gradients of `shapes`.
+        num_experts: E.
+        shapes: (M, N) of each gradient that an expert has.
 
     Attributes:
-        counts: [3] int32: cluster steps, and what the GEMM counts.
+        counts: [3] int32: number of cluster steps, and the GEMM's two counters.
     """
 
     def __init__(self, num_experts: int, shapes: Sequence[tuple[int, int]]) -> None:
@@ -40,7 +40,7 @@ class WgradOrder:
         self._tiles, self.counts = cp.empty(tile_bytes, cp.uint8), cp.zeros(counts, cp.int32)
 
     def addresses(self) -> dict[str, int]:
-        """Of the work tiles, of how many there are, and of what the GEMM counts."""
+        """Addresses of the work tiles, of the number of steps, and of the GEMM's counters."""
         counts = int(self.counts.data.ptr)
         return {
             "work_tiles": int(self._tiles.data.ptr),
@@ -61,24 +61,27 @@ def wgrad_order_size(num_experts: int, shapes: Sequence[tuple[int, int]]) -> tup
 
 
 def max_wgrad_steps(num_experts: int, shapes: Sequence[tuple[int, int]]) -> int:
-    """Cluster steps of all experts' gradients."""
+    """Number of cluster steps of all experts' gradients."""
     return num_experts * sum(num_wgrad_steps(*shape) for shape in shapes)
 
 
 def num_wgrad_steps(rows: int, columns: int) -> int:
-    """Cluster steps of one expert's gradient [rows, columns], for any raster group."""
+    """Number of cluster steps of one expert's gradient [rows, columns]; any raster group."""
     m_tiles, n_tiles = -(-rows // BLOCK_M), -(-columns // BLOCK_N)
     return m_tiles // 2 * n_tiles + m_tiles % 2 * -(-n_tiles // 2)
 
 
 def wgrad_raster_group(sms: int) -> int:
-    """N-tiles of a raster group. What all clusters compute at a time is about as high as wide: a
-    cluster's step is two M-tiles by one N-tile, 256 by 256."""
+    """N-tiles of a raster group, for a launch on so many SMs.
+
+    A cluster step is 256 x 256: two M-tiles by one N-tile. The steps that all clusters compute at
+    the same time form about a square, so that they share as many operands as possible.
+    """
     return max(2, math.isqrt(sms // 2) // 2 * 2)
 
 
 class WgradAddresses(NamedTuple):
-    """One weight's gradient, by address: out[e] = a_e^T b_e, over the rows of expert e."""
+    """One weight's gradient: out[e] = a_e^T b_e over the rows of expert e. Arrays by address."""
 
     a: int  # [rows, M] bf16
     b: int  # [rows, N] bf16
@@ -87,18 +90,19 @@ class WgradAddresses(NamedTuple):
 
 
 class TileList(Protocol):
-    """Memory of an order of tiles, by address."""
+    """A tile order in device memory: a `WgradOrder`, or a `TileOrder` with room behind it."""
 
     def addresses(self) -> dict[str, int]: ...
 
 
 class WgradArguments:
-    """Arguments of the launches of a few weights' gradients.
+    """Kernel arguments for the gradients of one or two weights: of the GEMM and of its tile order.
 
     Args:
-        order: memory for the order of their tiles.
-        rows: of the operands.
-        shapes: (M, N) of each.
+        order: memory for the tile order.
+        rows: number of rows of every operand.
+        shapes: (M, N) of each gradient.
+        num_experts: E.
         raster_group: N-tiles that all M-tiles of an expert take before the next ones; even.
         ok: address of a word that is 0 where the plan is not valid; 0: it always is.
     """
@@ -132,10 +136,12 @@ class WgradArguments:
         *,
         accumulate: bool,
     ) -> ParamStruct:
-        """WgradParams, which the order follows from too.
+        """WgradParams, for the GEMM and for the kernel that orders its tiles.
 
         Args:
             expert_offsets, expert_rows: addresses of the plan's tables.
+            wgrads: one for each of `shapes`.
+            accumulate: add to the old values of `out`.
         """
         fields = self._params.fields
         fields["expert_offsets"], fields["expert_rows"] = expert_offsets, expert_rows
@@ -145,7 +151,7 @@ class WgradArguments:
         return self._params
 
     def maps(self, wgrads: Sequence[WgradAddresses]) -> KernelArgument:
-        """WgradMaps."""
+        """WgradMaps: the tensor maps of all operands and results."""
         operands = [
             (address, self._rows, columns)
             for wgrad, shape in zip(wgrads, self._shapes, strict=True)
@@ -162,8 +168,12 @@ class WgradArguments:
 def _wgrad_maps(
     operands: tuple[tuple[int, int, int], ...], outs: tuple[tuple[int, int, int, int], ...]
 ) -> KernelArgument:
-    """Of (address, rows, columns) of each problem's a and b, and with the bytes of an element of
-    its out."""
+    """WgradMaps.
+
+    Args:
+        operands: (address, rows, columns) of the first problem's a and b, then of the next one's.
+        outs: (address, rows, columns, bytes of an element) of each problem's result.
+    """
     maps = [encode(address, (1, 1, *shape), MN_MAJOR_BOX).value for address, *shape in operands]
     a, b, out = maps[0::2], maps[1::2], [_out_map(*of) for of in outs]
     unused = [maps[0]] * (MAX_WGRADS - len(a))
@@ -171,15 +181,18 @@ def _wgrad_maps(
 
 
 def _out_map(address: int, rows: int, columns: int, element_bytes: int) -> np.ndarray:
-    """Boxes of 16 rows by 128 bytes. Of eight rows, a box has first 0 and 4, then 1 and 5, and so
-    on: kernels_cu/gemm/wgrad_epilogue.cuh says why."""
+    """Tensor map of a result in boxes of 16 rows by 128 bytes.
+
+    A box has eight rows in the order 0, 4, 1, 5, 2, 6, 3, 7: OutBox in
+    kernels_cu/gemm/wgrad_epilogue.cuh says why.
+    """
     shape, strides = (rows // 8, 4, 2, columns), (8 * columns, columns, 4 * columns)
     box = (2, 4, 2, 128 // element_bytes)
     return encode(address, shape, box, element_bytes=element_bytes, strides=strides).value
 
 
 class Wgrad(NamedTuple):
-    """As `WgradAddresses`."""
+    """One weight's gradient, as arrays: see `WgradAddresses`."""
 
     a: DeviceArray
     b: DeviceArray
@@ -187,17 +200,17 @@ class Wgrad(NamedTuple):
 
 
 class ExpertRows(Protocol):
-    """What weight gradients read of a plan."""
+    """The tables of a plan that weight gradients read."""
 
     expert_offsets: DeviceArray
     expert_rows: DeviceArray
 
 
 class GroupedWgrad:
-    """Weight gradients of all experts, those with the most rows first.
+    """Weight gradients of all experts, in bf16 or float32, accumulated in fp32.
 
-    K goes on to the next multiple of 64 behind an expert's rows. Padding rows up to there must be
-    zero in both operands; those behind are not read. Experts without rows get zeros.
+    K is an expert's rows, rounded up to a multiple of 64. Padding rows up to there must be zero in
+    both operands; later ones are not read. Experts without rows get zeros.
     """
 
     def __init__(self) -> None:
@@ -214,14 +227,16 @@ class GroupedWgrad:
         raster_group: int | None = None,
         sms: int | None = None,
     ) -> None:
-        """Queue it on the current stream: the order of the tiles, then the GEMMs.
+        """Queue two launches on the current stream: the tile order, then the GEMMs.
 
         Args:
             wgrads: one or two.
-            order: memory for the order; None: it is allocated.
-            accumulate: add to what is there, rounding once; experts without rows change nothing.
-            raster_group: as for `WgradArguments`; None: chosen for the SMs.
-            sms: how many take part; None: all.
+            tiles: the plan's tables.
+            order: memory for the tile order; None: it is allocated.
+            accumulate: add to the old values of `out`, rounding once. Experts without rows keep
+                theirs.
+            raster_group: as for `WgradArguments`; None: `wgrad_raster_group` of the SMs.
+            sms: number of SMs to use; None: all.
         """
         experts, rows = len(tiles.expert_rows), wgrads[0].a.shape[0]
         shapes = [(w.a.shape[1], w.b.shape[1]) for w in wgrads]

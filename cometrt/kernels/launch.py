@@ -79,7 +79,7 @@ def load_kernels(source: str, *names: str, macros: Macros = ()) -> tuple[Kernel,
 
 @functools.cache
 def _load(device_id: int, source: str, names: tuple[str, ...], macros: Macros) -> tuple[Any, ...]:
-    """By device: each has a copy of the module, and of what a kernel is allowed."""
+    """Cached by device, since each has its own copy of the module and of its kernels' limits."""
     import cupy
 
     path = compile_cubin(kernels_folder() / source, macros).path

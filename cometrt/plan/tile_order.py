@@ -84,7 +84,7 @@ def make_tile_order(
         backwards: walk the dispatch order from its end.
         n_chunk: walk all of it once for each so many N-tiles; None: once for all.
         raster_group: N-tiles of a group, within an N-chunk; even; None: all of them.
-        pipeline_chunk: (index, count): only tiles of this even piece of the dispatch order.
+        pipeline_chunk: (index, count): only tiles of this pipeline chunk, of so many.
 
     Returns:
         [cluster steps, 2] of work_tile_dtype.

@@ -6,8 +6,9 @@ CuPy arrays, compute in float64, and return arrays of the same library. Of equal
 expert id wins, so routing is deterministic. A masked array is a ValueError, because NumPy would
 drop its mask.
 
-With CuPy a router is one kernel a direction, on CuPy's current stream. Nothing waits for the GPU,
-so calls can be captured in CUDA graphs. E is at most 1,024, K and the number of groups at most 32.
+With CuPy a router's forward and its backward are one kernel each, on CuPy's current stream. Nothing
+waits for the GPU, so calls can be captured in CUDA graphs. E is at most 1,024, K and the number of
+groups at most 32.
 The chosen ids are NumPy's, unless two scores are within 4 units in the last place of float64.
 
 Sources: softmax top-k as in Switch (arXiv 2101.03961) and Mixtral (arXiv 2401.04088); group-limited

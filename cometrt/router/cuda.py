@@ -22,10 +22,10 @@ DTYPES = tuple(  # ElementType of kernels_cu/router/params.cuh
     np.dtype(name) for name in (np.float32, np.float64, ml_dtypes.bfloat16, np.float16)
 )
 ID_DTYPES = (np.dtype(np.int32), np.dtype(np.int64))
-EXPERTS_PER_LANE = (1, 2, 4, 8, 16, 32)  # builds of the kernels, whose warps have a token each
+EXPERTS_PER_LANE = (1, 2, 4, 8, 16, 32)  # builds of the kernels; a warp handles one token
 MAX_EXPERTS = 32 * EXPERTS_PER_LANE[-1]
-MAX_TOPK = MAX_GROUPS = 32  # a lane each
-KERNELS = {  # by file
+MAX_TOPK = MAX_GROUPS = 32  # one per lane of a warp
+KERNELS = {  # names of kernels by source file
     "router/router.cu": ("router_topk", "router_weights", "router_backward"),
     "router/losses.cu": ("router_loss_sums", "router_loss_backward"),
 }
@@ -112,8 +112,8 @@ def experts_per_lane(num_experts: int) -> int:
 def load_build(device_id: int, per_lane: int) -> dict[str, Kernel]:
     """All kernels of one build by name, on the current GPU, which is `device_id`.
 
-    They are loaded together, since loading may wait for the GPU. So after a rank's first router
-    call nothing waits for a layer's kernel that waits for a peer.
+    All are loaded at once, since loading may wait for the GPU, where a layer's kernel may wait for
+    a peer. After the first router call with a build, none of its kernels has to be loaded.
     """
     return {
         name: kernel
@@ -151,7 +151,7 @@ def check_array(name: str, array: Any, dtypes: tuple[np.dtype, ...]) -> Any:
 
 
 class Launch:
-    """One launch: its parameter struct, and the arrays that it reads.
+    """One launch: its parameter struct, and the arrays that it reads, kept alive.
 
     Raises:
         ValueError: for arrays or sizes that the kernels do not take.
@@ -182,12 +182,13 @@ class Launch:
             self._set(mask=mask.data.ptr, mask_stride=num_experts if mask.ndim == 2 else 0)
 
     def floats(self, name: str, array: Any) -> Any:
-        """An argument that the kernels read: "logits", "bias" or "dweights"."""
+        """Take a floating argument: "logits", "bias" or "dweights". Returns it as `check_array`."""
         array = self._keep(check_array(name, array, DTYPES))
         self._set(**{f"{name}_type": DTYPES.index(array.dtype)})
         return array
 
     def ids(self, ids: Any, name: str = "ids") -> Any:
+        """Take ids [T, K]. Returns them as `check_array`."""
         array = self._keep(check_array(name, ids, ID_DTYPES))
         self._set(ids_are_64=array.dtype.itemsize == 8)
         return array
@@ -198,10 +199,10 @@ class Launch:
         """Queue a kernel.
 
         Args:
-            name: of the kernel.
-            more: its structs after the first.
-            num_blocks: of the launch. None: a warp for each token.
-            arrays: fields of the first struct.
+            name: name of the kernel.
+            more: parameter structs after RouterParams.
+            num_blocks: grid size. None: one warp per token.
+            arrays: arrays of RouterParams, by field.
         """
         import cupy
 
@@ -226,7 +227,7 @@ class Launch:
 
 
 def _checked(logits: Any, topk: int, options: Options) -> tuple[Any, int, Options]:
-    """The arguments, whose sizes the routers' kernels take."""
+    """The arguments of `Launch`, after a check of the sizes that only routers have."""
     _check_size("topk", topk, MAX_TOPK)
     _check_size("num_groups", options.num_groups, MAX_GROUPS)
     return logits, topk, options

@@ -72,9 +72,10 @@ def backward(
 def loss_sums(logits: np.ndarray, ids: np.ndarray | None, sequence_tokens: int) -> np.ndarray:
     """[B, 2 E + 3] float64: what the losses need of each sequence.
 
-    [:E]: the sum of each expert's probability over tokens with a kept pair. [E:2E]: its pairs.
-    Then the number of those tokens, their sum of logsumexp^2, and the number of tokens in that sum,
-    which leaves out tokens without an expert. ids None: every token counts.
+    [:E]: each expert's sum of probabilities. [E:2E]: each expert's number of pairs. Then the number
+    of tokens, the sum of logsumexp^2, and the number of tokens in that sum. Tokens whose ids are
+    all -1 count nowhere. Tokens whose logits are all -inf are left out of the last two. ids None:
+    every token counts.
     """
     scores = check_logits(logits)
     num_tokens, num_experts = scores.shape
@@ -101,8 +102,9 @@ def loss_backward(
     """dlogits [T, E] float32 = p * (factor * (f - sum(f * p)) + z_factor * logsumexp).
 
     Args:
-        balance: fractions f [B, E], or [1, E] for all, and factors [B] of the balance loss.
-        z_factor: [1], of the z-loss.
+        balance: of the balance loss: fractions f [B, E], or [1, E] for all sequences, and factors
+            [B]. None: no balance loss.
+        z_factor: of the z-loss, [1]. None: no z-loss.
     """
     scores = check_logits(logits)
     p, slope = _softmax(scores), np.zeros(scores.shape)
@@ -152,7 +154,7 @@ def _bias(options: Options, num_experts: int) -> np.ndarray:
 
 
 def _limit_to_groups(choice: np.ndarray, options: Options) -> np.ndarray:
-    """`choice`, -inf outside the best groups of each token."""
+    """`choice` [T, E], with -inf outside the best groups of each token."""
     num_tokens, num_experts = choice.shape
     grouped = choice.reshape(num_tokens, options.num_groups, num_experts // options.num_groups)
     score = grouped.max(axis=2)  # [T, groups]
@@ -165,6 +167,7 @@ def _limit_to_groups(choice: np.ndarray, options: Options) -> np.ndarray:
 
 
 def _top(scores: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the largest scores of each row, the largest first; of equal ones the lower."""
     return np.argsort(-scores, axis=1, kind="stable")[:, :count]
 
 
@@ -197,7 +200,7 @@ def _weights(allowed: np.ndarray, ids: np.ndarray, options: Options) -> np.ndarr
 
 
 def _log_scores(logits: np.ndarray, kind: str) -> np.ndarray:
-    """Up to a constant of the token, which renormalisation cancels."""
+    """log(score), up to a constant of the token, which renormalisation cancels."""
     if kind == "softmax":
         return logits
     if kind == "sigmoid":
@@ -218,7 +221,7 @@ def _log_slope(logits: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:
-    """Over each row; 0 in a row of -inf."""
+    """Softmax over each row; 0 in a row of -inf."""
     largest = scores.max(axis=1, keepdims=True, initial=-np.inf)
     exponent = np.exp(scores - np.where(largest > -np.inf, largest, 0.0))
     total = exponent.sum(axis=1, keepdims=True)

@@ -1,9 +1,9 @@
 """Losses of routers, their backward, loss-free balancing, and statistics of the experts' load.
 
 All take NumPy or CuPy arrays and compute in float64. With NumPy a wrong value is a ValueError and
-scalars are floats. With CuPy nothing waits for the GPU: scalars are arrays of no dimension, wrong
+scalars are floats. With CuPy nothing waits for the GPU: scalars are zero-dimensional arrays, wrong
 logits give NaN, and ids outside [0, E) count as dropped. So a call can be captured in a CUDA graph,
-after a first one that lets CuPy compile its kernels.
+after a first call in which CuPy compiles its kernels.
 
 A token whose K ids are all -1 is padding: no loss counts it.
 """
@@ -91,8 +91,8 @@ def balance_loss(
             the sequences that have a kept pair (DeepSeek-V3). S must divide T. None: all tokens
             are one sequence.
         counts: [E], for the balance of the global batch: pairs of each expert, as
-            `load_statistics` counts them, summed over ranks and micro-batches. f_e follows them,
-            and p_e this rank's tokens. None: the counts of topk_ids. Not with per_sequence.
+            `load_statistics` counts them, summed over ranks and micro-batches. They give f_e; p_e
+            is of this rank's tokens. None: the counts of topk_ids. Not with per_sequence.
 
     Raises:
         ValueError: for wrong shapes or dtypes, with NumPy also for values out of range.
@@ -110,10 +110,12 @@ def balance_loss_backward(
     per_sequence: int | None = None,
     counts: Any = None,
 ) -> Any:
-    """Gradient of the logits, dlogits [T, E] float32, for `balance_loss`. Fractions f have none.
+    """Gradient of the logits, dlogits [T, E] float32, for `balance_loss`.
+
+    The fractions f_e are piecewise constant and have no gradient.
 
     Args:
-        dloss: a number, or a CuPy array of no dimension: the loss's coefficient in the total loss.
+        dloss: a number or a zero-dimensional CuPy array: the loss's coefficient in the total loss.
         logits, topk_ids, per_sequence, counts: the arguments of `balance_loss`.
 
     Raises:
@@ -145,7 +147,7 @@ def z_loss_backward(dloss: Any, logits: Any, topk_ids: Any = None) -> Any:
     """Gradient of the logits, dlogits [T, E] float32, for `z_loss`.
 
     Args:
-        dloss: a number, or a CuPy array of no dimension: the loss's coefficient in the total loss.
+        dloss: a number or a zero-dimensional CuPy array: the loss's coefficient in the total loss.
         logits, topk_ids: the arguments of `z_loss`.
 
     Raises:
@@ -163,8 +165,8 @@ def update_bias(bias: Any, counts: Any, *, rate: float = 1e-3) -> None:
 
     Args:
         bias: [E], floating, the same on all ranks.
-        counts: [E], pairs of each expert, summed over all ranks since the last update: so all
-            ranks keep the same bias.
+        counts: [E], pairs of each expert since the last update, summed over all ranks. Then the
+            bias stays the same on all ranks.
         rate: > 0.
 
     Raises:
@@ -192,7 +194,7 @@ def update_bias(bias: Any, counts: Any, *, rate: float = 1e-3) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Batch:
-    """B sequences of `length` tokens, and the library and module for their arrays."""
+    """Checked arguments of a loss: B sequences of `length` tokens, on the GPU or on the host."""
 
     logits: Any
     ids: Any
@@ -218,7 +220,7 @@ class _Balance(NamedTuple):
     Attributes:
         fractions: [B, E], or [1, E] with counts of the global batch.
         probabilities: [B, E], sums over a sequence's tokens.
-        factors: [B], E / (tokens of the sequence * sequences), of those that are not padding.
+        factors: [B], E / (tokens of the sequence * number of sequences), without padding.
     """
 
     batch: _Batch
@@ -268,7 +270,7 @@ def _batch(logits: Any, topk_ids: Any, per_sequence: int | None = None) -> _Batc
 
 
 def _counts(ids: Any, size: int, device: bool) -> Any:
-    """[size] integers: how often each of 0 ... size - 1 is among the ids."""
+    """[size] integers: how often each of 0 ... size - 1 is among the ids; others are ignored."""
     if not device:
         return np.bincount(ids[ids >= 0], minlength=size)
     xp = _library(device)  # cupy.bincount would wait for the GPU

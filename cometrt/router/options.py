@@ -1,4 +1,4 @@
-"""What a router is asked for, and the checks that NumPy and CuPy arrays share."""
+"""The options of a router, and the checks of arguments that NumPy and CuPy arrays share."""
 
 from __future__ import annotations
 
@@ -38,10 +38,13 @@ def on_device(array: object) -> bool:
 
 
 def check_library(name: str, array: Any, device: bool) -> Any:
-    """An argument beside logits as an array of the library that logits is of.
+    """Return an argument as an array of the library that logits is of.
+
+    Args:
+        device: whether logits is a CuPy array.
 
     Raises:
-        ValueError: if it is of the other one, or a masked array.
+        ValueError: if the argument is of the other library, or a masked array.
     """
     check_unmasked(name, array)
     if device != on_device(array):
@@ -54,14 +57,14 @@ def check_library(name: str, array: Any, device: bool) -> Any:
 
 
 def check_shape(logits: Any) -> tuple[int, int]:
-    """T and E of logits."""
+    """Check the shape of logits. Returns T and E."""
     if len(logits.shape) != 2 or logits.shape[1] < 1:
         raise ValueError(f"logits must have shape (T, E), E >= 1 (got {logits.shape})")
     return logits.shape
 
 
 def check_options(options: Options, logits: Any, device: bool) -> Options:
-    """Check all but the values in arrays. Returns options with arrays of the library of logits."""
+    """Check all but the values in arrays. Returns options whose arrays are as `check_library`."""
     num_tokens, num_experts = check_shape(logits)
     bias, mask = options.bias, options.mask
     if bias is not None:
@@ -91,7 +94,7 @@ def check_options(options: Options, logits: Any, device: bool) -> Options:
 
 
 def check_topk(topk: int, num_experts: int, options: Options) -> int:
-    """K, which the experts of `topk_groups` groups must suffice for."""
+    """Check K, which is at most the number of experts in `topk_groups` groups."""
     topk = check_int("topk", topk, minimum=1, maximum=num_experts)
     most = options.topk_groups * (num_experts // options.num_groups)
     if topk > most:

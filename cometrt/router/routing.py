@@ -142,8 +142,8 @@ def softmax_topk_backward(
         dweights: [T, K], the gradient of the weights: ``grads.topk_weights``. Its entries at ids
             of -1 are ignored.
         logits: the argument of `softmax_topk`.
-        ids: [T, K], its ids. For a pair that was dropped after routing pass the router's id; its
-            dweight is 0.
+        ids: [T, K], the ids that it returned. For a pair that was dropped after routing, pass the
+            router's id with a dweight of 0.
         keywords: those of `softmax_topk`. Bias and groups, which shape only the choice, have no
             effect.
 
@@ -169,7 +169,7 @@ def sqrt_softplus_topk_backward(
 
 
 def softmax_weights(logits: Any, ids: Any, **keywords: Unpack[Keywords]) -> Any:
-    """Weights [T, K] float32 that `softmax_topk` gives to ids [T, K], whichever it would choose.
+    """Weights [T, K] float32 that `softmax_topk` would give to these ids [T, K] if it chose them.
 
     With ids of an earlier call the weights are a smooth function of the logits: for checks of
     gradients, or for training with frozen routing. An id of -1 and a masked expert have weight 0.

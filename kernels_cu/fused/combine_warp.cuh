@@ -1,8 +1,8 @@
 // The combine warps of gemm_combine and up_dgrad_combine_wgrad. A warp pops one token block at a
-// time. Push: it sums the tokens' rows on this rank once their tiles are done (tile_done), stores
-// the partial rows in the home's staging buffer, and signals partials_ready there. Reduce: for this
-// rank's own tokens it adds local rows and the contributors' partial rows (partials_ready) into the
-// output.
+// time. Push: it waits for the tokens' tiles on this rank (tile_done) and sums their rows. It
+// stores the partial rows in the home's staging buffer and signals partials_ready there. Reduce:
+// for this rank's own tokens it adds local rows and the contributors' partial rows (partials_ready)
+// into the output.
 #pragma once
 
 #include "fused/row_sums.cuh"
@@ -13,8 +13,8 @@
 
 namespace cometrt {
 
-// One combine warp. All lanes run converged. kHasDweight: with N-chunk 0 the rows' dweight is sent
-// and summed too. It is complete before the launch.
+// One combine warp. All lanes run converged. kHasDweight: together with N-chunk 0, dweight of the
+// rows is sent and summed. An earlier launch has completed it.
 template <bool kHasDweight>
 class CombineWarp : RowSums {
  public:
@@ -153,8 +153,8 @@ class CombineWarp : RowSums {
     return true;
   }
 
-  // Of this rank's own tokens [first, end), after wait_addends(): their contributors have stored
-  // their parts before partials_ready.
+  // Sums dweight of this rank's own tokens [first, end). Called after wait_addends(), since
+  // contributors store their parts before they signal partials_ready.
   __device__ void sum_dweight(int first, int end) const {
     const int first_token = p_.world.rank * p_.g.max_tokens;
 #pragma unroll 1

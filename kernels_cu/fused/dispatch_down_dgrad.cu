@@ -1,7 +1,8 @@
-// Dispatch of dy and the down dgrad in one launch, the backward's first. Two dispatch warps of
-// every CTA pull rows of dy from their homes, in tile order, while two warpgroups multiply. With
-// save="z" they then pull x again: the launch ends when it is there, so no partial row of dx has
-// left by then. Macros: ACTIVATION as in gemm/grouped_down_dgrad.cu, TRACE, LINK.
+// Dispatch of dy and the down dgrad in one launch, the backward's first. In every CTA
+// two dispatch warps pull rows of dy from their homes, in tile order, while two warpgroups
+// multiply. With save="z" they then pull x again. The launch ends after the last pull, and partial
+// rows of dx leave in a later launch. Macros: ACTIVATION as in gemm/grouped_down_dgrad.cu, TRACE,
+// LINK.
 #include "fused/arrivals.cuh"
 #include "fused/rows_ready.cuh"
 #include "gemm/down_dgrad_epilogue.cuh"

@@ -37,7 +37,7 @@ struct alignas(128) DispatchStages {
   }
 };
 
-// One dispatch warp. A transfer item is a copy chunk of a token's row. Items are queued in the
+// One dispatch warp. A transfer work item is a copy chunk of a token's row. Items are queued in the
 // order in which tiles need the tokens. A token crosses the link once and is stored to all its rows
 // here. The warp pops a batch of kStages items. kLanesPerItem lanes serve an item: lane k stores to
 // the token's row k (and k + kLanesPerItem, ...). All lanes run converged.
@@ -98,11 +98,11 @@ class DispatchWarp {
   }
 
  private:
-  // A trace needs registers: then they are computed again at each use.
+  // A traced build has no register for the lane and reads the thread index at each use.
   __device__ int lane() const { return TRACE ? thread_index() % 32 : lane_; }
   __device__ int stage() const { return lane() / kLanesPerItem; }  // of its item; kStages: none
   __device__ int k() const { return lane() % kLanesPerItem; }
-  // Items in the queue: those that fill tiles, then those of x.
+  // Number of items in the queue: those that fill tiles, then those of x.
   __device__ int end() const {
     return kPullsX && p_.x_rows != nullptr ? 2 * num_items_ : num_items_;
   }
@@ -171,8 +171,8 @@ class DispatchWarp {
     recorder.end_if_moved(kBytesPerEvent);
   }
 
-  // Whether this lane holds the link transfer of the batch so many batches ago. Lanes 0 and 1
-  // alternate, since two batches are in flight.
+  // Whether this lane holds the link transfer of an earlier batch. Lanes 0 and 1 alternate, since
+  // two batches are in flight.
   __device__ bool is_elected(int batches_ago) const {
     return lane() == static_cast<int>((step_ - batches_ago) % 2);
   }

@@ -1,5 +1,5 @@
-// What a fused backward needs besides its forward's plan: the tile orders of its GEMMs, zeros in
-// padding rows, and the agreement of all ranks. It stands where `prepare` does in a forward.
+// Prepares a fused backward, as `prepare` does a forward. It writes the tile orders of the GEMMs
+// from the forward's plan, zeroes padding rows, and compares the headers of all ranks.
 #include "gemm/wgrad_order.cuh"
 #include "plan/padding.cuh"
 #include "protocol/agree.cuh"

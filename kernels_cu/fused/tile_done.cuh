@@ -6,7 +6,7 @@
 
 namespace cometrt {
 
-constexpr u32 kSignalsPerTile = 4 * kWarpgroups;  // of tile_done: one a multiplying warp
+constexpr u32 kSignalsPerTile = 4 * kWarpgroups;  // of tile_done: one per multiplying warp
 
 // Signals tile_done once a warp that multiplies has stored its part of a tile: a release at gpu
 // scope by lane 0 after __syncwarp. The partner is CombineWarp::wait_addends().

@@ -1,7 +1,7 @@
 // The up dgrad, combine of dx, and both weight gradients in one launch, the backward's second. In
-// every CTA two warpgroups multiply: first the tiles of the up dgrad, which signal tile_done, then
-// those of the weight gradients, which need nothing that still arrives. Combine warps push and
-// reduce dx meanwhile, as in gemm_combine; dweight goes with it. Macros: TRACE, LINK.
+// every CTA two warpgroups multiply. Tiles of the up dgrad come first and signal tile_done. Tiles
+// of the weight gradients follow; they wait for no transfer. Meanwhile combine warps push and
+// reduce dx, as in gemm_combine, and dweight with it. Macros: TRACE, LINK.
 #include "fused/combine_role.cuh"
 #include "gemm/kernel_body.cuh"
 #include "gemm/up_dgrad_wgrad_epilogue.cuh"
@@ -10,7 +10,7 @@ using namespace cometrt;
 
 namespace {
 
-// Nobody waits for tiles of weight gradients.
+// Tiles of weight gradients signal nothing, since no warp waits for them.
 struct DxDoneSignal : TileDoneSignal {
   __device__ int flag_of(const WorkTile& tile) const {
     return UpDgradWgradParams::is_wgrad(tile) ? -1 : TileDoneSignal::flag_of(tile);

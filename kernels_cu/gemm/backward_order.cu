@@ -1,5 +1,5 @@
-// The tile orders of all GEMMs of a backward that is not fused. A plan is made once for both
-// passes, and the forward has used its own orders up.
+// The tile orders of all GEMMs of a backward in the modes "sequential" and "chunked". They are made
+// from the plan in `saved`, which has no work tiles.
 #include "gemm/wgrad_order.cuh"
 #include "scheduler/tile_order.cuh"
 

@@ -18,7 +18,8 @@ __device__ inline void release_stage(Shared& shared, int stage) {
   if (lane < kClusterSize) mbarrier_arrive_at(&shared.empty[stage], lane);
 }
 
-// The wgmma of a stage, by one operand policy.
+// Issues the wgmma of one stage for a warpgroup. `first`: they overwrite d, otherwise they add to
+// it.
 template <typename Operands>
 __device__ inline void issue_stage(const Stage& stage, int warpgroup, bool first, float (&d)[128]) {
   const u64 a = Operands::a_descriptor(stage, warpgroup), b = Operands::b_descriptor(stage);
@@ -31,7 +32,8 @@ __device__ inline void issue_stage(const Stage& stage, int warpgroup, bool first
   wgmma_commit();
 }
 
-// d [64, 256] += a [64, BLOCK_K] b [256, BLOCK_K]^T. The first stage of a tile overwrites d.
+// d [64, 256] += a [64, BLOCK_K] b [256, BLOCK_K]^T. The first stage of a tile overwrites d. Where
+// the operand policy depends on it (kByKind), `kind` is the work tile's kind.
 template <typename Operands>
 __device__ inline void multiply_stage(Shared& shared, const StageState& state, u32 kind,
                                       int warpgroup, bool first, float (&d)[128]) {
@@ -81,7 +83,7 @@ __device__ inline int multiply(Shared& shared, StageState& state, u32 kind, int 
   return last;
 }
 
-// For a tile of which this warpgroup computes nothing: releases its stages unread.
+// Releases the stages of a tile unread. For tiles of which this warpgroup computes no rows.
 __device__ inline void skip_tile(Shared& shared, StageState& state, int num_k_blocks) {
   for (int k = 0; k < num_k_blocks; ++k, state.advance()) {
     mbarrier_wait(&shared.full[state.stage], state.parity);

@@ -1,9 +1,10 @@
-// The epilogue of da' = dy w_down: from da' and z to what the rest of the backward needs of a row.
+// The epilogue of the down dgrad, da' = dy w_down. It computes row by row, from da' and z:
 //
 //   a = act(z)   weighted_a = weight a   dz = dact(z, weight da')   dweight = <da', a>
 //
-// da' is stashed as fp16 pairs under a power of two for each row, as large as the row allows. It
-// has three bits more than bf16 then, so that dz has one rounding to bf16 and hardly any other.
+// da' is stashed as fp16 pairs. Each row is scaled by a power of two that brings its largest value
+// into [2^14, 2^15). fp16 has three more bits than bf16, so almost all of the error of dz comes
+// from its one rounding to bf16.
 #pragma once
 
 #include "gemm/down_dgrad_math.cuh"
@@ -12,21 +13,21 @@
 
 namespace cometrt {
 
-// A warp's epilogue. A step is four rows of a subtile: short, so that the next products are asked
-// for in time. All subtiles of the upper eight rows come first. z comes to shared memory a few
-// steps ahead.
+// The epilogue of one warp. A step stores four rows of a subtile. Steps are short, so that the next
+// wgmma are issued in time. The order is all subtiles of rows 0 to 7, then all of rows 8 to 15. z
+// is loaded into shared memory kZStages steps ahead.
 template <int kActivation, int kZStages>
 class DownDgradEpilogue {
   static constexpr bool kGated = is_gated(kActivation);
   using Vectors = DownDgradVectors;
   static constexpr int kWarpRows = kHalfM / 4, kSubtiles = BLOCK_N / kSubtileColumns;
-  static constexpr int kStepsOfSubtile = 2;  // of eight rows
+  static constexpr int kStepsOfSubtile = 2;  // for eight rows
 
  public:
   static constexpr int kSteps = 2 * kSubtiles * kStepsOfSubtile;
-  static constexpr int kUnrolledSteps = 1;  // one copy of a step's code is long enough
+  static constexpr int kUnrolledSteps = 1;  // not unrolled, since a step's code is long
 
-  // `warp` counts those that multiply.
+  // `warp`: index among the multiplying warps.
   __device__ DownDgradEpilogue(DownDgradShared<kZStages>& shared, const DownDgradParams& p,
                                int warp)
       : subtile_(shared.gemm.epilogue_tiles[warp]), rows_(shared.rows[warp]), p_(p), warp_(warp) {
@@ -34,17 +35,19 @@ class DownDgradEpilogue {
     __syncwarp();
   }
 
-  // The tile that comes next: kept here, not in registers, while it is multiplied.
+  // Before the main loop of a tile. Where its rows lie is kept in shared memory meanwhile, to save
+  // registers.
   __device__ void expect(const WorkTile& tile) {
     if (threadIdx.x % 32 == 0) rows_.tiles[1] = rows_of(tile);
     __syncwarp();
   }
 
+  // Rounds a tile's accumulators into the stash.
   __device__ void stash(const WorkTile&, const float (&d)[128]) {
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
       const u32 exponent = row_exponent(d, upper);
-      const float scale = __uint_as_float((268 - exponent) << 23);  // most becomes [2^14, 2^15)
+      const float scale = __uint_as_float((268 - exponent) << 23);  // the largest: [2^14, 2^15)
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
         stash_[2 * i + upper] =
@@ -58,39 +61,40 @@ class DownDgradEpilogue {
     }
     begin();
   }
-  // This warp's rows of the tile are all padding: their results are zero.
+  // For a tile whose rows of this warp are all padding: their results are zero.
   __device__ void stash_zeros(const WorkTile&) {
 #pragma unroll
     for (int i = 0; i < 64; ++i) stash_[i] = 0;
     begin();
   }
 
-  // Rows of the next subtile go to shared memory at the end of a step: the step that reads them has
-  // less to wait for.
+  // One step of the stashed tile, if there is one. At the end of a subtile the stash of the next
+  // one goes to shared memory, so that the next step waits less for it.
   __device__ void store_step(int step) {
     if (rows_.tiles[0].columns == 0) return;
     copy_async_wait<kZStages - 1>();
     __syncwarp();
     store_rows(step);
-    __syncwarp();  // what the next step overwrites has been read
+    __syncwarp();  // all lanes have read what is overwritten below
     load_z(step + kZStages);
     if (step % kStepsOfSubtile == 0) return;
     const int next = step / kStepsOfSubtile + 1;
 #pragma unroll
-    for (int i = 1; i < 2 * kSubtiles; ++i) {  // the compiler must know which registers
+    for (int i = 1; i < 2 * kSubtiles; ++i) {  // unrolled: stash_ lies in registers
       if (next == i) subtile_.put(stash_ + 16 * (i % kSubtiles), i / kSubtiles);
     }
     if (step < kSteps - 1) return;
     if (threadIdx.x % 32 == 0) rows_.tiles[0].columns = 0;
     __syncwarp();
   }
+  // All steps of the stashed tile.
   __device__ void flush() {
 #pragma unroll 1
     for (int step = 0; step < kSteps; ++step) store_step(step);
   }
 
  private:
-  // Where a lane's vector of a step lies, in this warp's rows of the tile.
+  // The vector of a step that this lane stores, within the warp's rows of the tile.
   struct Place {
     int subtile, row, column;
 
@@ -100,7 +104,7 @@ class DownDgradEpilogue {
       row = eight / kSubtiles * kSubtileRows + step % kStepsOfSubtile * 4 + lane / 8;
       column = subtile * kSubtileColumns + lane % 8 * 8;
     }
-    // Elements of weighted_a, and of z and dz, from their first on.
+    // Element offsets in weighted_a, and in z and dz, from the warp's first element of each.
     __device__ int of_a(int num_columns) const { return row * num_columns + column; }
     __device__ int of_z(int num_columns) const {
       return kGated ? 2 * row * num_columns + column : of_a(num_columns);
@@ -123,6 +127,7 @@ class DownDgradEpilogue {
             static_cast<int>(first) * num_n_tiles() + tile.n_tile};
   }
 
+  // Computes and stores this lane's vector of a step, and adds to dweight of its row.
   __device__ void store_rows(int step) {
     const Place at(step);
     const RowsOfTile& tile = rows_.tiles[0];
@@ -130,7 +135,7 @@ class DownDgradEpilogue {
     const int4(&z)[2][32] = rows_.z[static_cast<u32>(step) % kZStages];
     int4 scaled = subtile_.vector(at.row % kSubtileRows);
     float2 factors = rows_.factors[at.row];
-    if (at.row >= tile.rows) {  // padding: whatever was stashed
+    if (at.row >= tile.rows) {  // a padding row: its stash may hold anything
       scaled = make_int4(0, 0, 0, 0);
       factors.x = 0;
     }
@@ -143,7 +148,7 @@ class DownDgradEpilogue {
       __stcs(reinterpret_cast<int4*>(tile.dz + to), out.gate);
       if (kGated) __stcs(reinterpret_cast<int4*>(tile.dz + (to + p_.num_columns)), out.up);
     }
-    // Two steps share a subtile: this one's rows had their last subtile two steps ago.
+    // A subtile takes two steps, so this lane's row had its previous subtile two steps ago.
     float sum = at.subtile == 0 ? dot : rows_.dots[lane] + dot;
     rows_.dots[lane] = last_dot_;
     last_dot_ = sum;
@@ -153,6 +158,7 @@ class DownDgradEpilogue {
     if (lane % 8 == 0) p_.dweight[tile.dweight_index + at.row * num_n_tiles()] = sum;
   }
 
+  // Makes the expected tile the stashed one, and starts its first loads.
   __device__ void begin() {
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
@@ -167,7 +173,7 @@ class DownDgradEpilogue {
     subtile_.put(stash_, 0);
   }
 
-  // In the same group as the next load_z.
+  // Starts to load the rows' router weights. The next load_z commits these copies too.
   __device__ void load_weights() {
     const RowsOfTile& tile = rows_.tiles[0];
     const int lane = threadIdx.x % 32;
@@ -176,7 +182,8 @@ class DownDgradEpilogue {
     }
   }
 
-  // A group of copies, also where there is no such step: so groups count steps.
+  // Starts to load z of a step, as one group of copies. Beyond the last step the group is empty, so
+  // that copy_async_wait can count groups as steps.
   __device__ void load_z(u32 step) {
     if (step < kSteps) {
       const Place at(step);
@@ -195,7 +202,7 @@ class DownDgradEpilogue {
   const DownDgradParams& p_;
   int warp_;
   u32 stash_[64];   // fp16 pairs in the accumulators' order
-  float last_dot_;  // <da', a> of the last step's row: this lane's columns up to its subtile
+  float last_dot_;  // <da', a> of the last step's row, over this lane's columns so far
 };
 
 }  // namespace cometrt

@@ -1,4 +1,4 @@
-// What the down dgrad computes of da' and z, eight columns of a row at a time.
+// The arithmetic of the down dgrad's epilogue on da' and z, eight columns of a row at a time.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -7,7 +7,8 @@
 
 namespace cometrt {
 
-// Eight columns: dz of the gate, dz of up, weighted_a.
+// Results for eight columns of a row. gate, up: both halves of dz (gate alone if not gated); a:
+// weighted_a.
 struct DownDgradVectors {
   int4 gate, up, a;
 };
@@ -20,9 +21,11 @@ __device__ inline float2 unpack_half(u32 pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
-// The exponent bits of the largest of a row's columns in a tile, of which four lanes have 64 each.
+// The biased exponent of the largest magnitude in a row of a tile, of which four lanes have 64
+// columns each. At least 15, so that the inverse of the row's scale is a normal number. `upper` 1:
+// of the lane's second row, eight rows further.
 __device__ inline u32 row_exponent(const float (&d)[128], int upper) {
-  float largest[4] = {0, 0, 0, 0};  // of a few chains
+  float largest[4] = {0, 0, 0, 0};  // four independent chains
 #pragma unroll
   for (int i = 0; i < 64; ++i) {
     largest[i % 4] = fmaxf(largest[i % 4], fabsf(d[i / 2 * 4 + 2 * upper + i % 2]));
@@ -33,8 +36,8 @@ __device__ inline u32 row_exponent(const float (&d)[128], int upper) {
   return max(__float_as_uint(most) >> 23, 15u);
 }
 
-// Of eight columns of a row, where da' is inverse * scaled. a is rounded before anything is
-// computed from it, as in the forward. Returns <da', a>.
+// Computes `out` for eight columns of a row, where da' = inverse * scaled. a is rounded first, as
+// in the forward. Returns <da', a> over these columns.
 template <int kActivation>
 __device__ inline float down_gradients(const int4& scaled, float inverse, float weight,
                                        const int4& z_gate, const int4& z_up,

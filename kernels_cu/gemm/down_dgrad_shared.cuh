@@ -20,28 +20,28 @@ struct DownDgradParams : TileList {
   __device__ int first_k(const WorkTile&) const { return 0; }
 };
 
-// A warp's rows of a tile: where they begin, and how many rows and columns are valid from there on.
+// A warp's rows of a tile: their first elements, and how many rows and columns exist from there on.
 struct RowsOfTile {
   __nv_bfloat16 *weighted_a, *dz;
   const __nv_bfloat16* z;
-  int columns, rows;       // no columns: there is no tile
-  int row, dweight_index;  // the first row among all rows, and its element of dweight
+  int columns, rows;       // columns 0: there is no tile
+  int row, dweight_index;  // number of the first row, and its element of dweight
 };
 
-// What a warp's next steps read, and what belongs to its rows of the stashed tile: registers have
-// no room for it. kZStages: steps whose z is under way.
+// The state of one warp's epilogue, which lies in shared memory to save registers. kZStages: number
+// of steps whose z is loaded ahead.
 template <int kZStages>
 struct RowStage {
   int4 z[kZStages][2][32];  // [gate, up][lane]
-  RowsOfTile tiles[2];      // stashed; being multiplied
-  float2 factors[16];       // of each row: the inverse of its power of two, and its weight
-  float dots[32];           // of each lane: <da', a> of its row of the last step but one
+  RowsOfTile tiles[2];      // the stashed tile; the tile that is being multiplied
+  float2 factors[16];       // of each row: the inverse of its scale, and its router weight
+  float dots[32];           // of each lane: <da', a> of its row in the step before the last one
 };
 
 template <int kZStages>
 struct DownDgradShared {
   Shared gemm;
-  RowStage<kZStages> rows[4 * kWarpgroups];  // of each warp that multiplies
+  RowStage<kZStages> rows[4 * kWarpgroups];  // one per multiplying warp
 };
 
 }  // namespace cometrt

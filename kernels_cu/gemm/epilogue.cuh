@@ -44,7 +44,7 @@ class SubtileStore {
       }
     }
   }
-  // Into shared memory: the upper eight rows of `pairs`, or the others.
+  // Writes eight rows of `pairs` to shared memory. `upper` 0: rows 0 to 7; 1: rows 8 to 15.
   __device__ void put(const u32* pairs, int upper) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -54,7 +54,7 @@ class SubtileStore {
                      pairs[8 * i + 6 + upper]);
     }
   }
-  // Of what was put: this lane's eight columns of a row.
+  // This lane's eight columns of a row that put() has written. `row`: 0 to 7.
   __device__ int4 vector(int row) const {
     return *reinterpret_cast<const int4*>(tile_ + row * 128 + 16 * (threadIdx.x % 8 ^ row));
   }
@@ -122,7 +122,7 @@ class Epilogue {
  public:
   static constexpr int kSteps =
       Math::kColumns / kSubtileColumns * Math::kSteps + (TileStored::kSignals ? 1 : 0);
-  static constexpr int kUnrolledSteps = kSteps;  // the compiler must know which one it is
+  static constexpr int kUnrolledSteps = kSteps;  // store_step needs a constant index
 
   // `warp`: index among the multiplying warps.
   __device__ Epilogue(Shared& shared, const Params& p, int warp, const TileStored& tile_stored)

@@ -1,5 +1,5 @@
-// Operand policies of the backward. Operands whose K is not innermost in memory stay as they lie:
-// MN-major in shared memory, in boxes of 64 columns by BLOCK_K rows.
+// Operand policies of the backward. Operands whose K is not innermost in memory are not transposed.
+// TMA loads them in boxes of BLOCK_K rows by 64 columns, and wgmma reads them MN-major.
 #pragma once
 
 #include "gemm/operands.cuh"
@@ -10,14 +10,14 @@ namespace cometrt {
 constexpr int kBoxColumns = 64, kBoxElements = kBoxColumns * BLOCK_K;
 static_assert(kBoxElements * sizeof(__nv_bfloat16) == 8192, "wgmma_descriptor_mn");
 
-// Of which rows and columns boxes are loaded, and how.
+// Loads neighbouring boxes of an operand, the first one at `row` and `column` of `expert`.
 struct BoxLoad {
-  const TensorMap* map;  // of one box
+  const TensorMap* map;  // of single boxes
   int row, column, expert;
   u64* full;
   u64 policy;
 
-  // `count` boxes, one behind the other, for this CTA alone or for both.
+  // Loads `count` boxes to `to` and the memory behind it. `multicast`: for both CTAs.
   __device__ void operator()(__nv_bfloat16* to, int count, bool multicast) const {
     for (int i = 0; i < count; ++i, to += kBoxElements) {
       const int at = column + i * kBoxColumns;
@@ -30,7 +30,8 @@ struct BoxLoad {
   }
 };
 
-// B of the GEMMs of the backward: K rows of BLOCK_N columns from an N-tile's first on.
+// Loads this CTA's halves of B, as WorkTile::b() names them: BLOCK_K rows of the N-tile's columns.
+// `of_tile` begins at the N-tile's first column.
 __device__ inline void load_b_boxes(Stage& stage, const WorkTile& tile, const BoxLoad& of_tile) {
   constexpr int kBoxes = kHalfN / kBoxColumns;
   if (tile.b() == kBothHalves) {
@@ -43,8 +44,8 @@ __device__ inline void load_b_boxes(Stage& stage, const WorkTile& tile, const Bo
   }
 }
 
-// Activation gradients: b [expert, K, columns], the forward's weights with the extents' roles
-// exchanged.
+// Activation gradients: a [rows, K] b [expert, K, columns]. b is the forward's weight as it lies in
+// memory; its K and its columns exchange their roles.
 struct RowsTimesTransposedWeights : RowsOperand {
   const TensorMap* b;  // boxes
   u64 b_policy;        // the next M-tiles of the expert read the same weights again

@@ -1,4 +1,5 @@
-// Grouped GEMM of activation gradients: out [rows, columns] = a [rows, K] b [expert, K, columns].
+// The up dgrad alone, in the modes "sequential" and "chunked": a grouped GEMM of activation
+// gradients, out [rows, columns] = a [rows, K] b [expert, K, columns].
 #include "gemm/grad_operands.cuh"
 #include "gemm/kernel_body.cuh"
 
@@ -25,10 +26,10 @@ struct Roles {
 
 }  // namespace
 
-// Dynamic shared memory, which the host reads from the compiled file.
+// Bytes of dynamic shared memory. The host reads it from the compiled kernel.
 extern "C" __constant__ const int shared_bytes = sizeof(Shared);
 
-// Grid: an even number of CTAs, at most as many as run at once. Dynamic shared memory: Shared.
+// Grid: an even number of CTAs, at most as many as fit on the GPU at once.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     grouped_dgrad(const __grid_constant__ GemmParams p, const __grid_constant__ TensorMap a_map,
                   const __grid_constant__ TensorMap a_half_map,

@@ -1,5 +1,6 @@
-// Grouped GEMM da' = dy w_down[expert] with all that follows from da' row by row; da' itself is
-// never stored. Macro: ACTIVATION, a number of common/activation.cuh.
+// The down dgrad alone, in the modes "sequential" and "chunked": the grouped GEMM da' = dy
+// w_down[expert], whose epilogue computes dz, weighted_a and dweight. da' itself is never stored.
+// Macro: ACTIVATION, an Activation of common/activation.cuh.
 #include "gemm/down_dgrad_epilogue.cuh"
 #include "gemm/grad_operands.cuh"
 #include "gemm/kernel_body.cuh"
@@ -36,10 +37,10 @@ struct Roles {
 
 }  // namespace
 
-// Dynamic shared memory, which the host reads from the compiled file.
+// Bytes of dynamic shared memory. The host reads it from the compiled kernel.
 extern "C" __constant__ const int shared_bytes = sizeof(Memory);
 
-// Grid: an even number of CTAs, at most as many as run at once.
+// Grid: an even number of CTAs, at most as many as fit on the GPU at once.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     grouped_down_dgrad(const __grid_constant__ DownDgradParams p,
                        const __grid_constant__ TensorMap a_map,

@@ -1,5 +1,5 @@
-// Grouped GEMM of weight gradients, for up to two weights of the experts in one launch, and the
-// order of its tiles.
+// Grouped GEMM of weight gradients: those of up to two weights of all experts in one launch. A
+// second kernel writes its tile order.
 #include "gemm/grad_operands.cuh"
 #include "gemm/kernel_body.cuh"
 #include "gemm/wgrad_epilogue.cuh"
@@ -41,10 +41,10 @@ struct Roles {
 
 }  // namespace
 
-// Dynamic shared memory, which the host reads from the compiled file.
+// Bytes of dynamic shared memory. The host reads it from the compiled kernel.
 extern "C" __constant__ const int shared_bytes = sizeof(WgradShared);
 
-// Grid: an even number of CTAs, at most as many as run at once. Dynamic shared memory: WgradShared.
+// Grid: an even number of CTAs, at most as many as fit on the GPU at once.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     grouped_wgrad(const __grid_constant__ WgradParams p, const __grid_constant__ WgradMaps maps) {
   extern __shared__ __align__(1024) char memory[];

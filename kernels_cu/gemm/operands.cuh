@@ -13,7 +13,7 @@ struct RowsOperand {
   const TensorMap *a, *a_half;  // boxes of BLOCK_M rows, kHalfM rows
   u64 a_policy;                 // rows are read at most twice
 
-  static constexpr bool kByKind = false;  // whether work tiles of a launch have other policies
+  static constexpr bool kByKind = false;  // whether the policy depends on the tile's kind
   static constexpr Major kMajorA = Major::kK;
   static constexpr u64 kStepA = 2;  // descriptor increment for the next 16 columns of K
 

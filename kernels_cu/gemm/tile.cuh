@@ -11,7 +11,7 @@
 
 namespace cometrt {
 
-constexpr int kWarpgroups = 2;  // that multiply; each computes 64 rows and all columns of a tile
+constexpr int kWarpgroups = 2;  // multiply; each computes 64 rows and all columns of a tile
 constexpr int kHalfM = BLOCK_M / kWarpgroups, kHalfN = BLOCK_N / 2;
 constexpr int kStages = 4;                         // of operands: 192 KB
 constexpr int kThreads = 128 * (1 + kWarpgroups);  // warpgroup 0 loads, schedules, communicates
@@ -61,7 +61,7 @@ struct EpilogueTile {
 
 struct Shared {
   Stage stages[kStages];
-  EpilogueTile epilogue_tiles[4 * kWarpgroups];  // one a warp that multiplies
+  EpilogueTile epilogue_tiles[4 * kWarpgroups];  // one per multiplying warp
   WorkTile work_tiles[kSchedulerStages];
   u64 full[kStages];                     // the stage holds this CTA's next BLOCK_K columns
   u64 empty[kStages];                    // all multiplying warps of the cluster have read the stage

@@ -1,6 +1,6 @@
 // The dynamic tile scheduler. One thread of each cluster pops cluster steps from the work list as
-// the cluster comes free and sends each CTA its work tile. Load and multiply warps read it.
-// Synchronises them by scheduler_full and scheduler_empty of Shared.
+// the cluster comes free and sends each CTA its work tile. The load thread and the multiplying
+// warps read it. scheduler_full and scheduler_empty of Shared synchronise them.
 #pragma once
 
 #include "gemm/tile.cuh"
@@ -9,7 +9,8 @@
 namespace cometrt {
 
 constexpr int kEndOfWork = -2;  // WorkTile::m_tile when no step is left
-// Arrivals that end a phase: multiplying warps of both CTAs; those and both load warps.
+// Arrivals that complete a barrier's phase. empty: the multiplying warps of both CTAs.
+// scheduler_empty: these and both load threads.
 constexpr u32 kEmptyArrivals = kClusterSize * kWarpgroups * 4;
 constexpr u32 kSchedulerEmptyArrivals = kClusterSize * (4 * kWarpgroups + 1);
 

@@ -1,18 +1,18 @@
-// The up dgrad and the weight gradients as GEMMs of one launch. The kind of a work tile says which:
-// 0 is the up dgrad, dx = dz w_up[expert]; those behind it are weight gradients.
+// The up dgrad and the weight gradients as GEMMs of one launch. A work tile's kind selects the
+// GEMM: 0 is the up dgrad, dx = dz w_up[expert]; kFirstWgrad and above are weight gradients.
 #pragma once
 
 #include "gemm/grad_operands.cuh"
 
 namespace cometrt {
 
-// The same tile as weight gradients count their kinds.
+// The same tile with kinds that count weight gradients alone, from 0 on.
 __device__ inline WorkTile wgrad_tile(WorkTile tile) {
   tile.packed -= kFirstWgrad << 4;
   return tile;
 }
 
-// The list of both: the steps of the up dgrad, then those of the weight gradients. Mirrored by
+// The list has the cluster steps of the up dgrad, then those of the weight gradients. Mirrored by
 // up_dgrad_wgrad_params_dtype in cometrt/kernels/params.py.
 struct UpDgradWgradParams : WgradParams {
   WgradProblem dx;  // one matrix of all rows
@@ -30,6 +30,7 @@ struct UpDgradWgradParams : WgradParams {
   }
 };
 
+// Selects the operand policy by the work tile's kind.
 struct UpDgradWgradOperands {
   using OfFirstKind = RowsTimesTransposedWeights;
   using OfOtherKinds = TransposedRowsTimesRows;

@@ -6,11 +6,12 @@
 
 namespace cometrt {
 
-// bf16 results are stashed as those of other GEMMs. float32 results would need as many registers as
-// the accumulators: they are stored before the next tile begins. The combine warps' stages leave no
-// shared memory for the boxes of BoxEpilogue. Each element has one writer, so that the order of
-// additions is always the same. Where a stashed tile goes is kept, which takes fewer registers than
-// to derive it again in each step.
+// bf16 results are stashed, as those of other GEMMs. float32 results are stored at the tile's end:
+// a stash of them would need as many registers as the accumulators. Gradients that are accumulated
+// are added at the tile's end too. BoxEpilogue does not fit here, since the combine warps' stages
+// leave no shared memory for its boxes. Each element has one writer, so results repeat bit for bit.
+// The address of a stashed tile is kept in registers, which takes fewer than computing it in each
+// step.
 //
 // `TileStored` has flag_of(tile), the flag to signal or -1, and signal(flag), which is called one
 // step after the tile's last store.
@@ -22,13 +23,14 @@ class UpDgradWgradEpilogue {
   static constexpr int kSteps = kSubtiles + 1;  // the last one signals
   static constexpr int kUnrolledSteps = kSteps;
 
-  // `warp` counts those that multiply.
+  // `warp`: index among the multiplying warps.
   __device__ UpDgradWgradEpilogue(Shared& shared, const UpDgradWgradParams& p, int warp,
                                   const TileStored& tile_stored)
       : subtile_(shared.epilogue_tiles[warp]), p_(p), warp_(warp), tile_stored_(tile_stored) {}
 
   __device__ void expect(const WorkTile&) {}
 
+  // Stores or stashes a tile's results. Changes d.
   __device__ void stash(const WorkTile& tile, float (&d)[128]) {
     const WgradProblem& problem = p_.problem_of(tile);
     const bool accumulates = p_.accumulate && p_.is_wgrad(tile);
@@ -48,13 +50,15 @@ class UpDgradWgradEpilogue {
       const Place at(problem, tile, warp_);
       at.add_old(static_cast<const __nv_bfloat16*>(problem.out) + at.element, d);
     }
-    // float32 results too, although no step stores them: so the old stash is dead up to here.
+    // Also for float32 results, which no step stores. Otherwise the old stash would take registers
+    // up to here.
 #pragma unroll
     for (int i = 0; i < 64; ++i) stash_[i] = pack(d[2 * i], d[2 * i + 1]);
     begin(problem, tile);
   }
 
-  // Of an expert without rows, or of rows that are all padding. No such tile is accumulated.
+  // For a tile without K (its expert has no rows), or of which this warp has only padding or no
+  // rows. Its results are zero. A list of accumulated gradients has no tile without K.
   __device__ void stash_zeros(const WorkTile& tile) {
     const WgradProblem& problem = p_.problem_of(tile);
     if (problem.is_float32) {
@@ -88,9 +92,10 @@ class UpDgradWgradEpilogue {
   }
 
  private:
-  // Of this thread's accumulators in out: pairs of columns in two rows, eight columns apart.
+  // Where this thread's accumulators lie in out: pairs of columns in two rows that are eight apart.
+  // The next pair of a row is eight columns further.
   struct Place {
-    int rows, columns, stride;  // of the warp's, how many exist; elements of a row
+    int rows, columns, stride;  // existing ones from the warp's first on; elements of a row
     long long element;          // of the first pair
 
     __device__ Place(const WgradProblem& problem, const WorkTile& tile, int warp) {
@@ -101,7 +106,7 @@ class UpDgradWgradEpilogue {
       const long long row = static_cast<long long>(tile.expert) * problem.num_rows + first;
       element = (row + lane / 4) * stride + tile.n_tile * BLOCK_N + lane % 4 * 2;
     }
-    // f(index of the accumulator, offset of its pair)
+    // Calls f(index of the accumulator, offset of its pair in out) for each pair that exists.
     template <typename F>
     __device__ void for_each_offset(const F& f) const {
       if (rows <= 0) return;
@@ -116,9 +121,10 @@ class UpDgradWgradEpilogue {
     __device__ void for_each_pair(float (&d)[128], const F& f) const {
       for_each_offset([&](int i, int offset) { f(offset, d[i], d[i + 1]); });
     }
+    // Adds the old bf16 values to d.
     __device__ void add_old(const __nv_bfloat16* out, float (&d)[128]) const {
       if (rows <= 0) return;
-      constexpr int kAtOnce = 16;  // blocks of eight columns whose loads are under way together
+      constexpr int kAtOnce = 16;  // blocks of eight columns whose loads are in flight together
 #pragma unroll
       for (int first = 0; first < BLOCK_N / 8; first += kAtOnce) {
         u32 old[2 * kAtOnce];
@@ -136,7 +142,7 @@ class UpDgradWgradEpilogue {
     }
   };
 
-  // From here on the steps store the stash.
+  // Sets what the next steps store and signal.
   __device__ void begin(const WgradProblem& problem, const WorkTile& tile) {
     const int row = tile.m_tile * BLOCK_M + warp_ * kWarpRows, column = tile.n_tile * BLOCK_N;
     const long long out_row = static_cast<long long>(tile.expert) * problem.expert_stride + row;
@@ -153,7 +159,7 @@ class UpDgradWgradEpilogue {
   const TileStored& tile_stored_;
   u32 stash_[64];  // bf16 pairs in accumulator order
   __nv_bfloat16* to_ = nullptr;
-  int columns_ = 0, stride_ = 0;  // columns_: of the tile, that are still to be stored
+  int columns_ = 0, stride_ = 0;  // columns_: of the stashed tile; 0 if there is none
   int flag_ = -1;
 };
 

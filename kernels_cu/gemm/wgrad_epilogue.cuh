@@ -1,5 +1,5 @@
-// The epilogues of weight gradients: bf16 or float32, written or added to what is there. Each
-// element has one writer, so that results are the same in every run.
+// The epilogues of weight gradients. Results are bf16 or float32, and overwrite or are added to the
+// old values. Each element has one writer, so results repeat bit for bit.
 #pragma once
 
 #include "gemm/epilogue.cuh"
@@ -8,7 +8,7 @@
 
 namespace cometrt {
 
-// out = d, of the rows of out[expert]. A warp's rows all exist, or none of them.
+// out[expert] = d, rounded to bf16. Of a warp's rows all exist, or none.
 struct OverwriteBf16 {
   static constexpr int kColumns = BLOCK_N, kSteps = 1;
 
@@ -22,20 +22,21 @@ struct OverwriteBf16 {
   }
 };
 
-// For launches of which all results are bf16 and overwritten: the epilogue of the other GEMMs.
+// For launches whose results are all bf16 and overwritten: the epilogue that the other GEMMs have.
 using Bf16WgradEpilogue = Epilogue<OverwriteBf16, NoSignal, WgradParams>;
 
 // threadIdx.x, read again at each use, so that no value derived from it takes a register.
 __device__ inline u32 thread() { return thread_index(); }
 
-// A box of a warp's results, as the bulk engine copies it: 16 rows of 128 bytes, swizzled. These
-// are 32 float32 columns or 64 bf16 columns.
+// A box of a warp's results, as TMA copies it: 16 rows of 128 bytes, swizzled. A row has 32 float32
+// columns or 64 bf16 columns.
 struct alignas(1024) OutBox {
   static constexpr int kRows = kHalfM / 4, kRowBytes = 128, kHalfBytes = kRows / 2 * kRowBytes;
   char bytes[kRows * kRowBytes];
 
-  // The bytes of row r lie in row 2 * (r % 4) + r / 4 of their half, by the map's order of rows.
-  // Then half a warp writes the float32 pairs of its four rows without bank conflicts.
+  // Each half of a box has eight rows, in the order of the tensor map: row r lies at
+  // 2 * (r % 4) + r / 4. So half a warp writes the float32 pairs of its four rows without bank
+  // conflicts.
   __device__ static u32 row_offset(u32 vector, u32 byte) {
     const u32 r = thread() % 32 / 4, row = 2 * (r % 4) + r / 4;
     return row * kRowBytes + 16 * (vector ^ row) + byte;
@@ -96,17 +97,17 @@ struct alignas(1024) OutBox {
   }
 };
 
-// Where a warp's rows of a tile lie in out, by its map.
+// Where a warp's rows of a tile lie in out, as its tensor map counts them.
 struct OutRows {
-  int row_group;  // eight rows each; -1: the warp has no rows
+  int row_group;  // the first one, of eight rows each; -1: the warp has no rows
   u32 n_tile : 31, kind : 1;
 };
 
-// Two boxes for each multiplying warp. Four of them lie in epilogue_tiles, which only
-// Bf16WgradEpilogue uses.
+// Two boxes for each multiplying warp. Four of the boxes lie in epilogue_tiles, which only
+// Bf16WgradEpilogue uses otherwise.
 struct WgradShared : Shared {
-  u64 old_full[4 * kWarpgroups];      // of a warp: the old values of two boxes have arrived
-  OutRows expected[4 * kWarpgroups];  // of a warp: the tile that is being multiplied
+  u64 old_full[4 * kWarpgroups];      // per warp: the old values of two boxes have arrived
+  OutRows expected[4 * kWarpgroups];  // per warp: its rows of the tile that is being multiplied
   OutBox boxes[6 * kWarpgroups];
 
   __device__ OutBox* box(int warp, int index) {
@@ -117,18 +118,18 @@ struct WgradShared : Shared {
 static_assert(sizeof(WgradShared) <= 227 * 1024, "shared memory of an SM");
 static_assert(sizeof(Shared::epilogue_tiles) >= 4 * sizeof(OutBox), "second boxes of four warps");
 
-// For all other launches. Results leave by the bulk engine, box by box: the first half of a tile's
-// columns at its end, the second under the next tile's main loop, from float32 in registers. Where
-// they are accumulated, the bulk engine loads the old values into the boxes ahead of time. They are
-// added here, before the only rounding.
+// For launches with float32 or accumulated results. TMA stores results box by box. The first half
+// of a tile's columns leaves at the tile's end. The second half stays in registers as float32, and
+// leaves under the next tile's main loop. For accumulated results TMA loads the old values into the
+// boxes ahead of time. They are added before the only rounding.
 //
 // Float32 has eight boxes of 32 columns, in pairs 0 to 3, and a warp has room for one pair. Bf16
 // has four boxes of 64 columns, in pairs 0 and 1. In the steps under a main loop, a warp
 //   float32: 1 loads old pair 2, 2 sends pair 2, 3 loads old pair 3, 4 sends pair 3;
 //            5 loads old pair 0 of the next tile, 6 keeps it in the stash and loads old pair 1;
 //   bf16:    1 loads old pair 1, 3 and 4 send its boxes; 6 loads old pair 0 of the next tile.
-// So a step hardly waits: the load or the bulk engine's reads that it needs began a step earlier.
-// Step 0 does nothing, since the bulk engine still reads what left at the tile's end.
+// So a step hardly waits: the load, or TMA's reads of a box, that it waits for began a step
+// earlier. Step 0 does nothing, since TMA still reads the boxes that were sent at the tile's end.
 class BoxEpilogue {
  public:
   static constexpr int kSteps = 7, kUnrolledSteps = kSteps;
@@ -138,12 +139,12 @@ class BoxEpilogue {
     expect_none();
   }
 
-  // Before the main loop of a tile, whose last steps load its first old values.
+  // Before the main loop of a tile. The last steps of that loop load its first old values.
   __device__ void expect(const WorkTile& tile) {
     if (thread() % 32 == 0) shared_.expected[warp()] = rows_of(tile);
     __syncwarp();
   }
-  // Sends the first half of a tile's columns and keeps the second.
+  // Sends the first half of a tile's columns and stashes the second.
   __device__ void stash(const WorkTile&, const float (&d)[128]) {
     take_expected();
     if (stored_.row_group < 0) return;
@@ -161,7 +162,8 @@ class BoxEpilogue {
 #pragma unroll
     for (int i = 0; i < 64; ++i) stash_[i] = d[64 + i];
   }
-  // Of an expert without rows; no such tile is accumulated.
+  // For a tile without K (its expert has no rows), or of which this warp has no rows. Its results
+  // are zero. A list of accumulated gradients has no tile without K.
   __device__ void stash_zeros(const WorkTile& tile) {
     const float zeros[128] = {};
     stash(tile, zeros);
@@ -188,11 +190,11 @@ class BoxEpilogue {
 #pragma unroll
     for (int index = 0; index < kSteps; ++index) store_step(index);
   }
-  // After the last tile: until its results are in global memory.
+  // After the last tile: waits until all results are in global memory.
   __device__ void finish() { bulk_wait<0>(); }
 
  private:
-  // Among the multiplying warps.
+  // Index among the multiplying warps.
   __device__ static int warp() { return thread() / 32 - kFirstMultiplyWarp; }
   __device__ OutRows rows_of(const WorkTile& tile) const {
     const u32 kind = tile.kind();
@@ -224,7 +226,7 @@ class BoxEpilogue {
     if (index == 3) send_bf16(stash_, 2);
     if (index == 4) send_bf16(stash_ + 32, 3);
   }
-  // What stash() adds.
+  // Loads the old values of the first half of the next tile's columns, which stash() adds.
   __device__ void load_first_old(const OutRows& at, int index) {
     if (is_float32(at) && index == 6) {
       wait_for_old();
@@ -240,12 +242,13 @@ class BoxEpilogue {
     }
   }
 
-  // Until the old values of both boxes have arrived.
+  // Waits until the old values of both boxes have arrived.
   __device__ void wait_for_old() {
     mbarrier_wait(&shared_.old_full[warp()], parity_);
     parity_ ^= 1;
   }
-  // Both boxes of the warp: their old values have arrived, or nothing reads them any more.
+  // Waits until both boxes of the warp may be written: when their old values have arrived, or when
+  // TMA has read what was sent.
   __device__ void claim_bf16() {
     if (p_.accumulate) {
       wait_for_old();
@@ -254,7 +257,7 @@ class BoxEpilogue {
       __syncwarp();
     }
   }
-  // `v` [32]. `add`: to the old values in the boxes.
+  // Sends a pair of boxes. `v` [32]: accumulators of 64 columns. `add`: to the old values there.
   __device__ void send_float32_pair(const float* v, int pair, bool add) {
     if (add) wait_for_old();
 #pragma unroll
@@ -267,11 +270,12 @@ class BoxEpilogue {
       send(2 * pair + i, 32);
     }
   }
+  // Sends one box. `v` [32]: accumulators of 64 columns.
   __device__ void send_bf16(const float* v, int box) {
     shared_.box(warp(), box % 2)->put_bf16(v, p_.accumulate);
     send(box, 64);
   }
-  // A box of the stashed tile. The map leaves out columns that do not exist.
+  // Stores a box of the stashed tile by TMA, which leaves out columns that do not exist.
   __device__ void send(int box, int box_columns) {
     fence_proxy_async_shared();
     __syncwarp();
@@ -282,7 +286,7 @@ class BoxEpilogue {
       bulk_commit();
     }
   }
-  // Loads the old values of a pair of boxes into those of the warp, when nothing reads these.
+  // Loads the old values of a pair of boxes, once TMA has read what was sent from the warp's boxes.
   __device__ void load_old(const OutRows& at, int pair) {
     if (thread() % 32 == 0) {
       bulk_wait_read<0>();

@@ -1,19 +1,20 @@
-// The tile order of weight gradients: one expert after the other, that with the most rows first, so
-// that the last steps are the shortest. All tiles of an expert take equally long.
+// The tile order of weight gradients: expert by expert, the one with the most rows first. All tiles
+// of an expert take equally long, since its rows are K. So the last steps are the shortest.
 #pragma once
 
 #include "gemm/wgrad_problem.cuh"
 
 namespace cometrt {
 
-// The cluster steps of one expert and problem. Pairs of M-tiles share an N-tile; an M-tile that is
-// left over takes two N-tiles in a step.
+// The cluster steps of one expert and problem. A step has two M-tiles of one N-tile. Where the
+// number of M-tiles is odd, the last one takes two N-tiles in a step.
 struct WgradSteps {
   const WgradProblem& problem;
   int kind, raster_group;
 
   __device__ int m_tiles() const { return (problem.num_rows + BLOCK_M - 1) / BLOCK_M; }
   __device__ int n_tiles() const { return (problem.num_columns + BLOCK_N - 1) / BLOCK_N; }
+  // Steps of a raster group of so many N-tiles.
   __device__ int of_group(int width) const {
     return m_tiles() / 2 * width + m_tiles() % 2 * ((width + 1) / 2);
   }
@@ -28,7 +29,8 @@ struct WgradSteps {
             static_cast<u16>(a | b << 2 | kind << 4)};
   }
 
-  // Both work tiles of a step. One without work still names the expert, whose K its CTA follows.
+  // Writes both work tiles of a step. An idle one names the expert too, since its CTA goes through
+  // the same K blocks as its neighbour.
   __device__ void write(int step, int expert, WorkTile* to) const {
     const int group = step / of_group(raster_group), first = group * raster_group;
     const int width = min(raster_group, n_tiles() - first), pairs = m_tiles() / 2;
@@ -49,7 +51,8 @@ struct WgradSteps {
   }
 };
 
-// Experts that come before this one: those with more rows, or as many and a lower number.
+// The number of experts that come before this one. They have more rows, or as many and a lower
+// number. By all threads of a block.
 __device__ inline int place_of(const WgradParams& p, int expert) {
   const int rows = p.expert_rows[expert];
   int place = 0;
@@ -61,9 +64,9 @@ __device__ inline int place_of(const WgradParams& p, int expert) {
   return place;
 }
 
-// By all threads of all blocks. An expert without rows has steps, which write zeros, unless
-// gradients are accumulated. `first_step`: steps of other GEMMs that the list begins with;
-// `first_kind`: of the first weight gradient.
+// By all threads of all blocks. The steps of an expert without rows write zeros; they are left out
+// where gradients are accumulated. `first_step`: number of steps of other GEMMs at the list's
+// begin. `first_kind`: kind of the first weight gradient.
 __device__ inline void write_wgrad_order(const WgradParams& p, WorkTile* work_tiles, int* num_steps,
                                          int* progress, int first_step = 0, int first_kind = 0) {
   int steps_of_expert = 0;

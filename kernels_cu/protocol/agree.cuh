@@ -1,6 +1,6 @@
 // The start of an exchange on the receiving side: wait until every rank has published, then check
-// that all make the same call. Used by `prepare` (forward) and `agree` (backward). Since every
-// exchange waits for all ranks, ranks are at most one epoch apart.
+// that all make the same call. Used by `prepare` (forward), and by `agree` or `prepare_backward`
+// (backward). Since every exchange waits for all ranks, ranks are at most one epoch apart.
 #pragma once
 
 #include "protocol/exchange_params.cuh"

@@ -23,7 +23,7 @@ enum ExchangeStatus : u32 {
 struct ExchangeState {
   u32 ticket;    // blocks of `publish` that have finished; the last one sets it back to 0
   u32 status;    // ExchangeStatus; `publish` sets it
-  u32 ok;        // `prepare` or `agree` sets it to 1; later kernels do nothing while it is 0
+  u32 ok;        // set to 1 behind the wait for all ranks; later kernels do nothing while it is 0
   u32 reported;  // a block of `finish` has reported that the call failed
 };
 
@@ -100,7 +100,8 @@ struct ExchangeParams {
   // Gradients of the weights, which become NaN if the call fails; null where they are accumulated.
   void *dw_up, *dw_down;
   u64 dw_up_bytes, dw_down_bytes;
-  // All counters of a forward: PlanProgress, the planner's, and those below. `publish` zeroes them.
+  // All counters of the call, which `publish` zeroes. Forward: PlanProgress, the planner's, and
+  // those below. Fused backward: those below.
   u32* counters;
   // Fused kernels only. tile_filled [max_tiles]: copy chunks in place, of rows of an M-tile.
   // tile_done [max_tiles, num_n_chunks]: warps that have stored their part of an N-tile.

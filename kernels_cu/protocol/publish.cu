@@ -1,6 +1,7 @@
 // The first and the last kernels of an exchange: `publish` puts this rank's inputs into the heap
 // and signals source_ready on every rank; `agree` (backward) waits for all ranks; `finish` reports
-// a failed call to the host. In a forward `prepare` of plan/plan.cu stands for `agree`.
+// a failed call to the host. Instead of `agree`, a forward has `prepare` (plan/plan.cu), and a
+// fused backward has `prepare_backward` (fused/prepare_backward.cu).
 #include "protocol/agree.cuh"
 
 using namespace cometrt;
@@ -171,7 +172,7 @@ __device__ void publish_share(const ExchangeParams& params, u64 epoch) {
 // so no block waits for another. An inert call writes nothing to the heap: slow peers may still
 // read what the call before it published. The call is inert if any warp has seen the world stopped.
 // Each block's gpu-scope fences and ticket order its stores before the last block's system-scope
-// release of source_ready, which `prepare` and `agree` acquire.
+// release of source_ready, which wait_source() acquires.
 extern "C" __global__ void __launch_bounds__(kPublishThreads)
     publish(const __grid_constant__ ExchangeParams params) {
   __shared__ u32 before;
@@ -190,8 +191,8 @@ extern "C" __global__ void __launch_bounds__(kPublishThreads)
   begin_exchange(params, epoch, status);
 }
 
-// One CTA, in backward: waits for all ranks and sets `ok` if all make the same call. Acquires
-// source_ready.
+// One CTA, in a backward that is not fused: waits for all ranks and sets `ok` if all make the same
+// call. Acquires source_ready.
 extern "C" __global__ void __launch_bounds__(kThreads)
     agree(const __grid_constant__ ExchangeParams params) {
   if (params.state->status != kActive) return;

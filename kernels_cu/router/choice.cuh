@@ -12,6 +12,7 @@ __device__ inline double bias_of(const RouterParams& p, int expert) {
   return load_element(p.bias, p.bias_type, expert);
 }
 
+// to_choice for one kind of router.
 template <int kKind>
 __device__ inline bool to_scores(const RouterParams& p, const Normalizer& normalizer, double* row) {
   bool valid = true;
@@ -25,17 +26,17 @@ __device__ inline bool to_scores(const RouterParams& p, const Normalizer& normal
   return __all_sync(~0u, valid);
 }
 
-// Replace a row of logits by scores with their bias, -infinity for masked experts. False if a bias
-// is not finite, on all lanes. Without a bias and without sums of scores the logits decide instead:
-// scores grow with them.
+// Replaces a row of logits by score + bias, -infinity for masked experts. Returns false, on all
+// lanes, if a bias is not finite. Needed only with a bias or with sums of scores. Otherwise the
+// logits decide, which have the same order as the scores.
 __device__ inline bool to_choice(const RouterParams& p, const Normalizer& normalizer, double* row) {
   if (p.kind == kSoftmax) return to_scores<kSoftmax>(p, normalizer, row);
   if (p.kind == kSigmoid) return to_scores<kSigmoid>(p, normalizer, row);
   return to_scores<kSqrtSoftplus>(p, normalizer, row);
 }
 
-// Set the choice to -infinity outside the topk_groups best groups. Each group has a team of lanes,
-// as many as a power of two allows. At most 32 groups. Of equal groups the lower wins.
+// Sets the choice to -infinity outside the topk_groups best groups. At most 32 groups; each is
+// reduced by a subgroup of lanes, whose size is a power of two. Of equal groups the lower wins.
 __device__ inline void limit_to_groups(const RouterParams& p, double* choice) {
   const int size = p.num_experts / p.num_groups;
   const int lanes = 32 >> (32 - __clz(p.num_groups - 1));
@@ -63,7 +64,7 @@ __device__ inline void limit_to_groups(const RouterParams& p, double* choice) {
   for (int expert = first; expert < end; expert += lanes) choice[expert] = -CUDART_INF;
 }
 
-// An integer that orders as the values do, with -0 equal to 0. 0 for -infinity.
+// Maps values to integers of the same order. -0 and 0 get the same integer; -infinity gets 0.
 __device__ inline u64 key_of(double value) {
   if (value == -CUDART_INF) return 0;
   const u64 bits = __double_as_longlong(value == 0 ? 0.0 : value), sign = 1ull << 63;
@@ -75,7 +76,7 @@ __device__ inline u64 key_of(double value) {
 __device__ inline int largest(const RouterParams& p, const double* choice) {
   constexpr int kNone = 0x7fffffff;
   const int lane = lane_index();
-  u64 keys[kPerLane], best = 0;  // best, best_id: of this lane's experts that are left
+  u64 keys[kPerLane], best = 0;  // best, best_id: of this lane's experts not yet chosen
   int best_id = kNone, chosen = -1;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {

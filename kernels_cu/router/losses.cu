@@ -1,15 +1,17 @@
-// Losses of routers: sums over the tokens of a sequence, and the gradient of the logits. A warp has
-// a token at a time. NaN or +infinity in a token's logits makes its sums and its gradient NaN.
+// Losses of routers: sums over the tokens of a sequence, and the gradient of the logits. A warp
+// handles one token at a time. NaN or +infinity in a token's logits makes its sums and its gradient
+// NaN.
 #include "router/scores.cuh"
 
 using namespace cometrt;
 
 namespace {
 
-constexpr int kSumBlocksPerSm = kPerLane > 8 ? 2 : 6;  // its sums lie in registers
+constexpr int kSumBlocksPerSm =
+    kPerLane > 8 ? 2 : 6;  // router_loss_sums keeps its sums in registers
 
-// Count the token's kept pairs by expert, unless counts is null. Returns whether it has any, on all
-// lanes; true without ids.
+// Counts the token's pairs by expert, unless counts is null. Returns, on all lanes, whether it has
+// any. Without ids: true.
 __device__ bool keeps_pairs(const RouterParams& p, int token, int* counts) {
   if (p.ids == nullptr) return true;
   bool any = false;
@@ -24,10 +26,10 @@ __device__ bool keeps_pairs(const RouterParams& p, int token, int* counts) {
 
 }  // namespace
 
-// Each block adds up LOSS_CHUNK_TOKENS tokens of a sequence into a row of out [2 E + 3]: the
-// probabilities of each expert over tokens with a kept pair, the pairs of each expert, the number
-// of those tokens, their sum of logsumexp^2, and the number of tokens in that sum. Tokens without
-// an expert that may be chosen are not in the last two.
+// Each block sums LOSS_CHUNK_TOKENS tokens of a sequence into one row of l.sums [2 E + 3]. With
+// ids, tokens without a pair count nowhere. The row has: each expert's sum of probabilities, each
+// expert's number of pairs, the number of tokens, the sum of logsumexp^2, and the number of tokens
+// in that sum. Tokens whose logits are all -infinity are left out of the last two.
 extern "C" __global__ void __launch_bounds__(32 * kWarps, kSumBlocksPerSm)
     router_loss_sums(const __grid_constant__ RouterParams p,
                      const __grid_constant__ RouterLossParams l) {
@@ -48,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kSumBlocksPerSm)
     num_tokens += 1;
     load_row(p, token, row);
     const Normalizer normalizer = normalizer_of(p.num_experts, row);
-    if (normalizer.sum == 0) continue;  // no expert may be chosen
+    if (normalizer.sum == 0) continue;  // all logits are -infinity
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i)
       sums[i] += normalizer.probability(row[i * 32 + lane_index()]);
@@ -77,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kSumBlocksPerSm)
 }
 
 // dlogits [T, E] = p * (balance_factor * (f - sum(f * p)) + z_factor * logsumexp), with the softmax
-// p and the sequence's fractions f. 0 for tokens that no loss counts.
+// p and the sequence's fractions f. 0 for tokens without a pair, or with logits all -infinity.
 extern "C" __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
     router_loss_backward(const __grid_constant__ RouterParams p,
                          const __grid_constant__ RouterLossParams l) {

@@ -1,4 +1,4 @@
-// What the routers' kernels take. The mirrors are in cometrt/kernels/params.py.
+// Parameters of the routers' kernels. Mirrored in cometrt/kernels/params.py.
 #pragma once
 
 namespace cometrt {
@@ -18,12 +18,12 @@ struct RouterParams {
   float* dlogits;                           // [T, E]
   double scale;                             // factor on the weights
   int num_tokens, num_experts, topk, kind;  // T, E, K, RouterKind
-  int num_groups, topk_groups, sum_of_two;  // sum_of_two: of a group's scores; else the largest
+  int num_groups, topk_groups, sum_of_two;  // sum_of_two: a group's score is its two best ones' sum
   int renormalize, mask_stride;             // mask_stride: between tokens, 0 or E
   int logits_type, bias_type, dweights_type, ids_are_64, padding;
 };
 
-// What the losses take besides: B sequences of sequence_tokens tokens.
+// Further parameters of the losses, for B sequences of sequence_tokens tokens.
 struct RouterLossParams {
   double* sums;                   // [B * chunks_per_sequence, 2 E + 3]
   const double* fractions;        // [B, E], or [E] with a stride of 0; null: no balance loss

@@ -11,10 +11,10 @@
 
 namespace cometrt {
 
-constexpr int kPerLane = EXPERTS_PER_LANE;  // of the 32 * kPerLane experts that fit
+constexpr int kPerLane = EXPERTS_PER_LANE;  // experts of a lane
 constexpr int kMaxExperts = 32 * kPerLane;
-constexpr int kWarps = 4;                            // of a CTA
-constexpr int kBlocksPerSm = kPerLane > 16 ? 4 : 8;  // at least: leaves enough registers
+constexpr int kWarps = 4;                            // per CTA
+constexpr int kBlocksPerSm = kPerLane > 16 ? 4 : 8;  // for __launch_bounds__
 
 __device__ inline int lane_index() { return threadIdx.x % 32; }
 
@@ -53,7 +53,8 @@ __device__ inline long long load_id(const RouterParams& p, long long index) {
                       : static_cast<const int*>(p.ids)[index];
 }
 
-// All loads of a lane are in flight together. Entries from num_experts on become -infinity.
+// Copies a token's logits to row. All loads of a lane are in flight together. Entries from
+// num_experts on become -infinity.
 template <typename T>
 __device__ inline void load_logits(const T* logits, int num_experts, double* row) {
   double values[kPerLane];
@@ -130,7 +131,7 @@ __device__ inline double score_of(int kind, const Normalizer& normalizer, double
   return kind == kSigmoid ? sigmoid(logit) : sqrt(softplus(logit));
 }
 
-// Up to a constant of the token, which renormalisation cancels.
+// log(score), up to a constant of the token, which renormalisation cancels.
 __device__ inline double log_score_of(int kind, double logit) {
   if (kind == kSoftmax) return logit;
   if (kind == kSigmoid) return fmin(logit, 0.0) - log1p(exp(-fabs(logit)));

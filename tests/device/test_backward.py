@@ -1,4 +1,4 @@
-"""The fused backward has the bits of the sequential one, which adds up in the same order."""
+"""The fused backward gives the bits of the sequential one, since both sum in the same order."""
 
 import dataclasses
 import itertools
@@ -47,7 +47,7 @@ def bits(output):
 
 
 def compare(case, inputs, timeout_sec=10, link=None):
-    """Both modes on the same inputs, against each other and the reference."""
+    """Run both modes on the same inputs; compare them with each other and with the reference."""
 
     def fn(world):
         return [
@@ -70,9 +70,9 @@ def test_small_layers_of_every_routing(case):
 
 @dataclasses.dataclass(frozen=True)
 class Wide(Case):
-    """Several tiles of an expert, copy chunks of a row, N-tiles and N-chunks; uneven ends."""
+    """Experts of several M-tiles, rows of several copy chunks, several N-tiles and N-chunks."""
 
-    changes: tuple = ()  # fields of the config
+    changes: tuple = ()  # pairs (field, value) of the config
 
     @property
     def spec(self):
@@ -265,7 +265,7 @@ def test_a_lost_push_ends_all_waits_and_reset_helps(save):
         world.timeout_sec = 1.0
         grads = rank.layer.backward(rank.dy, saved)
         error = caught(rank.layer.synchronize)
-        if world.rank != 1:  # which waits for nobody, and may have ended before
+        if world.rank != 1:  # rank 1 waits for no peer and may have ended before
             assert isinstance(error, cometrt.PeerTimeout)
             assert (error.flag, error.peer, error.epoch) == ("partials_ready", 1, 2)
             for grad in grads:

@@ -23,7 +23,7 @@ def tiles_of(rows, seed=0):
     num_tiles = [-(-n // 128) for n in rows]
     offsets = np.concatenate([[0], np.cumsum(num_tiles)]) * 128
     expert = np.repeat(np.arange(len(rows)), num_tiles)
-    # Two passes over the experts, as with two waves: of each some tiles, then the rest.
+    # Two passes over the experts, as with two phases: of each some tiles, then the rest.
     cut = rng.integers(0, np.array(num_tiles, int) + 1)
     index = np.arange(len(expert)) - np.repeat(offsets[:-1] // 128, num_tiles)
     late = index >= cut[expert] if len(expert) else np.zeros(0, bool)
@@ -158,7 +158,7 @@ def test_many_tiles():
 
 @pytest.mark.parametrize("inner", [512, 560, 1024, 2064])
 def test_results_leave_while_the_next_tile_is_multiplied(inner):
-    # K from one piece a block on; below it (the other tests) they leave first.
+    # Enough K for one K block per epilogue step; with less (the other tests) stores come first.
     Problem((200, 130, 0, 600), 528, inner, None).check(False)
     Problem((200, 130, 0, 600), 272, inner, "geglu").check(True)
 

@@ -10,7 +10,7 @@ from tests.device.test_engine import EDGES, error_of, on_gpu, tiles_of
 
 gpu = pytest.mark.gpu
 MANY = tuple(np.random.default_rng(1).integers(0, 900, 24))
-ROUNDED = 3e-3  # relative error of results rounded to bf16 once
+ROUNDED = 3e-3  # bound on the relative error of results that are rounded to bf16 once
 
 
 def is_nan(array):
@@ -18,7 +18,7 @@ def is_nan(array):
 
 
 def random_rows(tiles, rows, columns, rng):
-    """[rows, columns] bf16, zero in padding rows; which rows are real."""
+    """Random rows [rows, columns] bf16, zero in padding rows; and the mask of real rows [rows]."""
     import ml_dtypes
 
     values = np.zeros((tiles.num_rows + 256, columns), ml_dtypes.bfloat16)
@@ -33,7 +33,7 @@ def random_rows(tiles, rows, columns, rng):
 
 
 class Dgrad:
-    """Random operands, and the float64 result."""
+    """A problem: random operands, and the float64 result."""
 
     def __init__(self, rows, columns, inner, seed=0):
         import cupy as cp
@@ -92,9 +92,10 @@ def norm_of_rows(array):
 
 
 class DownDgrad:
-    """Random operands, and all results in float64 from the unrounded da'.
+    """A problem: random operands, and all results in float64 from the unrounded da'.
 
-    scale: of the rows of dy, one after the other.
+    Args:
+        scale: factors of the rows of dy; row i has factor i modulo their number.
     """
 
     def __init__(self, rows, columns, inner, activation, seed=0, scale=(1.0,)):
@@ -146,7 +147,7 @@ class DownDgrad:
         return {name: out.get() for name, out in self.outs.items()}
 
     def errors(self, found):
-        """Relative to the size of each row, so that small rows count as much as large ones."""
+        """Errors relative to each row's norm, so that small rows count as much as large ones."""
         result = {}
         for name, expected in self.expected.items():
             size = self.sizes[name][self.real]
@@ -167,7 +168,7 @@ class DownDgrad:
         assert errors["dweight"] < 3e-4, errors
         again = self.run(**how)
         assert all(found[n][:used].tobytes() == again[n][:used].tobytes() for n in found)
-        for array in self.inputs[:1] + self.inputs[2:]:  # what padding rows hold changes nothing
+        for array in self.inputs[:1] + self.inputs[2:]:  # NaN in padding rows changes nothing
             array[~self.real] = np.nan
         again = self.run(**how)
         assert all(found[n][:used].tobytes() == again[n][:used].tobytes() for n in found)
@@ -205,7 +206,7 @@ def test_down_dgrad_of_many_tiles():
 
 @gpu
 def test_down_dgrad_of_rows_of_any_size():
-    # Also where their fp16 would be 0 or infinite.
+    # In fp16 without a scale, many of these rows would be 0 or infinite.
     DownDgrad(EDGES, 272, 528, "swiglu", scale=10.0 ** np.arange(-25, 30, 5)).check()
 
 
@@ -228,8 +229,10 @@ def test_down_dgrad_keeps_what_is_not_finite_in_its_row(value):
 class WgradProblems:
     """Random operands of gradients of these shapes, and the float64 results.
 
-    Padding rows are zero up to the next multiple of 64, NaN behind. float32: which of the results
-    are float32.
+    Padding rows are zero up to the next multiple of 64, and NaN after it: those must not be read.
+
+    Args:
+        float32: indices of the results that are float32.
     """
 
     def __init__(self, rows, shapes, seed=0, float32=()):
@@ -252,7 +255,7 @@ class WgradProblems:
             a[self.tiles.num_rows :], b[self.tiles.num_rows :] = np.nan, np.nan
             self.expected.append(expected)
             self.operands.append((cp.asarray(a), cp.asarray(b)))
-            # One expert more than there is, which must stay as it is.
+            # Room for one more expert, which must not be written.
             dtype = np.float32 if len(self.outs) in float32 else ml_dtypes.bfloat16
             self.outs.append(cp.empty((len(rows) + 1, *columns), dtype))
         self.old = [(3 * rng.standard_normal(out.shape)).astype(out.dtype) for out in self.outs]
@@ -281,7 +284,7 @@ class WgradProblems:
         assert [out.tobytes() for out in found] == [out.tobytes() for out in again]
 
     def check_accumulated(self, **how):
-        """old + sum, rounded once; experts without rows are untouched."""
+        """Check old + sum, rounded once. Experts without rows keep their old values."""
         found, sums = self.run(accumulate=True, **how), self.run(**how)
         again = self.run(accumulate=True, **how)
         assert [out.tobytes() for out in found] == [out.tobytes() for out in again]

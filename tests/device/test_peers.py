@@ -79,7 +79,7 @@ def test_against_reference(case):
 
 @pytest.mark.parametrize("tp", TP)
 def test_fused_has_the_bits_of_sequential(tp):
-    # Rows that take several pieces of 4 KB, several tiles of an expert, blocks of tokens.
+    # Rows of several copy chunks of 4 KB, experts of several tiles, several token blocks.
     spec = cometrt.MoESpec(
         hidden=4096, intermediate=256 * tp, num_experts=4 * RANKS, topk=4, max_tokens=1500, tp=tp
     )

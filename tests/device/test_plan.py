@@ -80,7 +80,7 @@ def test_where_a_blocks_last_tile_is(seed):
     }
     expected = np.full(size * shape.blocks_per_home, -1)
     for home, block, tokens in plan.pushes(shape):
-        last = min(first_needed[int(token)] for token in tokens)  # layer1 walks backwards
+        last = min(first_needed[int(token)] for token in tokens)  # the down GEMM walks backwards
         expected[home * shape.blocks_per_home + block] = last
     found = planner.scratch["block_order_idx"].get()
     assert planner.block_order_idx == planner.scratch["block_order_idx"].data.ptr

@@ -36,7 +36,7 @@ def bits(rank):
 @pytest.mark.parametrize("order", ["phases", "columns"])
 @pytest.mark.parametrize("ranks", [(1, 1), (4, 1), (4, 2)], ids=str)
 def test_num_comm_changes_no_bits(ranks, order, monkeypatch):
-    monkeypatch.setattr(cases, "HIDDEN", 2560)  # ten chunks; rows in two pieces
+    monkeypatch.setattr(cases, "HIDDEN", 2560)  # ten N-chunks; two copy chunks of a row
     case = Case(ranks, "skewed", mode="fused", gemm="engine", order=order)
     inputs = make_inputs(case)
 

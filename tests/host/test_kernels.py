@@ -95,12 +95,12 @@ def test_kernels_say_how_much_shared_memory_they_need():
         "DispatchStages<cometrt::CopyShape<3, 4096>>", "fused/dispatch_warp.cuh", []
     )
     (dispatch_dy,) = layout_of(
-        "DispatchStages<cometrt::CopyShape<4, 2048>>", "fused/dispatch_warp.cuh", []
+        "DispatchStages<cometrt::CopyShape<2, 2048>>", "fused/dispatch_warp.cuh", []
     )
     (combine,) = layout_of("CombineStages", "fused/row_sums.cuh", [])
     down_dgrad, fused_down_dgrad = (
         layout_of(f"DownDgradShared<{stages}>", "gemm/down_dgrad_shared.cuh", [])[0]
-        for stages in (3, 1)
+        for stages in (3, 2)
     )
     (wgrad,) = layout_of("WgradShared", "gemm/wgrad_epilogue.cuh", [])
     for file, wanted in (

@@ -97,5 +97,5 @@ def test_too_many_rows():
     assert error.rank == 0
     assert f"needs {error.need} rows" in str(error)
     assert f"capacity is {error.capacity}" in str(error)
-    # Pads have room of their own: 15 for each of a rank's four experts.
+    # Padding rows have room of their own: 15 for each of a rank's four experts.
     assert f"({np.ceil((error.need - 60) / 1.2) / 100:.2f} is enough)" in str(error)

@@ -73,7 +73,7 @@ def event(role, name, begin, end, rank=0, **more):
 
 
 def of_ctas():
-    """Two CTAs of one rank: each a thread that loads, one that multiplies, and movers."""
+    """Two CTAs of one rank: each has a load thread, a thread that multiplies, and comm warps."""
     return [
         event("compute", "wait", 0, 40, flag="tile_filled", cta=0, lane=0),
         event("compute", "up", 40, 100, tile=1, column=0, cta=0, lane=4),
