@@ -273,7 +273,7 @@ def measure_cell(
 
 
 def free_memory(devices: Iterable[int]) -> None:
-    """Of ranks that have ended, on these GPUs."""
+    """Free the memory that ended ranks have left on these GPUs."""
     gc.collect()  # cycles hold some
     for device in devices:
         with cp.cuda.Device(device):

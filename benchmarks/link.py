@@ -156,7 +156,11 @@ class Side:
         return took / (2 * HOPS) / 1000 if took else None
 
     def load_us(self, pointer: int, bulk_bytes: int) -> float:
-        """Of one load after the other; 0: eight bytes by an ordinary one. Rank 0 alone."""
+        """Microseconds of a load that begins when the one before it ends, on rank 0 alone.
+
+        Args:
+            bulk_bytes: of a bulk load; 0: an ordinary load of eight bytes.
+        """
         self.world.barrier()
         if self.world.rank == 0:
             for _ in range(2):

@@ -196,7 +196,7 @@ class NcclForward:
 
 
 def _parts(array: Any, tokens: dict[int, np.ndarray]) -> dict[int, Any]:
-    """Of each rank, one behind the other."""
+    """Cut an array whose rows lie in the order of ranks: one part for each rank."""
     found, begin = {}, 0
     for rank, those in tokens.items():
         found[rank] = array[begin : begin + len(those)]

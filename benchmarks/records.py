@@ -122,7 +122,7 @@ def medians(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def tflops(entry: dict[str, Any], contender: str, *, sustained: bool = False) -> float | None:
-    """Of a GPU; None: not measured."""
+    """TFLOP/s of a GPU; None: not measured."""
     found = entry["times"].get(contender, {})
     ms = found.get("sustained") if sustained else found.get("isolated", {}).get("median")
     return entry["flops"] / ms / 1e9 if ms else None

@@ -148,7 +148,7 @@ class Layer:
 
 
 def compiled(layer: Layer, mesh: Any) -> dict[str, Callable[..., Any]]:
-    """By pass. Arrays of all ranks lie one behind the other, in and out."""
+    """A compiled function for each pass. Its arrays hold those of all ranks, concatenated."""
 
     def both(dy: Any, x: Any, ids: Any, *weights: Any) -> Any:
         y, saved = layer.forward(x, ids, *weights)

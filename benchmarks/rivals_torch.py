@@ -84,7 +84,7 @@ class Exchange:
         self.local = experts // self.size
         peers = [rank for rank in range(self.size) if rank != self.rank]
         self.order = torch.tensor([*peers, self.rank], device=_device())
-        self.slot = torch.argsort(self.order)
+        self.index_of_pair = torch.argsort(self.order)
 
     def plan(self, ids: Any, weights: Any) -> ExpertRows:
         """ids, weights: [T, K] of this rank."""
@@ -172,7 +172,7 @@ class Exchange:
             return y, None
         if self.pairs:
             return y, home.view(-1)[self.home.reshape(-1).long()].view(self.tokens, self.topk)
-        at = self.copies.gather(1, self.slot[self.owner])
+        at = self.copies.gather(1, self.index_of_pair[self.owner])
         return y, home.gather(0, at.long())
 
     def _exchange(self, out: Any, given: Any, out_sizes: list[int], sizes: list[int]) -> Any:

@@ -135,8 +135,8 @@ def overlap_table() -> list[str]:
             emulated[name.split(" link=")[0]] = entry
     entries = list(peers("forward"))
     head = ["layer", "crossing, ms", "planning", "efficiency", "communication hidden", "order"]
-    told = ["fused, GEMMs, over sequential", "by link emulation"]
-    lines = [f"{gpus(entries)}; isolated.", "", *heading([*head, *told, "commit"])]
+    compared = ["fused, GEMMs, over sequential", "by link emulation"]
+    lines = [f"{gpus(entries)}; isolated.", "", *heading([*head, *compared, "commit"])]
     for name, _, entry in entries:
         found, other = figures(entry), emulated.get(name)
         shares = [number(found, "planning", ".1%"), number(found, "efficiency"), hidden(found)]
@@ -209,7 +209,7 @@ def entries_of(path: Path, only: str = "") -> Iterator[Named]:
 
 
 def peers(only: str = "") -> Iterator[Named]:
-    """Of all numbers of GPUs, the most first."""
+    """The entries of all files of several GPUs, those with most GPUs first."""
     for path in sorted(RESULTS.glob("peers_*.json"), reverse=True):
         yield from entries_of(path, only)
 

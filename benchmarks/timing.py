@@ -119,8 +119,11 @@ class StartBarrier:
 def measure(
     world: cometrt.World, barrier: StartBarrier, calls: dict[str, Call], method: Method
 ) -> dict[str, dict[str, Any]]:
-    """Collective. By name: {"isolated": spread of milliseconds, "sustained": milliseconds a call},
-    of the slowest rank and so equal on all ranks."""
+    """Collective: time each call. Times are those of the slowest rank, so all ranks return the same.
+
+    Returns:
+        By name: {"isolated": spread of milliseconds, "sustained": milliseconds a call}.
+    """
     for call in calls.values():
         for _ in range(WARM_UP):
             call.run(call.before())

@@ -61,7 +61,7 @@ class Cell:
 
     @property
     def config(self) -> cometrt.TileConfig:
-        """Of the fused layer."""
+        """The config of the fused layer."""
         n_chunk = 1024 if self.order == "columns" else 256
         return cometrt.TileConfig(order=self.order, n_chunk=n_chunk)
 
@@ -79,7 +79,7 @@ class Cell:
         )
 
     def flops(self, which: str) -> float:
-        """Of a pass, of each rank. What a backward recomputes does not count."""
+        """Floating-point operations of a pass on one rank. Recomputation does not count."""
         model = SHAPES[self.model]
         return float(PASSES[which]) * self.tokens * model.topk * model.hidden * model.intermediate
 
@@ -153,7 +153,8 @@ def busiest_rank(cell: Cell, ids: np.ndarray) -> float:
 
 @dataclasses.dataclass
 class Inputs:
-    """Of a small layer, on the host. Lists have an entry a rank; weights are the whole model's."""
+    """Arguments of a small layer, on the host. Lists have an entry for each rank. Weights are those
+    of all experts."""
 
     x: list[np.ndarray]
     dy: list[np.ndarray]
@@ -203,8 +204,9 @@ def device_normal(shape: tuple[int, ...], scale: float = 1.0) -> Any:
 
 
 def tolerance(dtype: str) -> float:
-    """Of `relative_error` from float64. bf16: x, z, a, o, the partial sums and y each round by up
-    to 2^-9; fp32: sums of up to a few hundred addends, each rounding by 2^-24."""
+    """The largest `relative_error` from float64 that is allowed. With bfloat16, x, z, a, o, the
+    partial sums and y each round by up to 2^-9. With float32, sums of up to a few hundred addends
+    round by 2^-24 each."""
     return {"bfloat16": 1e-2, "float32": 3e-6}[dtype]
 
 

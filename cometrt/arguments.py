@@ -97,7 +97,7 @@ def make_results(
         BaseException: where there is no memory. The world is stopped then, since peers may be in
             the call already.
     """
-    given = check_results(arrays, wanted, executor.buffer_place())
+    given = check_results(arrays, wanted, executor.buffer_range())
     try:
         return [
             given[name] if name in given else arrays.empty(shape, dtypes[0])

@@ -27,7 +27,7 @@ class Executor(Protocol):
         """The heap array x [max_tokens, H] of this rank."""
         ...
 
-    def buffer_place(self) -> tuple[int, int]:
+    def buffer_range(self) -> tuple[int, int]:
         """Addresses [begin, end) of this rank's region "data", which begins with `buffer()`."""
         ...
 

@@ -68,7 +68,7 @@ class CudaExecutor:
     def buffer(self) -> Any:
         return self._heap.own("x")
 
-    def buffer_place(self) -> tuple[int, int]:
+    def buffer_range(self) -> tuple[int, int]:
         """Addresses [begin, end) of this rank's heap of rows, which begins with `buffer`."""
         return self._heap.place()
 

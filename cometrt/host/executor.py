@@ -43,7 +43,7 @@ class HostExecutor:
     def buffer(self) -> np.ndarray:
         return self._heap.array("x")
 
-    def buffer_place(self) -> tuple[int, int]:
+    def buffer_range(self) -> tuple[int, int]:
         """Addresses [begin, end) of this rank's heap of rows, which begins with `buffer`."""
         return self._heap.rows_place(self.buffer().ctypes.data)
 

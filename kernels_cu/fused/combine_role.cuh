@@ -12,7 +12,7 @@ struct CombineMemory {
   Shared gemm;
   CombineStages sums[kCommWarps];
 };
-static_assert(sizeof(CombineMemory) <= 227 * 1024, "shared memory of an SM");
+static_assert(sizeof(CombineMemory) <= kMaxSharedBytes, "shared memory of a CTA");
 static_assert(2 * sizeof(CombineStages) <= sizeof(Shared::stages),
               "helpers reuse the GEMM's stages");
 

@@ -25,7 +25,7 @@ struct Memory {
   DownDgradShared<kZStages> gemm;
   DispatchStages<Copies> dispatch[kCommWarps];
 };
-static_assert(sizeof(Memory) <= 227 * 1024, "shared memory of an SM");
+static_assert(sizeof(Memory) <= kMaxSharedBytes, "shared memory of a CTA");
 
 struct Roles {
   using Registers = RegisterBudget<40, 232>;

@@ -21,7 +21,7 @@ struct Memory {
   Shared gemm;
   DispatchStages<Copies> dispatch[kCommWarps];
 };
-static_assert(sizeof(Memory) <= 227 * 1024, "shared memory of an SM");
+static_assert(sizeof(Memory) <= kMaxSharedBytes, "shared memory of a CTA");
 
 using Math = Forward<ACTIVATION, WRITE_Z>;
 

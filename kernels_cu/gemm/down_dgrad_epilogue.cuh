@@ -95,10 +95,10 @@ class DownDgradEpilogue {
 
  private:
   // The vector of a step that this lane stores, within the warp's rows of the tile.
-  struct Place {
+  struct Position {
     int subtile, row, column;
 
-    __device__ explicit Place(u32 step) {  // unsigned: a division is one shift
+    __device__ explicit Position(u32 step) {  // unsigned: a division is one shift
       const u32 lane = threadIdx.x % 32, eight = step / kStepsOfSubtile;
       subtile = eight % kSubtiles;
       row = eight / kSubtiles * kSubtileRows + step % kStepsOfSubtile * 4 + lane / 8;
@@ -129,7 +129,7 @@ class DownDgradEpilogue {
 
   // Computes and stores this lane's vector of a step, and adds to dweight of its row.
   __device__ void store_rows(int step) {
-    const Place at(step);
+    const Position at(step);
     const RowsOfTile& tile = rows_.tiles[0];
     const int lane = threadIdx.x % 32;
     const int4(&z)[2][32] = rows_.z[static_cast<u32>(step) % kZStages];
@@ -186,7 +186,7 @@ class DownDgradEpilogue {
   // that copy_async_wait can count groups as steps.
   __device__ void load_z(u32 step) {
     if (step < kSteps) {
-      const Place at(step);
+      const Position at(step);
       const RowsOfTile& tile = rows_.tiles[0];
       const bool exists = (at.column < tile.columns) & (at.row < tile.rows);
       const __nv_bfloat16* from = tile.z + at.of_z(p_.num_columns);

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kZStages = 3;
 using Memory = DownDgradShared<kZStages>;
-static_assert(sizeof(Memory) <= 227 * 1024, "shared memory of an SM");
+static_assert(sizeof(Memory) <= kMaxSharedBytes, "shared memory of a CTA");
 
 struct Roles {
   using Registers = RegisterBudget<40, 232>;

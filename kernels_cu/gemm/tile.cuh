@@ -16,6 +16,7 @@ constexpr int kHalfM = BLOCK_M / kWarpgroups, kHalfN = BLOCK_N / 2;
 constexpr int kStages = 4;                         // of operands: 192 KB
 constexpr int kThreads = 128 * (1 + kWarpgroups);  // warpgroup 0 loads, schedules, communicates
 constexpr int kSubtileRows = 8, kSubtileColumns = 64;
+constexpr u32 kMaxSharedBytes = 227 * 1024;  // that a CTA may have
 constexpr int kSchedulerStages = 2;  // work tiles in flight between the scheduler and its readers
 
 // The work tiles of a launch, in their order.
@@ -68,7 +69,7 @@ struct Shared {
   u64 scheduler_full[kSchedulerStages];  // this CTA's work tile has arrived
   u64 scheduler_empty[kSchedulerStages];  // in CTA 0: all readers of the cluster have read it
 };
-static_assert(sizeof(Shared) <= 227 * 1024, "shared memory of an SM");
+static_assert(sizeof(Shared) <= kMaxSharedBytes, "shared memory of a CTA");
 
 // Stage and parity of a thread in a pipeline of kCount stages. The parity flips when it wraps.
 template <int kCount>

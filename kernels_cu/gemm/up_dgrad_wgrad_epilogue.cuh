@@ -35,7 +35,7 @@ class UpDgradWgradEpilogue {
     const WgradProblem& problem = p_.problem_of(tile);
     const bool accumulates = p_.accumulate && p_.is_wgrad(tile);
     if (problem.is_float32) {
-      const Place at(problem, tile, warp_);
+      const Position at(problem, tile, warp_);
       float* out = static_cast<float*>(problem.out) + at.element;
       if (accumulates) {
         at.for_each_pair(d, [&](int offset, float& low, float& high) {
@@ -47,7 +47,7 @@ class UpDgradWgradEpilogue {
         });
       }
     } else if (accumulates) {  // before the only rounding
-      const Place at(problem, tile, warp_);
+      const Position at(problem, tile, warp_);
       at.add_old(static_cast<const __nv_bfloat16*>(problem.out) + at.element, d);
     }
     // Also for float32 results, which no step stores. Otherwise the old stash would take registers
@@ -62,7 +62,7 @@ class UpDgradWgradEpilogue {
   __device__ void stash_zeros(const WorkTile& tile) {
     const WgradProblem& problem = p_.problem_of(tile);
     if (problem.is_float32) {
-      const Place at(problem, tile, warp_);
+      const Position at(problem, tile, warp_);
       float* out = static_cast<float*>(problem.out) + at.element;
       at.for_each_offset(
           [&](int, int offset) { *reinterpret_cast<float2*>(out + offset) = make_float2(0, 0); });
@@ -94,11 +94,11 @@ class UpDgradWgradEpilogue {
  private:
   // Where this thread's accumulators lie in out: pairs of columns in two rows that are eight apart.
   // The next pair of a row is eight columns further.
-  struct Place {
+  struct Position {
     int rows, columns, stride;  // existing ones from the warp's first on; elements of a row
     long long element;          // of the first pair
 
-    __device__ Place(const WgradProblem& problem, const WorkTile& tile, int warp) {
+    __device__ Position(const WgradProblem& problem, const WorkTile& tile, int warp) {
       const int lane = threadIdx.x % 32, first = tile.m_tile * BLOCK_M + warp * (kHalfM / 4);
       stride = problem.num_columns;
       rows = tile.m_tile < 0 ? 0 : problem.num_rows - first;

@@ -115,7 +115,7 @@ struct WgradShared : Shared {
     return warp < 4 ? reinterpret_cast<OutBox*>(epilogue_tiles) + warp : &boxes[4 + warp];
   }
 };
-static_assert(sizeof(WgradShared) <= 227 * 1024, "shared memory of an SM");
+static_assert(sizeof(WgradShared) <= kMaxSharedBytes, "shared memory of a CTA");
 static_assert(sizeof(Shared::epilogue_tiles) >= 4 * sizeof(OutBox), "second boxes of four warps");
 
 // For launches with float32 or accumulated results. TMA stores results box by box. The first half

@@ -51,17 +51,17 @@ struct WgradSteps {
   }
 };
 
-// The number of experts that come before this one. They have more rows, or as many and a lower
-// number. By all threads of a block.
-__device__ inline int place_of(const WgradParams& p, int expert) {
+// An expert's index in the order of falling rows, by number where rows are equal. By all threads of
+// a block.
+__device__ inline int index_by_rows(const WgradParams& p, int expert) {
   const int rows = p.expert_rows[expert];
-  int place = 0;
+  int index = 0;
   for (int first = 0; first < p.num_experts; first += blockDim.x) {
     const int other = first + threadIdx.x;
     const int others = other < p.num_experts ? p.expert_rows[other] : -1;
-    place += __syncthreads_count(others > rows || (others == rows && other < expert));
+    index += __syncthreads_count(others > rows || (others == rows && other < expert));
   }
-  return place;
+  return index;
 }
 
 // By all threads of all blocks. The steps of an expert without rows write zeros; they are left out
@@ -74,9 +74,9 @@ __device__ inline void write_wgrad_order(const WgradParams& p, WorkTile* work_ti
     steps_of_expert += WgradSteps{p.problems[kind], first_kind + kind, p.raster_group}.count();
   }
   for (int expert = blockIdx.x; expert < p.num_experts; expert += gridDim.x) {
-    const int place = place_of(p, expert);
+    const int index = index_by_rows(p, expert);
     if (p.accumulate && p.expert_rows[expert] == 0) continue;
-    WorkTile* to = work_tiles + 2 * (first_step + static_cast<long long>(place) * steps_of_expert);
+    WorkTile* to = work_tiles + 2 * (first_step + static_cast<long long>(index) * steps_of_expert);
     for (int kind = 0; kind < p.num_problems; ++kind) {
       const WgradSteps steps{p.problems[kind], first_kind + kind, p.raster_group};
       for (int step = threadIdx.x; step < steps.count(); step += blockDim.x) {

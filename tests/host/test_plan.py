@@ -165,16 +165,16 @@ def test_contributors_and_homes_agree_on_every_slot(case):
                     continue
                 assert contributor != home
                 for i, token in enumerate(tokens):
-                    slot = plan.send_base[home] + block * config.block_tokens + i
-                    assert slot not in written
-                    written[slot] = (contributor, int(token) - home * spec.max_tokens, block)
-        assert all(0 <= slot < shapes[home].staging_rows for slot in written)
+                    row = plan.send_base[home] + block * config.block_tokens + i
+                    assert row not in written
+                    written[row] = (contributor, int(token) - home * spec.max_tokens, block)
+        assert all(0 <= row < shapes[home].staging_rows for row in written)
         plan = plans[home]
         read = {}
         for token, distance in zip(*np.nonzero(plan.staging_row >= 0), strict=True):
-            slot = int(plan.staging_row[token, distance])
-            block = (slot - plan.staging_base[distance]) // config.block_tokens
-            read[slot] = ((home + distance) % size, int(token), int(block))
+            row = int(plan.staging_row[token, distance])
+            block = (row - plan.staging_base[distance]) // config.block_tokens
+            read[row] = ((home + distance) % size, int(token), int(block))
         assert read == written
 
 
