@@ -119,7 +119,7 @@ class StartBarrier:
 def measure(
     world: cometrt.World, barrier: StartBarrier, calls: dict[str, Call], method: Method
 ) -> dict[str, dict[str, Any]]:
-    """Collective: time each call. Times are those of the slowest rank, so all ranks return the same.
+    """Collective: time each call. All ranks return the times of the slowest rank.
 
     Returns:
         By name: {"isolated": spread of milliseconds, "sustained": milliseconds a call}.

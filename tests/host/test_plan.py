@@ -180,15 +180,15 @@ def test_contributors_and_homes_agree_on_every_slot(case):
 
 @settings(max_examples=150)
 @given(routings())
-def test_blocks_leave_in_the_order_in_which_layer1_finishes_them(case):
+def test_blocks_leave_in_the_order_in_which_gemm_combine_finishes_them(case):
     spec, config, _size, _ = case
     shapes, plans = plans_of(case)
     for shape, plan in zip(shapes, plans, strict=True):
-        place = {tile: p for p, tile in enumerate(plan.combine_order())}
+        position = {tile: p for p, tile in enumerate(plan.combine_order())}
         ready, sent = [], []
         for home, block, tokens in plan.pushes(shape):
             rows = plan.pair_row[tokens]
-            last = max(place[row // config.block_m] for row in rows[rows >= 0])
+            last = max(position[row // config.block_m] for row in rows[rows >= 0])
             ready.append((last, shape.geometry.distance(home), block))
             sent.extend(int(t) for t in tokens)
         assert ready == sorted(ready)
