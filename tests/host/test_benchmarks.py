@@ -19,6 +19,8 @@ from benchmarks.workloads import Cell
 from cometrt.models import Model
 from cometrt.plan import PlanShape
 from cometrt.specs import Geometry
+from cometrt.tuner.cache import SCHEMA, Key
+from cometrt.tuner.search import Found
 from tests.launch import ROOT
 
 ENGINE = ("engine_forms", "engine_backward")
@@ -51,7 +53,7 @@ def cupy(monkeypatch):
 
 
 def forget_those_with_cupy():
-    for name in ("peers", "layer", "contenders", "nccl", "engine", *ENGINE):
+    for name in ("peers", "layer", "contenders", "nccl", "engine", "ranks", "defaults", *ENGINE):
         if sys.modules.pop(f"benchmarks.{name}", None):
             delattr(benchmarks, name)
 
@@ -61,7 +63,7 @@ def forget_those_with_cupy():
 
 @pytest.mark.parametrize(
     "module",
-    "engine layer peers nccl link host_time router tables rivals_torch rivals_jax".split(),
+    "engine layer peers nccl link host_time router tables defaults rivals_torch rivals_jax".split(),
 )
 def test_a_benchmark_says_how_to_use_it(module):
     found = start(module, "--help")
@@ -397,6 +399,101 @@ def test_wrong_results_are_not_timed(contenders, monkeypatch, wrong):
     monkeypatch.setattr(cometrt.MoELayer, real.__name__, spoiled)
     with pytest.raises(cometrt.CometError, match="differ"):
         measured_on_host(contenders, "--pass", "both")
+
+
+# ---- shipped configs ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def defaults(contenders, monkeypatch, tmp_path):
+    """On two ranks of the host; the search finds a config at once."""
+    from benchmarks import defaults
+
+    def key_of(world, spec):
+        experts, tokens = spec.num_experts, spec.max_tokens
+        return Key("A GPU", 132, world.size, 2, 1, 64, 32, experts, 2, tokens, "bfloat16", "none")
+
+    def find(world, geometry, index, base, inputs, training, budget_sec):
+        assert training
+        searched.append((geometry.spec.num_experts, index, budget_sec))
+        config = cometrt.TileConfig(order="columns", n_chunk=512, backward_combine_ctas=8)
+        return Found(config, {"forward": 1.0, "backward": 2.0}, {"forward": 1.5, "backward": 2.5})
+
+    def spawn(fn, ranks, device, **_):
+        return real(fn, ranks)
+
+    real, searched = cometrt.spawn, []
+    monkeypatch.setattr(cometrt, "spawn", spawn)
+    monkeypatch.setattr(defaults.cache, "key_of", key_of)
+    monkeypatch.setattr(defaults, "find", find)
+    monkeypatch.setattr(defaults, "machine", lambda: MACHINE)
+    monkeypatch.setattr(defaults, "free_memory", lambda devices: None)
+    monkeypatch.setattr(defaults, "worlds", lambda args: iter([defaults.Threads(2)]))
+    small = {"tiny": Model(64, 32, 8, 2), "other": Model(64, 32, 4, 2)}
+    monkeypatch.setattr(defaults, "MODELS", small)
+    monkeypatch.setattr(defaults, "EXPERTS", {"tiny": 6})
+    monkeypatch.setitem(workloads.SHAPES, "other", small["other"])
+    monkeypatch.setattr(defaults.cp.cuda.memory, "OutOfMemoryError", MemoryError)
+    path = tmp_path / "defaults.json"
+    options = ["--models", "tiny,other", "--tokens", "16", "--out", str(path)]
+    return defaults, options, path, searched
+
+
+def test_shipped_configs_are_measured_once_and_have_both_passes(defaults, capsys):
+    defaults, options, path, searched = defaults
+    defaults.main([*options, "--budget-sec", "7"])
+    assert searched == 2 * [(8, 0, 7.0)] + 2 * [(6, 0, 7.0)] + 2 * [(4, 0, 7.0)]
+    found = json.loads(path.read_text())
+    assert found["schema"] == SCHEMA
+    entry = found["entries"][next(iter(found["entries"]))]
+    assert entry["ms"] == {"forward": 1.0, "backward": 2.0}
+    assert entry["default_ms"] == {"forward": 1.5, "backward": 2.5}
+    assert (entry["commit"], entry["config"]["backward_combine_ctas"]) == ("abc", 8)
+    text = capsys.readouterr().out
+    assert "[1/3] tiny W=2 T=16 E=8" in text
+    assert "forward 1.000 ms, backward 2.000 ms (TileConfig() forward 1.500 ms" in text
+    searched.clear()
+    defaults.main(options)
+    assert not searched
+    assert capsys.readouterr().out.count("is in the file") == 3
+    entries = found["entries"]
+    del entries[next(iter(entries))]["ms"]["backward"]  # of an entry of the forward alone
+    path.write_text(json.dumps(found))
+    defaults.main(options)
+    assert searched == 2 * [(8, 0, 45.0)]
+    searched.clear()
+    defaults.main([*options, "--again"])
+    assert len(searched) == 6
+
+
+def test_layers_that_do_not_fit_or_come_too_late_are_said(defaults, monkeypatch, capsys):
+    defaults, options, path, _ = defaults
+
+    def find(*args):
+        raise cometrt.CometError("no room")
+
+    monkeypatch.setattr(defaults, "find", find)
+    defaults.main(options)
+    assert capsys.readouterr().out.count("skipped: CometError: no room") == 3
+    assert not path.exists()
+    with pytest.raises(SystemExit):
+        defaults.main([*options, "--seconds", "0"])
+    assert "3 layers are left for another run, from tiny W=2 T=16 E=8 on" in capsys.readouterr().out
+
+
+def test_virtual_ranks_have_a_link_and_real_gpus_have_none(cupy):
+    from benchmarks import defaults
+
+    cupy.cuda.runtime.getDeviceCount.return_value = 2
+    args = defaults.parse(["--ranks", "1,2,8", "--tp", "2"])
+    worlds = [(ranks.size, ranks.link) for ranks in defaults.worlds(args)]
+    assert worlds == [(1, None), (2, None), (8, "h100")]
+    names = [str(layer) for layer in defaults.layers_of(args, 8, "h100")]
+    assert names[0] == "qwen3-30b-a3b W=8 TP=2 T=8192 link=h100 E=128"
+    assert [name.split("E=")[1] for name in names[-2:]] == ["256", "64"]
+    assert not list(defaults.layers_of(args, 1, None))
+    args = defaults.parse(["--ranks", "4", "--link", "none"])
+    assert [ranks.link for ranks in defaults.worlds(args)] == [None]
 
 
 # ---- rivals ----------------------------------------------------------------------------------
