@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
 import time
 import types
 from unittest.mock import MagicMock
@@ -24,6 +25,7 @@ from cometrt.tuner.search import Found
 from tests.launch import ROOT
 
 ENGINE = ("engine_forms", "engine_backward")
+WITH_CUPY = ("ranks", "defaults", "step_memory")
 MACHINE = {"gpu": "A GPU", "driver": 13000, "date": "2026-01-01", "commit": "abc"}
 START = """
 import runpy, sys
@@ -53,7 +55,7 @@ def cupy(monkeypatch):
 
 
 def forget_those_with_cupy():
-    for name in ("peers", "layer", "contenders", "nccl", "engine", "ranks", "defaults", *ENGINE):
+    for name in ("peers", "layer", "contenders", "nccl", "engine", *WITH_CUPY, *ENGINE):
         if sys.modules.pop(f"benchmarks.{name}", None):
             delattr(benchmarks, name)
 
@@ -333,6 +335,14 @@ class Array(types.ModuleType):
         return getattr(np, name)
 
 
+class MemoryHook:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        pass
+
+
 class Event:
     def record(self):
         self.at = time.perf_counter()
@@ -345,7 +355,7 @@ class Event:
 def contenders(cupy, monkeypatch):
     array = Array("cupy")
     array.cuda = cupy.cuda
-    cupy.cuda.Event = Event
+    cupy.cuda.Event, cupy.cuda.MemoryHook = Event, MemoryHook
     cupy.cuda.get_elapsed_time = lambda begin, end: 1e3 * (end.at - begin.at)
     monkeypatch.setitem(sys.modules, "cupy", array)
     from benchmarks import contenders
@@ -384,6 +394,46 @@ def test_a_cell_is_checked_and_measured(contenders):
         for times in entry["times"].values():
             assert times["isolated"]["median"] > 0
             assert times["sustained"] > 0
+
+
+def test_the_memory_of_a_step_is_stated_for_both_modes(contenders, monkeypatch):
+    real = cometrt.MoELayer.backward
+
+    class Counted(contenders.Allocations):
+        def __enter__(self):
+            live[threading.get_ident()] = self
+            return super().__enter__()
+
+    def backward(self, *args, **more):
+        if self.mode == "fused":
+            live[threading.get_ident()].allocated(0, 1000 * (1 + self.world.rank))
+        return real(self, *args, **more)
+
+    live = {}  # the last of each thread
+    monkeypatch.setattr(contenders, "Allocations", Counted)
+    monkeypatch.setattr(cometrt.MoELayer, "backward", backward)
+    entry = measured_on_host(contenders, "--pass", "backward")[0]["backward"]
+    for name, calls in (("fused", 2000), ("sequential", 0)):
+        found = entry["step_bytes"][name]
+        # dy, y; ids, weights; both weights and all gradients, of 24 tokens and 4 local experts
+        rows, pairs, weights = 24 * 64 * 2, 24 * 2 * 4, 4 * 3 * 32 * 64 * 2
+        assert found["arguments"] == 3 * rows + 3 * pairs + 2 * weights
+        assert found["heap"] > rows
+        assert found["calls"] == calls
+        assert found["total"] == sum(v for key, v in found.items() if key != "total")
+    forward = measured_on_host(contenders, "--pass", "forward")[0]["forward"]
+    assert forward["step_bytes"] == {}
+
+
+def test_allocations_of_a_thread_are_counted(contenders):
+    with contenders.Allocations() as found:
+        hook = found._hook
+        hook.malloc_postprocess(device_id=0, size=90, mem_size=100, mem_ptr=1, pmem_id=7)
+        hook.malloc_postprocess(device_id=0, size=30, mem_size=30, mem_ptr=2, pmem_id=8)
+        hook.free_postprocess(device_id=0, mem_size=100, mem_ptr=1, pmem_id=7)
+        hook.free_postprocess(device_id=0, mem_size=500, mem_ptr=3, pmem_id=9)  # of before
+        hook.malloc_postprocess(device_id=0, size=50, mem_size=50, mem_ptr=1, pmem_id=10)
+    assert (found.now, found.peak) == (80, 130)
 
 
 @pytest.mark.parametrize("wrong", ["y", "dx"])
@@ -617,16 +667,17 @@ def test_the_table_of_virtual_ranks(results):
     found = entry(cell, MS | {"planning": 0.2})
     found["times"]["fused"]["sustained"] = 12.5
     other = entry(cell, MS, machine=MACHINE | {"commit": "def"}, link_ms=1.1)
+    other["step_bytes"] = {"fused": {"total": 3.21e9}, "sequential": {"total": 4e9}}
     cells = {"a": {"forward": found}, "b": {"forward": other, "both": entry(cell, {"fused": 20.0})}}
     results("layer.json", {"cells": cells, "skipped": {"c": {}}})
     lines = tables.layers_table()
     assert lines[0].startswith("A GPU, 2026-01-01 cut into virtual ranks;")
     assert lines[4:7] == [
         "| a | forward | 500, 400 | 333 | 417 (4) | 625 | 1.50 | 1.20 | 0.80 | 0.67 | 2.0% | 1.00 "
-        "| abc |",
+        "| - | abc |",
         "| b | forward | 500 | 333 | 417 (4) | 625 | 1.50 | 1.20 | 0.80 | little | - | 1.00 "
-        "| def |",
-        "| b | both | 250 | - | - | - | - | - | - | - | - | 1.00 | abc |",
+        "| 3.21, 4.00 | def |",
+        "| b | both | 250 | - | - | - | - | - | - | - | - | 1.00 | - | abc |",
     ]
     assert "Geometric mean over chunked: 1.20." in lines
     assert lines[-1].endswith("did not fit: c.")
@@ -650,6 +701,17 @@ def test_the_tables_of_several_gpus(results):
         "| a | 3.00 | - | 0.80 | 0.67 | columns | 500, 625, 1.50 | 400, 500, 2.00 | abc |",
         "| b | 3.00 | - | - | - | - | 500, 0, - | - | abc |",
     ]
+
+
+def test_the_table_of_passes(results):
+    cell = Cell("mixtral-8x7b", ranks=4)
+    both = entry(cell, MS, step_bytes={"fused": {"total": 2.5e9}})
+    results("passes_4.json", {"cells": {"a": {"forward": entry(cell, MS), "both": both}}})
+    assert tables.passes_table()[4:] == [
+        "| a | forward | 500 | 333 | - | abc |",
+        "| a | both | 500 | 333 | 2.50, - | abc |",
+    ]
+    assert "fused              2.50 GB at the peak of a step" in records.line("a", "both", both)
 
 
 def test_the_short_table(results):
