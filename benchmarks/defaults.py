@@ -17,6 +17,7 @@ one ended. The file is written after each layer. Exits with 1 where layers are l
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
@@ -127,9 +128,26 @@ def worlds(args: argparse.Namespace) -> Iterator[Any]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    logging.getLogger("cometrt").addHandler(handler := logging.StreamHandler(sys.stdout))
+    with printed_trials():
+        run(args)
+
+
+@contextlib.contextmanager
+def printed_trials() -> Iterator[None]:
+    """Within it each trial prints a line."""
+    log, handler = logging.getLogger("cometrt"), logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("    %(message)s"))
-    logging.getLogger("cometrt").setLevel(logging.INFO)  # a line for each trial
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def run(args: argparse.Namespace) -> None:
     begin, longest, left = time.monotonic(), 0.0, []
     todo = [(ranks, layer) for ranks in worlds(args) for layer in layers_of_ranks(ranks, args)]
     for number, (ranks, layer) in enumerate(todo, 1):

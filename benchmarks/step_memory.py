@@ -17,6 +17,7 @@ class Allocations:
     Attributes:
         now: bytes allocated within the context and not freed yet.
         peak: the most that `now` has been.
+        hook: CuPy's, which calls `allocated` and `freed`.
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,7 @@ class Allocations:
             def free_postprocess(self, **of: Any) -> None:
                 counter.freed(of["mem_ptr"])
 
-        self._hook = Hook()
+        self.hook = Hook()
 
     def allocated(self, address: int, nbytes: int) -> None:
         with self._lock:
@@ -48,11 +49,11 @@ class Allocations:
             self.now -= self._live.pop(address, 0)
 
     def __enter__(self) -> Allocations:
-        self._hook.__enter__()
+        self.hook.__enter__()
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._hook.__exit__(*raised)
+        self.hook.__exit__(*raised)
 
 
 def heap_bytes(layer: cometrt.MoELayer) -> int:

@@ -427,7 +427,7 @@ def test_the_memory_of_a_step_is_stated_for_both_modes(contenders, monkeypatch):
 
 def test_allocations_of_a_thread_are_counted(contenders):
     with contenders.Allocations() as found:
-        hook = found._hook
+        hook = found.hook
         hook.malloc_postprocess(device_id=0, size=90, mem_size=100, mem_ptr=1, pmem_id=7)
         hook.malloc_postprocess(device_id=0, size=30, mem_size=30, mem_ptr=2, pmem_id=8)
         hook.free_postprocess(device_id=0, mem_size=100, mem_ptr=1, pmem_id=7)
