@@ -3,15 +3,20 @@
 import dataclasses
 import json
 import logging
+import sys
 from types import SimpleNamespace
 from typing import ClassVar
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 
 import cometrt
+from cometrt.cuda import trials
 from cometrt.cuda.buffers import has_room_for
 from cometrt.cuda.fused import num_comm_ctas
 from cometrt.cuda.trials import counts_for
+from cometrt.errors import CallNotBegun
 from cometrt.legality import check_layer
 from cometrt.plan import PlanShape
 from cometrt.specs import Geometry
@@ -467,6 +472,103 @@ def test_a_wrong_argument_is_raised_before_any_trial(tuned):
     with pytest.raises(ValueError, match=r"no such rows \[rank 0\]"):
         tuned(problem="no such rows")
     assert not FakeTrials.made
+
+
+class FakeExecutor:
+    """Takes any config with the phases of its own; records its calls."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, world, shape, layer, mode):
+        self.phases, self.configs, self.log = shape.config.num_phases, [], []
+        self.graphs = SimpleNamespace(enabled=True)
+        self.retired = self.given_up = False
+        FakeExecutor.made.append(self)
+
+    def reschedule(self, config):
+        fits = config.num_phases == self.phases
+        self.configs += [config] if fits else []
+        return fits
+
+    def forward(self, *inputs, training, out, tracer):
+        self.log.append("forward")
+        return dict.fromkeys(("epoch", "x", "z", "tables")) if training else None
+
+    def backward(self, dy, saved, *, out, accumulate, tracer):
+        assert saved.num_tokens == len(dy) == SPEC.max_tokens
+        self.log.append("backward")
+
+    def synchronize(self):
+        self.log.append("wait")
+
+    def retire(self):
+        self.retired = True
+
+    def give_up(self):
+        self.given_up = True
+
+
+@pytest.fixture
+def new_trials(monkeypatch):
+    cupy = MagicMock()
+    cupy.empty_like = np.empty_like
+    cupy.cuda.get_elapsed_time.return_value = 6.0
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    FakeExecutor.made = []
+    barrier = SimpleNamespace(close=lambda: None, open=lambda: None)
+    monkeypatch.setattr(trials, "CudaExecutor", FakeExecutor)
+    monkeypatch.setattr(trials, "StartBarrier", lambda timeout_sec: barrier)
+    monkeypatch.setattr(trials, "_normal", lambda shape, *_: np.zeros(shape, np.float32))
+    x = np.zeros((SPEC.max_tokens, 8), np.float32)
+    inputs = (x, *(np.zeros(1, np.float32) for _ in range(4)))
+    world = fake_world(
+        timeout_sec=1, barrier=lambda: None, allgather=lambda value, purpose: [value, value]
+    )
+
+    def make(training):
+        room = cometrt.TileConfig(order="columns", n_chunk=512)
+        return trials.Trials(world, Geometry(SPEC, 0, 8), 0, inputs, training, room)
+
+    return make
+
+
+def test_trials_of_launch_arguments_share_an_executor(new_trials):
+    made = new_trials(True)
+    for config in (cometrt.TileConfig(), FOUND, cometrt.TileConfig(backward_combine_ctas=2)):
+        assert made.time(config, "forward") == 2.0
+    assert len(FakeExecutor.made) == 1
+    made.time(cometrt.TileConfig(num_phases=4), "forward")
+    made.time(FOUND, "forward")
+    first, second = FakeExecutor.made
+    assert [config.num_phases for config in second.configs] == [4]
+    assert first.configs[-1] == FOUND
+    assert not first.graphs.enabled
+    assert made.elapsed_sec >= made.longest_sec >= 0
+    made.close()
+    assert first.given_up
+    assert second.given_up
+
+
+def test_backwards_are_timed_in_a_row_of_one_forward(new_trials):
+    made = new_trials(True)
+    made.time(FOUND, "backward")
+    (executor,) = FakeExecutor.made
+    # One round of one call to see how long they take; then five rounds of three, after a warm-up.
+    first = ["forward", *2 * ["backward"], "wait", *2 * ["backward"], "wait"]
+    rest = ["forward", *4 * ["backward"], "wait", *20 * ["backward"], "wait"]
+    assert executor.log == first + rest
+
+
+def test_a_trial_that_fails_keeps_what_its_kernels_use(new_trials, monkeypatch):
+    made = new_trials(False)
+
+    def forward(*_, **__):
+        raise CallNotBegun(cometrt.RoutingError("wrong"))
+
+    monkeypatch.setattr(FakeExecutor, "forward", forward)
+    with pytest.raises(cometrt.RoutingError, match="wrong"):
+        made.time(FOUND, "forward")
+    assert FakeExecutor.made[0].retired
 
 
 @pytest.mark.parametrize(("ms", "counts"), [(0.1, (5, 3)), (20.0, (5, 1)), (400.0, (3, 1))])
