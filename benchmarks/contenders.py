@@ -14,6 +14,7 @@ import numpy as np
 
 import cometrt
 from benchmarks.nccl import Experts, Nccl, NcclForward
+from benchmarks.step_memory import Allocations, heap_bytes
 from benchmarks.timing import Call, Method, StartBarrier, measure
 from benchmarks.workloads import (
     PASSES,
@@ -82,6 +83,7 @@ class Rank:
         """Collective."""
         self.world, self._training = world, training
         self._names, model = names, SHAPES[cell.model]
+        self._held: dict[str, int] = {}  # bytes that a layer allocates when it is made
         self.layers = {
             name: self._layer(cell, name, config)
             for name in LAYERS
@@ -112,7 +114,10 @@ class Rank:
         mode, chunks = LAYERS[name]
         if mode != "fused":  # others gain nothing from phases, and read weights once for each
             config = cometrt.TileConfig(num_phases=1, pipeline_chunks=chunks)
-        return cometrt.MoELayer(self.world, cell.spec, mode, config=config)
+        with Allocations() as made:
+            layer = cometrt.MoELayer(self.world, cell.spec, mode, config=config)
+        self._held[name] = made.now
+        return layer
 
     # ---- calls ------------------------------------------------------------------------------
 
@@ -173,6 +178,31 @@ class Rank:
                 executor.kernels["prepare"], executor.graphs.enabled = prepare, True
 
         return Call(run, ended=planned)
+
+    # ---- memory -----------------------------------------------------------------------------
+
+    def step_memory(self, name: str) -> dict[str, int]:
+        """Collective: bytes at the peak of a forward and its backward, of the rank with most.
+
+        arguments: all of both calls but x, their results included. heap: what peers reach, x
+        included. layer: what the layer holds besides. calls: the most that the calls allocate,
+        with what the forward saves. total: their sum.
+        """
+        layer, rest = self.layers[name], (self.dy, self.ids, self.topk_weights, self.y)
+        arrays = (*rest, *self.weights, *self.grads)
+        layer.synchronize()
+        with Allocations() as calls:
+            saved = self.forward(name)
+            self.backward(name, saved)
+            layer.synchronize()
+        found = {
+            "arguments": sum(array.nbytes for array in arrays),
+            "heap": heap_bytes(layer),
+            "layer": self._held[name],
+            "calls": calls.peak,
+        }
+        ranks = self.world.allgather(found | {"total": sum(found.values())})
+        return max(ranks, key=lambda rank: rank["total"])
 
     # ---- checking ---------------------------------------------------------------------------
 
@@ -250,7 +280,10 @@ def measure_cell(
         gbps = LINKS[cell.link]
     share = num_sms() / gpu_sms() if world.shares_gpu else 1.0  # of the GPU, and so of the link
     crossing = crossing_bytes(cell, ids)
-    fused = rank.layers.get("fused")
+    fused, memory = rank.layers.get("fused"), {}
+    if args.passes != ["forward"]:
+        asked = [name for name in ("fused", "sequential") if name in args.contenders]
+        memory = {name: rank.step_memory(name) for name in asked}
     facts = {
         "cell": dataclasses.asdict(cell),
         "link_ms": 1e3 * crossing / (gbps * 1e9 * share) if gbps else 0.0,
@@ -262,6 +295,7 @@ def measure_cell(
         "method": dataclasses.asdict(method),
         "config": dataclasses.asdict(fused.config) if fused else None,
         "error": errors,
+        "step_bytes": memory,
     }
     found = {}
     for which in args.passes:

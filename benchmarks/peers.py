@@ -20,7 +20,7 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import cupy as cp
 
 import cometrt
 from benchmarks.contenders import add_arguments, free_memory, measure_cell
+from benchmarks.ranks import Processes, Threads, is_under_mpi
 from benchmarks.records import Results, line, machine
 from benchmarks.rivals import CONTENDERS as RIVALS
 from benchmarks.rivals import measure_rival
@@ -37,49 +38,6 @@ from benchmarks.workloads import SHAPES, Cell
 from cometrt.world.link import LINKS
 
 SMALL_FIRST = ("qwen3-30b-a3b", "qwen2-moe", "phi-3.5-moe", "mixtral-8x7b", "deepseek-v3")
-UNDER_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-
-
-class Threads:
-    """Ranks are threads of this process."""
-
-    rank = 0
-
-    def __init__(self, ranks: int) -> None:
-        self.size = ranks
-
-    def run(self, fn: Any) -> Any:
-        return cometrt.spawn(fn, self.size, "cuda", timeout_sec=20)[0]
-
-    def devices(self) -> Iterable[int]:
-        return range(cp.cuda.runtime.getDeviceCount())
-
-    def barrier(self) -> None:
-        pass
-
-
-class Processes:
-    """Ranks are processes under mpirun."""
-
-    def __init__(self) -> None:
-        from mpi4py import MPI
-
-        self._comm = MPI.COMM_WORLD
-        self.rank, self.size = self._comm.rank, self._comm.size
-
-    def run(self, fn: Any) -> Any:
-        with cometrt.connect(self._comm, "cuda", timeout_sec=20) as world:
-            return fn(world)
-
-    def devices(self) -> Iterable[int]:
-        return [cp.cuda.Device().id]
-
-    def barrier(self) -> None:
-        self._comm.Barrier()
-
-
-def is_under_mpi() -> bool:
-    return any(int(os.environ.get(name, 1)) > 1 for name in UNDER_MPI)
 
 
 # ---- the run -------------------------------------------------------------------------------

@@ -157,8 +157,15 @@ def figures(entry: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def step_gb(entry: dict[str, Any], contender: str) -> float | None:
+    """10^9 bytes at the peak of a forward and its backward; None: not measured."""
+    found = entry.get("step_bytes", {}).get(contender)
+    return found["total"] / 1e9 if found else None
+
+
 def line(cell: str, which: str, entry: dict[str, Any]) -> str:
-    """For the terminal: milliseconds, TFLOP/s, and the same sustained, of each contender."""
+    """For the terminal: milliseconds, TFLOP/s, and the same sustained, of each contender; and the
+    memory of a step."""
     parts = []
     for name, found in entry["times"].items():
         if "skipped" in found:
@@ -172,4 +179,6 @@ def line(cell: str, which: str, entry: dict[str, Any]) -> str:
             text += f"   sustained {found['sustained']:8.3f} ms {rate:5.0f} TFLOP/s"
         parts.append(text)
     ratios = ", ".join(f"{name} {value:.2f}" for name, value in figures(entry).items())
+    for name in entry.get("step_bytes", {}):
+        parts.append(f"  {name:14s} {step_gb(entry, name):8.2f} GB at the peak of a step")
     return "\n".join([f"{cell} {which}: {ratios}", *parts])

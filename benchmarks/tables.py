@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import best, figures, medians, read, tflops
+from benchmarks.records import best, figures, medians, read, step_gb, tflops
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,6 +29,7 @@ BESIDE = {  # columns of contenders
 }
 SHORT_MODELS, SHORT_TOKENS = ("qwen3-30b-a3b", "mixtral-8x7b"), 8192
 RIVALS = {"chunked": "chunked", "nccl": "NCCL", "torch": "PyTorch", "jax": "JAX"}  # by beginning
+_STEP_MEMORY = "peak memory of a step, GB: fused, sequential"
 PARTS = ("gemms", "planning")  # of a layer: not what it is compared with
 
 
@@ -80,11 +81,12 @@ def layers_table() -> list[str]:
     entries = list(entries_of(RESULTS / "layer.json"))
     head = ["layer", "pass", "fused", "sequential", "chunked", "GEMMs alone"]
     ratios = ["over sequential", "over chunked", "efficiency", "communication hidden"]
+    last = ["planning", "busiest rank", _STEP_MEMORY, "commit"]
     lines = [
         f"{gpus(entries)} cut into virtual ranks; TFLOP/s of all ranks in sum, by the slowest of "
         "them; isolated, and after a comma sustained where it was measured.",
         "",
-        *heading([*head, *ratios, "planning", "busiest rank", "commit"]),
+        *heading([*head, *ratios, *last]),
     ]
     for name, which, entry in entries:
         found = figures(entry)
@@ -92,7 +94,8 @@ def layers_table() -> list[str]:
         over = [number(found, f"over {one}") for one in ("sequential", "chunked")]
         shares = [number(found, "efficiency"), hidden(found), number(found, "planning", ".1%")]
         busiest = number(entry, "busiest_rank")
-        lines.append(row([name, which, *rates, *over, *shares, busiest, commit(entry)]))
+        cells = [*rates, *over, *shares, busiest, step_memory(entry)]
+        lines.append(row([name, which, *cells, commit(entry)]))
     for what in ("sequential", "chunked"):
         found = [f for *_, e in entries if (f := figures(e).get(f"over {what}"))]
         if len(found) > 1:
@@ -172,11 +175,11 @@ def passes_table() -> list[str]:
         f"{gpus(entries)}; TFLOP/s per GPU, by the slowest of them; isolated, and after a comma "
         "sustained.",
         "",
-        *heading(["layer", "pass", "fused", "sequential", "commit"]),
+        *heading(["layer", "pass", "fused", "sequential", _STEP_MEMORY, "commit"]),
     ]
     for name, which, entry in entries:
         rates = [rate(entry, one) for one in ("fused", "sequential")]
-        lines.append(row([name, which, *rates, commit(entry)]))
+        lines.append(row([name, which, *rates, step_memory(entry), commit(entry)]))
     return lines
 
 
@@ -230,6 +233,14 @@ def summary(entry: dict[str, Any] | None) -> str:
         return "-"
     rates = [f"{tflops(entry, name) or 0:.0f}" for name in ("fused", "gemms")]
     return ", ".join([*rates, number(figures(entry), "over sequential")])
+
+
+def step_memory(entry: dict[str, Any]) -> str:
+    """Of fused and of sequential."""
+    found = [step_gb(entry, name) for name in ("fused", "sequential")]
+    if not any(found):
+        return "-"
+    return ", ".join("-" if gb is None else f"{gb:.2f}" for gb in found)
 
 
 def number(found: dict[str, Any], name: str, form: str = ".2f") -> str:

@@ -21,7 +21,7 @@ from cometrt.host import HostExecutor
 from cometrt.memory import buffers_of, check_room
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.residuals import ArraySpec, Origin, Residuals, Uses, array_specs
-from cometrt.specs import Geometry, Gradients, MoESpec, check_int
+from cometrt.specs import Geometry, Gradients, MoESpec, check_int, check_positive
 from cometrt.trace import NullTracer, Recording, Tracer
 from cometrt.tuner.tune import tune
 from cometrt.types import Arrays
@@ -249,17 +249,24 @@ class MoELayer:
         self._scope.check_open()
         return self.executor.recorded_by(recording)
 
-    def tune(self, inputs: tuple[Any, ...] | None = None, *, training: bool = True) -> TileConfig:
+    def tune(
+        self,
+        inputs: tuple[Any, ...] | None = None,
+        *,
+        training: bool = True,
+        budget_sec: float = 45.0,
+    ) -> TileConfig:
         """Find the fastest config for this layer's shape on this machine, by trials, use it from
         now on, and keep it for layers made later (``$COMETRT_CACHE_DIR/tuned.json``, or in the
-        user's cache folder). Collective, some hundreds of forwards; on "cuda" in mode "fused". No
-        result's bits change.
+        user's cache folder). Collective; on "cuda" in mode "fused". No result's bits change.
 
         Args:
             inputs: (x, topk_ids, topk_weights, w_up, w_down), as for `forward`, to be tuned for:
                 on all ranks or on none. None: random ones, of max_tokens tokens a rank and as many
                 rows for every expert, which take as much memory as the layer's weights.
-            training: whether to time forwards that keep what `backward` needs.
+            training: True: tune both passes, with a random dy; gradients take as much memory as
+                the weights. False: tune forwards that keep nothing, and make no backward.
+            budget_sec: seconds after which no trial begins. What has been tried by then counts.
 
         Returns:
             the config, equal on all ranks. It may differ from the last one in what `saved` depends
@@ -273,9 +280,9 @@ class MoELayer:
                 layer keeps its config then.
         """
         with self._scope.call("layer.tune"):
-            return self._tune(inputs, training)
+            return self._tune(inputs, training, budget_sec)
 
-    def _tune(self, inputs: Any, training: bool) -> TileConfig:
+    def _tune(self, inputs: Any, training: bool, budget_sec: float) -> TileConfig:
         world = self.world
         if world.device != "cuda" or self.mode != "fused":
             raise ValueError(
@@ -289,13 +296,13 @@ class MoELayer:
                     raise ValueError("inputs must be (x, topk_ids, topk_weights, w_up, w_down)")
                 inputs = check_forward(self._arrays, self.geometry, *inputs)
             check_bool("training", training)
+            budget_sec = check_positive("budget_sec", budget_sec)
             if self.executor.captured:
                 raise ValueError("layer must not be in a CUDA graph when it is tuned")
         except ValueError as error:
-            problem, training = str(error), False
-        config, executor = tune(
-            world, self.geometry, self._layer, self.config, inputs, bool(training), problem
-        )
+            problem, training, budget_sec = str(error), False, 0.0
+        of = self._layer, self.config, inputs, bool(training), budget_sec, problem
+        config, executor = tune(world, self.geometry, *of)
         if executor is not None:
             if self._finalizer is not None:
                 self._finalizer.detach()

@@ -11,6 +11,7 @@ from cometrt.cuda.exchange_params import num_dweight_partials
 from cometrt.cuda.fused import fused_counter_words, n_chunk_tiles
 from cometrt.cuda.planner import planner_counters, planner_routing, planner_scratch, table_words
 from cometrt.cuda.wgrad import max_wgrad_steps, wgrad_order_size
+from cometrt.heap import heap_table, region_bytes
 from cometrt.kernels.params import traced_exchange_state_dtype
 from cometrt.plan import PlanShape
 from cometrt.residuals import META_SHAPE
@@ -65,6 +66,21 @@ def held(shape: PlanShape, mode: str) -> Buffers:
     buffers["wgrad_work_tiles"] = ((tile_bytes,), _UINT8)
     buffers["wgrad_counts"] = ((counts,), _INT32)
     return buffers
+
+
+def has_room_for(shape: PlanShape, other: PlanShape) -> bool:
+    """Whether memory of a fused layer of the first shape serves the other's calls too, and their
+    plans are the same."""
+    if shape.digest != other.digest:
+        return False
+    room, wanted = _sizes(shape), _sizes(other)
+    return all(room[name] >= wanted[name] for name in room)
+
+
+def _sizes(shape: PlanShape) -> dict[str, int]:
+    """Bytes of what a fused layer holds, its heap included."""
+    sizes = {name: total_bytes({name: of}) for name, of in held(shape, "fused").items()}
+    return sizes | region_bytes(heap_table(shape))
 
 
 def num_pipeline_chunks(shape: PlanShape, mode: str) -> int:

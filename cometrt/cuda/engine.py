@@ -87,9 +87,15 @@ class TileOrder:
         for name, address in self.addresses().items():
             fields[name] = address
         fields["num_n_tiles"], fields["backwards"] = n_tiles, backwards
-        fields["n_chunk"], fields["raster_group"] = n_chunk or n_tiles, raster_group or n_tiles
+        self.walk(n_chunk, raster_group)
         fields["num_pipeline_chunks"] = pipeline_chunks
         fields["max_steps"] = self._chunk_bytes // (CLUSTER_SIZE * work_tile_dtype.itemsize)
+
+    def walk(self, n_chunk: int | None, raster_group: int | None) -> None:
+        """Change the N-chunk and the raster group of orders to come. The memory must have room."""
+        fields = self.params.fields
+        n_tiles = fields["num_n_tiles"]
+        fields["n_chunk"], fields["raster_group"] = n_chunk or n_tiles, raster_group or n_tiles
 
     def addresses(self, pipeline_chunk: int = 0) -> dict[str, int]:
         """Addresses of a chunk's work tiles, of its number of steps, and of the GEMM's counters."""
@@ -147,11 +153,8 @@ def layer_orders(
     shape: PlanShape, *, n_chunk: int | None = None, pipeline_chunks: int = 1
 ) -> tuple[TileOrder, TileOrder]:
     """Tile orders of a layer's up and down GEMM; n_chunk: N-tiles of the down GEMM's N-chunks."""
-    geometry, (up, down) = shape.geometry, layer_n_tiles(shape)
-    up_group, down_group = (
-        shape.config.raster_group or raster_group_of(inner)
-        for inner in (geometry.spec.hidden, geometry.local_intermediate)
-    )
+    up, down = layer_n_tiles(shape)
+    up_group, down_group = layer_raster_groups(shape)
     return (
         TileOrder(shape.max_tiles, up, raster_group=up_group, pipeline_chunks=pipeline_chunks),
         TileOrder(
@@ -163,6 +166,13 @@ def layer_orders(
             pipeline_chunks=pipeline_chunks,
         ),
     )
+
+
+def layer_raster_groups(shape: PlanShape) -> tuple[int, int]:
+    """Raster groups of a layer's up and down GEMM, in N-tiles."""
+    of_config, geometry = shape.config.raster_group, shape.geometry
+    up, down = geometry.spec.hidden, geometry.local_intermediate
+    return of_config or raster_group_of(up), of_config or raster_group_of(down)
 
 
 def layer_n_tiles(shape: PlanShape) -> tuple[int, int]:

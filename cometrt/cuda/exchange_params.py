@@ -114,9 +114,13 @@ class ExchangeParamsBuilder:
     ) -> None:
         self._world, self._shape, self._heap, self._layer = world, shape, heap, layer
         self._fixed, self._num_counters, self._table_offsets = fixed, num_counters, table_offsets
-        self._config, self._backward_config = shape.config, shape.of_backward().config
+        self.reschedule(shape)
         self._filled_for: tuple[float, ...] = ()
         self._params = ParamStruct(exchange_params_dtype)
+
+    def reschedule(self, shape: PlanShape) -> None:
+        """Calls have the N-chunks of this config from now on."""
+        self._config, self._backward_config = shape.config, shape.of_backward().config
 
     def begin(self, call: Call) -> ParamStruct:
         """The params of a new call. Valid until the next `begin`."""

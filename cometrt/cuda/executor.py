@@ -19,7 +19,7 @@ from cometrt.cuda.queue import CallQueue
 from cometrt.cuda.trace import recorded_by
 from cometrt.cuda.types import DeviceArray
 from cometrt.errors import CallNotBegun
-from cometrt.plan import PlanShape
+from cometrt.plan import PlanShape, TileConfig
 from cometrt.residuals import Residuals
 from cometrt.specs import Gradients
 from cometrt.trace import Recording, Tracer
@@ -106,6 +106,20 @@ class CudaExecutor:
         z = None if self._shape.geometry.spec.save == "nothing" else new["z"]
         x = new.get("saved_x", new["x_rows"])
         return {"epoch": new["epoch"], "x": x, "z": z, "tables": (new["tables"],)}
+
+    def reschedule(self, config: TileConfig) -> bool:
+        """Use another config in place of the layer's own, where launches alone depend on what
+        differs. Mode "fused". Graphs of earlier calls go.
+
+        Returns:
+            False, and nothing is changed, if the plan or larger memory depends on it too.
+        """
+        shape = PlanShape(self._shape.geometry, config)
+        if not buffers.has_room_for(self._shape, shape):
+            return False
+        self.queue.reschedule(shape)
+        self.graphs.clear()
+        return True
 
     def _queue(self, call: Call, arrays: Any) -> None:
         """arrays: whose memory a graph needs as long as it may be replayed."""

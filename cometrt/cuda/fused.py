@@ -10,7 +10,7 @@ import abc
 import numpy as np
 
 from cometrt.activations import ACTIVATIONS
-from cometrt.cuda.engine import GemmArguments, gemm_ctas, layer_orders
+from cometrt.cuda.engine import GemmArguments, gemm_ctas, layer_orders, layer_raster_groups
 from cometrt.cuda.exchange_params import Call
 from cometrt.cuda.links import Links
 from cometrt.cuda.types import Launches
@@ -54,6 +54,10 @@ class FusedPath(abc.ABC):
     _kernels: dict[str, Kernel]
 
     @abc.abstractmethod
+    def reschedule(self, shape: PlanShape) -> None:
+        """Launch with this config's order, n_chunk, raster_group and comm CTAs from now on."""
+
+    @abc.abstractmethod
     def load(self, *, trace: bool = False) -> dict[str, Kernel]:
         """Load the kernels; with `trace` they record themselves. No kernel may wait for a peer."""
 
@@ -79,7 +83,7 @@ class FusedForward(FusedPath):
     """
 
     def __init__(self, shape: PlanShape, links: Links, ok: int, kernels: Launches) -> None:
-        geometry, config, spec = shape.geometry, shape.config, shape.geometry.spec
+        geometry, spec = shape.geometry, shape.geometry.spec
         width, experts = geometry.local_intermediate, geometry.local_experts
         self._links, self._activation = links, spec.activation
         self._tile_orders = up, down = layer_orders(shape, n_chunk=n_chunk_tiles(shape))
@@ -89,10 +93,16 @@ class FusedForward(FusedPath):
         )
         self._down = GemmArguments(down, shape.capacity, width, spec.hidden, experts, ok=ok)
         self.num_ctas = gemm_ctas()
-        self._dispatch_ctas = num_comm_ctas(config.dispatch_ctas, self.num_ctas)
-        self._combine_ctas = num_comm_ctas(config.combine_ctas, self.num_ctas)
+        self.reschedule(shape)
         self._kernels = self.load()
         kernels |= {"dispatch_gemm": self._dispatch_gemm, "gemm_combine": self._gemm_combine}
+
+    def reschedule(self, shape: PlanShape) -> None:
+        (up, down), (up_group, down_group) = self._tile_orders, layer_raster_groups(shape)
+        up.walk(None, up_group)
+        down.walk(n_chunk_tiles(shape), down_group)
+        self._dispatch_ctas = num_comm_ctas(shape.config.dispatch_ctas, self.num_ctas)
+        self._combine_ctas = num_comm_ctas(shape.config.combine_ctas, self.num_ctas)
 
     def load(self, *, trace: bool = False) -> dict[str, Kernel]:
         macros = (*self._links.macros, *trace_macros(trace))

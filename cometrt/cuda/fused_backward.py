@@ -61,8 +61,7 @@ class FusedBackward(FusedPath):
         recompute: ParamStruct,
         kernels: Launches,
     ) -> None:
-        shape = shape.of_backward()
-        geometry, config, rows = shape.geometry, shape.config, shape.capacity
+        geometry, rows = shape.geometry, shape.capacity
         spec, experts, up = geometry.spec, geometry.local_experts, geometry.up_columns
         self._links, self._activation, self._builder = links, spec.activation, builder
         self._recompute, self._recomputes = recompute, spec.save == "nothing"
@@ -71,13 +70,11 @@ class FusedBackward(FusedPath):
         self._down_order = TileOrder(
             shape.max_tiles,
             n_tiles["down_dgrad"],
-            raster_group=config.raster_group or raster_group_of(spec.hidden),
         )
         self._grads_order = TileOrder(
             shape.max_tiles,
             n_tiles["up_dgrad"],
-            n_chunk=n_chunk_tiles(shape),
-            raster_group=config.raster_group or raster_group_of(up),
+            n_chunk=n_chunk_tiles(shape.of_backward()),
             backwards=True,
             more_steps=max_wgrad_steps(experts, shapes),
         )
@@ -94,8 +91,7 @@ class FusedBackward(FusedPath):
         dx = self._grads.fields["dx"][0]
         dx["num_rows"], dx["num_columns"] = rows, spec.hidden
         self.num_ctas = gemm_ctas()
-        self._dispatch_ctas = num_comm_ctas(config.dispatch_ctas, self.num_ctas)
-        self._combine_ctas = num_comm_ctas(config.combine_ctas, self.num_ctas)
+        self.reschedule(shape)
         (self._prepare,) = load_kernels("fused/prepare_backward.cu", "prepare_backward")
         self._kernels = self.load()
         kernels |= {
@@ -103,6 +99,15 @@ class FusedBackward(FusedPath):
             "dispatch_down_dgrad": self._dispatch_down_dgrad,
             "up_dgrad_combine_wgrad": self._up_dgrad_combine_wgrad,
         }
+
+    def reschedule(self, shape: PlanShape) -> None:
+        shape = shape.of_backward()
+        config, hidden = shape.config, shape.geometry.spec.hidden
+        group, up = config.raster_group, shape.geometry.up_columns
+        self._down_order.walk(None, group or raster_group_of(hidden))
+        self._grads_order.walk(n_chunk_tiles(shape), group or raster_group_of(up))
+        self._dispatch_ctas = num_comm_ctas(config.dispatch_ctas, self.num_ctas)
+        self._combine_ctas = num_comm_ctas(config.combine_ctas, self.num_ctas)
 
     def load(self, *, trace: bool = False) -> dict[str, Kernel]:
         macros = (*self._links.macros, *trace_macros(trace))

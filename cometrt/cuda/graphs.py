@@ -30,6 +30,10 @@ class CallGraphs:
         self._graphs: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
         self.enabled = True
 
+    def clear(self) -> None:
+        """Forget all graphs."""
+        self._graphs.clear()
+
     def find(self, key: Hashable, launch: Callable[[int], object]) -> Any:
         """The graph of a call that comes again. None: the caller launches the kernels itself.
 

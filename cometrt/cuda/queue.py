@@ -205,6 +205,12 @@ class CallQueue:
         self._paths[call.operation].launch(kernels, stream, params, call)
         kernels["finish"](stream, params)
 
+    def reschedule(self, shape: PlanShape) -> None:
+        """In mode "fused": launch with the schedule of another config from now on."""
+        self._params.reschedule(shape)
+        for path in self.fused:
+            path.reschedule(shape)
+
     def depends_on(self) -> tuple[float, ...]:
         """What a call's launches depend on besides the call."""
         return self._params.world_state()

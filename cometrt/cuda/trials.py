@@ -1,9 +1,14 @@
-"""Trials of the tuner: the time of a fused forward with a given config, on the slowest rank."""
+"""Trials of the tuner: the time of a fused forward or backward with a given config, on the slowest
+rank."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import statistics
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,22 +18,30 @@ from cometrt.cuda.executor import CudaExecutor
 from cometrt.errors import CallNotBegun
 from cometrt.kernels.launch import load_kernels
 from cometrt.plan import PlanShape, TileConfig
-from cometrt.specs import Geometry
+from cometrt.residuals import Residuals
+from cometrt.specs import Geometry, Gradients
 from cometrt.trace import NullTracer
 from cometrt.world import World
 
-_ROUNDS, _CALLS = 5, 3  # _CALLS: timed calls of a round, back to back
+_LONG_MS, _VERY_LONG_MS = 10.0, 50.0  # calls that vary less, by their time
 _RANDOM_VALUES = 1 << 22
 
 
 class Trials:
-    """Times forwards of one layer with any config, all ranks together.
+    """Times calls of one layer with any config, all ranks together.
+
+    Configs that differ in launches alone share an executor.
 
     Args:
         layer: number of the layer, which headers name.
         inputs: forward's five arrays, checked; None: random ones of max_tokens tokens a rank, with
             the same number of rows for every expert.
-        training: whether forwards keep residuals.
+        training: whether forwards keep residuals, and backwards may be timed.
+        room: the config that needs the most memory of those to come.
+
+    Attributes:
+        elapsed_sec: since they were made, equal on all ranks.
+        longest_sec: that any one `time` has taken, equal on all ranks.
     """
 
     def __init__(
@@ -38,75 +51,150 @@ class Trials:
         layer: int,
         inputs: tuple[Any, ...] | None,
         training: bool,
+        room: TileConfig,
     ) -> None:
         import cupy as cp
 
+        self._begin = time.monotonic()
+        self.elapsed_sec = self.longest_sec = 0.0
         self._world, self._geometry, self._layer = world, geometry, layer
-        self._training, self._tracer = training, NullTracer()
+        self._training, self._room, self._tracer = training, room, NullTracer()
         self._inputs = _random_inputs(geometry) if inputs is None else inputs
         self._y = cp.empty_like(self._inputs[0])
+        if training:
+            spec, (x, _, weights, w_up, w_down) = geometry.spec, self._inputs
+            self._dy = _normal(x.shape, 1.0, spec.numpy_dtype, np.random.default_rng(1))
+            self._grads = Gradients(*map(cp.empty_like, (x, weights, w_up, w_down)))
         self._events = cp.cuda.Event(), cp.cuda.Event()
         self._barrier = StartBarrier(world.timeout_sec)
+        self._executors: list[CudaExecutor] = []
+        self._counts: dict[str, tuple[int, int]] = {}  # rounds and calls, by pass
 
     def executor(self, config: TileConfig) -> CudaExecutor:
-        """An executor with this config. Collective."""
+        """A new executor with this config. Collective."""
         shape = PlanShape(self._geometry, config)
         return CudaExecutor(self._world, shape, self._layer, "fused")
 
-    def time(self, config: TileConfig) -> float:
-        """Milliseconds of a forward: median of rounds, the same on all ranks. Collective.
+    def close(self) -> None:
+        """Give up what trials hold, once their calls have ended."""
+        for executor in self._executors:
+            executor.give_up()
+        self._executors.clear()
+
+    def time(self, config: TileConfig, which: str) -> float:
+        """Milliseconds of a forward or a backward: median of rounds, the same on all ranks.
+        Collective.
 
         Raises:
             RoutingError, CapacityError: for given inputs, on all ranks.
         """
-        # All ranks have met in the last trial's allgather, and meet again before this trial's first
-        # launch. So no kernel waits for a peer while memory is allocated.
-        executor = self.executor(config)
-        executor.graphs.enabled = False  # no graph may be captured behind the start barrier
         try:
-            return self._time(executor)
+            # All ranks have met in the last trial's allgather, and meet again before this one's
+            # first launch: no kernel waits for a peer while memory is allocated.
+            executor = self._executor_for(config)
+            begin = self.elapsed_sec
+            if which not in self._counts:
+                self._counts[which] = counts_for(self._time(executor, which, 1, 1))
+            ms = self._time(executor, which, *self._counts[which])
+            self.longest_sec = max(self.longest_sec, self.elapsed_sec - begin)
+            return ms
         except BaseException:
-            executor.retire()  # its kernels may run on
+            for executor in self._executors:
+                executor.retire()  # its kernels may run on
             raise
 
-    def _time(self, executor: CudaExecutor) -> float:
+    def _executor_for(self, config: TileConfig) -> CudaExecutor:
+        for executor in self._executors:
+            if executor.reschedule(config):
+                return executor
+        room = dataclasses.replace(
+            config,
+            order=self._room.order,
+            n_chunk=self._room.n_chunk,
+            backward_order=None,
+            backward_n_chunk=None,
+        )
+        executor = self.executor(room)
+        if not executor.reschedule(config):
+            executor = self.executor(config)
+        executor.graphs.enabled = False  # nothing may be captured behind the barrier
+        self._executors.append(executor)
+        return executor
+
+    def _time(self, executor: CudaExecutor, which: str, rounds: int, calls: int) -> float:
         import cupy as cp
 
         world, (begin, end) = self._world, self._events
-        self.calls(executor)  # allocates all memory that later calls use
+        call = self._call_of(executor, which)
+        self.calls(call, calls)  # from here on all memory that calls take is there
         executor.synchronize()
         world.barrier()
         times = []
-        for _ in range(_ROUNDS):
-            # The device begins when the host has queued all calls. Otherwise the host's time would
-            # count, and ranks that share a GPU meet on the host in each call. The first call is
-            # not timed: ranks leave the start barrier at different times but end that call
-            # together.
+        for _ in range(rounds):
+            # The device begins when the host has queued all calls: the host may be slower, and
+            # ranks that share a GPU meet on the host in each call. Ranks do not leave the barrier
+            # at the same time, but end the first call together; it is not timed.
             self._barrier.close()
             try:
-                self.calls(executor)
+                self.calls(call, calls)
                 world.barrier()
             finally:
                 self._barrier.open()
             end.synchronize()
-            times.append(cp.cuda.get_elapsed_time(begin, end) / _CALLS)
+            times.append(cp.cuda.get_elapsed_time(begin, end) / calls)
         executor.synchronize()
-        ranks = world.allgather(times, purpose="tune")
-        return statistics.median(max(times) for times in zip(*ranks, strict=True))
+        ranks = world.allgather((times, time.monotonic() - self._begin), purpose="tune")
+        self.elapsed_sec = max(elapsed for _, elapsed in ranks)
+        slowest = [max(times) for times in zip(*(times for times, _ in ranks), strict=True)]
+        return statistics.median(slowest)
 
-    def calls(self, executor: CudaExecutor) -> None:
-        """Queue one call, then _CALLS calls between the two events. Results are dropped."""
+    def _call_of(self, executor: CudaExecutor, which: str) -> Callable[[], object]:
+        """What is timed: forwards, or backwards of one and the same forward."""
+
+        def forward() -> dict[str, Any] | None:
+            return executor.forward(
+                *self._inputs, training=self._training, out=self._y, tracer=self._tracer
+            )
+
+        if which == "forward":
+            return forward
+        with _raising_reasons():
+            kept = forward()
+        assert kept is not None
+        _, _, _, w_up, w_down = self._inputs
+        saved = Residuals(serial=0, num_tokens=len(self._y), w_up=w_up, w_down=w_down, **kept)
+
+        def backward() -> None:
+            executor.backward(
+                self._dy, saved, out=self._grads, accumulate=False, tracer=self._tracer
+            )
+
+        return backward
+
+    def calls(self, call: Callable[[], object], count: int) -> None:
+        """Queue one call, then `count` calls between the two events. Results are dropped."""
         begin, end = self._events
-        try:
-            for index in range(1 + _CALLS):
+        with _raising_reasons():
+            for index in range(1 + count):
                 if index == 1:
                     begin.record()
-                executor.forward(
-                    *self._inputs, training=self._training, out=self._y, tracer=self._tracer
-                )
-        except CallNotBegun as error:
-            raise error.reason from None
+                call()
         end.record()
+
+
+@contextlib.contextmanager
+def _raising_reasons() -> Iterator[None]:
+    try:
+        yield
+    except CallNotBegun as error:
+        raise error.reason from None
+
+
+def counts_for(ms: float) -> tuple[int, int]:
+    """Rounds, and calls in a row that a round times, of calls that take so long."""
+    if ms < _LONG_MS:
+        return 5, 3
+    return (5, 1) if ms < _VERY_LONG_MS else (3, 1)
 
 
 class StartBarrier:
@@ -153,23 +241,24 @@ def _random_inputs(geometry: Geometry) -> tuple[Any, ...]:
     """
     import cupy as cp
 
-    spec = geometry.spec
-    rng = np.random.default_rng(geometry.rank)
-
-    def filled(shape: tuple[int, ...], scale: float) -> Any:
-        out = cp.empty(shape, spec.numpy_dtype)
-        normal = scale * rng.standard_normal(min(out.size, _RANDOM_VALUES), np.float32)
-        values = cp.asarray(normal.astype(spec.numpy_dtype))
-        for begin in range(0, out.nbytes, values.nbytes):  # copies: no kernel has to be loaded
-            nbytes = min(values.nbytes, out.nbytes - begin)
-            (out.data + begin).copy_from_device_async(values.data, nbytes)
-        return out
-
-    ids = balanced_ids(geometry)
+    spec, rng = geometry.spec, np.random.default_rng(geometry.rank)
+    ids, dtype = balanced_ids(geometry), spec.numpy_dtype
     return (
-        filled((spec.max_tokens, spec.hidden), 1.0),
+        _normal((spec.max_tokens, spec.hidden), 1.0, dtype, rng),
         cp.asarray(ids),
         cp.asarray(rng.random(ids.shape, np.float32)),
-        filled(geometry.w_up_shape, spec.hidden**-0.5),
-        filled(geometry.w_down_shape, geometry.local_intermediate**-0.5),
+        _normal(geometry.w_up_shape, spec.hidden**-0.5, dtype, rng),
+        _normal(geometry.w_down_shape, geometry.local_intermediate**-0.5, dtype, rng),
     )
+
+
+def _normal(shape: tuple[int, ...], scale: float, dtype: np.dtype, rng: np.random.Generator) -> Any:
+    import cupy as cp
+
+    out = cp.empty(shape, dtype)
+    normal = scale * rng.standard_normal(min(out.size, _RANDOM_VALUES), np.float32)
+    values = cp.asarray(normal.astype(dtype))
+    for begin in range(0, out.nbytes, max(1, values.nbytes)):  # copies: no kernel has to be loaded
+        nbytes = min(values.nbytes, out.nbytes - begin)
+        (out.data + begin).copy_from_device_async(values.data, nbytes)
+    return out

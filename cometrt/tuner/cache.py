@@ -1,8 +1,9 @@
 """Tuned configs in JSON files: the user's, which tune() writes, and the one that is shipped.
 
-A file holds {"schema": SCHEMA, "entries": {str(Key): {"config": fields of a TileConfig, "ms":
-milliseconds of a forward}}}. A file or an entry that cannot be used is ignored with one warning,
-so a cache never keeps a layer from being made. Only tune() writes, and it replaces such a file.
+A file holds {"schema": SCHEMA, "entries": {str(Key): entry}}. An entry has "config", the fields of
+a TileConfig, and "ms", the milliseconds of each pass that was tuned: of "forward", or of "forward"
+and "backward". A file or an entry that cannot be used is ignored with one warning, so a cache never
+keeps a layer from being made. Only tune() writes, and it replaces such a file.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import functools
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from cometrt.world.partitions import gpu_name, num_sms
 
 _log = logging.getLogger("cometrt")
 
-SCHEMA = 2  # raised when a field of TileConfig or Key changes its name or its meaning
+SCHEMA = 3  # raised when a field of TileConfig or Key changes its name or its meaning
 SHIPPED = Path(__file__).with_name("defaults.json")
+_MAX_TOKENS_LOG2 = 31  # of the largest token bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Key:
         gpu: the GPU's name.
         sms: SMs that one rank's kernels run on.
         ranks, ep, tp: W = ep * tp.
-        tokens: max_tokens, rounded up to a power of two.
+        tokens: the token bucket: max_tokens, rounded up to a power of two.
         link: name of the emulated link, or "none".
     """
 
@@ -79,27 +82,42 @@ def cache_file() -> Path:
 
 
 def look_up(world: World, spec: MoESpec, mode: str | None) -> TileConfig | None:
-    """The tuned config for a layer: from the user's file, else from the shipped file, else None.
+    """The tuned config for a layer, or None: that of the nearest token bucket in the user's file or
+    in the shipped one. Of equally near buckets the larger one counts, of equal ones the user's.
 
     Only device="cuda" in mode "fused" (or None) is tuned; everything else gives None.
     """
     if world.device != "cuda" or mode not in (None, "fused"):
         return None
-    key = key_of(world, spec)
-    for path in (cache_file(), SHIPPED):
-        config = load(path, key)
-        try:
-            if config is not None:
-                check_layer(spec, world.size, "cuda", "fused", config)
-                return config
-        except ValueError as error:
-            warn_once(f"{path}: the entry for {key} is ignored: {error}")
+    files = [(path, read_entries(path)) for path in (cache_file(), SHIPPED)]
+    if not any(entries for _, entries in files):
+        return None
+    for key in _nearest_buckets(key_of(world, spec)):
+        for path, entries in files:
+            config = _config_of(path, key, entries)
+            try:
+                if config is not None:
+                    check_layer(spec, world.size, "cuda", "fused", config)
+                    return config
+            except ValueError as error:
+                warn_once(f"{path}: the entry for {key} is ignored: {error}")
     return None
+
+
+def _nearest_buckets(key: Key) -> Iterator[Key]:
+    """The key itself, then those of other token buckets, nearest first."""
+    own = key.tokens.bit_length() - 1
+    for log2 in sorted(range(_MAX_TOKENS_LOG2 + 1), key=lambda n: (abs(n - own), -n)):
+        yield dataclasses.replace(key, tokens=1 << log2)
 
 
 def load(path: Path, key: Key) -> TileConfig | None:
     """The config that the file has for the key; None if it has none."""
-    entry = _read_entries(path).get(str(key))
+    return _config_of(path, key, read_entries(path))
+
+
+def _config_of(path: Path, key: Key, entries: dict[str, Any]) -> TileConfig | None:
+    entry = entries.get(str(key))
     if entry is None:
         return None
     try:
@@ -109,14 +127,19 @@ def load(path: Path, key: Key) -> TileConfig | None:
         return None
 
 
-def store(path: Path, key: Key, config: TileConfig, ms: float) -> None:
-    """Write the config into the file, which other processes may read at the same time.
+def store(path: Path, key: Key, config: TileConfig, ms: dict[str, float], **facts: Any) -> None:
+    """Write an entry into the file, which other processes may read at the same time.
+
+    Args:
+        ms: milliseconds of each pass that was tuned.
+        facts: kept in the entry, for people.
 
     The file is replaced as a whole, so a reader never sees half of it. If two processes store at
     once, one of the two entries may be lost. A folder that cannot be written causes a warning.
     """
-    entries = _read_entries(path)
-    entries[str(key)] = {"config": dataclasses.asdict(config), "ms": round(ms, 4)}
+    entries = read_entries(path)
+    rounded = {which: round(value, 4) for which, value in ms.items()}
+    entries[str(key)] = {"config": dataclasses.asdict(config), "ms": rounded} | facts
     text = json.dumps({"schema": SCHEMA, "entries": entries}, indent=1) + "\n"
     try:
         replace_files(path.parent, {path.name: text.encode()})
@@ -124,7 +147,8 @@ def store(path: Path, key: Key, config: TileConfig, ms: float) -> None:
         _log.warning("%s: the tuned config is not stored: %s", path, error)
 
 
-def _read_entries(path: Path) -> dict[str, Any]:
+def read_entries(path: Path) -> dict[str, Any]:
+    """Entry by str(Key); none if the file is not there or cannot be used."""
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 from cometrt.errors import CapacityError, MismatchError, PeerTimeout, RoutingError
 from cometrt.executor import Executor
-from cometrt.plan import TileConfig
+from cometrt.plan import PlanShape, TileConfig
 from cometrt.specs import Geometry
 from cometrt.tuner.cache import cache_file, key_of, store
-from cometrt.tuner.search import candidates, search
+from cometrt.tuner.search import Found, candidates, describe, roomiest, search, with_own_backward
 from cometrt.types import Array
 from cometrt.world import World
 from cometrt.world.partitions import num_sms
+
+_log = logging.getLogger("cometrt")
 
 _RAISED_ON_ALL_RANKS = (RoutingError, CapacityError, PeerTimeout, MismatchError)
 
@@ -22,6 +26,7 @@ def tune(
     base: TileConfig,
     inputs: tuple[Array, ...] | None,
     training: bool,
+    budget_sec: float,
     problem: str,
 ) -> tuple[TileConfig, Executor | None]:
     """Collective, on "cuda", after this rank's calls have ended: see `MoELayer.tune`.
@@ -29,7 +34,7 @@ def tune(
     Args:
         layer: the layer's index.
         base: its current config, where the search starts.
-        inputs, training: as for `MoELayer.tune`, checked.
+        inputs, training, budget_sec: as for `MoELayer.tune`, checked.
         problem: the error message of this rank's arguments, or "".
 
     Returns:
@@ -39,29 +44,64 @@ def tune(
         ValueError: on all ranks, if any rank has a problem.
         CometError: on all ranks, if any rank failed.
     """
-    ranks = world.allgather((problem, inputs is None, training), purpose="tune")
+    given = (problem, inputs is None, training, budget_sec)
+    ranks = world.allgather(given, purpose="tune")
     for rank, (text, *_) in enumerate(ranks):
         if text:
             raise ValueError(f"{text} [rank {rank}]")
     if len(set(ranks)) > 1:
-        raise ValueError("inputs (given or not) and training must be equal on all ranks")
-    from cometrt.cuda.trials import Trials
+        raise ValueError(
+            "inputs (given or not), training and budget_sec must be equal on all ranks"
+        )
+    from cometrt.cuda.executor import CudaExecutor
 
-    spec = geometry.spec
     try:
-        assert world.gpu is not None
-        if world.gpu.last_call is not None:  # after it no kernel of any layer waits for a peer
-            world.gpu.last_call.synchronize()
-        sms = min(world.allgather(num_sms(), purpose="tune"))
-        trials = Trials(world, geometry, layer, inputs, training)
-        settings = candidates(base, spec, world.size, sms)
-        best, ms = search(base, settings, spec, world.size, trials.time)
+        found = find(world, geometry, layer, base, inputs, training, budget_sec)
         if world.rank == 0:
-            store(cache_file(), key_of(world, spec), best, ms)
+            store(cache_file(), key_of(world, geometry.spec), found.config, found.ms)
         world.barrier()  # a layer that any rank makes after tune() finds the stored config
-        return best, None if best == base else trials.executor(best)
+        if found.config == base:
+            return base, None
+        shape = PlanShape(geometry, found.config)
+        return found.config, CudaExecutor(world, shape, layer, "fused")
     except _RAISED_ON_ALL_RANKS:
         raise
     except BaseException as error:
         world.stop_for(error, f" in tune() of layer {layer}")
         raise
+
+
+def find(
+    world: World,
+    geometry: Geometry,
+    layer: int,
+    base: TileConfig,
+    inputs: tuple[Array, ...] | None,
+    training: bool,
+    budget_sec: float,
+) -> Found:
+    """Collective: the search alone. Arguments as for `tune`, equal on all ranks."""
+    from cometrt.cuda.trials import Trials
+
+    assert world.gpu is not None
+    if world.gpu.last_call is not None:  # after it no kernel of any layer waits for a peer
+        world.gpu.last_call.synchronize()
+    spec, size = geometry.spec, world.size
+    sms = min(world.allgather(num_sms(), purpose="tune"))
+    if training:
+        base = with_own_backward(base, sms)
+    settings = candidates(base, spec, size, sms, training=training)
+    trials = Trials(world, geometry, layer, inputs, training, roomiest(base, settings))
+
+    def time(config: TileConfig, which: str) -> float:
+        ms = trials.time(config, which)
+        if world.rank == 0:
+            _log.info("%s %.4f ms: %s", which, ms, describe(config))
+        return ms
+
+    def expired() -> bool:
+        return trials.elapsed_sec + trials.longest_sec > budget_sec
+
+    found = search(base, settings, spec, size, time, expired)
+    trials.close()
+    return found

@@ -1,15 +1,22 @@
 """A soak: thousands of forwards and backwards with random tokens, routing and delays.
 
-    python tests/device/soak.py --calls 10000 --ranks 8 --seconds 240
+    python tests/device/soak.py --calls 10000 --ranks 8              virtual ranks, or a GPU each
+    mpirun -n 4 python3 tests/device/soak.py --calls 5000            a process for each GPU
 
-Layers of different shapes and orders follow each other at random, each rank brings a batch of its
-own choice, and each launch of a call may be held up on the device. A token's result depends on
-its own row, ids and weights alone: so the bits of each batch are known from its first call,
-whatever the other ranks bring, and a kernel compares them after every call while the host goes
-on. Some forwards have a backward, several calls later and in any order; dx and dweight depend on
-the batch alone too, but not to the bit. Every `--every` calls the host waits: it reads what those
-kernels have found, repeats the last call in mode "sequential", and makes a call with a wrong id,
-with its backward and a right call behind it: the error must be raised on every rank, and only once.
+Layers of different shapes and orders, and of every `save`, follow each other at random, each rank
+brings a batch of its own choice, and each launch of a call may be held up on the device. A token's
+result depends on its own row, ids and weights alone: so the bits of each batch are known from its
+first call, whatever the other ranks bring, and a kernel compares them after every call while the
+host goes on. Most forwards have a backward, several calls later and in any order; dx and dweight
+depend on the batch alone too, but not to the bit. Every `--every` calls the host waits: it reads
+what those kernels have found, repeats the last call in mode "sequential", and makes a call with a
+wrong id, with its backward and a right call behind it: the error must be raised on every rank, and
+only once.
+
+At every second check all saved forwards get their backward, and memory is measured. It must not
+have grown from the second quarter of the samples to the last. At the end a step of each layer must
+have the bits that it had at first, and weight gradients that repeat, and that agree with mode
+"sequential".
 
 Exits with 0 if there was no failure. All waits have deadlines; should the process hang even so,
 it tells where, and ends.
@@ -19,6 +26,8 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
+import os
 import sys
 import time
 from pathlib import Path
@@ -28,6 +37,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import cometrt
+from cometrt.specs import SAVE_MODES
 from tests.cases import on_host, relative_error, tolerance
 from tests.device.pauses import Differences, Pauses
 
@@ -35,12 +45,19 @@ BATCHES = 12  # of each rank and model
 LONGEST_SETUP_SEC, LONGEST_STALL_SEC = 400, 60
 MOST_FAILURES = 20
 REPORT_SEC = 10
+MOST_IN_FLIGHT = 6  # forwards that wait for their backward
+MIB = 1 << 20
+# Bytes that memory may grow between quarters of a run: graphs come and go, and the memory of the
+# last calls is freed late.
+MOST_GROWTH = {"GPU": 64 * MIB, "pool": 16 * MIB, "host": 64 * MIB}
+FEWEST_SAMPLES = 20  # else nothing is said of memory
+CALLS = {False: 10_000, True: 5_000}  # by whether ranks are processes under mpirun
 
 
 class Model:
     """A shape of layer with its weights, equal on all ranks."""
 
-    def __init__(self, name, size, seed, *, order, num_phases=2, tp=1, **shape):
+    def __init__(self, name, size, seed, *, config, tp=1, **shape):
         self.name, tp = name, tp if size % tp == 0 else 1
         self.spec = spec = cometrt.MoESpec(
             num_experts=4 * size // tp,
@@ -48,7 +65,7 @@ class Model:
             capacity_factor=4.0 * size,  # every routing fits
             **shape,
         )
-        self.config = cometrt.TileConfig(block_tokens=16, order=order, num_phases=num_phases)
+        self.config = cometrt.TileConfig(block_tokens=16, **config)
         rng = np.random.default_rng(seed)
         self.weights = [
             (rng.standard_normal(s, np.float32) / np.sqrt(s[2])).astype(spec.numpy_dtype)
@@ -61,13 +78,19 @@ class Model:
 
 def make_models(size):
     """One shape in both orders; and one whose rows take several pieces, and whose tokens lie in the
-    heap where the others have something else. Each has another `save`."""
+    heap where the others have something else. All with every `save`."""
     shape = {"hidden": 528, "intermediate": 144, "topk": 3, "max_tokens": 150}
-    wide = {"hidden": 2064, "intermediate": 96, "topk": 4, "max_tokens": 100}
+    wide = {"hidden": 2064, "intermediate": 96, "topk": 4, "max_tokens": 100, "tp": 2}
+    columns = {"order": "columns", "num_phases": 3}
+    kinds = {
+        "phases": ({"backward_order": "columns", "backward_dispatch_ctas": 2}, shape),
+        "columns": (columns | {"backward_combine_ctas": 1}, shape),
+        "wide": (columns | {"num_phases": 2, "n_chunk": 1024, "backward_order": "phases"}, wide),
+    }
     return [
-        Model("phases", size, 0, order="phases", **shape),
-        Model("columns", size, 1, order="columns", num_phases=3, save="z", **shape),
-        Model("wide", size, 2, order="columns", tp=2, save="nothing", **wide),
+        Model(f"{name} save={save}", size, seed, config=config, save=save, **of)
+        for seed, (name, (config, of)) in enumerate(kinds.items())
+        for save in SAVE_MODES
     ]
 
 
@@ -112,6 +135,7 @@ class Subject:
         rows = (self._spec.max_tokens, self._spec.hidden)
         self._y = [cupy.empty(rows, self._spec.numpy_dtype) for _ in range(2)]  # of either mode
         self._dy = [cupy.asarray(rng.standard_normal(x.shape).astype(x.dtype)) for x, _, _ in made]
+        self._sums = [cupy.zeros(w.shape, cupy.float32) for w in self._weights]
         self.expected, self.gradients = [], []
 
     def learn(self):
@@ -138,9 +162,38 @@ class Subject:
         tables = (good_ids if ids is None else ids, weights)
         return layer.forward(x, *tables, *self._weights, out=out, training=training)
 
-    def backward(self, batch, saved):
-        """dx and dweight; the weights' gradients depend on what other ranks bring."""
-        return self.fused.backward(self._dy[batch], saved)[:2]
+    def backward(self, batch, saved, *, accumulate=False):
+        """dx and dweight; the weights' gradients depend on what other ranks bring, and are added to
+        sums of micro-batches with `accumulate`."""
+        out = cometrt.Gradients(None, None, *self._sums) if accumulate else None
+        return self.fused.backward(self._dy[batch], saved, out=out, accumulate=accumulate)[:2]
+
+    def step(self, batch, *, sequential=False):
+        """y and all gradients of a forward and its backward, on the host."""
+        layer = self.sequential if sequential else self.fused
+        y, saved = self.forward(batch, sequential=sequential, training=True)
+        y = y.copy()
+        grads = layer.backward(self._dy[batch], saved)
+        layer.synchronize()
+        return {"y": on_host(y)} | {k: on_host(v) for k, v in grads._asdict().items()}
+
+    def last_check(self, batch):
+        """What is amiss in a step, of the same batch number on all ranks."""
+        first, second = self.step(batch), self.step(batch)
+        expected, limit = self.step(batch, sequential=True), tolerance("bfloat16")
+        wrong = [
+            f"{name} is not repeatable" for name in first
+            if first[name].tobytes() != second[name].tobytes()
+        ]  # fmt: skip
+        if first["y"].tobytes() != on_host(self.expected[batch]).tobytes():
+            wrong.append("y has other bits than at first")
+        for name, found in first.items():
+            error = relative_error(found, expected[name].astype(np.float64))
+            if not error < limit:
+                wrong.append(f"{name}: relative error {error:.1e} to sequential")
+        if not all(np.isfinite(on_host(total)).all() for total in self._sums):
+            wrong.append("sums of weight gradients are not finite")
+        return wrong
 
     def compare(self, batch, y):
         """The relative error of y to what mode "sequential" gives, and whether they are the same
@@ -185,6 +238,7 @@ class Rank:
         self._own = np.random.default_rng((options.seed, world.rank, 1))
         self._recent = []  # calls since the last check
         self._saved = []  # of forwards whose backward is to come
+        self._num_checks, self.memory = 0, []
         self.num_compared = self.num_same = self.num_backwards = 0
         world.timeout_sec = options.timeout  # nothing is compiled any more
 
@@ -206,28 +260,33 @@ class Rank:
                 reported = now
                 rate = call / (now - begin)
                 print(f"{call} calls, {rate:.0f} a second, {failed} failures", flush=True)
+        faulthandler.dump_traceback_later(LONGEST_STALL_SEC, exit=True)
+        self._finish(call)
         return call, time.monotonic() - begin
 
     def _call(self, call):
         own, number = self._own, call % self._options.every
         subject = self._subjects[self._common.integers(len(self._subjects))]
         batch = int(own.integers(BATCHES))
-        how = {"in_heap": bool(own.random() < 0.2), "training": bool(self._common.random() < 0.3)}
+        how = {"in_heap": bool(own.random() < 0.2), "training": bool(self._common.random() < 0.6)}
         if own.random() < 0.1:
             time.sleep(own.uniform(0, 2e-3))
         replays = bool(own.random() < 0.5)  # then as its launches are, or were: without pauses
         subject.fused.executor.graphs.enabled = replays
         self._pauses.next = iter(() if replays else self._draw_pauses())
-        while len(self._saved) > self._common.integers(1, 4):
-            self._backward(number, *self._saved.pop(self._common.integers(len(self._saved))))
+        while len(self._saved) > self._common.integers(1, MOST_IN_FLIGHT + 1):
+            self._any_backward(number)
         y, saved = subject.forward(batch, **how)
         self._differences.count(number, y, subject.expected[batch])
         self._recent.append((call, subject, batch, y, how))
         if saved is not None:
             self._saved.append((subject, batch, saved))
 
-    def _backward(self, number, subject, batch, saved):
-        found = subject.backward(batch, saved)
+    def _any_backward(self, number):
+        """Of the saved forwards, the same one on all ranks."""
+        index = self._common.integers(len(self._saved))
+        subject, batch, saved = self._saved.pop(index)
+        found = subject.backward(batch, saved, accumulate=bool(self._common.random() < 0.5))
         for gradient, expected in zip(found, subject.gradients[batch], strict=True):
             self._differences.measure(number, gradient, expected)
         self.num_backwards += 1
@@ -266,6 +325,32 @@ class Rank:
         culprit = int(self._common.integers(self._world.size))
         if problem := subject.wrong_call(self._world.rank == culprit):
             self._fail(call + 1, subject, problem)
+        self._num_checks += 1
+        if self._num_checks % 2 == 0:
+            self._measure_memory()
+
+    def _measure_memory(self):
+        """While nothing is saved or runs on any rank."""
+        while self._saved:
+            self._any_backward(0)
+        self._subjects[0].fused.synchronize()
+        self._world.barrier()
+        if self._world.rank == 0 or not self._world.shares_process:
+            gc.collect()  # errors that were raised hold their calls' arrays
+            self.memory.append(memory_now())
+        self._world.barrier()
+
+    def _finish(self, call):
+        """Results at the end; whether memory has grown."""
+        self._pauses.next = iter(())
+        self._measure_memory()
+        for subject in self._subjects:
+            subject.fused.executor.graphs.enabled = True
+            for problem in subject.last_check(int(self._common.integers(BATCHES))):
+                self._fail(call, subject, f"at the end {problem}")
+        for name, grown in growth(self.memory).items():
+            if grown > MOST_GROWTH[name]:
+                self._fail(call, self._subjects[0], f"{name} memory has grown by {grown:,} bytes")
 
     def _fail(self, call, subject, text):
         failure = f"call {call}, rank {self._world.rank}, {subject.name}: {text}"
@@ -273,8 +358,38 @@ class Rank:
         self._failures.append(failure)
 
 
-def soak(options):
-    """Returns the failures; prints how it goes."""
+def memory_now():
+    """Bytes: of this GPU that are taken, of CuPy's pool that are in use, and of this process."""
+    import cupy
+
+    free, total = cupy.cuda.runtime.memGetInfo()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "GPU": total - free,
+        "pool": cupy.get_default_memory_pool().used_bytes(),
+        "host": pages * os.sysconf("SC_PAGE_SIZE"),
+    }
+
+
+def growth(samples):
+    """Bytes by which the most of the last quarter exceeds that of the second one, by kind; empty
+    where there are too few samples. In the first quarter caches fill."""
+    quarter = len(samples) // 4
+    if len(samples) < FEWEST_SAMPLES:
+        return {}
+    early, late = samples[quarter : 2 * quarter], samples[-quarter:]
+    return {
+        name: max(sample[name] for sample in late) - max(sample[name] for sample in early)
+        for name in samples[0]
+    }
+
+
+def soak(options, comm=None):
+    """Returns the failures of this process; prints how it goes.
+
+    Args:
+        comm: MPI's communicator, whose ranks have a world together; None: of threads.
+    """
     faulthandler.dump_traceback_later(LONGEST_SETUP_SEC, exit=True)
     models, failures = make_models(options.ranks), []
 
@@ -282,34 +397,57 @@ def soak(options):
         rank = Rank(world, models, options, failures)
         if world.rank == 0:
             print(f"{len(models)} models on {world.size} ranks are ready", flush=True)
-        return *rank.run(), rank.num_compared, rank.num_same, rank.num_backwards
+        counts = rank.run(), rank.num_compared, rank.num_same, rank.num_backwards
+        found = world.allgather((*counts, len(failures)))
+        grown = growth(rank.memory)
+        return found, ", ".join(f"{name} {size / MIB:+.1f} MiB" for name, size in grown.items())
 
+    timeout_sec = LONGEST_SETUP_SEC / 4
     try:
-        results = cometrt.spawn(
-            fn, options.ranks, "cuda", link=options.link, timeout_sec=LONGEST_SETUP_SEC / 4
-        )
+        if comm is None:
+            results, grown = cometrt.spawn(
+                fn, options.ranks, "cuda", link=options.link, timeout_sec=timeout_sec
+            )[0]
+        else:
+            with cometrt.connect(comm, "cuda", timeout_sec=timeout_sec) as world:
+                results, grown = fn(world)
     finally:
         faulthandler.cancel_dump_traceback_later()
-    calls, seconds = results[0][:2]
-    compared, same = (sum(result[i] for result in results) for i in (2, 3))
+    if comm is not None and comm.rank > 0:
+        return failures
+    (calls, seconds), *_ = results[0]
+    compared, same = (sum(result[i] for result in results) for i in (1, 2))
+    count = len(failures) if comm is None else sum(result[4] for result in results)
     print(
-        f"{calls} forwards and {results[0][4]} backwards on {options.ranks} ranks in "
-        f"{seconds:.1f} s: {len(failures)} failures; {compared} results compared with sequential, "
-        f"{same} of them the same bits"
+        f"{calls} forwards and {results[0][3]} backwards on {options.ranks} ranks in "
+        f"{seconds:.1f} s: {count} failures; {compared} results compared with sequential, "
+        f"{same} of them the same bits; memory grew by {grown or '(too few samples)'}"
     )
+    if calls < options.calls:
+        print(f"stopped by --seconds after {calls} of {options.calls} calls")
     return failures
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--calls", type=int, default=10000)
-    parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=240, help="after that the soak ends")
+    parser.add_argument("--calls", type=int, help="default: 10,000, or 5,000 under mpirun")
+    parser.add_argument("--ranks", type=int, default=8, help="not under mpirun: all of its ranks")
+    parser.add_argument("--seconds", type=float, default=480, help="after that the soak ends")
     parser.add_argument("--every", type=int, default=50, help="calls from check to check")
     parser.add_argument("--timeout", type=float, default=10, help="seconds of any one wait")
     parser.add_argument("--link", help="pace what crosses ranks: h100, h200 or h800")
     parser.add_argument("--seed", type=int, default=0)
-    return 1 if soak(parser.parse_args()) else 0
+    options = parser.parse_args()
+    from benchmarks.ranks import is_under_mpi
+
+    comm = None
+    if is_under_mpi():
+        from mpi4py import MPI
+
+        comm = MPI.COMM_WORLD
+        options.ranks = comm.size
+    options.calls = options.calls or CALLS[comm is not None]
+    return 1 if soak(options, comm) else 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
 import time
 import types
 from unittest.mock import MagicMock
@@ -19,9 +20,12 @@ from benchmarks.workloads import Cell
 from cometrt.models import Model
 from cometrt.plan import PlanShape
 from cometrt.specs import Geometry
+from cometrt.tuner.cache import SCHEMA, Key
+from cometrt.tuner.search import Found
 from tests.launch import ROOT
 
 ENGINE = ("engine_forms", "engine_backward")
+WITH_CUPY = ("ranks", "defaults", "step_memory")
 MACHINE = {"gpu": "A GPU", "driver": 13000, "date": "2026-01-01", "commit": "abc"}
 START = """
 import runpy, sys
@@ -51,7 +55,7 @@ def cupy(monkeypatch):
 
 
 def forget_those_with_cupy():
-    for name in ("peers", "layer", "contenders", "nccl", "engine", *ENGINE):
+    for name in ("peers", "layer", "contenders", "nccl", "engine", *WITH_CUPY, *ENGINE):
         if sys.modules.pop(f"benchmarks.{name}", None):
             delattr(benchmarks, name)
 
@@ -61,7 +65,7 @@ def forget_those_with_cupy():
 
 @pytest.mark.parametrize(
     "module",
-    "engine layer peers nccl link host_time router tables rivals_torch rivals_jax".split(),
+    "engine layer peers nccl link host_time router tables defaults rivals_torch rivals_jax".split(),
 )
 def test_a_benchmark_says_how_to_use_it(module):
     found = start(module, "--help")
@@ -331,6 +335,14 @@ class Array(types.ModuleType):
         return getattr(np, name)
 
 
+class MemoryHook:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        pass
+
+
 class Event:
     def record(self):
         self.at = time.perf_counter()
@@ -343,7 +355,7 @@ class Event:
 def contenders(cupy, monkeypatch):
     array = Array("cupy")
     array.cuda = cupy.cuda
-    cupy.cuda.Event = Event
+    cupy.cuda.Event, cupy.cuda.MemoryHook = Event, MemoryHook
     cupy.cuda.get_elapsed_time = lambda begin, end: 1e3 * (end.at - begin.at)
     monkeypatch.setitem(sys.modules, "cupy", array)
     from benchmarks import contenders
@@ -384,6 +396,46 @@ def test_a_cell_is_checked_and_measured(contenders):
             assert times["sustained"] > 0
 
 
+def test_the_memory_of_a_step_is_stated_for_both_modes(contenders, monkeypatch):
+    real = cometrt.MoELayer.backward
+
+    class Counted(contenders.Allocations):
+        def __enter__(self):
+            live[threading.get_ident()] = self
+            return super().__enter__()
+
+    def backward(self, *args, **more):
+        if self.mode == "fused":
+            live[threading.get_ident()].allocated(0, 1000 * (1 + self.world.rank))
+        return real(self, *args, **more)
+
+    live = {}  # the last of each thread
+    monkeypatch.setattr(contenders, "Allocations", Counted)
+    monkeypatch.setattr(cometrt.MoELayer, "backward", backward)
+    entry = measured_on_host(contenders, "--pass", "backward")[0]["backward"]
+    for name, calls in (("fused", 2000), ("sequential", 0)):
+        found = entry["step_bytes"][name]
+        # dy, y; ids, weights; both weights and all gradients, of 24 tokens and 4 local experts
+        rows, pairs, weights = 24 * 64 * 2, 24 * 2 * 4, 4 * 3 * 32 * 64 * 2
+        assert found["arguments"] == 3 * rows + 3 * pairs + 2 * weights
+        assert found["heap"] > rows
+        assert found["calls"] == calls
+        assert found["total"] == sum(v for key, v in found.items() if key != "total")
+    forward = measured_on_host(contenders, "--pass", "forward")[0]["forward"]
+    assert forward["step_bytes"] == {}
+
+
+def test_allocations_of_a_thread_are_counted(contenders):
+    with contenders.Allocations() as found:
+        hook = found.hook
+        hook.malloc_postprocess(device_id=0, size=90, mem_size=100, mem_ptr=1, pmem_id=7)
+        hook.malloc_postprocess(device_id=0, size=30, mem_size=30, mem_ptr=2, pmem_id=8)
+        hook.free_postprocess(device_id=0, mem_size=100, mem_ptr=1, pmem_id=7)
+        hook.free_postprocess(device_id=0, mem_size=500, mem_ptr=3, pmem_id=9)  # of before
+        hook.malloc_postprocess(device_id=0, size=50, mem_size=50, mem_ptr=1, pmem_id=10)
+    assert (found.now, found.peak) == (80, 130)
+
+
 @pytest.mark.parametrize("wrong", ["y", "dx"])
 def test_wrong_results_are_not_timed(contenders, monkeypatch, wrong):
     real = getattr(cometrt.MoELayer, "forward" if wrong == "y" else "backward")
@@ -397,6 +449,101 @@ def test_wrong_results_are_not_timed(contenders, monkeypatch, wrong):
     monkeypatch.setattr(cometrt.MoELayer, real.__name__, spoiled)
     with pytest.raises(cometrt.CometError, match="differ"):
         measured_on_host(contenders, "--pass", "both")
+
+
+# ---- shipped configs ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def defaults(contenders, monkeypatch, tmp_path):
+    """On two ranks of the host; the search finds a config at once."""
+    from benchmarks import defaults
+
+    def key_of(world, spec):
+        experts, tokens = spec.num_experts, spec.max_tokens
+        return Key("A GPU", 132, world.size, 2, 1, 64, 32, experts, 2, tokens, "bfloat16", "none")
+
+    def find(world, geometry, index, base, inputs, training, budget_sec):
+        assert training
+        searched.append((geometry.spec.num_experts, index, budget_sec))
+        config = cometrt.TileConfig(order="columns", n_chunk=512, backward_combine_ctas=8)
+        return Found(config, {"forward": 1.0, "backward": 2.0}, {"forward": 1.5, "backward": 2.5})
+
+    def spawn(fn, ranks, device, **_):
+        return real(fn, ranks)
+
+    real, searched = cometrt.spawn, []
+    monkeypatch.setattr(cometrt, "spawn", spawn)
+    monkeypatch.setattr(defaults.cache, "key_of", key_of)
+    monkeypatch.setattr(defaults, "find", find)
+    monkeypatch.setattr(defaults, "machine", lambda: MACHINE)
+    monkeypatch.setattr(defaults, "free_memory", lambda devices: None)
+    monkeypatch.setattr(defaults, "worlds", lambda args: iter([defaults.Threads(2)]))
+    small = {"tiny": Model(64, 32, 8, 2), "other": Model(64, 32, 4, 2)}
+    monkeypatch.setattr(defaults, "MODELS", small)
+    monkeypatch.setattr(defaults, "EXPERTS", {"tiny": 6})
+    monkeypatch.setitem(workloads.SHAPES, "other", small["other"])
+    monkeypatch.setattr(defaults.cp.cuda.memory, "OutOfMemoryError", MemoryError)
+    path = tmp_path / "defaults.json"
+    options = ["--models", "tiny,other", "--tokens", "16", "--out", str(path)]
+    return defaults, options, path, searched
+
+
+def test_shipped_configs_are_measured_once_and_have_both_passes(defaults, capsys):
+    defaults, options, path, searched = defaults
+    defaults.main([*options, "--budget-sec", "7"])
+    assert searched == 2 * [(8, 0, 7.0)] + 2 * [(6, 0, 7.0)] + 2 * [(4, 0, 7.0)]
+    found = json.loads(path.read_text())
+    assert found["schema"] == SCHEMA
+    entry = found["entries"][next(iter(found["entries"]))]
+    assert entry["ms"] == {"forward": 1.0, "backward": 2.0}
+    assert entry["default_ms"] == {"forward": 1.5, "backward": 2.5}
+    assert (entry["commit"], entry["config"]["backward_combine_ctas"]) == ("abc", 8)
+    text = capsys.readouterr().out
+    assert "[1/3] tiny W=2 T=16 E=8" in text
+    assert "forward 1.000 ms, backward 2.000 ms (TileConfig() forward 1.500 ms" in text
+    searched.clear()
+    defaults.main(options)
+    assert not searched
+    assert capsys.readouterr().out.count("is in the file") == 3
+    entries = found["entries"]
+    del entries[next(iter(entries))]["ms"]["backward"]  # of an entry of the forward alone
+    path.write_text(json.dumps(found))
+    defaults.main(options)
+    assert searched == 2 * [(8, 0, 45.0)]
+    searched.clear()
+    defaults.main([*options, "--again"])
+    assert len(searched) == 6
+
+
+def test_layers_that_do_not_fit_or_come_too_late_are_said(defaults, monkeypatch, capsys):
+    defaults, options, path, _ = defaults
+
+    def find(*args):
+        raise cometrt.CometError("no room")
+
+    monkeypatch.setattr(defaults, "find", find)
+    defaults.main(options)
+    assert capsys.readouterr().out.count("skipped: CometError: no room") == 3
+    assert not path.exists()
+    with pytest.raises(SystemExit):
+        defaults.main([*options, "--seconds", "0"])
+    assert "3 layers are left for another run, from tiny W=2 T=16 E=8 on" in capsys.readouterr().out
+
+
+def test_virtual_ranks_have_a_link_and_real_gpus_have_none(cupy):
+    from benchmarks import defaults
+
+    cupy.cuda.runtime.getDeviceCount.return_value = 2
+    args = defaults.parse(["--ranks", "1,2,8", "--tp", "2"])
+    worlds = [(ranks.size, ranks.link) for ranks in defaults.worlds(args)]
+    assert worlds == [(1, None), (2, None), (8, "h100")]
+    names = [str(layer) for layer in defaults.layers_of(args, 8, "h100")]
+    assert names[0] == "qwen3-30b-a3b W=8 TP=2 T=8192 link=h100 E=128"
+    assert [name.split("E=")[1] for name in names[-2:]] == ["256", "64"]
+    assert not list(defaults.layers_of(args, 1, None))
+    args = defaults.parse(["--ranks", "4", "--link", "none"])
+    assert [ranks.link for ranks in defaults.worlds(args)] == [None]
 
 
 # ---- rivals ----------------------------------------------------------------------------------
@@ -520,16 +667,17 @@ def test_the_table_of_virtual_ranks(results):
     found = entry(cell, MS | {"planning": 0.2})
     found["times"]["fused"]["sustained"] = 12.5
     other = entry(cell, MS, machine=MACHINE | {"commit": "def"}, link_ms=1.1)
+    other["step_bytes"] = {"fused": {"total": 3.21e9}, "sequential": {"total": 4e9}}
     cells = {"a": {"forward": found}, "b": {"forward": other, "both": entry(cell, {"fused": 20.0})}}
     results("layer.json", {"cells": cells, "skipped": {"c": {}}})
     lines = tables.layers_table()
     assert lines[0].startswith("A GPU, 2026-01-01 cut into virtual ranks;")
     assert lines[4:7] == [
         "| a | forward | 500, 400 | 333 | 417 (4) | 625 | 1.50 | 1.20 | 0.80 | 0.67 | 2.0% | 1.00 "
-        "| abc |",
+        "| - | abc |",
         "| b | forward | 500 | 333 | 417 (4) | 625 | 1.50 | 1.20 | 0.80 | little | - | 1.00 "
-        "| def |",
-        "| b | both | 250 | - | - | - | - | - | - | - | - | 1.00 | abc |",
+        "| 3.21, 4.00 | def |",
+        "| b | both | 250 | - | - | - | - | - | - | - | - | 1.00 | - | abc |",
     ]
     assert "Geometric mean over chunked: 1.20." in lines
     assert lines[-1].endswith("did not fit: c.")
@@ -553,6 +701,17 @@ def test_the_tables_of_several_gpus(results):
         "| a | 3.00 | - | 0.80 | 0.67 | columns | 500, 625, 1.50 | 400, 500, 2.00 | abc |",
         "| b | 3.00 | - | - | - | - | 500, 0, - | - | abc |",
     ]
+
+
+def test_the_table_of_passes(results):
+    cell = Cell("mixtral-8x7b", ranks=4)
+    both = entry(cell, MS, step_bytes={"fused": {"total": 2.5e9}})
+    results("passes_4.json", {"cells": {"a": {"forward": entry(cell, MS), "both": both}}})
+    assert tables.passes_table()[4:] == [
+        "| a | forward | 500 | 333 | - | abc |",
+        "| a | both | 500 | 333 | 2.50, - | abc |",
+    ]
+    assert "fused              2.50 GB at the peak of a step" in records.line("a", "both", both)
 
 
 def test_the_short_table(results):

@@ -98,7 +98,7 @@ def test_without_any_folder_a_temporary_one_serves_with_one_warning(
     check_whole(cubin)
     assert compile_cubin(source) == cubin
     assert cache.load(cache.cache_file(), KEY) is None
-    cache.store(cache.cache_file(), KEY, TileConfig(num_phases=3), 1.0)
+    cache.store(cache.cache_file(), KEY, TileConfig(num_phases=3), {"forward": 1.0})
     assert cache.load(cache.cache_file(), KEY) == TileConfig(num_phases=3)
     assert compiled == ["k.cu"]
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
@@ -204,7 +204,7 @@ def test_a_full_disk_is_a_warning_of_the_tuner(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    cache.store(tmp_path / "cache" / "tuned.json", KEY, TileConfig(), 1.0)
+    cache.store(tmp_path / "cache" / "tuned.json", KEY, TileConfig(), {"forward": 1.0})
     assert "is not stored" in caplog.text
     assert not list((tmp_path / "cache").iterdir())
 
@@ -259,7 +259,7 @@ def test_ranks_replace_a_torn_file_together(source, compiled):
 
 def test_torn_tuned_configs_are_passed_over_and_replaced(tmp_path, caplog):
     path = tmp_path / "tuned.json"
-    cache.store(path, KEY, TileConfig(num_phases=3), 1.0)
+    cache.store(path, KEY, TileConfig(num_phases=3), {"forward": 1.0})
     whole = path.read_bytes()
     for torn in (*(whole[:n] for n in range(0, len(whole) - 2, 7)), bytes(len(whole))):
         path.write_bytes(torn)
@@ -267,5 +267,5 @@ def test_torn_tuned_configs_are_passed_over_and_replaced(tmp_path, caplog):
         cache.warn_once.cache_clear()
         assert cache.load(path, KEY) is None
         assert len(caplog.records) == 1
-        cache.store(path, KEY, TileConfig(num_phases=3), 1.0)
+        cache.store(path, KEY, TileConfig(num_phases=3), {"forward": 1.0})
         assert path.read_bytes() == whole

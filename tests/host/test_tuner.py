@@ -3,13 +3,23 @@
 import dataclasses
 import json
 import logging
+import sys
 from types import SimpleNamespace
+from typing import ClassVar
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 
 import cometrt
+from cometrt.cuda import trials
+from cometrt.cuda.buffers import has_room_for
 from cometrt.cuda.fused import num_comm_ctas
+from cometrt.cuda.trials import counts_for
+from cometrt.errors import CallNotBegun
 from cometrt.legality import check_layer
+from cometrt.plan import PlanShape
+from cometrt.specs import Geometry
 from cometrt.tuner import cache, search, tune
 from cometrt.tuner.cache import Key, load, look_up, store
 from cometrt.world.link import link_share
@@ -17,6 +27,7 @@ from cometrt.world.link import link_share
 SPEC = cometrt.MoESpec(hidden=2048, intermediate=768, num_experts=16, topk=4, max_tokens=1000)
 KEY = Key("a GPU", 16, 8, 8, 1, 2048, 768, 16, 4, 1024, "bfloat16", "h100")
 FOUND = cometrt.TileConfig(order="columns", n_chunk=512, raster_group=8, dispatch_ctas=3)
+MS = {"forward": 1.0}
 
 
 @pytest.fixture(autouse=True)
@@ -65,9 +76,12 @@ def test_what_is_stored_is_found_and_nothing_else(tmp_path):
     path = tmp_path / "new" / "tuned.json"
     other = dataclasses.replace(KEY, tokens=2048)
     assert load(path, KEY) is None
-    store(path, KEY, FOUND, 1.5)
-    store(path, other, cometrt.TileConfig(), 2.5)
+    store(path, KEY, FOUND, {"forward": 1.5, "backward": 3.25})
+    store(path, other, cometrt.TileConfig(), {"forward": 2.5}, commit="abc")
     assert load(path, KEY) == FOUND
+    entries = cache.read_entries(path)
+    assert entries[str(KEY)]["ms"] == {"forward": 1.5, "backward": 3.25}
+    assert (entries[str(other)]["ms"], entries[str(other)]["commit"]) == ({"forward": 2.5}, "abc")
     assert load(path, other) == cometrt.TileConfig()
     assert load(path, dataclasses.replace(KEY, sms=24)) is None
     assert [p.name for p in path.parent.iterdir()] == ["tuned.json"]
@@ -76,8 +90,8 @@ def test_what_is_stored_is_found_and_nothing_else(tmp_path):
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "{}", '{"format": "cometrt tuner 1", "entries": {}}', b"\xff\xfe",
-     '{"schema": 1, "entries": {}}', '{"schema": 3, "entries": {}}', '{"schema": 2}',
-     '{"schema": "2", "entries": {}}', '{"schema": 2, "entries": []}'],
+     '{"schema": 2, "entries": {}}', '{"schema": 4, "entries": {}}', '{"schema": 3}',
+     '{"schema": "3", "entries": {}}', '{"schema": 3, "entries": []}'],
 )  # fmt: skip
 def test_a_file_of_another_schema_is_ignored_until_tune_replaces_it(text, caplog):
     path, data = cache.cache_file(), text if isinstance(text, bytes) else text.encode()
@@ -88,31 +102,32 @@ def test_a_file_of_another_schema_is_ignored_until_tune_replaces_it(text, caplog
     assert len(caplog.records) == 1
     assert f"{path} is ignored" in caplog.text
     assert path.read_bytes() == data
-    store(path, KEY, FOUND, 1.0)
+    store(path, KEY, FOUND, MS)
     assert len(caplog.records) == 1
     assert load(path, KEY) == FOUND
-    assert json.loads(path.read_text())["schema"] == 2
+    assert json.loads(path.read_text())["schema"] == 3
 
 
 def test_entries_of_another_schema_are_not_used(caplog):
     """Not even where they would be legal today: a field may have changed its meaning."""
     path = cache.cache_file()
-    store(path, KEY, FOUND, 1.0)
-    old = json.loads(path.read_text()) | {"schema": 1}
+    store(path, KEY, FOUND, MS)
+    old = json.loads(path.read_text()) | {"schema": 2}
     path.write_text(json.dumps(old))
     assert look_up(fake_world(), SPEC, None) is None
-    assert "schema must be 2 (got 1)" in caplog.text
+    assert "schema must be 3 (got 2)" in caplog.text
 
 
 @pytest.mark.parametrize(
     "entry",
     [7, {}, {"config": None}, {"config": {"num_phases": 0}}, {"config": {"of_another_version": 1}},
      {"config": {"n_chunk": "512"}}, {"config": {"order": "columns", "n_chunk": 384}},
-     {"config": {"gemm": "cublas"}}],
+     {"config": {"gemm": "cublas"}},
+     {"config": {"backward_order": "columns", "backward_n_chunk": 384}}],
 )  # fmt: skip
 def test_an_entry_that_cannot_be_used_is_ignored(entry, caplog):
     path = cache.cache_file()
-    path.write_text(json.dumps({"schema": 2, "entries": {str(KEY): entry}}))
+    path.write_text(json.dumps({"schema": 3, "entries": {str(KEY): entry}}))
     with caplog.at_level(logging.WARNING, "cometrt"):
         assert look_up(fake_world(), SPEC, None) is None
     assert "is ignored" in caplog.text
@@ -120,7 +135,7 @@ def test_an_entry_that_cannot_be_used_is_ignored(entry, caplog):
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    store(tmp_path / "file" / "tuned.json", KEY, FOUND, 1.0)
+    store(tmp_path / "file" / "tuned.json", KEY, FOUND, MS)
     assert "is not stored" in caplog.text
 
 
@@ -129,12 +144,44 @@ def test_the_users_file_comes_before_the_shipped_one(monkeypatch, tmp_path):
     monkeypatch.setattr(cache, "SHIPPED", shipped)
     world = fake_world()
     assert look_up(world, SPEC, None) is None
-    store(shipped, KEY, cometrt.TileConfig(raster_group=6), 1.0)
+    store(shipped, KEY, cometrt.TileConfig(raster_group=6), MS)
     assert look_up(world, SPEC, None) == cometrt.TileConfig(raster_group=6)
-    store(cache.cache_file(), KEY, FOUND, 1.0)
+    store(cache.cache_file(), KEY, FOUND, MS)
     assert look_up(world, SPEC, "fused") == FOUND
     assert look_up(world, SPEC, "sequential") is look_up(world, SPEC, "chunked") is None
     assert look_up(fake_world(device="host"), SPEC, None) is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "group"),
+    [(1000, 10), (1024, 10), (513, 10), (512, 10), (256, 10), (129, 10), (128, 6), (1, 6),
+     (2048, 10), (2049, 12), (1 << 20, 12)],
+)  # fmt: skip
+def test_the_nearest_token_bucket_counts(tokens, group):
+    """Of 64, 1024 and 8192; between two that are equally near, the larger one."""
+    for bucket, raster_group in ((64, 6), (1024, 10), (8192, 12)):
+        key = dataclasses.replace(KEY, tokens=bucket)
+        store(cache.cache_file(), key, cometrt.TileConfig(raster_group=raster_group), MS)
+    spec = dataclasses.replace(SPEC, max_tokens=tokens)
+    assert look_up(fake_world(), spec, None).raster_group == group
+    other = dataclasses.replace(spec, topk=3)
+    assert look_up(fake_world(), other, None) is None
+
+
+def test_a_nearer_bucket_that_is_shipped_comes_before_the_users(monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "SHIPPED", tmp_path / "defaults.json")
+    far = dataclasses.replace(KEY, tokens=4096)
+    store(cache.cache_file(), far, cometrt.TileConfig(raster_group=6), MS)
+    assert look_up(fake_world(), SPEC, None).raster_group == 6
+    store(cache.SHIPPED, KEY, FOUND, MS)
+    assert look_up(fake_world(), SPEC, None) == FOUND
+
+
+def test_a_bucket_that_cannot_be_used_gives_way_to_the_next(caplog):
+    store(cache.cache_file(), KEY, cometrt.TileConfig(gemm="cublas"), MS)
+    store(cache.cache_file(), dataclasses.replace(KEY, tokens=256), FOUND, MS)
+    assert look_up(fake_world(), SPEC, None) == FOUND
+    assert "is ignored: gemm must be" in caplog.text
 
 
 def test_all_shipped_entries_can_be_used(caplog, monkeypatch):
@@ -147,10 +194,13 @@ def test_all_shipped_entries_can_be_used(caplog, monkeypatch):
         spec = cometrt.MoESpec(**{n: int(of[n]) for n in sizes}, max_tokens=int(of["tokens"]))
         monkeypatch.setattr(cache, "gpu_name", lambda of=of: of["gpu"])
         monkeypatch.setattr(cache, "num_sms", lambda of=of: int(of["sms"]))
-        world = fake_world(size=int(of["ranks"]), link=None)
+        link = None if of["link"] == "none" else SimpleNamespace(name=of["link"])
+        world = fake_world(size=int(of["ranks"]), link=link)
         config = look_up(world, spec, None)
         assert config == cometrt.TileConfig(**entry["config"])
         check_layer(spec, world.size, "cuda", "fused", config)
+        assert all(ms > 0 for ms in entry["ms"].values())
+        assert set(entry["ms"]) in ({"forward"}, {"forward", "backward"})
     assert not caplog.records
 
 
@@ -175,22 +225,69 @@ def test_all_ranks_use_what_rank_0_finds(monkeypatch):
 # ---- candidates and the search -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "sms"), [(1, 132), (1, 1), (2, 66), (4, 32), (8, 16), (8, 8)])
+def settings_of(base, spec, size, sms, training):
+    base = search.with_own_backward(base, sms) if training else base
+    return base, search.candidates(base, spec, size, sms, training=training)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("size", "sms"), [(1, 132), (1, 2), (2, 66), (4, 32), (8, 16), (8, 8)])
 @pytest.mark.parametrize("hidden", [48, 512, 2048, 7168])
-def test_candidates_are_legal_few_and_different(size, sms, hidden):
+def test_candidates_are_legal_few_and_different(size, sms, hidden, training):
     spec = dataclasses.replace(SPEC, hidden=hidden)
-    base = cometrt.TileConfig()
-    settings = search.candidates(base, spec, size, sms)
-    assert sum(map(len, settings)) <= 20
-    for changes in settings:
+    base, settings = settings_of(cometrt.TileConfig(), spec, size, sms, training)
+    assert sum(len(setting.changes) for setting in settings) <= (32 if training else 20)
+    fields = set()
+    for passes, changes in settings:
         configs = [search.legal(base, change, spec, size) for change in changes]
         assert None not in configs
         assert base in configs
         assert len(set(configs)) == len(configs)
-        walks = {(c.order, len(c.n_chunks(hidden))) for c in configs}
-        assert len(walks) == (len(configs) if "order" in changes[0] else 1)
-        num_phases = {tuple(c.last_distances(size)) for c in configs}
-        assert len(num_phases) == (len(configs) if "num_phases" in changes[0] else 1)
+        fields |= set(changes[0])
+        for which in search.PASSES if training else ("forward",):
+            schedules = {search.schedule(config, which) for config in configs}
+            assert len(schedules) == (len(configs) if which in passes else 1)
+        if "num_phases" in changes[0]:
+            assert len({tuple(c.last_distances(size)) for c in configs}) == len(configs)
+    own = {"backward_order", "backward_n_chunk", "backward_dispatch_ctas", "backward_combine_ctas"}
+    assert fields & own == (own if training else set())
+    assert {"order", "n_chunk", "num_phases", "dispatch_ctas", "combine_ctas"} <= fields
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "base",
+    [{}, {"order": "columns", "n_chunk": 256}, {"backward_order": "columns",
+     "backward_n_chunk": 768}, {"order": "columns", "n_chunk": 4096}],
+)  # fmt: skip
+def test_one_executor_has_room_for_all_candidates(base, training):
+    """But for the number of phases, on which the plan depends; and for an odd N-chunk, whose walk
+    may take more steps."""
+    spec, size = dataclasses.replace(SPEC, hidden=7168), 8
+    base, settings = settings_of(cometrt.TileConfig(**base), spec, size, 16, training)
+    geometry = Geometry(spec, 0, size)
+    room = PlanShape(geometry, search.roomiest(base, settings))
+    for setting in settings:
+        for change in setting.changes:
+            shape = PlanShape(geometry, search.legal(base, change, spec, size))
+            same_plan = shape.digest == PlanShape(geometry, base).digest
+            odd = 768 in (shape.config.n_chunk, shape.config.backward_n_chunk)
+            assert has_room_for(room, shape) or not same_plan or odd
+            if not same_plan:
+                assert not has_room_for(room, shape)
+    small = PlanShape(geometry, dataclasses.replace(base, order="phases", backward_order="phases"))
+    assert not has_room_for(small, room)
+
+
+def test_a_backward_keeps_its_fields_when_those_of_forward_change():
+    base = search.with_own_backward(cometrt.TileConfig(order="columns", n_chunk=512), 17)
+    assert base.of_backward() == cometrt.TileConfig(
+        order="columns", n_chunk=512, dispatch_ctas=16, combine_ctas=16
+    )
+    changed = dataclasses.replace(base, order="phases", n_chunk=1024, dispatch_ctas=2)
+    assert search.schedule(changed, "backward") == search.schedule(base, "backward")
+    assert search.schedule(changed, "forward") != search.schedule(base, "forward")
+    assert search.with_own_backward(changed, 17) == changed
 
 
 def test_illegal_changes_are_not_tried():
@@ -206,38 +303,277 @@ def test_the_search_times_no_illegal_config():
     changes = [{"order": "columns", "n_chunk": n_chunk} for n_chunk in (384, 512)]
     timed = []
     search.search(
-        cometrt.TileConfig(), [changes], SPEC, 8, lambda config: timed.append(config) or 1.0
+        cometrt.TileConfig(),
+        [search.Setting(("forward",), changes)],
+        SPEC,
+        8,
+        lambda config, which: timed.append(config) or 1.0,
     )
     assert [config.n_chunk for config in timed] == [256, 512]
 
 
+def distance(config, wanted, which):
+    """Milliseconds of a pass, the fewer the more fields of its schedule are as wanted."""
+    one, other = (dataclasses.asdict(search.schedule(c, which)) for c in (config, wanted))
+    return 1.0 + sum(0.1 for name in one if one[name] != other[name])
+
+
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     "best",
     [{}, {"num_phases": 1}, {"dispatch_ctas": 4, "combine_ctas": 2},
      {"order": "columns", "n_chunk": 1024}, {"order": "columns", "n_chunk": 512, "num_phases": 4,
       "raster_group": 4, "combine_ctas": 8}],
 )  # fmt: skip
-def test_the_search_finds_the_best_where_settings_are_independent(best):
-    base = cometrt.TileConfig()
-    wanted = dataclasses.asdict(dataclasses.replace(base, **best))
-    timed = []
+def test_the_search_finds_the_best_where_settings_are_independent(best, training):
+    base, settings = settings_of(cometrt.TileConfig(), SPEC, 8, 16, training)
+    if training:
+        best = best | {"backward_order": "columns", "backward_n_chunk": 1024}
+        best["backward_combine_ctas"] = 4
+    wanted, timed = dataclasses.replace(base, **best), []
 
-    def time(config):
-        timed.append(config)
-        found = dataclasses.asdict(config)
-        return 1.0 + sum(0.1 for name, value in wanted.items() if found[name] != value)
+    def time(config, which):
+        timed.append((which, search.schedule(config, which)))
+        return distance(config, wanted, which)
 
-    settings = search.candidates(base, SPEC, 8, 16)
-    config, ms = search.search(base, settings, SPEC, 8, time)
-    assert config == dataclasses.replace(base, **best)
-    assert ms == time(config)
-    assert len(timed) - 1 == len(set(timed)) <= 40
+    found = search.search(base, settings, SPEC, 8, time)
+    assert found.config == wanted
+    assert found.ms == dict.fromkeys(found.ms, 1.0)
+    assert set(found.ms) == ({"forward", "backward"} if training else {"forward"})
+    assert found.base_ms == {p: distance(base, wanted, p) for p in found.ms}
+    assert len(timed) == len(set(timed)) <= (70 if training else 40)
+
+
+def test_who_only_infers_makes_no_backward():
+    base, settings = settings_of(FOUND, SPEC, 8, 16, training=False)
+    timed = set()
+    found = search.search(base, settings, SPEC, 8, lambda config, which: timed.add(which) or 1.0)
+    assert timed == set(found.ms) == {"forward"}
+    assert found.config.backward_order is None
+
+
+def test_what_both_passes_share_is_judged_by_both():
+    """Two phases make the forward faster, and the backward slower by more."""
+    base, settings = settings_of(cometrt.TileConfig(num_phases=1), SPEC, 8, 16, training=True)
+    ms = {("forward", 1): 1.0, ("forward", 2): 0.8, ("backward", 1): 2.0, ("backward", 2): 2.5}
+
+    def time(config, which):
+        return ms.get((which, config.num_phases), 9.0)
+
+    assert search.search(base, settings, SPEC, 8, time).config.num_phases == 1
+    ms["backward", 2] = 2.1
+    assert search.search(base, settings, SPEC, 8, time).config.num_phases == 2
+
+
+def test_no_trial_begins_when_the_time_is_over():
+    base, settings = settings_of(cometrt.TileConfig(), SPEC, 8, 16, training=True)
+    wanted, timed = dataclasses.replace(base, order="columns", n_chunk=512), []
+
+    def time(config, which):
+        timed.append(which)
+        return distance(config, wanted, which)
+
+    def run(count):
+        timed.clear()
+        return search.search(base, settings, SPEC, 8, time, lambda: len(timed) >= count)
+
+    assert run(0).config == base
+    assert timed == ["forward", "backward"]
+    assert run(3).config == wanted
+    assert timed == ["forward", "backward", "forward"]
 
 
 def test_what_gains_less_than_noise_is_not_taken():
-    base = cometrt.TileConfig()
-    settings = search.candidates(base, SPEC, 8, 16)
-    assert search.search(base, settings, SPEC, 8, lambda c: 1.0 - 0.005 * (c != base))[0] == base
+    base, settings = settings_of(cometrt.TileConfig(), SPEC, 8, 16, training=True)
+    found = search.search(base, settings, SPEC, 8, lambda c, _: 1.0 - 0.005 * (c != base))
+    assert found.config == base
+
+
+def test_a_config_is_told_by_what_differs_from_the_usual():
+    assert search.describe(cometrt.TileConfig()) == "TileConfig()"
+    config = cometrt.TileConfig(n_chunk=512, order="columns")
+    assert search.describe(config) == "TileConfig(order=columns, n_chunk=512)"
+
+
+# ---- tune() with trials that a table answers ---------------------------------------------------
+
+
+class FakeTrials:
+    """Of a layer whose forward is fastest in columns, and whose backward with eight comm CTAs."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, world, geometry, layer, inputs, training, room):
+        self.elapsed_sec, self.longest_sec, self.timed = 0.0, 0.0, []
+        self.training, self.closed = training, False
+        FakeTrials.made.append(self)
+
+    def time(self, config, which):
+        self.timed.append(which)
+        self.elapsed_sec, self.longest_sec = self.elapsed_sec + 1.0, 1.0
+        of = search.schedule(config, which)
+        if which == "forward":
+            return 1.0 if of.order == "columns" else 2.0
+        return 3.0 if of.combine_ctas == 8 else 4.0
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """`tune` on the host, with those trials; returns the config."""
+    FakeTrials.made.clear()
+    monkeypatch.setattr("cometrt.cuda.trials.Trials", FakeTrials)
+    monkeypatch.setattr("cometrt.cuda.executor.CudaExecutor", lambda *_: "executor")
+    one = {"size": 1, "link": None, "gpu": SimpleNamespace(last_call=None)}
+    one |= {"allgather": lambda value, purpose: [value], "barrier": lambda: None}
+    world = fake_world(**one)
+
+    def run(training=True, budget_sec=45.0, problem=""):
+        geometry, base = Geometry(SPEC, 0, 1), cometrt.TileConfig()
+        given = (None, training, budget_sec, problem)
+        return tune.tune(world, geometry, 0, base, *given)
+
+    return run
+
+
+def test_both_passes_are_tuned_and_stored(tuned):
+    config, executor = tuned()
+    assert executor == "executor"
+    assert (config.order, config.backward_order, config.backward_combine_ctas) == (
+        "columns",
+        "phases",
+        8,
+    )
+    (entry,) = cache.read_entries(cache.cache_file()).values()
+    assert entry["ms"] == {"forward": 1.0, "backward": 3.0}
+    assert cometrt.TileConfig(**entry["config"]) == config
+    assert FakeTrials.made[0].closed
+
+
+def test_without_training_the_forward_alone_is_tuned(tuned):
+    config, _ = tuned(training=False)
+    (trials,) = FakeTrials.made
+    assert set(trials.timed) == {"forward"}
+    assert not trials.training
+    (entry,) = cache.read_entries(cache.cache_file()).values()
+    assert entry["ms"] == {"forward": 1.0}
+    assert config == cometrt.TileConfig(order="columns", n_chunk=512)
+
+
+def test_the_budget_ends_the_search(tuned):
+    tuned(budget_sec=5.0)
+    of_base, orders, group = ["forward", "backward"], 2 * ["forward"], ["forward", "backward"]
+    assert FakeTrials.made[0].timed == of_base + orders + group
+
+
+def test_a_wrong_argument_is_raised_before_any_trial(tuned):
+    with pytest.raises(ValueError, match=r"no such rows \[rank 0\]"):
+        tuned(problem="no such rows")
+    assert not FakeTrials.made
+
+
+class FakeExecutor:
+    """Takes any config with the phases of its own; records its calls."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, world, shape, layer, mode):
+        self.phases, self.configs, self.log = shape.config.num_phases, [], []
+        self.graphs = SimpleNamespace(enabled=True)
+        self.retired = self.given_up = False
+        FakeExecutor.made.append(self)
+
+    def reschedule(self, config):
+        fits = config.num_phases == self.phases
+        self.configs += [config] if fits else []
+        return fits
+
+    def forward(self, *inputs, training, out, tracer):
+        self.log.append("forward")
+        return dict.fromkeys(("epoch", "x", "z", "tables")) if training else None
+
+    def backward(self, dy, saved, *, out, accumulate, tracer):
+        assert saved.num_tokens == len(dy) == SPEC.max_tokens
+        self.log.append("backward")
+
+    def synchronize(self):
+        self.log.append("wait")
+
+    def retire(self):
+        self.retired = True
+
+    def give_up(self):
+        self.given_up = True
+
+
+@pytest.fixture
+def new_trials(monkeypatch):
+    cupy = MagicMock()
+    cupy.empty_like = np.empty_like
+    cupy.cuda.get_elapsed_time.return_value = 6.0
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    FakeExecutor.made = []
+    barrier = SimpleNamespace(close=lambda: None, open=lambda: None)
+    monkeypatch.setattr(trials, "CudaExecutor", FakeExecutor)
+    monkeypatch.setattr(trials, "StartBarrier", lambda timeout_sec: barrier)
+    monkeypatch.setattr(trials, "_normal", lambda shape, *_: np.zeros(shape, np.float32))
+    x = np.zeros((SPEC.max_tokens, 8), np.float32)
+    inputs = (x, *(np.zeros(1, np.float32) for _ in range(4)))
+    world = fake_world(
+        timeout_sec=1, barrier=lambda: None, allgather=lambda value, purpose: [value, value]
+    )
+
+    def make(training):
+        room = cometrt.TileConfig(order="columns", n_chunk=512)
+        return trials.Trials(world, Geometry(SPEC, 0, 8), 0, inputs, training, room)
+
+    return make
+
+
+def test_trials_of_launch_arguments_share_an_executor(new_trials):
+    made = new_trials(True)
+    for config in (cometrt.TileConfig(), FOUND, cometrt.TileConfig(backward_combine_ctas=2)):
+        assert made.time(config, "forward") == 2.0
+    assert len(FakeExecutor.made) == 1
+    made.time(cometrt.TileConfig(num_phases=4), "forward")
+    made.time(FOUND, "forward")
+    first, second = FakeExecutor.made
+    assert [config.num_phases for config in second.configs] == [4]
+    assert first.configs[-1] == FOUND
+    assert not first.graphs.enabled
+    assert made.elapsed_sec >= made.longest_sec >= 0
+    made.close()
+    assert first.given_up
+    assert second.given_up
+
+
+def test_backwards_are_timed_in_a_row_of_one_forward(new_trials):
+    made = new_trials(True)
+    made.time(FOUND, "backward")
+    (executor,) = FakeExecutor.made
+    # One round of one call to see how long they take; then five rounds of three, after a warm-up.
+    first = ["forward", *2 * ["backward"], "wait", *2 * ["backward"], "wait"]
+    rest = ["forward", *4 * ["backward"], "wait", *20 * ["backward"], "wait"]
+    assert executor.log == first + rest
+
+
+def test_a_trial_that_fails_keeps_what_its_kernels_use(new_trials, monkeypatch):
+    made = new_trials(False)
+
+    def forward(*_, **__):
+        raise CallNotBegun(cometrt.RoutingError("wrong"))
+
+    monkeypatch.setattr(FakeExecutor, "forward", forward)
+    with pytest.raises(cometrt.RoutingError, match="wrong"):
+        made.time(FOUND, "forward")
+    assert FakeExecutor.made[0].retired
+
+
+@pytest.mark.parametrize(("ms", "counts"), [(0.1, (5, 3)), (20.0, (5, 1)), (400.0, (3, 1))])
+def test_long_calls_are_timed_less_often(ms, counts):
+    assert counts_for(ms) == counts
 
 
 def test_comm_ctas_are_at_most_those_of_the_launch():
