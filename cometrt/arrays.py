@@ -81,11 +81,8 @@ def check_form(
     if array.dtype not in dtypes:
         rule = " or ".join(str(dtype) for dtype in dtypes)
         raise ValueError(f"{name} must have dtype {rule} (got {array.dtype})")
-    fits = array.shape == shape or (
-        len(array.shape) == len(shape)
-        and all(want in (None, have) for want, have in zip(shape, array.shape, strict=True))
-    )
-    if not fits:
+    found = array.shape
+    if found != shape and (shape[0] is not None or not found or found[1:] != shape[1:]):
         rule = ", ".join("T" if length is None else str(length) for length in shape)
         raise ValueError(f"{name} must have shape ({rule}) (got {array.shape})")
     if not array.flags.c_contiguous:

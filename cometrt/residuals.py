@@ -9,7 +9,7 @@ save="nothing". Activations without a gate have z [capacity, I_s].
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,14 +17,11 @@ from cometrt.buffers import Buffers
 from cometrt.plan import PlanShape
 from cometrt.types import Arrays
 
-_META = ("world", "layer", "shape", "rank", "generation", "num_tokens", "serial")
-META_SHAPE = (len(_META),)
 _HINTS = {"shape": "; tune() may change it", "generation": "; reset() changes it"}
 _REMEMBERED_USES = 65_536
 
 
-@dataclasses.dataclass(frozen=True)
-class Origin:
+class Origin(NamedTuple):
     """Which forward `saved` is of.
 
     Attributes:
@@ -37,6 +34,9 @@ class Origin:
     shape: int
     rank: int
     generation: int
+
+
+META_SHAPE = (len(Origin._fields) + 2,)  # num_tokens and serial come behind
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class Residuals:
 
     def pack(self, origin: Origin) -> tuple[Any, ...]:
         """`saved`."""
-        meta = np.array([*dataclasses.astuple(origin), self.num_tokens, self.serial], np.int64)
+        meta = np.array([*origin, self.num_tokens, self.serial], np.int64)
         meta.flags.writeable = False
         z = () if self.z is None else (self.z,)
         return (meta, self.epoch, self.x, *z, *self.tables, self.w_up, self.w_down)
@@ -88,12 +88,12 @@ class Residuals:
         meta = saved[0]
         if not isinstance(meta, np.ndarray) or meta.shape != META_SHAPE:
             raise ValueError("saved must begin with forward's meta array (got something else)")
-        found = dict(zip(_META, (int(value) for value in meta), strict=True))
-        for name, expected in dataclasses.asdict(origin).items():
-            if found[name] != expected:
+        *found, num_tokens, serial = map(int, meta.tolist())
+        for name, expected, got in zip(Origin._fields, origin, found, strict=True):
+            if got != expected:
                 raise ValueError(
                     f"saved must come from this layer's forward "
-                    f"({name} is {expected}, got {found[name]}{_HINTS.get(name, '')})"
+                    f"({name} is {expected}, got {got}{_HINTS.get(name, '')})"
                 )
         kept = {
             of.name: arrays.check(f"saved[{i}] ({of.name})", saved[i], of.shape, (of.dtype,))
@@ -102,7 +102,6 @@ class Residuals:
         }
         named = {name: kept.pop(name) for name in ("epoch", "x", "w_up", "w_down")}
         z, tables = kept.pop("z", None), tuple(kept.values())
-        serial, num_tokens = found["serial"], found["num_tokens"]
         return Residuals(serial, num_tokens, z=z, tables=tables, **named)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 from typing import Any
 
 import numpy as np
@@ -96,7 +95,7 @@ class CudaArrays:
         # Rows, weights and their gradients are moved by 16 bytes; tables element by element.
         itemsize = array.dtype.itemsize
         wanted = 16 if itemsize == 2 or len(shape) == 3 else itemsize
-        if math.prod(array.shape) and array.data.ptr % wanted:
+        if array.size and array.data.ptr % wanted:
             raise ValueError(
                 f"{name} must begin at a multiple of {wanted} bytes (got address "
                 f"{array.data.ptr:#x}; a view of another array may begin anywhere)"
