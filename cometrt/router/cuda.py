@@ -35,6 +35,7 @@ KERNELS = {  # by file, those that are compiled for a number of experts
     "router/losses.cu": ("router_loss_sums", "router_loss_totals", "router_loss_backward"),
 }
 LOAD_KERNELS = ("router_load", "router_update_bias")
+SOFTMAX = Options("softmax")
 _loading = threading.Lock()
 
 
@@ -94,7 +95,7 @@ def router_fields(
     *,
     logits: Any,
     topk: int,
-    options: Options = Options("softmax"),  # noqa: B008  (immutable)
+    options: Options = SOFTMAX,
     bias: Any = None,
     mask: Any = None,
     ids: Any = None,

@@ -3,7 +3,8 @@
 All take NumPy or CuPy arrays and compute in float64. With NumPy a wrong value is a ValueError and
 scalars are floats. With CuPy nothing waits for the GPU: scalars are arrays of no dimension, wrong
 logits give NaN, and ids outside [0, E) count as dropped. So a call can be captured in a CUDA graph,
-after a first one that lets CuPy compile its kernels.
+after a first one that loads its kernels. A loss is two kernels, its backward three, and statistics
+and the bias update are one each.
 
 A token whose K ids are all -1 is padding: no loss counts it.
 """
@@ -75,8 +76,9 @@ def balance_loss(
         logits: [T, E]; finite, or -inf where an expert is masked, also in rows of padding.
         topk_ids: [T, K] integers in [-1, E). -1: a dropped pair.
         per_sequence: S: each S consecutive tokens are a sequence, and the loss is the mean over
-            the sequences that have a kept pair (DeepSeek-V3). S must divide T. None: all tokens
-            are one sequence.
+            the sequences that have a kept pair. S must divide T. None: all tokens are one
+            sequence. (DeepSeek-V3 balances each sequence too, by normalised sigmoid scores in
+            place of softmax.)
         counts: [E], for the balance of the global batch: pairs of each expert, as
             `load_statistics` counts them, summed over ranks and micro-batches. f_e follows them,
             and p_e this rank's tokens. None: the counts of topk_ids. Not with per_sequence.
