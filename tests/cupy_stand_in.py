@@ -1,7 +1,8 @@
 """A stand-in for CuPy in the host's memory, for code that must never wait for a GPU.
 
 Its arrays are NumPy's, but to look at a value is an AssertionError: bool, float, int, item, tolist,
-an index by a bool array. So is a look at the array's interface. It has only what `cometrt.router` uses of CuPy, with CuPy's signatures.
+an index by a bool array. So is a look at the array's interface. It has only what `cometrt.router`
+uses of CuPy, with CuPy's signatures.
 """
 
 import types
