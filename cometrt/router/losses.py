@@ -45,7 +45,7 @@ class LoadStatistics(NamedTuple):
 
 
 def load_statistics(topk_ids: Any, num_experts: int) -> LoadStatistics:
-    """Count the pairs of each expert. All are 0 for no tokens.
+    """Count the pairs of each expert. Without a pair all but `idle` and `dropped` are 0.
 
     Args:
         topk_ids: [T, K] integers in [-1, E). -1: a dropped pair. To see all ranks' load, pass the
@@ -60,8 +60,7 @@ def load_statistics(topk_ids: Any, num_experts: int) -> LoadStatistics:
     device = on_device(topk_ids)
     ids = topk_ids if device else np.asarray(topk_ids)
     check_ids_form("topk_ids", ids, len(ids))
-    module = cuda_losses if device else host_losses
-    return LoadStatistics(*module.load_statistics(ids, num_experts))
+    return LoadStatistics(*_module(device).load_statistics(ids, num_experts))
 
 
 def balance_loss(
@@ -87,7 +86,7 @@ def balance_loss(
         ValueError: for wrong shapes or dtypes, with NumPy also for values out of range.
     """
     batch = _balance_batch(logits, topk_ids, per_sequence, counts)
-    return (cuda_losses if batch.device else host_losses).balance_loss(batch)
+    return _module(batch.device).balance_loss(batch)
 
 
 def balance_loss_backward(
@@ -101,14 +100,14 @@ def balance_loss_backward(
     """Gradient of the logits, dlogits [T, E] float32, for `balance_loss`. Fractions f have none.
 
     Args:
-        dloss: a number, or a CuPy array of no dimension: the loss's coefficient in the total loss.
+        dloss: a number, or a CuPy array of one: the loss's coefficient in the total loss.
         logits, topk_ids, per_sequence, counts: the arguments of `balance_loss`.
 
     Raises:
         ValueError: as `balance_loss`.
     """
     batch = _balance_batch(logits, topk_ids, per_sequence, counts)
-    return (cuda_losses if batch.device else host_losses).balance_loss_backward(dloss, batch)
+    return _module(batch.device).balance_loss_backward(dloss, batch)
 
 
 def z_loss(logits: Any, topk_ids: Any = None) -> Any:
@@ -122,21 +121,21 @@ def z_loss(logits: Any, topk_ids: Any = None) -> Any:
         ValueError: for wrong shapes or dtypes, with NumPy also for values out of range.
     """
     batch = _batch(logits, topk_ids)
-    return (cuda_losses if batch.device else host_losses).z_loss(batch)
+    return _module(batch.device).z_loss(batch)
 
 
 def z_loss_backward(dloss: Any, logits: Any, topk_ids: Any = None) -> Any:
     """Gradient of the logits, dlogits [T, E] float32, for `z_loss`.
 
     Args:
-        dloss: a number, or a CuPy array of no dimension: the loss's coefficient in the total loss.
+        dloss: a number, or a CuPy array of one: the loss's coefficient in the total loss.
         logits, topk_ids: the arguments of `z_loss`.
 
     Raises:
         ValueError: as `z_loss`.
     """
     batch = _batch(logits, topk_ids)
-    return (cuda_losses if batch.device else host_losses).z_loss_backward(dloss, batch)
+    return _module(batch.device).z_loss_backward(dloss, batch)
 
 
 def update_bias(bias: Any, counts: Any, *, rate: float = 1e-3) -> None:
@@ -163,10 +162,14 @@ def update_bias(bias: Any, counts: Any, *, rate: float = 1e-3) -> None:
         )
     counts = _check_counts(counts, len(bias), device)
     rate = check_positive("rate", rate)
-    (cuda_losses if device else host_losses).update_bias(bias, counts, rate)
+    _module(device).update_bias(bias, counts, rate)
 
 
 # ---- what losses have in common ------------------------------------------------------------------
+
+
+def _module(device: bool) -> Any:
+    return cuda_losses if device else host_losses
 
 
 def _balance_batch(logits: Any, topk_ids: Any, per_sequence: int | None, counts: Any) -> Batch:

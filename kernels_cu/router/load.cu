@@ -10,7 +10,7 @@ constexpr int kThreads = 1024;
 
 // Ids outside [0, E) are left out. All loads of a thread are in flight together.
 template <typename Id>
-__device__ __forceinline__ void count_ids(const Id* ids, long long num_ids, int num_experts, int* counts) {
+__device__ inline void count_ids(const Id* ids, long long num_ids, int num_experts, int* counts) {
   constexpr int kLoads = 8;
   for (long long begin = threadIdx.x; begin < num_ids; begin += kLoads * kThreads) {
     Id loaded[kLoads];
