@@ -85,6 +85,7 @@ def calls_of(tokens: int, experts: int, topk: int) -> dict[str, dict[str, Callab
         add("sigmoid, groups", "sigmoid", bias=bias, scale=2.5, **GROUPS)
         add("sqrt_softplus, groups", "sqrt_softplus", bias=bias, **GROUPS)
     ids = router.softmax_topk(logits, topk).ids
+    calls["weights of ids"] = {"forward": lambda: router.softmax_weights(logits, ids)}
     calls["balance_loss"] = {
         "forward": lambda: router.balance_loss(logits, ids),
         "backward": lambda: router.balance_loss_backward(0.01, logits, ids),
@@ -94,6 +95,8 @@ def calls_of(tokens: int, experts: int, topk: int) -> dict[str, dict[str, Callab
         "backward": lambda: router.z_loss_backward(0.001, logits),
     }
     calls["load_statistics"] = {"forward": lambda: router.load_statistics(ids, experts)}
+    counts = router.load_statistics(ids, experts).counts
+    calls["update_bias"] = {"forward": lambda: router.update_bias(bias, counts)}
     return calls
 
 

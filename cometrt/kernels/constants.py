@@ -15,7 +15,6 @@ MAX_RANKS = 64
 MAX_TOPK = 1024
 MAX_ADDENDS = 128  # rows and partial rows of one token in the fused combine: topk + ranks at most
 PULL_WARPS = 4  # of `dispatch`
-LOSS_CHUNK_TOKENS = 16  # whose losses a block of `router_loss_sums` adds up
 NUM_REPORTS = 2  # of calls that failed and hold later ones, and of others
 NUM_ARRIVALS = 3  # roles in the fused kernels that a launch argument limits
 TRACE_LANES, TRACE_EVENTS = 15, 511  # threads of a CTA that record, and events of each

@@ -189,11 +189,28 @@ router_params_dtype = np.dtype(
     ]
 )
 router_loss_params_dtype = np.dtype(
-    [(name, np.uint64) for name in "sums fractions balance_factors z_factor".split()]
+    [(name, np.uint64) for name in "counts dloss".split()]
+    + [("dloss_value", np.float64)]
+    + [
+        (name, np.uint64)
+        for name in "loss chunk_sums pairs factors terms denominator num_done".split()
+    ]
     + [
         (name, np.int32)
-        for name in "sequence_tokens chunks_per_sequence fractions_stride padding".split()
+        for name in (
+            "sequence_tokens chunks_per_sequence chunk_tokens balance counts_type dloss_type"
+        ).split()
     ]
+)
+router_load_params_dtype = np.dtype(
+    [(name, np.uint64) for name in "ids counts statistics".split()]
+    + [("num_ids", np.int64)]
+    + [(name, np.int32) for name in "num_experts ids_are_64".split()]
+)
+router_bias_params_dtype = np.dtype(
+    [(name, np.uint64) for name in "bias counts".split()]
+    + [("rate", np.float64)]
+    + [(name, np.int32) for name in "num_experts bias_stride bias_type counts_type".split()]
 )
 
 # struct in kernels_cu -> (header, mirror)
@@ -225,6 +242,8 @@ MIRRORS = {
     "ActivationParams": ("sequential/activation.cuh", activation_params_dtype),
     "RouterParams": ("router/params.cuh", router_params_dtype),
     "RouterLossParams": ("router/params.cuh", router_loss_params_dtype),
+    "RouterLoadParams": ("router/params.cuh", router_load_params_dtype),
+    "RouterBiasParams": ("router/params.cuh", router_bias_params_dtype),
 }
 
 

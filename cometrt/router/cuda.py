@@ -1,4 +1,4 @@
-"""Routers and losses over CuPy arrays: launches of kernels_cu/router on CuPy's current stream.
+"""Routers over CuPy arrays: launches of kernels_cu/router on CuPy's current stream.
 
 Nothing waits for the GPU, so a call can be captured in a CUDA graph. The first call with a new
 number of experts loads a kernel: make it before the capture.
@@ -13,22 +13,29 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from cometrt.kernels.constants import LOSS_CHUNK_TOKENS
 from cometrt.kernels.launch import Kernel, load_kernels
-from cometrt.kernels.params import ParamStruct, router_loss_params_dtype, router_params_dtype
+from cometrt.kernels.params import (
+    ParamStruct,
+    router_bias_params_dtype,
+    router_load_params_dtype,
+    router_loss_params_dtype,
+    router_params_dtype,
+)
 from cometrt.router.options import KINDS, Options
 
-DTYPES = tuple(  # ElementType of kernels_cu/router/params.cuh
-    np.dtype(name) for name in (np.float32, np.float64, ml_dtypes.bfloat16, np.float16)
-)
+DTYPES = tuple(np.dtype(d) for d in (np.float32, np.float64, ml_dtypes.bfloat16, np.float16))
 ID_DTYPES = (np.dtype(np.int32), np.dtype(np.int64))
-EXPERTS_PER_LANE = (1, 2, 4, 8, 16, 32)  # builds of the kernels; a warp handles one token
+NUMBER_DTYPES = DTYPES + ID_DTYPES  # ElementType of kernels_cu/router/params.cuh
+BOOL = (np.dtype(bool),)
+EXPERTS_PER_LANE = (1, 2, 4, 8, 16, 32)  # builds of the kernels, whose warps have a token each
 MAX_EXPERTS = 32 * EXPERTS_PER_LANE[-1]
-MAX_TOPK = MAX_GROUPS = 32  # one per lane of a warp
-KERNELS = {  # names of kernels by source file
+MAX_TOPK = MAX_GROUPS = 32  # a lane each
+KERNELS = {  # by file, those that are compiled for a number of experts
     "router/router.cu": ("router_topk", "router_weights", "router_backward"),
-    "router/losses.cu": ("router_loss_sums", "router_loss_backward"),
+    "router/losses.cu": ("router_loss_sums", "router_loss_totals", "router_loss_backward"),
 }
+LOAD_KERNELS = ("router_load", "router_update_bias")
+SOFTMAX = Options("softmax")
 _loading = threading.Lock()
 
 
@@ -36,10 +43,9 @@ def topk(logits: Any, count: int, options: Options) -> tuple[Any, Any]:
     """ids [T, K] int32 and weights [T, K] float32."""
     import cupy
 
-    launch = Launch(*_checked(logits, count, options))
-    ids = cupy.empty((len(logits), count), np.int32)
-    weights = cupy.empty(ids.shape, np.float32)
-    launch("router_topk", out_ids=ids, out_weights=weights)
+    shape = (logits.shape[0], count)
+    ids, weights = cupy.empty(shape, np.int32), cupy.empty(shape, np.float32)
+    _launch("router_topk", logits, count, options, out_ids=ids, out_weights=weights)
     return ids, weights
 
 
@@ -47,9 +53,8 @@ def weights(logits: Any, ids: Any, options: Options) -> Any:
     """Weights [T, K] float32 of given ids."""
     import cupy
 
-    launch = Launch(*_checked(logits, ids.shape[1], options))
     found = cupy.empty(ids.shape, np.float32)
-    launch("router_weights", ids=launch.ids(ids), out_weights=found)
+    _launch("router_weights", logits, ids.shape[1], options, ids=ids, out_weights=found)
     return found
 
 
@@ -57,76 +62,82 @@ def backward(dweights: Any, logits: Any, ids: Any, options: Options) -> Any:
     """dlogits [T, E] float32."""
     import cupy
 
-    launch = Launch(*_checked(logits, ids.shape[1], options))
     dlogits = cupy.empty(logits.shape, np.float32)
-    dweights = launch.floats("dweights", dweights)
-    launch("router_backward", ids=launch.ids(ids), dweights=dweights, dlogits=dlogits)
+    _launch(
+        "router_backward",
+        logits,
+        ids.shape[1],
+        options,
+        ids=ids,
+        dweights=dweights,
+        dlogits=dlogits,
+    )
     return dlogits
 
 
-def loss_sums(logits: Any, ids: Any, sequence_tokens: int) -> Any:
-    """`cometrt.router.host.loss_sums` on the device."""
-    import cupy
+# ---- launches, also of losses --------------------------------------------------------------------
 
+
+class Structs(threading.local):
+    """A thread's parameter structs. A launch copies them, so every call writes the same ones."""
+
+    def __init__(self) -> None:
+        self.router = ParamStruct(router_params_dtype)
+        self.loss = ParamStruct(router_loss_params_dtype)
+        self.load = ParamStruct(router_load_params_dtype)
+        self.bias = ParamStruct(router_bias_params_dtype)
+
+
+structs = Structs()
+
+
+def router_fields(
+    *,
+    logits: Any,
+    topk: int,
+    options: Options = SOFTMAX,
+    bias: Any = None,
+    mask: Any = None,
+    ids: Any = None,
+    dweights: Any = None,
+    out_ids: Any = None,
+    out_weights: Any = None,
+    dlogits: Any = None,
+) -> tuple[Any, ...]:
+    """RouterParams, of arrays that `check_array` returned; None: a null pointer."""
     num_tokens, num_experts = logits.shape
-    num_sequences = num_tokens // sequence_tokens
-    chunks = -(-sequence_tokens // LOSS_CHUNK_TOKENS)
-    launch = Launch(logits, 0 if ids is None else ids.shape[1], Options("softmax"))
-    given = {} if ids is None else {"ids": launch.ids(ids, "topk_ids")}
-    sums = cupy.empty((num_sequences, chunks, 2 * num_experts + 3), np.float64)
-    more = ParamStruct(router_loss_params_dtype)
-    more.fields["sums"] = sums.data.ptr
-    more.fields["sequence_tokens"], more.fields["chunks_per_sequence"] = sequence_tokens, chunks
-    launch("router_loss_sums", more, num_blocks=num_sequences * chunks, **given)
-    return sums[:, 0] if chunks == 1 else sums.sum(axis=1)
+    return (
+        logits.data.ptr,
+        address(bias),
+        address(mask),
+        address(ids),
+        address(dweights),
+        address(out_ids),
+        address(out_weights),
+        address(dlogits),
+        options.scale,
+        num_tokens,
+        num_experts,
+        topk,
+        KINDS.index(options.kind),
+        options.num_groups,
+        options.topk_groups,
+        options.group_score == "top2",
+        bool(options.renormalize),
+        num_experts if mask is not None and mask.ndim == 2 else 0,
+        DTYPES.index(logits.dtype),
+        0 if bias is None else DTYPES.index(bias.dtype),
+        0 if dweights is None else DTYPES.index(dweights.dtype),
+        ids is not None and ids.dtype.itemsize == 8,
+        0,
+    )
 
 
-def loss_backward(
-    logits: Any, ids: Any, sequence_tokens: int, balance: tuple[Any, Any] | None, z_factor: Any
-) -> Any:
-    """`cometrt.router.host.loss_backward` on the device."""
-    import cupy
-
-    launch = Launch(logits, 0 if ids is None else ids.shape[1], Options("softmax"))
-    given = {} if ids is None else {"ids": launch.ids(ids, "topk_ids")}
-    more = ParamStruct(router_loss_params_dtype)
-    more.fields["sequence_tokens"] = sequence_tokens
-    if balance is not None:
-        fractions, factors = map(cupy.ascontiguousarray, balance)
-        more.fields["fractions"] = fractions.data.ptr
-        more.fields["balance_factors"] = factors.data.ptr
-        more.fields["fractions_stride"] = logits.shape[1] if len(fractions) > 1 else 0
-    if z_factor is not None:
-        more.fields["z_factor"] = z_factor.data.ptr
-    dlogits = cupy.empty(logits.shape, np.float32)
-    launch("router_loss_backward", more, dlogits=dlogits, **given)
-    return dlogits
+def address(array: Any) -> int:
+    return 0 if array is None else array.data.ptr
 
 
-def experts_per_lane(num_experts: int) -> int:
-    """The smallest build that holds so many experts."""
-    return next(n for n in EXPERTS_PER_LANE if 32 * n >= num_experts)
-
-
-@functools.cache
-def load_build(device_id: int, per_lane: int) -> dict[str, Kernel]:
-    """All kernels of one build by name, on the current GPU, which is `device_id`.
-
-    All are loaded at once, since loading may wait for the GPU, where a layer's kernel may wait for
-    a peer. After the first router call with a build, none of its kernels has to be loaded.
-    """
-    return {
-        name: kernel
-        for source, names in KERNELS.items()
-        for name, kernel in zip(
-            names,
-            load_kernels(source, *names, macros=(("EXPERTS_PER_LANE", per_lane),)),
-            strict=True,
-        )
-    }
-
-
-def check_array(name: str, array: Any, dtypes: tuple[np.dtype, ...]) -> Any:
+def check_array(name: str, array: Any, dtypes: tuple[np.dtype, ...], device_id: int) -> Any:
     """A C-contiguous CuPy array on the current GPU: `array` itself, or a copy of a strided one.
 
     Raises:
@@ -142,97 +153,84 @@ def check_array(name: str, array: Any, dtypes: tuple[np.dtype, ...]) -> Any:
     if array.dtype not in dtypes:
         rule = " or ".join(str(dtype) for dtype in dtypes)
         raise ValueError(f"{name} must have dtype {rule} on a GPU (got {array.dtype})")
-    device = cupy.cuda.runtime.getDevice()
-    if array.data.device_id != device:
+    if array.data.device_id != device_id:
         raise ValueError(
-            f"{name} must be on the current GPU {device} (got GPU {array.data.device_id})"
+            f"{name} must be on the current GPU {device_id} (got GPU {array.data.device_id})"
         )
-    return cupy.ascontiguousarray(array)
+    return array if array.flags.c_contiguous else cupy.ascontiguousarray(array)
 
 
-class Launch:
-    """One launch: its parameter struct, and the arrays that it reads, kept alive.
-
-    Raises:
-        ValueError: for arrays or sizes that the kernels do not take.
-    """
-
-    def __init__(self, logits: Any, topk: int, options: Options) -> None:
-        _check_size("logits' number of experts", logits.shape[1], MAX_EXPERTS)
-        self._fields: dict[str, Any] = dict.fromkeys(router_params_dtype.names or (), 0)
-        self._arrays: list[Any] = []  # alive until the launch is queued
-        num_tokens, num_experts = logits.shape
-        self._num_tokens, self._num_experts = num_tokens, num_experts
-        self._set(
-            logits=self.floats("logits", logits).data.ptr,
-            scale=options.scale,
-            num_tokens=num_tokens,
-            num_experts=num_experts,
-            topk=topk,
-            kind=KINDS.index(options.kind),
-            num_groups=options.num_groups,
-            topk_groups=options.topk_groups,
-            sum_of_two=options.group_score == "top2",
-            renormalize=bool(options.renormalize),
-        )
-        if options.bias is not None:
-            self._set(bias=self.floats("bias", options.bias).data.ptr)
-        if options.mask is not None:
-            mask = self._keep(check_array("mask", options.mask, (np.dtype(bool),)))
-            self._set(mask=mask.data.ptr, mask_stride=num_experts if mask.ndim == 2 else 0)
-
-    def floats(self, name: str, array: Any) -> Any:
-        """Take a floating argument: "logits", "bias" or "dweights". Returns it as `check_array`."""
-        array = self._keep(check_array(name, array, DTYPES))
-        self._set(**{f"{name}_type": DTYPES.index(array.dtype)})
-        return array
-
-    def ids(self, ids: Any, name: str = "ids") -> Any:
-        """Take ids [T, K]. Returns them as `check_array`."""
-        array = self._keep(check_array(name, ids, ID_DTYPES))
-        self._set(ids_are_64=array.dtype.itemsize == 8)
-        return array
-
-    def __call__(
-        self, name: str, *more: ParamStruct, num_blocks: int | None = None, **arrays: Any
-    ) -> None:
-        """Queue a kernel.
-
-        Args:
-            name: name of the kernel.
-            more: parameter structs after RouterParams.
-            num_blocks: grid size. None: one warp per token.
-            arrays: arrays of RouterParams, by field.
-        """
-        import cupy
-
-        if not self._num_tokens:
-            return
-        self._set(**{field: array.data.ptr for field, array in arrays.items()})
-        params = ParamStruct(router_params_dtype)
-        params.fields[0] = tuple(self._fields.values())
-        device_id = cupy.cuda.runtime.getDevice()
-        with _loading:  # a second virtual rank finds what the first has loaded
-            kernel = load_build(device_id, experts_per_lane(self._num_experts))[name]
-        if num_blocks is None:
-            num_blocks = -(-self._num_tokens // (kernel.block // 32))
-        kernel(cupy.cuda.get_current_stream().ptr, num_blocks, params, *more)
-
-    def _keep(self, array: Any) -> Any:
-        self._arrays.append(array)
-        return array
-
-    def _set(self, **fields: Any) -> None:
-        self._fields |= fields
-
-
-def _checked(logits: Any, topk: int, options: Options) -> tuple[Any, int, Options]:
-    """The arguments of `Launch`, after a check of the sizes that only routers have."""
-    _check_size("topk", topk, MAX_TOPK)
-    _check_size("num_groups", options.num_groups, MAX_GROUPS)
-    return logits, topk, options
-
-
-def _check_size(what: str, value: int, largest: int) -> None:
+def check_size(what: str, value: int, largest: int) -> None:
     if value > largest:
         raise ValueError(f"{what} must be <= {largest} on a GPU (got {value})")
+
+
+def kernels_for(device_id: int, num_experts: int) -> dict[str, Kernel]:
+    """All kernels for so many experts by name, on the current GPU, which is `device_id`.
+
+    They are loaded together, since loading may wait for the GPU. So after a rank's first router
+    call nothing waits for a layer's kernel that waits for a peer.
+    """
+    with _loading:  # a second virtual rank finds what the first has loaded
+        return load_build(device_id, experts_per_lane(num_experts))
+
+
+@functools.cache
+def experts_per_lane(num_experts: int) -> int:
+    """The smallest build that holds so many experts."""
+    return next(n for n in EXPERTS_PER_LANE if 32 * n >= num_experts)
+
+
+@functools.cache
+def load_build(_device_id: int, per_lane: int) -> dict[str, Kernel]:
+    macros = (("EXPERTS_PER_LANE", per_lane),)
+    loaded = dict(zip(LOAD_KERNELS, load_kernels("router/load.cu", *LOAD_KERNELS), strict=True))
+    for source, names in KERNELS.items():
+        loaded |= zip(names, load_kernels(source, *names, macros=macros), strict=True)
+    return loaded
+
+
+def _launch(
+    name: str,
+    logits: Any,
+    topk: int,
+    options: Options,
+    *,
+    ids: Any = None,
+    dweights: Any = None,
+    **outputs: Any,
+) -> None:
+    """Check what the kernels read, and queue one of the routers' kernels, a warp a token."""
+    import cupy
+
+    device_id = cupy.cuda.runtime.getDevice()
+    num_tokens, num_experts = logits.shape
+    check_size("topk", topk, MAX_TOPK)
+    check_size("num_groups", options.num_groups, MAX_GROUPS)
+    check_size("logits' number of experts", num_experts, MAX_EXPERTS)
+    logits = check_array("logits", logits, DTYPES, device_id)
+    bias, mask = options.bias, options.mask
+    if bias is not None:
+        bias = check_array("bias", bias, DTYPES, device_id)
+    if mask is not None:
+        mask = check_array("mask", mask, BOOL, device_id)
+    if ids is not None:
+        ids = check_array("ids", ids, ID_DTYPES, device_id)
+    if dweights is not None:
+        dweights = check_array("dweights", dweights, DTYPES, device_id)
+    if not num_tokens:
+        return
+    params = structs.router
+    params.fields[0] = router_fields(
+        logits=logits,
+        topk=topk,
+        options=options,
+        bias=bias,
+        mask=mask,
+        ids=ids,
+        dweights=dweights,
+        **outputs,
+    )
+    kernel = kernels_for(device_id, num_experts)[name]
+    num_blocks = -(-num_tokens // (kernel.block // 32))
+    kernel(cupy.cuda.get_current_stream().ptr, num_blocks, params)

@@ -1,4 +1,4 @@
-"""Routers and losses over NumPy arrays, in float64. `cuda` has the same functions for CuPy's."""
+"""Routers over NumPy arrays, in float64. `cuda` has the same functions for CuPy's."""
 
 from __future__ import annotations
 
@@ -59,78 +59,11 @@ def backward(
     mean = (found * dweights).sum(axis=1, keepdims=True)
     if options.kind == "softmax" and not options.renormalize:
         direct = _scatter(found * dweights, ids, allowed.shape)
-        return (direct - _softmax(allowed) * mean).astype(np.float32)
+        return (direct - softmax(allowed) * mean).astype(np.float32)
     if options.renormalize:
         dweights = dweights - mean
     dchosen = found * dweights * _log_slope(chosen, options.kind)
     return _scatter(dchosen, ids, allowed.shape).astype(np.float32)
-
-
-# ---- losses ------------------------------------------------------------------------------------
-
-
-def loss_sums(logits: np.ndarray, ids: np.ndarray | None, sequence_tokens: int) -> np.ndarray:
-    """[B, 2 E + 3] float64: what the losses need of each sequence.
-
-    [:E]: each expert's sum of probabilities. [E:2E]: each expert's number of pairs. Then the number
-    of tokens, the sum of logsumexp^2, and the number of tokens in that sum. Tokens whose ids are
-    all -1 count nowhere. Tokens whose logits are all -inf are left out of the last two. ids None:
-    every token counts.
-    """
-    scores = check_logits(logits)
-    num_tokens, num_experts = scores.shape
-    num_sequences = num_tokens // sequence_tokens
-    kept = _kept(scores, ids)
-    squares = kept & (scores > -np.inf).any(axis=1)
-    by_token = np.zeros((num_tokens, 2 * num_experts + 3))
-    by_token[:, :num_experts] = kept[:, None] * _softmax(scores)
-    if ids is not None:
-        token, k = np.nonzero(ids >= 0)
-        np.add.at(by_token, (token, num_experts + ids[token, k]), 1)
-    by_token[:, -3], by_token[:, -1] = kept, squares
-    by_token[:, -2] = squares * _logsumexp(scores) ** 2
-    return by_token.reshape(num_sequences, sequence_tokens, by_token.shape[1]).sum(axis=1)
-
-
-def loss_backward(
-    logits: np.ndarray,
-    ids: np.ndarray | None,
-    sequence_tokens: int,
-    balance: tuple[np.ndarray, np.ndarray] | None,
-    z_factor: np.ndarray | None,
-) -> np.ndarray:
-    """dlogits [T, E] float32 = p * (factor * (f - sum(f * p)) + z_factor * logsumexp).
-
-    Args:
-        balance: of the balance loss: fractions f [B, E], or [1, E] for all sequences, and factors
-            [B]. None: no balance loss.
-        z_factor: of the z-loss, [1]. None: no z-loss.
-    """
-    scores = check_logits(logits)
-    p, slope = _softmax(scores), np.zeros(scores.shape)
-    if balance is not None:
-        fractions, factors = balance
-        sequence = np.arange(len(scores)) // sequence_tokens
-        f = fractions[sequence if len(fractions) > 1 else np.zeros_like(sequence)]
-        slope += factors[sequence, None] * (f - (f * p).sum(axis=1, keepdims=True))
-    if z_factor is not None:
-        slope += z_factor * _logsumexp(scores)[:, None]
-    return (_kept(scores, ids)[:, None] * p * slope).astype(np.float32)
-
-
-def _kept(scores: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
-    """[T] bool: tokens that are not padding."""
-    if ids is None:
-        return np.ones(len(scores), bool)
-    return np.any(check_ids("topk_ids", ids, scores.shape[1]) >= 0, axis=1)
-
-
-def _logsumexp(scores: np.ndarray) -> np.ndarray:
-    """[T]; 0 for a row of -inf."""
-    largest = scores.max(axis=1)
-    largest = np.where(largest > -np.inf, largest, 0.0)
-    total = np.exp(scores - largest[:, None]).sum(axis=1)
-    return largest + np.log(np.where(total > 0, total, 1.0))
 
 
 # ---- choice ------------------------------------------------------------------------------------
@@ -154,7 +87,7 @@ def _bias(options: Options, num_experts: int) -> np.ndarray:
 
 
 def _limit_to_groups(choice: np.ndarray, options: Options) -> np.ndarray:
-    """`choice` [T, E], with -inf outside the best groups of each token."""
+    """`choice`, -inf outside the best groups of each token."""
     num_tokens, num_experts = choice.shape
     grouped = choice.reshape(num_tokens, options.num_groups, num_experts // options.num_groups)
     score = grouped.max(axis=2)  # [T, groups]
@@ -167,7 +100,6 @@ def _limit_to_groups(choice: np.ndarray, options: Options) -> np.ndarray:
 
 
 def _top(scores: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the largest scores of each row, the largest first; of equal ones the lower."""
     return np.argsort(-scores, axis=1, kind="stable")[:, :count]
 
 
@@ -183,7 +115,7 @@ def _distinct(ids: np.ndarray) -> np.ndarray:
 
 def _scores(logits: np.ndarray, kind: str) -> np.ndarray:
     if kind == "softmax":
-        return _softmax(logits)
+        return softmax(logits)
     return _sigmoid(logits) if kind == "sigmoid" else np.sqrt(_softplus(logits))
 
 
@@ -191,16 +123,16 @@ def _weights(allowed: np.ndarray, ids: np.ndarray, options: Options) -> np.ndarr
     """Unscaled weights [T, K] in float64; 0 where there is no expert."""
     chosen = _take(allowed, ids)
     if options.renormalize:
-        return _softmax(_log_scores(chosen, options.kind))
+        return softmax(_log_scores(chosen, options.kind))
     if options.kind == "softmax":
-        found = _take(_softmax(allowed), ids)
+        found = _take(softmax(allowed), ids)
     else:
         found = _scores(chosen, options.kind)
     return np.where(chosen > -np.inf, found, 0.0)
 
 
 def _log_scores(logits: np.ndarray, kind: str) -> np.ndarray:
-    """log(score), up to a constant of the token, which renormalisation cancels."""
+    """Up to a constant of the token, which renormalisation cancels."""
     if kind == "softmax":
         return logits
     if kind == "sigmoid":
@@ -220,8 +152,8 @@ def _log_slope(logits: np.ndarray, kind: str) -> np.ndarray:
     return 0.5 * np.where(logits < FAR, far, _sigmoid(near) / _softplus(near))
 
 
-def _softmax(scores: np.ndarray) -> np.ndarray:
-    """Softmax over each row; 0 in a row of -inf."""
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Over each row; 0 in a row of -inf."""
     largest = scores.max(axis=1, keepdims=True, initial=-np.inf)
     exponent = np.exp(scores - np.where(largest > -np.inf, largest, 0.0))
     total = exponent.sum(axis=1, keepdims=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,7 @@ KINDS = ("softmax", "sigmoid", "sqrt_softplus")  # RouterKind of kernels_cu/rout
 GROUP_SCORES = ("max", "top2")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Options:
+class Options(NamedTuple):
     """The keywords of a router; see `cometrt.router.softmax_topk`."""
 
     kind: str
@@ -32,8 +31,29 @@ class Options:
         return self.bias is not None or (self.num_groups > 1 and self.group_score == "top2")
 
 
+class Batch(NamedTuple):
+    """What a loss is asked for.
+
+    Attributes:
+        logits: [T, E].
+        ids: [T, K], or None: every token counts.
+        length: tokens of a sequence.
+        counts: [E], pairs of the global batch, or None: those of ids.
+        device: whether the arrays are CuPy's.
+    """
+
+    logits: Any
+    ids: Any
+    length: int
+    counts: Any
+    device: bool
+
+
 def on_device(array: object) -> bool:
     """Whether an array lies in a GPU's memory."""
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, getattr(cupy, "ndarray", ())):
+        return True  # to look up its interface would make a dictionary, in microseconds
     return hasattr(array, "__cuda_array_interface__")
 
 
@@ -88,8 +108,15 @@ def check_options(options: Options, logits: Any, device: bool) -> Options:
         raise ValueError(f"num_groups must divide the {num_experts} experts (got {num_groups})")
     check_choice("group_score", options.group_score, GROUP_SCORES)
     scale = check_positive("scale", options.scale)
-    return dataclasses.replace(
-        options, bias=bias, mask=mask, num_groups=num_groups, topk_groups=topk_groups, scale=scale
+    return Options(
+        options.kind,
+        bias,
+        mask,
+        num_groups,
+        topk_groups,
+        options.group_score,
+        scale,
+        options.renormalize,
     )
 
 

@@ -95,7 +95,7 @@ def sigmoid_topk(
     scale: float = 1.0,
     renormalize: bool = True,
 ) -> Routing:
-    """Choose the K experts with the largest sigmoid(logits) + bias (DeepSeek-V3, MiniMax).
+    """Choose the K experts with the largest sigmoid(logits) + bias (DeepSeek-V3, MiniMax-M2).
 
     Arguments, results and errors are those of `softmax_topk`; group_score is "top2" by default.
     """

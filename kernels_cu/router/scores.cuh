@@ -2,59 +2,18 @@
 // All arithmetic is in float64 and follows cometrt/router/host.py, so both make the same choice.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <math_constants.h>
 
-#include "hopper/memory.cuh"
-#include "router/params.cuh"
+#include "router/elements.cuh"
 
 namespace cometrt {
 
-constexpr int kPerLane = EXPERTS_PER_LANE;  // experts of a lane
+constexpr int kPerLane = EXPERTS_PER_LANE;  // of the 32 * kPerLane experts that fit
 constexpr int kMaxExperts = 32 * kPerLane;
-constexpr int kWarps = 4;                            // per CTA
-constexpr int kBlocksPerSm = kPerLane > 16 ? 4 : 8;  // for __launch_bounds__
+constexpr int kWarps = 4;                            // of a CTA
+constexpr int kBlocksPerSm = kPerLane > 16 ? 4 : 8;  // at least: leaves enough registers
 
-__device__ inline int lane_index() { return threadIdx.x % 32; }
-
-__device__ inline double warp_max(double value) {
-  for (int step = 16; step > 0; step /= 2) {
-    value = fmax(value, __shfl_xor_sync(~0u, value, step));
-  }
-  return value;
-}
-
-__device__ inline double warp_sum(double value) {
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
-  return value;
-}
-
-__device__ inline double to_double(float value) { return value; }
-__device__ inline double to_double(double value) { return value; }
-__device__ inline double to_double(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ inline double to_double(__half value) { return __half2float(value); }
-
-__device__ inline double load_element(const void* array, int type, long long index) {
-  switch (type) {
-    case kFloat32:
-      return to_double(static_cast<const float*>(array)[index]);
-    case kFloat64:
-      return to_double(static_cast<const double*>(array)[index]);
-    case kBfloat16:
-      return to_double(static_cast<const __nv_bfloat16*>(array)[index]);
-    default:
-      return to_double(static_cast<const __half*>(array)[index]);
-  }
-}
-
-__device__ inline long long load_id(const RouterParams& p, long long index) {
-  return p.ids_are_64 ? static_cast<const long long*>(p.ids)[index]
-                      : static_cast<const int*>(p.ids)[index];
-}
-
-// Copies a token's logits to row. All loads of a lane are in flight together. Entries from
-// num_experts on become -infinity.
+// All loads of a lane are in flight together. Entries from num_experts on become -infinity.
 template <typename T>
 __device__ inline void load_logits(const T* logits, int num_experts, double* row) {
   double values[kPerLane];
@@ -131,7 +90,7 @@ __device__ inline double score_of(int kind, const Normalizer& normalizer, double
   return kind == kSigmoid ? sigmoid(logit) : sqrt(softplus(logit));
 }
 
-// log(score), up to a constant of the token, which renormalisation cancels.
+// Up to a constant of the token, which renormalisation cancels.
 __device__ inline double log_score_of(int kind, double logit) {
   if (kind == kSoftmax) return logit;
   if (kind == kSigmoid) return fmin(logit, 0.0) - log1p(exp(-fabs(logit)));

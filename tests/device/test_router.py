@@ -1,5 +1,6 @@
 """Routers and losses over CuPy arrays against NumPy's: results, graphs, and errors of callers."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -154,9 +155,12 @@ def test_a_wrong_logit_makes_losses_nan(wrong):
     logits = on_gpu(logits)
     assert np.isnan(on_host(router.balance_loss(logits, ids)))
     assert np.isnan(on_host(router.z_loss(logits)))
-    dlogits = on_host(router.z_loss_backward(1.0, logits))
-    assert np.isnan(dlogits[21]).all()
-    assert np.isfinite(np.delete(dlogits, 21, axis=0)).all()
+    for dlogits in (
+        router.z_loss_backward(1.0, logits),
+        router.balance_loss_backward(1.0, logits, ids),
+    ):
+        assert np.isnan(on_host(dlogits)[21]).all()
+        assert np.isfinite(np.delete(on_host(dlogits), 21, axis=0)).all()
 
 
 @pytest.mark.parametrize("ids", [[3, 40], [3, -2], [3, 3]])
@@ -289,7 +293,75 @@ def check_losses(num_tokens, experts):
         np.testing.assert_allclose(on_host(one), other, rtol=1e-12)
 
 
-@pytest.mark.parametrize("experts", [20, 64, 128, 256, 512, 1024])
+@pytest.mark.parametrize("experts", [4, 20, 64, 128, 256, 512, 1024])
 @pytest.mark.parametrize("num_tokens", [0, 12, 1000])
 def test_losses_are_numpys(num_tokens, experts):
     check_losses(num_tokens, experts)
+
+
+def test_losses_of_many_tokens():
+    check_losses(40_000, 24)  # chunks of more than 16 tokens
+
+
+def test_losses_repeat_bit_by_bit():
+    logits = on_gpu(np.random.default_rng(0).standard_normal((8192, 256), np.float32))
+    ids = router.softmax_topk(logits, 8).ids
+    for call in (router.balance_loss, router.z_loss):
+        assert len({on_host(call(logits, ids)).tobytes() for _ in range(20)}) == 1
+
+
+@pytest.mark.parametrize("dtype", ["i", "l", "H", "f", "d", "e"])
+def test_counts_and_coefficients_of_any_dtype(dtype):
+    rng = np.random.default_rng(0)
+    logits, counts = rng.standard_normal((30, 40)), rng.integers(0, 9, 40).astype(dtype)
+    ids = router.softmax_topk(logits, 2).ids
+    arrays, ones = [on_gpu(a) for a in (logits, ids, counts)], on_gpu(np.ones((), dtype))
+    found = router.balance_loss(*arrays[:2], counts=arrays[2])
+    np.testing.assert_allclose(
+        on_host(found), router.balance_loss(logits, ids, counts=counts), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        on_host(router.balance_loss_backward(ones, *arrays[:2], counts=arrays[2])),
+        router.balance_loss_backward(1.0, logits, ids, counts=counts),
+        rtol=1e-6,
+        atol=1e-15,
+    )
+    biases = [np.zeros(40), np.zeros(40)]
+    router.update_bias(biases[0], counts)
+    on_device = on_gpu(biases[1])
+    router.update_bias(on_device, arrays[2])
+    assert (on_host(on_device) == biases[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_a_bias_is_updated_in_place(dtype):
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 5, 1000)
+    biases = rng.standard_normal((1000, 3)).astype(dtype)
+    on_device = on_gpu(biases)
+    router.update_bias(on_device[:, 1], on_gpu(counts), rate=0.25)
+    router.update_bias(biases[:, 1], counts, rate=0.25)
+    assert on_host(on_device).tobytes() == biases.tobytes()
+
+
+@pytest.mark.parametrize("num_ids", [0, 1, 1023, 8192, 70_001])
+@pytest.mark.parametrize("experts", [1, 33, 1024])
+def test_load_statistics_are_numpys(num_ids, experts):
+    rng = np.random.default_rng(0)
+    skewed = (experts * rng.random((num_ids, 1)) ** 3).astype(np.int64)
+    ids = np.where(rng.random(skewed.shape) < 0.1, -1, skewed)
+    expected = router.load_statistics(ids, experts)
+    for dtype in (np.int32, np.int64):
+        found = router.load_statistics(on_gpu(ids.astype(dtype)), experts)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(on_host(one), other, rtol=1e-12, atol=1e-15)
+
+
+def test_ids_out_of_range_count_as_dropped():
+    ids = on_gpu(np.array([[0, 1], [40, 2**31 - 1], [-2, 3]]))
+    found = router.load_statistics(ids, 4)
+    assert on_host(found.counts).tolist() == [1, 1, 0, 1]
+    assert on_host(found.dropped) == 0.5
+    logits = on_gpu(np.zeros((3, 4)))
+    np.testing.assert_allclose(on_host(router.balance_loss(logits, ids)), 1.0)
+    assert not on_host(router.balance_loss_backward(1.0, logits, ids))[1].any()

@@ -3,7 +3,6 @@
 `tests/device/test_router.py` has the kernels' results.
 """
 
-import ctypes
 import re
 import sys
 
@@ -12,74 +11,11 @@ import pytest
 
 from cometrt import router
 from cometrt.kernels.compiler import kernels_folder
-from cometrt.kernels.constants import LOSS_CHUNK_TOKENS
-from cometrt.router import cuda, host
+from cometrt.router import cuda, cuda_losses
 from tests import cupy_stand_in
 from tests.cupy_stand_in import asarray, to_host
 from tests.router_cases import KINDS, RouterCase
-
-
-class Launches(list):
-    """(kernel, macros, stream, grid, struct) of each launch. Those of losses compute, in NumPy."""
-
-    def load(self, _source, *names, macros=()):
-        return tuple(Recorder(self, name, macros) for name in names)
-
-
-class Recorder:
-    block = 128
-
-    def __init__(self, launches, name, macros):
-        self._launches, self._name, self._macros = launches, name, macros
-
-    def __call__(self, stream, grid, params, more=None):
-        struct = np.array(params.fields[0])
-        self._launches.append((self._name, self._macros, stream, grid, struct))
-        if more is not None:
-            run_loss_kernel(self._name, grid, struct, np.array(more.fields[0]))
-
-
-def array_at(address, shape, dtype):
-    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = (ctypes.c_char * nbytes).from_address(int(address))
-    return np.frombuffer(memory, dtype).reshape(shape)
-
-
-def run_loss_kernel(name, grid, p, more):
-    """What kernels_cu/router/losses.cu does, from the structs alone."""
-    num_tokens, num_experts, length = (
-        int(p[f]) if f in p.dtype.names else int(more[f])
-        for f in ("num_tokens", "num_experts", "sequence_tokens")
-    )
-    logits = array_at(p["logits"], (num_tokens, num_experts), cuda.DTYPES[p["logits_type"]])
-    ids = None
-    if p["ids"]:
-        dtype = np.int64 if p["ids_are_64"] else np.int32
-        ids = array_at(p["ids"], (num_tokens, int(p["topk"])), dtype)
-    if name == "router_loss_backward":
-        balance = z_factor = None
-        if more["fractions"]:
-            rows = num_tokens // length if more["fractions_stride"] else 1
-            balance = (
-                array_at(more["fractions"], (rows, num_experts), np.float64),
-                array_at(more["balance_factors"], (num_tokens // length,), np.float64),
-            )
-        if more["z_factor"]:
-            z_factor = array_at(more["z_factor"], (1,), np.float64)
-        dlogits = array_at(p["dlogits"], (num_tokens, num_experts), np.float32)
-        dlogits[...] = host.loss_backward(logits, ids, length, balance, z_factor)
-        return
-    chunks = int(more["chunks_per_sequence"])
-    assert grid == num_tokens // length * chunks
-    sums = array_at(more["sums"], (grid, 2 * num_experts + 3), np.float64)
-    for block, out in enumerate(sums):
-        begin = block // chunks * length + block % chunks * LOSS_CHUNK_TOKENS
-        of = slice(begin, min(begin + LOSS_CHUNK_TOKENS, (block // chunks + 1) * length))
-        try:
-            part = None if ids is None else np.where(ids[of] < num_experts, ids[of], -1)
-            out[:] = host.loss_sums(logits[of], part, of.stop - of.start)
-        except ValueError:  # NaN or +inf
-            out[:] = np.nan
+from tests.router_kernels import Launches
 
 
 @pytest.fixture
@@ -149,7 +85,7 @@ def test_kernels_and_launches_mean_the_same_by_a_number():
         return re.search(rf"enum {enum} : int {{(.*?)}}", text).group(1).strip().split(", ")
 
     assert written("RouterKind") == ["k" + kind.title().replace("_", "") for kind in KINDS]
-    assert written("ElementType") == ["k" + dtype.name.title() for dtype in cuda.DTYPES]
+    assert written("ElementType") == ["k" + dtype.name.title() for dtype in cuda.NUMBER_DTYPES]
 
 
 def test_the_smallest_build_that_holds_the_experts():
@@ -229,53 +165,117 @@ def same(found, expected):
     np.testing.assert_allclose(to_host(found), expected, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 12, 60])
-def test_losses_equal_numpys_without_a_wait(launches, num_tokens):
-    rng = np.random.default_rng(1)
-    logits = rng.standard_normal((num_tokens, 8))
+FORWARD = ["router_loss_sums", "router_loss_totals"]
+BACKWARD = [*FORWARD, "router_loss_backward"]
+
+
+def loss_arguments(num_tokens, experts=8):
+    """Logits and ids with padding and a dropped pair, in NumPy and on the stand-in."""
+    logits = np.random.default_rng(1).standard_normal((num_tokens, experts))
     ids = router.softmax_topk(logits, 2).ids
     ids[3:5], ids[7:8, 1] = -1, -1
-    arrays, counts = (asarray(logits), asarray(ids)), np.arange(8)
+    return (logits, ids), (asarray(logits), asarray(ids))
+
+
+@pytest.mark.parametrize("experts", [8, 40])
+@pytest.mark.parametrize("num_tokens", [0, 12, 60])
+def test_losses_equal_numpys_without_a_wait(launches, num_tokens, experts):
+    on_host, arrays = loss_arguments(num_tokens, experts)
     for options in (
-        {}, {"per_sequence": 4}, {"per_sequence": max(1, num_tokens // 2)}, {"counts": counts},
-    ):  # fmt: skip
+        {},
+        {"per_sequence": 4},
+        {"per_sequence": max(1, num_tokens // 2)},
+        *({"counts": np.arange(experts).astype(dtype)} for dtype in "bHilfd"),
+    ):
         on_gpu = {name: asarray(v) if name == "counts" else v for name, v in options.items()}
-        same(router.balance_loss(*arrays, **on_gpu), router.balance_loss(logits, ids, **options))
-        same(
-            router.balance_loss_backward(asarray(0.5), *arrays, **on_gpu),
-            router.balance_loss_backward(0.5, logits, ids, **options),
-        )
-    same(router.z_loss(*arrays), router.z_loss(logits, ids))
-    same(router.z_loss_backward(0.5, *arrays), router.z_loss_backward(0.5, logits, ids))
-    same(router.z_loss(arrays[0]), router.z_loss(logits))
+        same(router.balance_loss(*arrays, **on_gpu), router.balance_loss(*on_host, **options))
+        for dloss in (0.5, asarray(0.5), asarray(np.ones(1, np.float32) / 2)):
+            same(
+                router.balance_loss_backward(dloss, *arrays, **on_gpu),
+                router.balance_loss_backward(0.5, *on_host, **options),
+            )
+    same(router.z_loss(*arrays), router.z_loss(*on_host))
+    same(router.z_loss_backward(0.5, *arrays), router.z_loss_backward(0.5, *on_host))
+    same(router.z_loss(arrays[0]), router.z_loss(on_host[0]))
     names = [launch[0] for launch in launches]
-    assert (
-        names[:3] == ["router_loss_sums"] * 2 + ["router_loss_backward"]
-        if num_tokens
-        else not names
-    )
-    found = router.load_statistics(arrays[1], 8)
-    for one, other in zip(found, router.load_statistics(ids, 8), strict=True):
-        same(one, other)
-    bias = np.zeros(8)
-    other = asarray(bias.copy())
-    router.update_bias(bias, counts)
-    router.update_bias(other, asarray(counts))
-    same(other, bias)
+    assert names[:5] == (FORWARD + BACKWARD if num_tokens else [])
 
 
-def test_wrong_values_do_not_wait_either(launches):
-    for wrong in (np.nan, np.inf):
-        logits, ids = np.zeros((40, 8)), np.zeros((40, 1), int)
-        logits[21, 2], ids[2] = wrong, 8
-        assert np.isnan(to_host(router.balance_loss(asarray(logits), asarray(ids))))
-        assert np.isnan(to_host(router.z_loss(asarray(logits))))
-    counts = router.load_statistics(asarray(ids), 8).counts
-    assert to_host(counts).tolist() == [39] + [0] * 7
+def test_a_loss_of_many_tokens_has_larger_chunks(launches):
+    logits = np.random.default_rng(0).standard_normal((3 * cuda_losses.MAX_CHUNKS * 16, 2))
+    same(router.z_loss(asarray(logits)), router.z_loss(logits))
+    assert launches[0][3] == cuda_losses.MAX_CHUNKS
+
+
+@pytest.mark.parametrize("num_tokens", [0, 60])
+def test_statistics_and_bias_equal_numpys_by_one_launch(launches, num_tokens):
+    on_host, arrays = loss_arguments(num_tokens)
+    for dtype in (np.int32, np.int64):
+        found = router.load_statistics(arrays[1].astype(dtype), 8)
+        for one, other in zip(found, router.load_statistics(on_host[1], 8), strict=True):
+            same(one, other)
+    for dtype in (np.float32, np.float64):
+        biases, rows = np.zeros((8, 3), dtype), np.zeros((3, 8), dtype)
+        for bias in (biases[:, 1], rows[1]):  # in place, also where strided
+            other = (
+                asarray(bias.copy()) if bias.flags.c_contiguous else asarray(biases.copy())[:, 1]
+            )
+            router.update_bias(bias, np.arange(8) // 2)
+            router.update_bias(other, asarray(np.arange(8) // 2))
+            assert bias.any()
+            same(other, bias)
+    names = [launch[0] for launch in launches]
+    assert names == ["router_load"] * 2 + ["router_update_bias"] * 4
+
+
+def test_wrong_ids_do_not_wait_either(launches):
+    ids = np.zeros((40, 1), int)
+    ids[2], ids[3] = 8, -7
+    found = router.load_statistics(asarray(ids), 8)
+    assert to_host(found.counts).tolist() == [38] + [0] * 7
+    same(found.dropped, 2 / 40)
+    logits = asarray(np.zeros((40, 8)))
+    same(router.balance_loss(logits, asarray(ids)), 1.0)
+    assert not to_host(router.balance_loss_backward(1.0, logits, asarray(ids)))[2:4].any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: router.z_loss(logits_of(experts=1025)),
+            r"logits' number of experts must be <= 1024 on a GPU \(got 1025\)",
+        ),
+        (
+            lambda: router.load_statistics(asarray(np.zeros((1, 1), int)), 1025),
+            r"num_experts must be <= 1024 on a GPU \(got 1025\)",
+        ),
+        (
+            lambda: router.load_statistics(asarray(np.zeros((1, 1), np.int8)), 4),
+            r"topk_ids must have dtype int32 or int64 on a GPU \(got int8\)",
+        ),
+        (
+            lambda: router.z_loss_backward(asarray(np.ones(2)), logits_of()),
+            r"dloss must be one number \(got an array of shape \(2,\)\)",
+        ),
+        (
+            lambda: router.update_bias(asarray(np.zeros(4)), np.ones(4)),
+            "counts must be a CuPy array, as the first argument is, not NumPy's",
+        ),
+        (
+            lambda: router.update_bias(asarray(np.zeros(1025)), asarray(np.ones(1025))),
+            r"bias' number of experts must be <= 1024 on a GPU \(got 1025\)",
+        ),
+    ],
+)
+def test_wrong_arguments_of_losses(launches, call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+    assert launches == []
 
 
 def test_the_stand_in_sees_waits():
     array = asarray(np.ones(3))
     for wait in (bool, float, int, lambda a: a.item(), lambda a: a[a > 0]):
         with pytest.raises(AssertionError, match="waits for the GPU"):
-            wait(array.sum() if wait in (bool, float, int) else array)
+            wait(array[0] if wait in (bool, float, int) else array)
