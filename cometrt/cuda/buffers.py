@@ -67,6 +67,11 @@ def held(shape: PlanShape, mode: str) -> Buffers:
     return buffers
 
 
+def held_bytes(shape: PlanShape, mode: str) -> int:
+    """Bytes of `held`."""
+    return total_bytes(held(shape, mode), _POOL_BYTES)
+
+
 def num_pipeline_chunks(shape: PlanShape, mode: str) -> int:
     """Pieces of the dispatch order that are launched one by one."""
     return shape.config.pipeline_chunks if mode == "chunked" else 1
@@ -111,7 +116,7 @@ def residuals(shape: PlanShape) -> Buffers:
 def scratch_bytes(shape: PlanShape, mode: str, training: bool) -> int:
     """Bytes that the layer holds, and that its larger call allocates besides its arguments, its
     results and `saved`."""
-    layer = total_bytes(held(shape, mode), _POOL_BYTES)
+    layer = held_bytes(shape, mode)
     forward = forward_buffers(shape, mode, training)
     if not training:
         return layer + total_bytes(forward, _POOL_BYTES)

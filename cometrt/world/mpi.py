@@ -140,7 +140,7 @@ def connect(comm: Any, device: str, *, timeout_sec: float = 30.0, gpu: int | Non
             "comm must come from an MPI initialised with MPI_THREAD_MULTIPLE "
             f"(got thread level {MPI.Query_thread()})"
         )
-    problem = _use_gpu(device, gpu, MPI.COMM_WORLD)
+    problem = use_gpu(device, gpu, MPI.COMM_WORLD)
     own = _duplicate(comm, timeout_sec)
     try:
         for rank, text in enumerate(own.allgather(problem)):
@@ -175,7 +175,7 @@ def _check_launched_alone(library: str) -> None:
             )
 
 
-def _use_gpu(device: str, gpu: Any, comm_world: Any) -> str:
+def use_gpu(device: str, gpu: Any, comm_world: Any) -> str:
     """Make the GPU the process's current one. Returns an error message, or ""."""
     try:
         if device == "host":
