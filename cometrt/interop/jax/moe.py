@@ -23,7 +23,6 @@ RESIDUALS = "cometrt_residuals"
 """Name of the layer's results and residuals, for policies of jax.checkpoint."""
 
 _FLOAT32 = np.dtype(np.float32)
-_TOKEN = struct((), _FLOAT32)
 _IDS = (np.dtype(np.int32), np.dtype(np.int64))
 
 
@@ -36,9 +35,8 @@ def save_residuals() -> Any:
 class MoE:
     """One Mixture-of-Experts layer in JAX programs.
 
-    Construction is collective. So is each call when the program runs: all ranks run the same calls
-    in the same order. Calls that are traced together run in the order in which they were traced.
-    Elsewhere the order is that of the data.
+    Construction is collective. So is each call when the program runs: all ranks run the same
+    program, and its calls run in the order in which they were traced.
 
     With a mesh, call it inside `jax.shard_map` over all axes of the mesh, with tokens and experts
     sharded over the world's axis. Without a mesh, call it in each process on its own arrays, or
@@ -112,11 +110,8 @@ class MoE:
         arrays = [jnp.asarray(array) for array in (x, topk_ids, topk_weights, w_up, w_down)]
         self._check(*arrays)
         self._index()
-        token = self.world.token()
-        axes = frozenset[str]().union(*map(_varying, (token, *arrays)))
-        y, token = self._apply(*_vary(axes, (token, *arrays)))
-        self.world.set_token(token)
-        return y
+        axes = frozenset[str]().union(*map(_varying, arrays))
+        return self._apply(*_vary(axes, arrays))
 
     def check(self) -> None:
         """Raise the first error of the calls that have run. Call it on all ranks after the same
@@ -211,42 +206,36 @@ class MoE:
                 index = index * size + (jax.lax.axis_index(name) if size > 1 else 0)
         return index
 
-    def _forward(self, training: bool, token: Any, *arrays: Any) -> Any:
+    def _forward(self, training: bool, *arrays: Any) -> Any:
         x, _, _, w_up, w_down = arrays
-        y_form = struct(x.shape, self.spec.numpy_dtype)
         kept_forms = self._kept if training else []
-        results = [y_form, _TOKEN, *kept_forms, *self._forward_scratch[training]]
-        found = buffer_call(
-            self._run_forward[training], results, token, *arrays, self._index(), aliases={0: 1}
-        )
-        y, token, *kept = _vary(_varying(x), found[: 2 + len(kept_forms)])
+        results = [self._form(x.shape), *kept_forms, *self._forward_scratch[training]]
+        found = buffer_call(self._run_forward[training], results, *arrays, self._index())
+        y, *kept = _vary(_varying(x), found[: 1 + len(kept_forms)])
         if not training:
-            return y, token
-        y, token, *kept = (checkpoint_name(array, RESIDUALS) for array in (y, token, *kept))
-        return (y, token), (tuple(kept), w_up, w_down)
+            return y
+        y, *kept = (checkpoint_name(array, RESIDUALS) for array in (y, *kept))
+        return y, (tuple(kept), w_up, w_down)
 
-    def _backward(self, saved: Any, cotangents: Any) -> Any:
-        (kept, w_up, w_down), (dy, token) = saved, cotangents
+    def _backward(self, saved: Any, dy: Any) -> Any:
+        kept, w_up, w_down = saved
         pairs = (dy.shape[0], self.spec.topk)
         forms = [
-            struct(dy.shape, self.spec.numpy_dtype),
+            self._form(dy.shape),
             struct(pairs, _FLOAT32),
-            struct(w_up.shape, self.spec.numpy_dtype),
-            struct(w_down.shape, self.spec.numpy_dtype),
+            self._form(w_up.shape),
+            self._form(w_down.shape),
         ]
         found = buffer_call(
             self._run_backward,
-            [*forms, _TOKEN, *self._backward_scratch],
-            token,
-            dy,
-            *kept,
-            w_up,
-            w_down,
-            self._index(),
-            aliases={0: len(forms)},
+            [*forms, *self._backward_scratch],
+            *(dy, *kept, w_up, w_down, self._index()),
         )
-        dx, dweights, dw_up, dw_down, token = _vary(_varying(w_up), found[: len(forms) + 1])
-        return token, dx, np.zeros(pairs, jax.dtypes.float0), dweights, dw_up, dw_down
+        dx, dweights, dw_up, dw_down = _vary(_varying(w_up), found[: len(forms)])
+        return dx, np.zeros(pairs, jax.dtypes.float0), dweights, dw_up, dw_down
+
+    def _form(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return struct(shape, self.spec.numpy_dtype)
 
     # ---- when it runs -----------------------------------------------------------------------
 
@@ -256,20 +245,17 @@ class MoE:
         return self._ranks[int(np.asarray(index))]
 
     def _forward_on_rank(
-        self, training: bool, context: Any, results: Any, _token: Any, *operands: Any
+        self, training: bool, context: Any, results: Any, *operands: Any
     ) -> None:
         *arguments, index = operands
-        y, _token, *rest = results
+        y, *rest = results
         num_kept = len(self._kept) if training else 0
         kept, scratch = rest[:num_kept], rest[num_kept:]
         self._rank(index).forward(context, arguments, y, kept, scratch)
 
-    def _backward_on_rank(
-        self, context: Any, results: Any, _token: Any, dy: Any, *operands: Any
-    ) -> None:
+    def _backward_on_rank(self, context: Any, results: Any, dy: Any, *operands: Any) -> None:
         *kept, w_up, w_down, index = operands
-        *gradients, _token = results[:5]
-        self._rank(index).backward(context, dy, kept, (w_up, w_down), gradients, results[5:])
+        self._rank(index).backward(context, dy, kept, (w_up, w_down), results[:4], results[4:])
 
 
 def _check_form(

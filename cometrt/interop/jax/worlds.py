@@ -12,9 +12,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import get_opaque_trace_state
 
 from cometrt.errors import first_original
 from cometrt.interop.jax.bootstrap import DistributedStore, LocalStore, Store, StoreComm
@@ -65,7 +63,6 @@ class JaxWorld:
         world = next(iter(self.ranks.values()))
         self.size, self.device = world.size, world.device
         self.locks = {index: threading.Lock() for index in self.ranks}
-        self._latest: Any = (None, None)  # trace, token
 
     @property
     def rank(self) -> int:
@@ -78,23 +75,12 @@ class JaxWorld:
             raise ValueError(f"rank must be one, but this process runs {len(self.ranks)} of them")
         return next(iter(self.ranks.values())).rank
 
-    def token(self) -> Any:
-        """The result of the trace's last call, or a new token: each call takes it and returns
-        another one, which orders the calls of one trace."""
-        trace, token = self._latest
-        return token if trace == get_opaque_trace_state() else jnp.zeros((), jnp.float32)
-
-    def set_token(self, token: Any) -> None:
-        """`token` comes from the last call."""
-        self._latest = get_opaque_trace_state(), token
-
     def reset(self) -> None:
         """As `World.reset`, on all ranks of this process."""
         on_ranks({index: world.reset for index, world in self.ranks.items()})
 
     def close(self) -> None:
         """As `World.close`, on all ranks of this process."""
-        self._latest = (None, None)
         on_ranks({index: world.close for index, world in self.ranks.items()})
 
     def __enter__(self) -> JaxWorld:
