@@ -66,9 +66,7 @@ class StoreComm:
         name: of this group of ranks, equal on all of them and new for each group.
     """
 
-    def __init__(
-        self, store: Store, name: str, rank: int, size: int, timeout_sec: float
-    ) -> None:
+    def __init__(self, store: Store, name: str, rank: int, size: int, timeout_sec: float) -> None:
         self._store, self._name, self._timeout_sec = store, name, timeout_sec
         self._rank, self._size, self._round = rank, size, 0
 

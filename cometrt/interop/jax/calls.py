@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from cometrt.buffers import Buffers
-from cometrt.layer import STOPPED, MoELayer
+from cometrt.layer import MoELayer
 from cometrt.residuals import Residuals
 from cometrt.specs import Gradients, MoESpec
 from cometrt.world import World
@@ -36,6 +36,15 @@ class BufferLayer(MoELayer):
     def check_open(self) -> None:
         """Raise a ValueError if the layer is closed."""
         self._scope.check_open()
+
+    def on_gpu(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it the rank's GPU is the thread's."""
+        return contextlib.nullcontext()
+
+    def raise_pending(self) -> None:
+        """Raise what the device has found wrong so far, without waiting for it."""
+        with self.on_gpu():
+            self.executor.raise_pending()
 
     def forward_scratch(self, training: bool) -> Buffers:
         """Arrays that a forward needs besides its arguments, its result and `kept`."""
@@ -186,20 +195,22 @@ class Rank:
                 self.layer.fail(context, results, kept)
 
     def raise_found(self) -> None:
-        """Raise the first error that a call has found so far."""
+        """Raise the first error that calls have found so far."""
         with self._lock:
             error, self._error = self._error, None
-        if error is not None:
-            raise error
+            if error is not None:
+                raise error
+            self.layer.raise_pending()
 
     def check(self) -> None:
         """Wait for what is queued, and raise the first error."""
+        self.layer.check_open()
         self.raise_found()
-        with self._lock:
+        with self._lock, self.layer.on_gpu():
             self.layer.synchronize()
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock, self.layer.on_gpu():
             self.layer.close()
 
 
@@ -212,6 +223,3 @@ def struct(shape: tuple[int, ...], dtype: np.dtype) -> jax.ShapeDtypeStruct:
 
 def structs(buffers: Buffers) -> list[jax.ShapeDtypeStruct]:
     return [struct(*of) for of in buffers.values()]
-
-
-__all__ = ["STOPPED", "BufferLayer", "HostLayer", "Rank", "make_layer", "struct", "structs"]

@@ -108,8 +108,8 @@ class MoE:
             rank.layer.check_open()
             rank.raise_found()
         arrays = [jnp.asarray(array) for array in (x, topk_ids, topk_weights, w_up, w_down)]
-        self._check(*arrays)
         self._index()
+        self._check(*arrays)
         axes = frozenset[str]().union(*map(_varying, arrays))
         return self._apply(*_vary(axes, arrays))
 
@@ -147,7 +147,8 @@ class MoE:
         traceback: TracebackType | None,
     ) -> None:
         for rank in self._ranks.values():
-            rank.layer.__exit__(kind, error, traceback)
+            with rank.layer.on_gpu():
+                rank.layer.__exit__(kind, error, traceback)
 
     def __repr__(self) -> str:
         return f"<MoE of {self.world!r}, mode={self.mode!r}, {self.spec}>"
@@ -244,9 +245,7 @@ class MoE:
             return next(iter(self._ranks.values()))
         return self._ranks[int(np.asarray(index))]
 
-    def _forward_on_rank(
-        self, training: bool, context: Any, results: Any, *operands: Any
-    ) -> None:
+    def _forward_on_rank(self, training: bool, context: Any, results: Any, *operands: Any) -> None:
         *arguments, index = operands
         y, *rest = results
         num_kept = len(self._kept) if training else 0

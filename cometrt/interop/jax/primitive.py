@@ -21,8 +21,7 @@ from jax.interpreters import ad, batching, mlir
 
 
 class CallEffect(effects.Effect):
-    """Of every call. A call whose results nobody needs may be dropped: all ranks run the same
-    program, so all drop it. jax.checkpoint with saved residuals relies on that."""
+    """Of every call: none is dropped, merged or moved past another one."""
 
     def __str__(self) -> str:
         return "cometrt call"
@@ -35,7 +34,6 @@ for _allowing in (
     effects.control_flow_allowed_effects,
     effects.custom_derivatives_allowed_effects,
     effects.remat_allowed_effects,
-    partial_eval.dceable_effects,
 ):
     _allowing.add_type(CallEffect)
 
@@ -53,27 +51,28 @@ def buffer_call(
         run: gets XLA's context and buffers, and fills those of the results.
         results: their shapes and dtypes.
     """
-    return _call.bind(*operands, run=run, results=tuple(results))
+    return _call.bind(*operands, run=run, results=tuple(results), repeated=False)
 
 
 @_call.def_effectful_abstract_eval
-def _shapes(*_operands: Any, run: Any, results: Any) -> Any:
-    del run
+def _shapes(*_operands: Any, results: Any, **_params: Any) -> Any:
     return [core.ShapedArray(result.shape, result.dtype) for result in results], {_EFFECT}
 
 
 @functools.lru_cache(maxsize=256)
 def _compiled(run: Any, results: Any) -> Any:
-    return jax.jit(functools.partial(_call.bind, run=run, results=results))
+    return jax.jit(functools.partial(_call.bind, run=run, results=results, repeated=False))
 
 
 @_call.def_impl
-def _run_eagerly(*operands: Any, run: Any, results: Any) -> Any:
+def _run_eagerly(*operands: Any, run: Any, results: Any, repeated: bool) -> Any:
+    del repeated
     return _compiled(run, results)(*operands)
 
 
-def _lower(context: Any, *operands: Any, run: Any, results: Any) -> Any:
+def _lower(context: Any, *operands: Any, run: Any, results: Any, repeated: bool) -> Any:
     """As a custom call that takes the effect's token as its first operand and returns it."""
+    del repeated
 
     def callback(context: Any, buffers: Any, _token: Any, *operands: Any) -> None:
         run(context, buffers[1:], *operands)
@@ -124,7 +123,22 @@ def _split_by_policy(saveable: Any, unknown: list[bool], ready: list[bool], call
         if isinstance(operand, core.Var) and not there
     ]
     in_forward = None if any(unknown) else call
-    return in_forward, call, [any(unknown)] * num_results, [True] * num_results, saved
+    again = call.replace(params=call.params | {"repeated": not any(unknown)})
+    return in_forward, again, [any(unknown)] * num_results, [True] * num_results, saved
+
+
+def _drop_if_repeated(used: list[bool], call: Any) -> Any:
+    """A call that jax.checkpoint would repeat is dropped where all that is needed of it was saved.
+
+    Args:
+        used: of each result, whether anybody needs it.
+
+    Returns:
+        of each operand whether it is needed, and the call or None.
+    """
+    if call.params["repeated"] and not any(used):
+        return [False] * len(call.invars), None
+    return [True] * len(call.invars), call
 
 
 def _refuse_vmap(*_args: Any, **_params: Any) -> NoReturn:
@@ -142,3 +156,4 @@ batching.primitive_batchers[_call] = _refuse_vmap
 ad.primitive_jvps[_call] = _refuse_jvp
 ad.primitive_transposes[_call] = _refuse_jvp
 partial_eval.partial_eval_jaxpr_custom_rules[_call] = _split_by_policy
+partial_eval.dce_rules[_call] = _drop_if_repeated

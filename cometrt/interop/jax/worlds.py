@@ -35,7 +35,7 @@ class Place(NamedTuple):
     Attributes:
         rank, size: in its world.
         device: of JAX.
-        index: place of the device in the flattened mesh.
+        mesh_index: place of the device in the flattened mesh.
         group: names the world's devices, alike on all its ranks.
         row: number of the world's row of the mesh.
     """
@@ -43,7 +43,7 @@ class Place(NamedTuple):
     rank: int
     size: int
     device: Any
-    index: int = 0
+    mesh_index: int = 0
     group: str = "processes"
     row: int = 0
 
@@ -149,12 +149,12 @@ def connect(
         finally:
             if row is not comm:
                 row.Free()
-        worlds: dict[int, World] = {place.index: world}
+        worlds: dict[int, World] = {place.mesh_index: world}
     else:
         store, names = _store(), _new_names({place.group for place in places})
         worlds = on_ranks(
             {
-                place.index: _maker(place, store, names[place.group], device, timeout_sec)
+                place.mesh_index: _maker(place, store, names[place.group], device, timeout_sec)
                 for place in places
             }
         )
