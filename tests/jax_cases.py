@@ -77,6 +77,21 @@ def check_equal(found, expected, tolerance=1e-5):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * scale)
 
 
+def bits(arrays) -> list[bytes]:
+    return [np.asarray(array).tobytes() for array in arrays]
+
+
+def step_of(moe):
+    """y and all gradients of one layer, jitted."""
+
+    @jax.jit
+    def step(dy, x, ids, *rest):
+        y, backward = jax.vjp(lambda x, *rest: moe(x, ids, *rest), x, *rest)
+        return [y, *backward(dy)]
+
+    return step
+
+
 def epoch_of(world: cometrt_jax.JaxWorld) -> int:
     """Exchanges so far, the same on all ranks of this process."""
     (epoch,) = {rank.epoch for rank in world.ranks.values()}

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -396,3 +397,109 @@ def test_example(monkeypatch):
         float(line.split("loss ")[1]) for line in result.stdout.splitlines() if "loss " in line
     )
     assert last < 0.5 * first
+
+
+# ---- on a GPU: which addresses a call gets ------------------------------------------------------
+
+
+class Buffer:
+    """As XLA's, at an address of its own. Like XLA's it may not know an interface for bfloat16."""
+
+    def __init__(self, address, shape, dtype):
+        self.address, self.shape, self.dtype = address, shape, np.dtype(dtype)
+
+    @property
+    def __cuda_array_interface__(self):
+        if self.dtype.kind == "V":
+            raise RuntimeError("of a dtype without an interface")
+        return {"data": (self.address, False)}
+
+
+class Device(contextlib.nullcontext):
+    pass
+
+
+def cuda_layer(monkeypatch, spec, calls, memsets):
+    """A CudaLayer without a GPU: its executor only notes the calls."""
+    from cometrt.cuda import buffers
+    from cometrt.interop.jax import cuda_calls
+    from cometrt.plan import PlanShape, TileConfig
+    from cometrt.residuals import array_specs
+    from cometrt.specs import Geometry
+
+    shape = PlanShape(Geometry(spec, 0, 2), TileConfig())
+    data = types.SimpleNamespace
+    cupy = data(
+        cuda=data(
+            Device=Device,
+            Stream=data(
+                from_external=lambda stream: contextlib.nullcontext(
+                    data(ptr=stream.__cuda_stream__()[1])
+                )
+            ),
+            runtime=data(memsetAsync=lambda *arguments: memsets.append(arguments)),
+        ),
+        from_dlpack=lambda buffer: data(data=data(ptr=buffer.address)),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+    def made(layer, world, spec, mode):
+        layer.config, layer.spec = shape.config, spec
+        layer._saved_specs = array_specs(shape, buffers.residuals(shape))
+        layer._scope = data(call=lambda name: contextlib.nullcontext())
+        layer.executor = data(
+            forward_buffers={
+                training: buffers.forward_buffers(shape, "fused", training)
+                for training in (False, True)
+            },
+            backward_buffers=buffers.backward_buffers(shape),
+            check_running=lambda prefix: None,
+            guard=lambda operation: contextlib.nullcontext(),
+            enqueue=calls.append,
+            with_a_and_o=lambda at: at | {"a": at["a_and_o"], "o": at["a_and_o"] + 512},
+        )
+
+    monkeypatch.setattr(cuda_calls.BufferLayer.__mro__[1], "__init__", made)
+    return cuda_calls.CudaLayer(object(), spec, None)
+
+
+@pytest.mark.parametrize("save", ["rows", "z"])
+def test_addresses_of_calls_on_a_gpu(monkeypatch, save):
+    spec, calls, memsets = small_spec(dtype="bfloat16", save=save), [], []
+    layer = cuda_layer(monkeypatch, spec, calls, memsets)
+    addresses = iter(range(1024, 1 << 20, 1024))
+
+    def new(shape=(5, 2), dtype=np.float32):
+        return Buffer(next(addresses), shape, dtype)
+
+    def of(buffers):
+        return {name: new(shape, dtype) for name, (shape, dtype) in buffers.items()}
+
+    context = types.SimpleNamespace(stream=77)
+    arguments = {name: new(dtype=np.int64) for name in ("x", "ids", "weights", "w_up", "w_down")}
+    y, kept = new(), of(layer.kept)
+    for training in (False, True):
+        scratch = of(layer.forward_scratch(training))
+        saved = list(kept.values()) if training else []
+        layer.forward_into(context, list(arguments.values()), y, saved, list(scratch.values()))
+        call = calls.pop()
+        assert (call.operation, call.num_tokens, call.ids_are_64) == ("forward", 5, True)
+        expected = arguments | {"out": y} | scratch
+        if training:
+            own = {"x": "x_rows" if save == "rows" else "saved_x"}
+            expected |= {own.get(name, name): buffer for name, buffer in kept.items()}
+        expected = {name: buffer.address for name, buffer in expected.items()}
+        assert {name: at for name, at in call.at.items() if name not in ("a", "o")} == expected
+        assert call.at["o"] == call.at["a"] + 512 == expected["a_and_o"] + 512
+    names = ["out", "out_dweight", "dw_up", "dw_down"]
+    dy, results = new(), {name: new((3,), spec.numpy_dtype) for name in names}
+    weights = {name: arguments[name] for name in ("w_up", "w_down")}
+    scratch = of(layer.backward_scratch())
+    parts = (list(each.values()) for each in (kept, weights, results, scratch))
+    layer.backward_into(context, dy, *parts)
+    (call,) = calls
+    given = {own.get(name, name): buffer for name, buffer in kept.items()}
+    expected = {"dy": dy} | given | weights | results | scratch
+    assert call.at == {name: buffer.address for name, buffer in expected.items()}
+    layer.fail(context, list(results.values()), ())
+    assert memsets == [(results[name].address, 0xFF, 6, 77) for name in names]

@@ -17,22 +17,7 @@ if "--gpus" in sys.argv:  # how many this host has; before JAX starts
 import cometrt  # noqa: E402
 from cometrt.interop import jax as cometrt_jax  # noqa: E402
 from tests.cases import on_device, on_host  # noqa: E402
-from tests.jax_cases import arrays_of, small_spec  # noqa: E402
-
-
-def bits(arrays) -> list[bytes]:
-    return [np.asarray(array).tobytes() for array in arrays]
-
-
-def step_of(moe):
-    """y and all gradients of one layer, jitted."""
-
-    @jax.jit
-    def step(dy, x, ids, *rest):
-        y, backward = jax.vjp(lambda x, *rest: moe(x, ids, *rest), x, *rest)
-        return [y, *backward(dy)]
-
-    return step
+from tests.jax_cases import arrays_of, bits, small_spec, step_of  # noqa: E402
 
 
 def test_bits_are_those_of_the_layer(world, moe, arrays, dy):
@@ -76,7 +61,9 @@ def test_a_missing_rank_ends_the_call(world, moe, arrays, dy):
 
 
 def main() -> None:
-    with cometrt_jax.connect(comm=COMM, timeout_sec=3) as world:
+    # Long enough for kernels that are compiled on a GPU.
+    timeout_sec = 3 if jax.default_backend() == "cpu" else 20
+    with cometrt_jax.connect(comm=COMM, timeout_sec=timeout_sec) as world:
         rank, size = world.rank, world.size
         assert (rank, size) == (COMM.Get_rank(), COMM.Get_size())
         spec = small_spec(dtype="bfloat16", hidden=64, intermediate=64, max_tokens=40)

@@ -77,11 +77,12 @@ class CudaLayer(BufferLayer):
         kept: Sequence[Any],
         scratch: Sequence[Any],
     ) -> None:
-        at = self._addresses(self._forward_names[bool(kept)], [*arguments, y, *kept, *scratch])
         x, ids, *_ = arguments
         wide = ids.dtype.itemsize == 8
-        call = Call("forward", x.shape[0], self.executor.with_a_and_o(at), ids_are_64=wide)
-        self._enqueue(context, call)
+        with self._on(context):
+            at = self._addresses(self._forward_names[bool(kept)], [*arguments, y, *kept, *scratch])
+            at = self.executor.with_a_and_o(at)
+            self._enqueue(Call("forward", x.shape[0], at, ids_are_64=wide))
 
     def backward_into(
         self,
@@ -93,11 +94,12 @@ class CudaLayer(BufferLayer):
         scratch: Sequence[Any],
     ) -> None:
         buffers = [dy, *kept, *weights, *results, *scratch]
-        at = self._addresses(self._backward_names, buffers)
-        self._enqueue(context, Call("backward", dy.shape[0], at))
+        with self._on(context):
+            at = self._addresses(self._backward_names, buffers)
+            self._enqueue(Call("backward", dy.shape[0], at))
 
-    def _enqueue(self, context: Any, call: Call) -> None:
-        with self._on(context), self._scope.call("moe"):
+    def _enqueue(self, call: Call) -> None:
+        with self._scope.call("moe"):
             self.executor.check_running(STOPPED)
             with self.executor.guard(call.operation):
                 self.executor.enqueue(call)
@@ -118,10 +120,8 @@ class CudaLayer(BufferLayer):
                     )
 
     def _addresses(self, names: Sequence[str], buffers: Sequence[Any]) -> dict[str, int]:
-        with self._gpu:
-            return {
-                name: self._address(buffer) for name, buffer in zip(names, buffers, strict=True)
-            }
+        pairs = zip(names, buffers, strict=True)
+        return {name: self._address(buffer) for name, buffer in pairs}
 
     def _address(self, buffer: Any) -> int:
         try:
