@@ -303,8 +303,11 @@ def test_after_close_every_use_is_refused():
         for use in (lambda: moe(*arrays), moe.check):
             with pytest.raises(ValueError, match="layer must be open"):
                 use()
-        with pytest.raises(jax.errors.JaxRuntimeError, match="layer must be open"):
-            jax.block_until_ready(step(*arrays))
+        assert bool(jnp.isnan(step(*arrays)).all())
+    with pytest.raises(cometrt.RoutingError), making(spec) as moe:
+        jax.jit(moe)(arrays[0], arrays[1] + 9, *arrays[2:])  # runs before close gives up the layer
+    with making(spec) as moe:  # programs of other layers still run
+        check_equal([jax.jit(moe)(*arrays)], [dense(*arrays)])
 
 
 def test_wrong_worlds():
@@ -445,8 +448,6 @@ def cuda_layer(monkeypatch, spec, calls, memsets):
 
     def made(layer, world, spec, mode):
         layer.config, layer.spec = shape.config, spec
-        layer._saved_specs = array_specs(shape, buffers.residuals(shape))
-        layer._scope = data(call=lambda name: contextlib.nullcontext())
         layer.executor = data(
             forward_buffers={
                 training: buffers.forward_buffers(shape, "fused", training)
@@ -459,7 +460,10 @@ def cuda_layer(monkeypatch, spec, calls, memsets):
             with_a_and_o=lambda at: at | {"a": at["a_and_o"], "o": at["a_and_o"] + 512},
         )
 
-    monkeypatch.setattr(cuda_calls.BufferLayer.__mro__[1], "__init__", made)
+    saved = array_specs(shape, buffers.residuals(shape))
+    monkeypatch.setattr(cometrt.MoELayer, "__init__", made)
+    monkeypatch.setattr(cometrt.MoELayer, "residuals", lambda layer, num_tokens: saved)
+    monkeypatch.setattr(cuda_calls.CudaLayer, "calling", lambda layer: contextlib.nullcontext())
     return cuda_calls.CudaLayer(object(), spec, None)
 
 

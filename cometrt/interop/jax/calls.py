@@ -37,6 +37,14 @@ class BufferLayer(MoELayer):
         """Raise a ValueError if the layer is closed."""
         self._scope.check_open()
 
+    @property
+    def is_closed(self) -> bool:
+        return self._scope.closed
+
+    def calling(self) -> contextlib.AbstractContextManager[None]:
+        """Around what a call does: the only call of the world on this rank, of an open layer."""
+        return self._scope.call("moe")
+
     def on_gpu(self) -> contextlib.AbstractContextManager[Any]:
         """Within it the rank's GPU is the thread's."""
         return contextlib.nullcontext()
@@ -149,15 +157,6 @@ def _bytes_of(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1).view(np.uint8)
 
 
-def make_layer(world: World, spec: MoESpec, mode: str | None) -> BufferLayer:
-    """Collective: a layer on the world's device."""
-    if world.device == "host":
-        return HostLayer(world, spec, mode)
-    from cometrt.interop.jax.cuda_calls import CudaLayer
-
-    return CudaLayer(world, spec, mode)
-
-
 class Rank:
     """One rank of this process: its layer, and the first error of its calls.
 
@@ -185,9 +184,9 @@ class Rank:
     @contextlib.contextmanager
     def _calling(self, context: Any, results: Any, kept: Any) -> Iterator[None]:
         """Around a call. Its error is remembered and not raised, since the program must go on: a
-        peer may wait for this rank in a collective of XLA."""
+        peer may wait for this rank in a collective of XLA, and JAX would fail all later programs.
+        """
         with self._lock:
-            self.layer.check_open()
             try:
                 yield
             except Exception as error:
@@ -210,8 +209,13 @@ class Rank:
             self.layer.synchronize()
 
     def close(self) -> None:
+        """Close the layer, and raise the first error. May be repeated."""
         with self._lock, self.layer.on_gpu():
+            if self.layer.is_closed:
+                return
             self.layer.close()
+        if self._error is not None:
+            raise self._error
 
 
 def struct(shape: tuple[int, ...], dtype: np.dtype) -> jax.ShapeDtypeStruct:

@@ -99,7 +99,7 @@ class CudaLayer(BufferLayer):
             self._enqueue(Call("backward", dy.shape[0], at))
 
     def _enqueue(self, call: Call) -> None:
-        with self._scope.call("moe"):
+        with self.calling():
             self.executor.check_running(STOPPED)
             with self.executor.guard(call.operation):
                 self.executor.enqueue(call)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from cometrt.errors import first_original
-from cometrt.interop.jax.calls import Rank, make_layer, struct, structs
+from cometrt.interop.jax.calls import BufferLayer, HostLayer, Rank, struct, structs
 from cometrt.interop.jax.primitive import buffer_call
 from cometrt.interop.jax.worlds import JaxWorld, on_ranks
 from cometrt.specs import Geometry, MoESpec
@@ -65,7 +65,7 @@ class MoE:
         self.world, self.spec = world, spec
         layers = on_ranks(
             {
-                index: functools.partial(make_layer, member, spec, mode)
+                index: functools.partial(_make_layer, member, spec, mode)
                 for index, member in world.ranks.items()
             }
         )
@@ -114,28 +114,33 @@ class MoE:
         return self._apply(*_vary(axes, arrays))
 
     def check(self) -> None:
-        """Raise the first error of the calls that have run. Call it on all ranks after the same
-        step, once its results are ready (`jax.block_until_ready`).
+        """Wait for the programs that have been started, and raise the first error of their calls.
+        Call it on all ranks after the same step.
 
         Raises:
             RoutingError, CapacityError: the same on every rank; the layer goes on.
             PeerTimeout, MismatchError: until ``world.reset()``.
             ValueError: after `close`.
         """
+        jax.effects_barrier()
+        self._on_ranks(Rank.check)
+
+    def close(self) -> None:
+        """Wait for the programs that have been started, and give the layer up on the ranks of this
+        process. A compiled program that calls it later gets NaN. Raises what `check` would."""
+        jax.effects_barrier()
+        self._on_ranks(Rank.close)
+
+    def _on_ranks(self, method: Callable[[Rank], None]) -> None:
+        """Call it for each rank of this process, also if one raises, and raise the first error."""
         errors: list[tuple[float, BaseException]] = []
         for rank in self._ranks.values():
             try:
-                rank.check()
+                method(rank)
             except Exception as error:
                 errors.append((len(errors), error))
         if errors:
             raise first_original(errors)
-
-    def close(self) -> None:
-        """Give the layer up, on the ranks of this process, once all its calls have run. Programs
-        that still call it raise."""
-        for rank in self._ranks.values():
-            rank.close()
 
     def __enter__(self) -> MoE:
         return self
@@ -146,6 +151,9 @@ class MoE:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if error is None:
+            self.close()
+            return
         for rank in self._ranks.values():
             with rank.layer.on_gpu():
                 rank.layer.__exit__(kind, error, traceback)
@@ -255,6 +263,15 @@ class MoE:
     def _backward_on_rank(self, context: Any, results: Any, dy: Any, *operands: Any) -> None:
         *kept, w_up, w_down, index = operands
         self._rank(index).backward(context, dy, kept, (w_up, w_down), results[:4], results[4:])
+
+
+def _make_layer(world: World, spec: MoESpec, mode: str | None) -> BufferLayer:
+    """Collective: a layer on the world's device."""
+    if world.device == "host":
+        return HostLayer(world, spec, mode)
+    from cometrt.interop.jax.cuda_calls import CudaLayer
+
+    return CudaLayer(world, spec, mode)
 
 
 def _check_form(

@@ -76,11 +76,15 @@ class JaxWorld:
         return next(iter(self.ranks.values())).rank
 
     def reset(self) -> None:
-        """As `World.reset`, on all ranks of this process."""
+        """As `World.reset`, on all ranks of this process, once the programs that have been started
+        have ended."""
+        jax.effects_barrier()
         on_ranks({index: world.reset for index, world in self.ranks.items()})
 
     def close(self) -> None:
-        """As `World.close`, on all ranks of this process."""
+        """As `World.close`, on all ranks of this process, once the programs that have been started
+        have ended."""
+        jax.effects_barrier()
         on_ranks({index: world.close for index, world in self.ranks.items()})
 
     def __enter__(self) -> JaxWorld:
