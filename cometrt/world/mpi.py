@@ -30,7 +30,8 @@ class MPIWorld(World):
     """The world of a rank that called `connect`."""
 
     def __init__(self, comm: Any, device: str, timeout_sec: float) -> None:
-        """Collective. `comm` is used only to allocate the control blocks."""
+        """Collective. `comm` is used only to allocate the control blocks: an mpi4py communicator,
+        or anything with its Get_rank, Get_size and allgather."""
         self._allgather_by_mpi = comm.allgather
         self._fence = threading.Lock()
         super().__init__(comm.Get_rank(), comm.Get_size(), device, timeout_sec)
