@@ -64,6 +64,8 @@ class MoELayer:
         PeerTimeout: if a rank does not construct it too.
     """
 
+    caller_allocates = False  # whether the caller brings all arrays of a call, scratch too
+
     def __init__(
         self,
         world: World,
@@ -84,7 +86,7 @@ class MoELayer:
         self.geometry = Geometry(spec, world.rank, world.size)
         self.shape = PlanShape(self.geometry, config)
         self._saved_specs = self._specs()
-        check_room(world, self.shape, self.mode)
+        check_room(world, self.shape, self.mode, self.caller_allocates)
         self._num_forwards, self._uses = 0, Uses()
         self._arrays: Arrays
         self.executor: Executor  # for tests and benchmarks: it may change with any version

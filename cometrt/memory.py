@@ -99,6 +99,13 @@ def buffers_of(device: str) -> ModuleType:
     return buffers
 
 
+def held_bytes(shape: PlanShape, mode: str) -> int:
+    """On "cuda": bytes that a layer holds between calls, besides its heap."""
+    from cometrt.cuda import buffers
+
+    return buffers.held_bytes(shape, mode)
+
+
 _MAX_HOST_RANKS = 1 << 16  # an upper bound that keeps sizes computable
 
 # The fields of the spec that determine each part, for the error messages.
@@ -109,8 +116,11 @@ _FIELDS = {
 }
 
 
-def check_room(world: World, shape: PlanShape, mode: str) -> None:
+def check_room(world: World, shape: PlanShape, mode: str, caller_allocates: bool = False) -> None:
     """Collective: check that the memory a layer needs without training is available.
+
+    Args:
+        caller_allocates: whether the arrays of calls are in memory that the caller has already.
 
     Raises:
         CometError: the same on all ranks, if any host or GPU has too little.
@@ -118,7 +128,7 @@ def check_room(world: World, shape: PlanShape, mode: str) -> None:
     memory = memory_of(shape, world.device, mode, training=False)
     needed = world.regions.to_allocate(region_bytes(heap_table(shape)))
     if world.device == "cuda":  # on the host, scratch takes a page only when a row is written
-        needed += memory.scratch
+        needed += held_bytes(shape, mode) if caller_allocates else memory.scratch
         room = gpu_room()
     else:
         room = host_room()

@@ -9,6 +9,10 @@ hypothesis.settings.register_profile("cometrt", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("cometrt")
 
 
+# JAX reads it when it starts: four devices on the CPU.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+
+
 def pytest_configure(config):
     if config.getoption("--gpu"):  # before anything starts CUDA; see cometrt.spawn
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")

@@ -83,6 +83,11 @@ def _sizes(shape: PlanShape) -> dict[str, int]:
     return sizes | region_bytes(heap_table(shape))
 
 
+def held_bytes(shape: PlanShape, mode: str) -> int:
+    """Bytes of `held`."""
+    return total_bytes(held(shape, mode), _POOL_BYTES)
+
+
 def num_pipeline_chunks(shape: PlanShape, mode: str) -> int:
     """Number of pipeline chunks, whose kernels are launched one after the other."""
     return shape.config.pipeline_chunks if mode == "chunked" else 1
@@ -129,7 +134,7 @@ def residuals(shape: PlanShape) -> Buffers:
 def scratch_bytes(shape: PlanShape, mode: str, training: bool) -> int:
     """Bytes that the layer holds, and that its larger call allocates besides its arguments, its
     results and `saved`."""
-    layer = total_bytes(held(shape, mode), _POOL_BYTES)
+    layer = held_bytes(shape, mode)
     forward = forward_buffers(shape, mode, training)
     if not training:
         return layer + total_bytes(forward, _POOL_BYTES)

@@ -32,6 +32,7 @@ class CudaExecutor:
     kernels: those of `queue`, by name.
     graphs: of calls that come again.
     forward_buffers: arrays that a forward allocates, by `training`.
+    backward_buffers: arrays that a backward allocates.
     ended: event at the end of the last call.
     captured: memory of calls in CUDA graphs, which outlives them.
     """
@@ -54,7 +55,7 @@ class CudaExecutor:
         self.forward_buffers = {
             training: buffers.forward_buffers(shape, mode, training) for training in (False, True)
         }
-        self._backward_buffers = buffers.backward_buffers(shape)
+        self.backward_buffers = buffers.backward_buffers(shape)
         self._o_offset = buffers.o_offset(shape)
         cp.cuda.get_current_stream().synchronize()
         world.barrier()
@@ -96,11 +97,9 @@ class CudaExecutor:
                 "out": out,
             }
             new = self._new(self.forward_buffers[training])
-            at = addresses(given | new)
-            at["a"] = at.pop("a_and_o")
-            at["o"] = at["a"] + self._o_offset
+            at = self.with_a_and_o(addresses(given | new))
             call = Call("forward", len(x), at, ids_are_64=ids.dtype.itemsize == 8)
-            self._queue(call, (given["x"], given["ids"], given["weights"], new))
+            self.enqueue(call, (given["x"], given["ids"], given["weights"], new))
         if not training:
             return None
         z = None if self._shape.geometry.spec.save == "nothing" else new["z"]
@@ -121,8 +120,25 @@ class CudaExecutor:
         self.graphs.clear()
         return True
 
-    def _queue(self, call: Call, arrays: Any) -> None:
-        """arrays: whose memory a graph needs as long as it may be replayed."""
+    def with_a_and_o(self, at: dict[str, int]) -> dict[str, int]:
+        """The addresses of a forward's arrays with those of a and o, which share "a_and_o"."""
+        at["a"] = at.pop("a_and_o")
+        at["o"] = at["a"] + self._o_offset
+        return at
+
+    def with_z(self, at: dict[str, int]) -> dict[str, int]:
+        """The addresses of a backward's arrays with that of z, where it is computed again: the down
+        dgrad reads z before it writes dz there."""
+        if "z" not in at:
+            at |= {"z": at["dz"], "a": at["weighted_a"]}
+        return at
+
+    def enqueue(self, call: Call, arrays: Any = ()) -> None:
+        """Queue a call on CuPy's current stream, by launches or as a graph.
+
+        Args:
+            arrays: whose memory a graph of the caller needs as long as it may be replayed.
+        """
         stream = self._cp.cuda.get_current_stream()
         capturing, graph = bool(stream.is_capturing()), None
         if not capturing and call.operation in self._replayed:
@@ -159,20 +175,18 @@ class CudaExecutor:
                 "dw_up": out.w_up,
                 "dw_down": out.w_down,
                 "x_rows" if save == "rows" else "saved_x": saved.x,
-            } | self._new(self._backward_buffers)
-            if save == "nothing":  # the down dgrad reads z before it writes dz there
-                arrays |= {"z": arrays["dz"], "a": arrays["weighted_a"]}
-            else:
+            } | self._new(self.backward_buffers)
+            if saved.z is not None:
                 arrays["z"] = saved.z
             wide = tuple(array.dtype.itemsize == 4 for array in (out.w_up, out.w_down))
             call = Call(
                 "backward",
                 len(dy),
-                addresses(arrays),
+                self.with_z(addresses(arrays)),
                 accumulate=accumulate,
                 float32_gradients=(wide[0], wide[1]),
             )
-            self._queue(call, tuple(arrays.values()))
+            self.enqueue(call, tuple(arrays.values()))
 
     def _check_capture(self, operation: str) -> None:
         if not self._may_capture and self._cp.cuda.get_current_stream().is_capturing():
@@ -198,6 +212,10 @@ class CudaExecutor:
     def retire(self) -> None:
         """As `CallOrder.retire`."""
         self._order.retire(self)
+
+    def guard(self, operation: str) -> contextlib.AbstractContextManager[None]:
+        """As `CallOrder.guard`."""
+        return self._order.guard(operation)
 
     @contextlib.contextmanager
     def recorded_by(self, recording: Recording) -> Iterator[None]:

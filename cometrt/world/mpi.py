@@ -30,7 +30,8 @@ class MPIWorld(World):
     """The world of a rank that called `connect`."""
 
     def __init__(self, comm: Any, device: str, timeout_sec: float) -> None:
-        """Collective. `comm` is used only to allocate the control blocks."""
+        """Collective. `comm` is used only to allocate the control blocks: an mpi4py communicator,
+        or anything with its Get_rank, Get_size and allgather."""
         self._allgather_by_mpi = comm.allgather
         self._fence = threading.Lock()
         super().__init__(comm.Get_rank(), comm.Get_size(), device, timeout_sec)
@@ -140,7 +141,7 @@ def connect(comm: Any, device: str, *, timeout_sec: float = 30.0, gpu: int | Non
             "comm must come from an MPI initialised with MPI_THREAD_MULTIPLE "
             f"(got thread level {MPI.Query_thread()})"
         )
-    problem = _use_gpu(device, gpu, MPI.COMM_WORLD)
+    problem = use_gpu(device, gpu, MPI.COMM_WORLD)
     own = _duplicate(comm, timeout_sec)
     try:
         for rank, text in enumerate(own.allgather(problem)):
@@ -175,7 +176,7 @@ def _check_launched_alone(library: str) -> None:
             )
 
 
-def _use_gpu(device: str, gpu: Any, comm_world: Any) -> str:
+def use_gpu(device: str, gpu: Any, comm_world: Any) -> str:
     """Make the GPU the process's current one. Returns an error message, or ""."""
     try:
         if device == "host":

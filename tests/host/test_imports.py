@@ -26,6 +26,7 @@ LAYERS = (
     {"memory", "tuner"},
     {"agreement"},
     {"layer"},
+    {"interop"},
     {""},  # cometrt/__init__.py
 )
 ALLOWED = {

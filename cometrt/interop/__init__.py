@@ -1,0 +1,1 @@
+"""Layers inside other libraries' programs: `cometrt.interop.jax`."""

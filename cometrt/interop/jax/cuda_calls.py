@@ -1,0 +1,130 @@
+"""`CudaLayer`: calls on XLA's stream, by the addresses of XLA's buffers."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from cometrt.buffers import Buffers
+from cometrt.call_scope import STOPPED
+from cometrt.cuda.exchange_params import Call
+from cometrt.cuda.executor import CudaExecutor
+from cometrt.interop.jax.calls import BufferLayer
+from cometrt.specs import MoESpec
+from cometrt.world import World
+
+_NAN_BYTE = 0xFF  # bfloat16 and float32 of such bytes are NaN
+
+
+class _Stream:
+    """A raw stream with CUDA's stream protocol."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
+class CudaLayer(BufferLayer):
+    """On a GPU. A call allocates nothing and waits for nothing: scratch arrays are results of the
+    call that nobody reads, so XLA uses their memory again right after it."""
+
+    executor: CudaExecutor
+
+    def __init__(self, world: World, spec: MoESpec, mode: str | None) -> None:
+        import cupy
+
+        super().__init__(world, spec, mode)
+        if self.config.gemm != "engine":
+            raise ValueError(
+                f"config must have gemm='engine' for JAX, where a call waits for nothing "
+                f"(got {self.config.gemm!r})"
+            )
+        self._cp, self._gpu = cupy, cupy.cuda.Device()
+        # The executor's names of `kept`, and of all buffers of a call in their order.
+        x_name = "x_rows" if spec.save == "rows" else "saved_x"
+        self._kept_names = [x_name if name == "x" else name for name in self.kept]
+        arguments = ["x", "ids", "weights", "w_up", "w_down", "out"]
+        self._forward_names = {
+            False: [*arguments, *self.forward_scratch(False)],
+            True: [*arguments, *self._kept_names, *self.forward_scratch(True)],
+        }
+        results = ["out", "out_dweight", "dw_up", "dw_down"]
+        weights = ["w_up", "w_down"]
+        self._backward_names = [
+            *("dy", *self._kept_names, *weights, *results, *self.backward_scratch())
+        ]
+
+    def forward_scratch(self, training: bool) -> Buffers:
+        kept = self._kept_names if training else []
+        made = self.executor.forward_buffers[training]
+        return {name: of for name, of in made.items() if name not in kept}
+
+    def backward_scratch(self) -> Buffers:
+        return self.executor.backward_buffers
+
+    def on_gpu(self) -> contextlib.AbstractContextManager[Any]:
+        return self._gpu
+
+    def forward_into(
+        self,
+        context: Any,
+        arguments: Sequence[Any],
+        y: Any,
+        kept: Sequence[Any],
+        scratch: Sequence[Any],
+    ) -> None:
+        x, ids, *_ = arguments
+        wide = ids.dtype.itemsize == 8
+        with self._on(context):
+            at = self._addresses(self._forward_names[bool(kept)], [*arguments, y, *kept, *scratch])
+            at = self.executor.with_a_and_o(at)
+            self._enqueue(Call("forward", x.shape[0], at, ids_are_64=wide))
+
+    def backward_into(
+        self,
+        context: Any,
+        dy: Any,
+        kept: Sequence[Any],
+        weights: Sequence[Any],
+        results: Sequence[Any],
+        scratch: Sequence[Any],
+    ) -> None:
+        buffers = [dy, *kept, *weights, *results, *scratch]
+        with self._on(context):
+            at = self.executor.with_z(self._addresses(self._backward_names, buffers))
+            self._enqueue(Call("backward", dy.shape[0], at))
+
+    def _enqueue(self, call: Call) -> None:
+        with self.calling():
+            self.executor.check_running(STOPPED)
+            with self.executor.guard(call.operation):
+                self.executor.enqueue(call)
+
+    @contextlib.contextmanager
+    def _on(self, context: Any) -> Iterator[Any]:
+        """On XLA's stream. XLA calls from threads of its own, whose current GPU is any."""
+        with self._gpu, self._cp.cuda.Stream.from_external(_Stream(context.stream)) as stream:
+            yield stream
+
+    def fail(self, context: Any, results: Sequence[Any], kept: Sequence[Any]) -> None:
+        with self._on(context) as stream:
+            for result in results:
+                nbytes = math.prod(result.shape) * result.dtype.itemsize
+                if nbytes:
+                    self._cp.cuda.runtime.memsetAsync(
+                        self._address(result), _NAN_BYTE, nbytes, stream.ptr
+                    )
+
+    def _addresses(self, names: Sequence[str], buffers: Sequence[Any]) -> dict[str, int]:
+        pairs = zip(names, buffers, strict=True)
+        return {name: self._address(buffer) for name, buffer in pairs}
+
+    def _address(self, buffer: Any) -> int:
+        try:
+            return int(buffer.__cuda_array_interface__["data"][0])
+        except Exception:  # it does not know every dtype
+            return int(self._cp.from_dlpack(buffer).data.ptr)

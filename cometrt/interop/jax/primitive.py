@@ -1,0 +1,159 @@
+"""`buffer_call`: a JAX primitive whose work is a Python function over XLA's buffers.
+
+It is `jax.experimental.buffer_callback` with an effect of its own. The effect keeps all calls of a
+program in the order in which they were traced, also across jit, scan and jax.checkpoint: ranks must
+make the same calls in the same order. JAX has public names neither for effects nor for a lowering
+that takes a token, so this module imports private ones; nothing else does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import jax
+from jax import tree_util
+from jax._src import buffer_callback, core, effects
+from jax._src.interpreters import partial_eval
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+
+class CallEffect(effects.Effect):
+    """Of every call: none is dropped, merged or moved past another one."""
+
+    def __str__(self) -> str:
+        return "cometrt call"
+
+
+for _allowing in (
+    effects.lowerable_effects,
+    effects.ordered_effects,
+    effects.shardable_ordered_effects,  # in programs of several devices
+    effects.control_flow_allowed_effects,
+    effects.custom_derivatives_allowed_effects,
+    effects.remat_allowed_effects,
+):
+    _allowing.add_type(CallEffect)
+
+_EFFECT = CallEffect()
+_call = Primitive("cometrt_call")
+_call.multiple_results = True
+
+
+def buffer_call(
+    run: Callable[..., None], results: Sequence[jax.ShapeDtypeStruct], *operands: Any
+) -> list[Any]:
+    """Call ``run(context, results, *operands)`` when the program runs; the results.
+
+    Args:
+        run: gets XLA's context and buffers, and fills those of the results.
+        results: their shapes and dtypes.
+    """
+    return _call.bind(*operands, run=run, results=tuple(results), repeated=False)
+
+
+@_call.def_effectful_abstract_eval
+def _shapes(*_operands: Any, results: Any, **_params: Any) -> Any:
+    return [core.ShapedArray(result.shape, result.dtype) for result in results], {_EFFECT}
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(run: Any, results: Any) -> Any:
+    return jax.jit(functools.partial(_call.bind, run=run, results=results, repeated=False))
+
+
+@_call.def_impl
+def _run_eagerly(*operands: Any, run: Any, results: Any, repeated: bool) -> Any:
+    del repeated
+    return _compiled(run, results)(*operands)
+
+
+def _lower(context: Any, *operands: Any, run: Any, results: Any, repeated: bool) -> Any:
+    """As a custom call that takes the effect's token as its first operand and returns it."""
+    del repeated
+
+    def callback(context: Any, buffers: Any, _token: Any, *operands: Any) -> None:
+        run(context, buffers[1:], *operands)
+
+    token = core.abstract_token
+    with_token = context.replace(
+        avals_in=[token, *context.avals_in],
+        avals_out=[token, *context.avals_out],
+        tokens_in=mlir.TokenSet(),
+        tokens_out=None,
+    )
+    after, *values = buffer_callback._buffer_callback_lowering(
+        with_token,
+        context.tokens_in.get(_EFFECT),
+        *operands,
+        callback=callback,
+        in_tree=tree_util.tree_structure(((0,) * (1 + len(operands)), {})),
+        out_tree=tree_util.tree_structure((0,) * (1 + len(results))),
+        has_side_effect=True,
+        input_output_aliases=(),
+        command_buffer_compatible=False,  # a replay would not call Python
+    )
+    context.set_tokens_out(mlir.TokenSet({_EFFECT: after}))
+    return values
+
+
+def _split_by_policy(saveable: Any, unknown: list[bool], ready: list[bool], call: Any) -> Any:
+    """jax.checkpoint: save a call's results or call again, as the policy says. Without this rule
+    JAX never repeats what has an effect.
+
+    Args:
+        unknown: of each operand, whether only backward knows it.
+        ready: whether backward has it already.
+
+    Returns:
+        the call in forward, the call in backward, whether its results are unknown and ready, and
+        the operands that forward saves for backward.
+    """
+    num_results = len(call.outvars)
+    forms = [operand.aval for operand in call.invars]
+    if not any(unknown):
+        policy = partial_eval.ensure_enum(saveable(call.primitive, *forms, **call.params))
+        if not isinstance(policy, partial_eval.RecomputeType):
+            return call, None, [False] * num_results, [False] * num_results, []
+    saved = [
+        operand
+        for operand, there in zip(call.invars, ready, strict=True)
+        if isinstance(operand, core.Var) and not there
+    ]
+    in_forward = None if any(unknown) else call
+    again = call.replace(params=call.params | {"repeated": not any(unknown)})
+    return in_forward, again, [any(unknown)] * num_results, [True] * num_results, saved
+
+
+def _drop_if_repeated(used: list[bool], call: Any) -> Any:
+    """A call that jax.checkpoint would repeat is dropped where all that is needed of it was saved.
+
+    Args:
+        used: of each result, whether anybody needs it.
+
+    Returns:
+        of each operand whether it is needed, and the call or None.
+    """
+    if call.params["repeated"] and not any(used):
+        return [False] * len(call.invars), None
+    return [True] * len(call.invars), call
+
+
+def _refuse_vmap(*_args: Any, **_params: Any) -> NoReturn:
+    raise ValueError(
+        "moe must not be called under vmap: its tokens are one batch; reshape x to [T, hidden]"
+    )
+
+
+def _refuse_jvp(*_args: Any, **_params: Any) -> NoReturn:
+    raise ValueError("moe must be differentiated once, in reverse mode (jax.grad, jax.vjp)")
+
+
+mlir.register_lowering(_call, _lower)
+batching.primitive_batchers[_call] = _refuse_vmap
+ad.primitive_jvps[_call] = _refuse_jvp
+ad.primitive_transposes[_call] = _refuse_jvp
+partial_eval.partial_eval_jaxpr_custom_rules[_call] = _split_by_policy
+partial_eval.dce_rules[_call] = _drop_if_repeated

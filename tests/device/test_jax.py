@@ -1,0 +1,73 @@
+"""The layer inside JAX programs on GPUs; JAX must see them: pip install 'jax[cuda13]'."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.host.test_jax import run_processes
+from tests.launch import ROOT, mpirun
+
+pytestmark = pytest.mark.gpu
+
+CODE = """
+import jax
+assert jax.default_backend() == "gpu", jax.default_backend()
+"""
+
+
+@pytest.fixture(scope="module")
+def num_gpus():
+    """GPUs of this host, seen by CuPy; JAX gets a process of its own, which takes the memory."""
+    cupy = pytest.importorskip("cupy")
+    result = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"needs a JAX that sees the GPU: {result.stderr[-300:]}")
+    return cupy.cuda.runtime.getDeviceCount()
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Ranks may share a GPU, whose memory JAX must not take at once."""
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+
+
+def run(*arguments, timeout_sec=280):
+    result = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=timeout_sec, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_one_process_alone(num_gpus):
+    assert "on cuda: all is well" in run("-m", "tests.multi.run_jax_gpu")
+
+
+def test_jit_in_each_process_under_mpirun(num_gpus):
+    """Bits of the CuPy calls; errors; two ranks, on two GPUs or on one."""
+    arguments = ["-m", "mpi4py", "-m", "tests.multi.run_jax", "--gpus", str(num_gpus)]
+    result = mpirun(2, *arguments, timeout_sec=280)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("on cuda: all is well") == 2, result.stdout + result.stderr
+
+
+def test_many_steps_with_all_reduces_without_mpi(num_gpus):
+    count = min(num_gpus, 4)
+    if count < 2:
+        pytest.skip("needs two GPUs: NCCL refuses two ranks on one")
+    steps = os.environ.get("COMETRT_JAX_STEPS", "200")
+    arguments = ["--processes", str(count), "--gpus", "--steps", steps]
+    for output in run_processes(count, "-m", "tests.multi.run_jax_distributed", *arguments):
+        assert "on cuda: all is well" in output
+
+
+def test_example(num_gpus):
+    output = run(str(ROOT / "examples/jax_moe.py"))
+    losses = [float(line.split("loss ")[1]) for line in output.splitlines() if "loss " in line]
+    assert losses[-1] < 0.5 * losses[0]

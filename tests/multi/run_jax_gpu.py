@@ -1,0 +1,113 @@
+"""One process, one GPU, one rank: programs of JAX against a dense layer, and bits of CuPy calls.
+
+python -m tests.multi.run_jax_gpu
+python -m tests.multi.run_jax_gpu --time    also times a training step beside CuPy's calls
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import cometrt
+from cometrt.interop import jax as cometrt_jax
+from tests.jax_cases import arrays_of, bits, dense, gradients, small_spec, step_of
+
+
+def test_programs(moe, arrays):
+    from tests.host.test_jax import PROGRAMS
+
+    for name, (program, num_exchanges) in PROGRAMS.items():
+        found = gradients(program(moe), arrays)
+        moe.check()
+        expected = gradients(program(dense), arrays)
+        for ours, theirs in zip(found, expected, strict=True):
+            wide = np.asarray(theirs, np.float32)
+            error = np.linalg.norm(np.asarray(ours, np.float32) - wide) / np.linalg.norm(wide)
+            assert error < 3e-2, (name, num_exchanges, error)
+        print(f"{name}: agrees", flush=True)
+
+
+def test_bits(moe, arrays, own):
+    import cupy
+
+    dy, step = jnp.sin(arrays[0]), step_of(moe)
+    with cometrt.MoELayer(own, moe.spec) as layer:
+        y, saved = layer.forward(*map(cupy.from_dlpack, arrays))
+        grads = layer.backward(cupy.from_dlpack(dy), saved)
+        expected = [array.get() for array in (y, *grads)]
+    for _ in range(3):
+        assert bits(step(dy, *arrays)) == bits(expected)
+
+
+def test_no_memory_is_taken_in_a_loop(moe, arrays):
+    import cupy
+
+    step = step_of(moe)
+    dy = jnp.sin(arrays[0])
+    jax.block_until_ready([step(dy, *arrays) for _ in range(3)])
+    before = cupy.get_default_memory_pool().total_bytes()
+    jax.block_until_ready([step(dy, *arrays) for _ in range(20)])
+    assert cupy.get_default_memory_pool().total_bytes() == before
+
+
+def time_steps(world) -> None:
+    """Microseconds of forward and backward of qwen3-30b-a3b at T = 8192: JAX, then CuPy calls."""
+    import cupy
+
+    from cometrt.models import MODELS
+
+    model = MODELS["qwen3-30b-a3b"]
+    spec = cometrt.MoESpec(
+        model.hidden, model.intermediate, model.num_experts, model.topk, 8192, capacity_factor=1.25
+    )
+    moe, arrays = cometrt_jax.MoE(world, spec), arrays_of(spec, 8192)
+    dy, step, repeats = jnp.sin(arrays[0]), step_of(moe), 50
+
+    def measured(run, wait) -> float:
+        for _ in range(5):
+            run()
+        wait()
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        wait()
+        return (time.perf_counter() - begin) / repeats * 1e6
+
+    last = []
+    in_jax = measured(
+        lambda: last.__setitem__(slice(None), step(dy, *arrays)),
+        lambda: jax.block_until_ready(list(last)),
+    )
+    moe.check()
+    layer = cometrt.MoELayer(next(iter(world.ranks.values())), spec)
+    given, up = [cupy.from_dlpack(array) for array in arrays], cupy.from_dlpack(dy)
+
+    def calls() -> None:
+        _, saved = layer.forward(*given)
+        layer.backward(up, saved)
+
+    in_cupy = measured(calls, cupy.cuda.Device().synchronize)
+    print(f"qwen3 forward and backward: JAX {in_jax:.0f} us, CuPy {in_cupy:.0f} us", flush=True)
+
+
+def main() -> None:
+    spec = small_spec(dtype="bfloat16", hidden=64, intermediate=64, max_tokens=64)
+    arrays = arrays_of(spec, 48)
+    with cometrt_jax.connect() as world:
+        if "--time" in sys.argv:
+            time_steps(world)
+            return
+        with cometrt_jax.MoE(world, spec) as moe:
+            test_programs(moe, arrays)
+            test_bits(moe, arrays, next(iter(world.ranks.values())))
+            test_no_memory_is_taken_in_a_loop(moe, arrays)
+        print(f"on {world.device}: all is well", flush=True)
+
+
+if __name__ == "__main__":
+    main()
