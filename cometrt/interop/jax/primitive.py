@@ -79,24 +79,38 @@ def _lower(context: Any, *operands: Any, run: Any, results: Any, repeated: bool)
 
     token = core.abstract_token
     with_token = context.replace(
-        avals_in=[token, *context.avals_in],
-        avals_out=[token, *context.avals_out],
-        tokens_in=mlir.TokenSet(),
-        tokens_out=None,
+        avals_in=[token, *context.avals_in], avals_out=[token, *context.avals_out]
     )
-    after, *values = buffer_callback._buffer_callback_lowering(
-        with_token,
-        context.tokens_in.get(_EFFECT),
+    given = context.tokens_in.get(_EFFECT)
+    after, *values = _custom_call(with_token, callback, given, *operands)
+    context.set_tokens_out(mlir.TokenSet({_EFFECT: after}))
+    return values
+
+
+def _lower_on_gpu(context: Any, *operands: Any, run: Any, results: Any, repeated: bool) -> Any:
+    """As a custom call without a token, since XLA's GPU compiler stops at one in a loop. A GPU has
+    one stream and one schedule of a program, which is the same on all ranks."""
+    del repeated
+
+    def callback(context: Any, buffers: Any, *operands: Any) -> None:
+        run(context, buffers, *operands)
+
+    values = _custom_call(context, callback, *operands)
+    context.set_tokens_out(mlir.TokenSet({_EFFECT: context.tokens_in.get(_EFFECT)}))
+    return values
+
+
+def _custom_call(context: Any, callback: Callable[..., None], *operands: Any) -> Any:
+    return buffer_callback._buffer_callback_lowering(
+        context.replace(tokens_in=mlir.TokenSet(), tokens_out=None),
         *operands,
         callback=callback,
-        in_tree=tree_util.tree_structure(((0,) * (1 + len(operands)), {})),
-        out_tree=tree_util.tree_structure((0,) * (1 + len(results))),
+        in_tree=tree_util.tree_structure(((0,) * len(operands), {})),
+        out_tree=tree_util.tree_structure((0,) * len(context.avals_out)),
         has_side_effect=True,
         input_output_aliases=(),
         command_buffer_compatible=False,  # a replay would not call Python
     )
-    context.set_tokens_out(mlir.TokenSet({_EFFECT: after}))
-    return values
 
 
 def _split_by_policy(saveable: Any, unknown: list[bool], ready: list[bool], call: Any) -> Any:
@@ -152,6 +166,7 @@ def _refuse_jvp(*_args: Any, **_params: Any) -> NoReturn:
 
 
 mlir.register_lowering(_call, _lower)
+mlir.register_lowering(_call, _lower_on_gpu, platform="cuda")
 batching.primitive_batchers[_call] = _refuse_vmap
 ad.primitive_jvps[_call] = _refuse_jvp
 ad.primitive_transposes[_call] = _refuse_jvp
