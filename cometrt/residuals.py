@@ -9,6 +9,7 @@ save="nothing". Activations without a gate have z [capacity, I_s].
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,9 +97,8 @@ class Residuals:
                     f"({name} is {expected}, got {got}{_HINTS.get(name, '')})"
                 )
         kept = {
-            of.name: arrays.check(f"saved[{i}] ({of.name})", saved[i], of.shape, (of.dtype,))
-            for i, of in enumerate(specs)
-            if i > 0
+            of.name: arrays.check(of.argument, array, of.shape, of.dtypes)
+            for of, array in zip(specs[1:], saved[1:], strict=True)
         }
         named = {name: kept.pop(name) for name in ("epoch", "x", "w_up", "w_down")}
         z, tables = kept.pop("z", None), tuple(kept.values())
@@ -131,11 +131,22 @@ class ArraySpec:
     Attributes:
         name: what it holds.
         shape, dtype: the same in every forward of the layer.
+        index: in `saved`.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
+    index: int
+
+    @functools.cached_property
+    def argument(self) -> str:
+        """What errors call it."""
+        return f"saved[{self.index}] ({self.name})"
+
+    @functools.cached_property
+    def dtypes(self) -> tuple[np.dtype]:
+        return (self.dtype,)
 
 
 def array_specs(shape: PlanShape, buffers: Buffers) -> tuple[ArraySpec, ...]:
@@ -145,4 +156,5 @@ def array_specs(shape: PlanShape, buffers: Buffers) -> tuple[ArraySpec, ...]:
         "w_up": (geometry.w_up_shape, dtype),
         "w_down": (geometry.w_down_shape, dtype),
     }
-    return tuple(ArraySpec(name, *of) for name, of in (buffers | weights).items())
+    named = (buffers | weights).items()
+    return tuple(ArraySpec(name, *of, index) for index, (name, of) in enumerate(named))

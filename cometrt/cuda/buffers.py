@@ -16,7 +16,7 @@ from cometrt.kernels.params import traced_exchange_state_dtype
 from cometrt.plan import PlanShape
 from cometrt.residuals import META_SHAPE
 
-_ALIGNMENT = 512  # bytes: of o within the memory of a and o
+_ALIGNMENT = 512  # bytes: of an array within "scratch"
 _POOL_BYTES = 512  # CuPy's pool gives multiples of it
 _UINT8, _INT32, _INT64 = np.dtype(np.uint8), np.dtype(np.int32), np.dtype(np.int64)
 _FLOAT32 = np.dtype(np.float32)
@@ -26,11 +26,6 @@ def num_counters(shape: PlanShape, mode: str) -> tuple[int, int]:
     """32-bit words that a call counts up: in the planner, and in the fused kernels."""
     of_fused = fused_counter_words(shape).values() if mode == "fused" else ()
     return planner_counters(shape), sum(sum(fields.values()) for fields in of_fused)
-
-
-def o_offset(shape: PlanShape) -> int:
-    """Bytes from a to o, which share an allocation."""
-    return total_bytes({"a": plan_rows(shape)["a"]}, _ALIGNMENT)
 
 
 def held(shape: PlanShape, mode: str) -> Buffers:
@@ -94,7 +89,7 @@ def num_pipeline_chunks(shape: PlanShape, mode: str) -> int:
 
 
 def forward_buffers(shape: PlanShape, mode: str, training: bool) -> Buffers:
-    """Arrays that a forward allocates; a and o share one, "a_and_o"."""
+    """Arrays that a forward allocates: residuals, and "scratch" with all others."""
     rows, spec = plan_rows(shape), shape.geometry.spec
     buffers: Buffers = {}
     if training and spec.save != "rows":
@@ -106,13 +101,37 @@ def forward_buffers(shape: PlanShape, mode: str, training: bool) -> Buffers:
     saves_z = training and spec.save != "nothing"
     if saves_z or (mode != "fused" and shape.config.gemm == "cublas"):
         buffers["z"] = rows["z"]
-    buffers["a_and_o"] = ((o_offset(shape) + total_bytes({"o": rows["o"]}),), _UINT8)
-    return buffers
+    return buffers | _scratch(forward_scratch(shape))
 
 
 def backward_buffers(shape: PlanShape) -> Buffers:
-    """Arrays that a backward allocates. With save="nothing" z and a are computed again in dz and
-    weighted_a."""
+    """What a backward allocates: "scratch"."""
+    return _scratch(backward_scratch(shape))
+
+
+def _scratch(arrays: Buffers) -> Buffers:
+    """One allocation for all of them: each allocation costs the host microseconds."""
+    return {"scratch": ((total_bytes(arrays, _ALIGNMENT),), _UINT8)}
+
+
+def offsets(arrays: Buffers) -> dict[str, int]:
+    """First byte of each array within "scratch"."""
+    found, end = {}, 0
+    for name, of in arrays.items():
+        found[name] = end
+        end += total_bytes({name: of}, _ALIGNMENT)
+    return found
+
+
+def forward_scratch(shape: PlanShape) -> Buffers:
+    """Arrays of a forward within "scratch"."""
+    rows = plan_rows(shape)
+    return {"a": rows["a"], "o": rows["o"]}
+
+
+def backward_scratch(shape: PlanShape) -> Buffers:
+    """Arrays of a backward within "scratch". With save="nothing" z and a are computed again in dz
+    and weighted_a."""
     rows = plan_rows(shape)
     buffers = {"dy_rows": rows["x"], "dx_rows": rows["x"], "dz": rows["z"], "weighted_a": rows["a"]}
     if shape.config.gemm == "cublas":

@@ -56,7 +56,10 @@ class CudaExecutor:
             training: buffers.forward_buffers(shape, mode, training) for training in (False, True)
         }
         self.backward_buffers = buffers.backward_buffers(shape)
-        self._o_offset = buffers.o_offset(shape)
+        self._offsets = {
+            "forward": buffers.offsets(buffers.forward_scratch(shape)),
+            "backward": buffers.offsets(buffers.backward_scratch(shape)),
+        }
         cp.cuda.get_current_stream().synchronize()
         world.barrier()
 
@@ -97,7 +100,7 @@ class CudaExecutor:
                 "out": out,
             }
             new = self._new(self.forward_buffers[training])
-            at = self.with_a_and_o(addresses(given | new))
+            at = self.with_scratch("forward", addresses(given | new))
             call = Call("forward", len(x), at, ids_are_64=ids.dtype.itemsize == 8)
             self.enqueue(call, (given["x"], given["ids"], given["weights"], new))
         if not training:
@@ -120,16 +123,12 @@ class CudaExecutor:
         self.graphs.clear()
         return True
 
-    def with_a_and_o(self, at: dict[str, int]) -> dict[str, int]:
-        """The addresses of a forward's arrays with those of a and o, which share "a_and_o"."""
-        at["a"] = at.pop("a_and_o")
-        at["o"] = at["a"] + self._o_offset
-        return at
-
-    def with_z(self, at: dict[str, int]) -> dict[str, int]:
-        """The addresses of a backward's arrays with that of z, where it is computed again: the down
-        dgrad reads z before it writes dz there."""
-        if "z" not in at:
+    def with_scratch(self, operation: str, at: dict[str, int]) -> dict[str, int]:
+        """The addresses of a call's arrays with those of the arrays within "scratch". A backward
+        may compute z again: the down dgrad reads it before it writes dz there."""
+        scratch = at.pop("scratch")
+        at |= {name: scratch + offset for name, offset in self._offsets[operation].items()}
+        if operation == "backward" and "z" not in at:
             at |= {"z": at["dz"], "a": at["weighted_a"]}
         return at
 
@@ -182,7 +181,7 @@ class CudaExecutor:
             call = Call(
                 "backward",
                 len(dy),
-                self.with_z(addresses(arrays)),
+                self.with_scratch("backward", addresses(arrays)),
                 accumulate=accumulate,
                 float32_gradients=(wide[0], wide[1]),
             )

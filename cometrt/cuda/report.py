@@ -48,6 +48,7 @@ class Report:
         self._world_of, self._cp = weakref.ref(world), cp
         self._shapes: dict[int, PlanShape] = {}  # by layer
         self._calls = pinned(exchange_report_dtype, NUM_REPORTS)
+        self._kinds = self._calls["kind"]  # a view, which is quick to look at
         self.address = int(self._calls.ctypes.data)
         self._control = pinned(device_control_block_dtype)
 
@@ -67,6 +68,8 @@ class Report:
     def error(self) -> CometError | None:
         """The first error since the last call of this method, as far as the device has come.
         Later calls run again after it."""
+        if not self._kinds.any():
+            return None
         for report in self._calls:
             if report["kind"]:
                 error = self._error_of(report)

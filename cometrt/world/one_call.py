@@ -27,17 +27,26 @@ class OneCall:
         Raises:
             ValueError: if another call is under way; that call is not affected.
         """
+        outer = self.begin(name, inner=inner)
+        try:
+            yield
+        finally:
+            self.end(outer)
+
+    def begin(self, name: str, *, inner: bool = False) -> str:
+        """As `hold`. Returns what `end` must get."""
         if not self._lock.acquire(blocking=False):
             raise self._overlap(name)
         outer = self.name
-        try:
-            if outer and not inner:
-                raise self._overlap(name)
-            self.name = outer or name
-            yield
-        finally:
-            self.name = outer
+        if outer and not inner:
             self._lock.release()
+            raise self._overlap(name)
+        self.name = outer or name
+        return outer
+
+    def end(self, outer: str) -> None:
+        self.name = outer
+        self._lock.release()
 
     def _overlap(self, name: str) -> ValueError:
         return ValueError(
