@@ -29,11 +29,11 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 import cupy as cp
 
 import cometrt
-from benchmarks.contenders import add_arguments, free_memory, measure_cell
-from benchmarks.records import Results, line, machine
 from benchmarks.rivals import CONTENDERS as RIVALS
 from benchmarks.rivals import measure_rival
-from benchmarks.workloads import SHAPES, Cell
+from cometrt.bench.contenders import add_arguments, free_memory, measure_cell
+from cometrt.bench.records import Results, line, machine
+from cometrt.bench.workloads import SHAPES, Cell
 from cometrt.world.link import LINKS
 
 SMALL_FIRST = ("qwen3-30b-a3b", "qwen2-moe", "phi-3.5-moe", "mixtral-8x7b", "deepseek-v3")

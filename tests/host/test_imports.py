@@ -27,6 +27,9 @@ LAYERS = (
     {"agreement"},
     {"layer"},
     {""},  # cometrt/__init__.py
+    {"bench"},
+    {"cli"},
+    {"__main__"},
 )
 ALLOWED = {
     ("specs", "memory"): "MoESpec.memory is public, and computed from all that a layer allocates",

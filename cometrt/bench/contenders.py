@@ -1,4 +1,4 @@
-"""One rank's layers and arrays: what benchmarks/layer.py and benchmarks/peers.py check and time."""
+"""One rank's layers and arrays: what is checked and timed beside each other."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import cupy as cp
 import numpy as np
 
 import cometrt
-from benchmarks.nccl import Experts, Nccl, NcclForward
-from benchmarks.timing import Call, Method, StartBarrier, measure
-from benchmarks.workloads import (
+from cometrt.bench.nccl import Experts, Nccl, NcclForward
+from cometrt.bench.timing import Call, Method, StartBarrier, measure
+from cometrt.bench.workloads import (
     PASSES,
     SHAPES,
     Cell,
@@ -99,7 +99,8 @@ class Rank:
         self.ids = cp.asarray(ids[world.rank])
         weights = np.random.default_rng(0).random(ids.shape, np.float32) + 0.5  # of all ranks
         self.topk_weights = cp.asarray(weights[world.rank])
-        self.y, self._grads = cp.empty_like(self.x), None
+        self.y = cp.empty_like(self.x)
+        self._grads: cometrt.Gradients | None = None
         self._experts: Experts | None = None
         self._nccl: NcclForward | None = None
         if "gemms" in names or "nccl" in names:
@@ -158,7 +159,8 @@ class Rank:
     def _planning(self) -> Call:
         """A fused forward, of which publish and prepare are timed. Its kernels are launched one by
         one, since the launches of a graph cannot be watched."""
-        executor, planned = self.layers["fused"].executor, cp.cuda.Event()
+        executor: Any = self.layers["fused"].executor
+        planned = cp.cuda.Event()
         prepare = executor.kernels["prepare"]
 
         def watched(stream: int, *args: Any) -> None:
@@ -232,7 +234,7 @@ def measure_cell(
     config: cometrt.TileConfig | None = None,
     gbps: float | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Collective: check a cell, and measure its passes; entries of `benchmarks.records` by pass,
+    """Collective: check a cell, and measure its passes; entries of `cometrt.bench.records` by pass,
     equal on all ranks.
 
     Args:
