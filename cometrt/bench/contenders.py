@@ -233,6 +233,7 @@ def measure_cell(
     args: argparse.Namespace,
     config: cometrt.TileConfig | None = None,
     gbps: float | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, dict[str, Any]]:
     """Collective: check a cell, and measure its passes; entries of `cometrt.bench.records` by pass,
     equal on all ranks.
@@ -241,11 +242,13 @@ def measure_cell(
         args: of `add_arguments`.
         config: of the fused layer; None: what a layer gets by itself.
         gbps: of the link, each way; None: that of the emulated link, or none.
+        say: is called with what comes next.
     """
     ids, training = routing(cell), not args.inference
     if args.inference and args.passes != ["forward"]:
         raise ValueError("--inference has forwards alone")
     rank = Rank(world, cell, ids, args.contenders, training=training, config=config)
+    say("checking results; the first time, kernels are compiled")
     errors = rank.check(backward=args.passes != ["forward"])
     barrier, method = StartBarrier(world), Method.of(args)
     if gbps is None and cell.link is not None:
@@ -267,6 +270,7 @@ def measure_cell(
     }
     found = {}
     for which in args.passes:
+        say(f"measuring {which}")
         flops = cell.flops(which) * (cell.ranks if world.shares_gpu else 1)  # of the GPU
         times = measure(world, barrier, rank.calls(which), method)
         found[which] = facts | {"flops": flops, "times": times}
