@@ -17,7 +17,7 @@ from tests.launch import ROOT
 LAYERS = (
     {"errors", "activations", "types", "kernels.constants"},
     {"specs"},
-    {"models", "reference", "weights", "arrays"},
+    {"models", "reference", "weights", "arrays", "stats"},
     {"plan"},
     {"world"},
     {"kernels", "trace", "heap", "buffers", "residuals", "legality"},
