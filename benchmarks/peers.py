@@ -20,7 +20,7 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,52 +34,10 @@ from benchmarks.rivals import measure_rival
 from cometrt.bench.contenders import add_arguments, free_memory, measure_cell
 from cometrt.bench.records import Results, line, machine
 from cometrt.bench.workloads import SHAPES, Cell
+from cometrt.cli.ranks import all_ranks
 from cometrt.world.link import LINKS
 
 SMALL_FIRST = ("qwen3-30b-a3b", "qwen2-moe", "phi-3.5-moe", "mixtral-8x7b", "deepseek-v3")
-UNDER_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-
-
-class Threads:
-    """Ranks are threads of this process."""
-
-    rank = 0
-
-    def __init__(self, ranks: int) -> None:
-        self.size = ranks
-
-    def run(self, fn: Any) -> Any:
-        return cometrt.spawn(fn, self.size, "cuda", timeout_sec=20)[0]
-
-    def devices(self) -> Iterable[int]:
-        return range(cp.cuda.runtime.getDeviceCount())
-
-    def barrier(self) -> None:
-        pass
-
-
-class Processes:
-    """Ranks are processes under mpirun."""
-
-    def __init__(self) -> None:
-        from mpi4py import MPI
-
-        self._comm = MPI.COMM_WORLD
-        self.rank, self.size = self._comm.rank, self._comm.size
-
-    def run(self, fn: Any) -> Any:
-        with cometrt.connect(self._comm, "cuda", timeout_sec=20) as world:
-            return fn(world)
-
-    def devices(self) -> Iterable[int]:
-        return [cp.cuda.Device().id]
-
-    def barrier(self) -> None:
-        self._comm.Barrier()
-
-
-def is_under_mpi() -> bool:
-    return any(int(os.environ.get(name, 1)) > 1 for name in UNDER_MPI)
 
 
 # ---- the run -------------------------------------------------------------------------------
@@ -96,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--ranks", type=int, help="threads; default: as many as there are GPUs")
+    parser.add_argument("--ranks", type=int, help="threads; default: one for each GPU, or four")
     parser.add_argument("--models", default=",".join(SMALL_FIRST))
     parser.add_argument("--tokens", default="8192")
     parser.add_argument("--tp", type=int, default=1)
@@ -117,14 +75,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    ranks: Any = Processes() if is_under_mpi() else None
-    ranks = ranks or Threads(args.ranks or cp.cuda.runtime.getDeviceCount())
+    ranks = all_ranks(args.ranks, "cuda")
     first = ranks.rank == 0
     results = Results(args.out if first else None, machine())
     cells = list(cells_of(args, ranks.size))
     for cell in cells:
+        work = functools.partial(measure, cell=cell, args=args)
         try:
-            results.add(str(cell), ranks.run(functools.partial(measure, cell=cell, args=args)))
+            results.add(str(cell), ranks.run(work, "cuda", timeout_sec=20))
         except (cp.cuda.memory.OutOfMemoryError, cometrt.CometError) as error:
             results.skip(str(cell), error)
         free_memory(ranks.devices())

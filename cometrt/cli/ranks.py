@@ -49,9 +49,6 @@ class Threads:
     def barrier(self) -> None:
         pass
 
-    def abort(self) -> None:
-        pass
-
 
 class Processes:
     """Ranks are processes under mpirun."""
