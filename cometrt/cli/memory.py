@@ -59,6 +59,5 @@ def show(console: Console, found: dict[str, Any]) -> None:
         for part, text in _PARTS.items()
         if any(of[part] for of in counts.values())
     ]
-    made = table(title, "part", *(f"{count} tokens" for count in counts), "what", rows=rows)
-    made.columns[-1].justify = "left"
-    console.print(made)
+    heads = [f"{count} tokens" for count in counts]
+    console.print(table(title, "part", *heads, rows=rows, text="what"))

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 Say = Callable[[str], None]
 Show = Callable[[Console, dict[str, Any]], None]
@@ -53,14 +54,20 @@ class Output:
         self._errors.print(f"[bold red]error:[/] {_escaped(text)}", soft_wrap=True)
 
 
-def table(title: str, *columns: str, rows: list[list[str]]) -> Table:
-    """A table whose first column is on the left, and whose others are numbers."""
-    made = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
+def table(title: str, *columns: str, rows: list[list[str]], text: str = "") -> Group:
+    """A table below its title. The first column is on the left; others are numbers.
+
+    Args:
+        text: the name of a last column, of words; "": there is none.
+    """
+    made = Table(header_style="bold", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right")
+        made.add_column(column, justify="right" if index else "left")
+    if text:
+        made.add_column(text)
     for row in rows:
         made.add_row(*row)
-    return made
+    return Group(Text(title, style="bold"), made)
 
 
 def size(num_bytes: float) -> str:

@@ -6,8 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group
 
 import cometrt
 from cometrt.cli.inputs import random_inputs
@@ -121,7 +120,7 @@ def show_files(console: Console, found: dict[str, Any]) -> None:
     write(f"for Perfetto (ui.perfetto.dev): {found['perfetto']}")
 
 
-def shares_table(waits: list[dict[str, Any]]) -> Table:
+def shares_table(waits: list[dict[str, Any]]) -> Group:
     """Of `Waits`, a line a role of each rank."""
     names = [name for name in cometrt.trace.Waits.NAMES if any(name in of for of in waits)]
     rows = []

@@ -328,3 +328,48 @@ def test_a_probe_that_fails_says_why():
 
 def test_the_version_is_that_of_the_package(cli):
     assert f"cometrt {cometrt.__version__}" in states(checks.check_packages)["packages"].text
+
+
+# ---- tables of what only a GPU measures --------------------------------------------------------
+
+
+def test_bench_on_gpus_shows_rates_and_nccl(capsys):
+    from rich.console import Console
+
+    from cometrt.bench.records import spread
+    from cometrt.cli import bench
+
+    times = {
+        name: {"isolated": spread([ms]), "sustained": 2 * ms}
+        for name, ms in {"fused": 1.0, "sequential": 1.5, "nccl": 1.25, "gemms": 0.75}.items()
+    }
+    entry = {"flops": 6e11, "link_ms": 0.0, "times": times}
+    found = {
+        "model": "mixtral-8x7b", "scale": 1, "tokens": 8192, "ranks": 4, "tp": 1, "device": "cuda",
+        "machine": {"gpu": "A GPU"}, "passes": {"forward": entry},
+    }  # fmt: skip
+    bench.show(Console(width=80), found)
+    printed = capsys.readouterr().out
+    fused = next(line for line in printed.splitlines() if line.split()[:1] == ["fused"])
+    assert fused.split() == ["fused", "1.000", "1.000", "2.000", "600", "300"]
+    assert "NCCL's form takes 1.25 times as long as fused" in printed
+    del times["nccl"]
+    bench.show(Console(width=80), found)
+    assert "NCCL: not installed" in capsys.readouterr().out
+
+
+def test_tune_shows_what_has_changed(capsys):
+    from rich.console import Console
+
+    from cometrt.cli import tune
+
+    found = {
+        "model": "qwen3-30b-a3b", "tokens": 8192, "ranks": 4, "tp": 1, "seconds": 12.0,
+        "before": {"order": "phases", "num_phases": 2}, "file": "/cache/[x]/tuned.json",
+        "config": {"order": "columns", "num_phases": 2},
+    }  # fmt: skip
+    tune.show(Console(width=80), found)
+    printed = capsys.readouterr().out
+    assert "tuned in 12 s" in printed
+    assert "columns" in printed
+    assert "/cache/[x]/tuned.json" in printed
