@@ -12,31 +12,8 @@ from cometrt.models import MODELS, scaled_spec
 from tests.launch import ROOT, mpirun
 
 COMMANDS = "doctor demo bench tune trace memory".split()
-BLOCKED = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"rich", "typer"}:
-            raise ImportError(name + " is blocked")
-sys.meta_path.insert(0, Block())
-from cometrt.cli import main
-main(sys.argv[1:])
-"""
 
-
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_without_the_extra_a_sentence_says_what_to_install(command):
-    found = subprocess.run(
-        [sys.executable, "-c", BLOCKED, *command.split()],
-        capture_output=True, text=True, cwd=ROOT, timeout=60,
-    )  # fmt: skip
-    assert found.returncode == 1
-    assert found.stdout == ""
-    assert len(found.stderr.splitlines()) == 1
-    assert "pip install 'cometrt[cli]'" in found.stderr
-
-
-typer = pytest.importorskip("typer", reason="needs the cli extra")
+pytest.importorskip("typer", reason="needs the cli extra")
 from cometrt.cli import checks, doctor, inputs, main, probes  # noqa: E402
 
 

@@ -60,6 +60,27 @@ def test_works_without_mpi_cuda_and_matplotlib(tmp_path):
     run(sys.executable, "blocked.py", cwd=tmp_path)
 
 
+WITHOUT_RICH = """
+import sys
+sys.modules["rich"] = sys.modules["typer"] = None
+from cometrt.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("command", ["", *"doctor demo bench tune trace memory".split()])
+def test_commands_without_their_extra_say_in_a_sentence_what_to_install(command, tmp_path):
+    (tmp_path / "command.py").write_text(WITHOUT_RICH)
+    found = subprocess.run(
+        [sys.executable, "command.py", *command.split()],
+        capture_output=True, text=True, cwd=tmp_path, timeout=60,
+    )  # fmt: skip
+    assert found.returncode == 1
+    assert found.stdout == ""
+    assert len(found.stderr.splitlines()) == 1
+    assert "pip install 'cometrt[cli]'" in found.stderr
+
+
 def test_import_creates_no_communicator_and_loads_nothing_optional(tmp_path):
     code = "import sys, cometrt; print(sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = run(sys.executable, "-c", code, cwd=tmp_path)
