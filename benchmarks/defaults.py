@@ -32,10 +32,10 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 import cupy as cp
 
 import cometrt
-from benchmarks.contenders import free_memory
-from benchmarks.ranks import Processes, Threads, is_under_mpi
-from benchmarks.records import machine
-from benchmarks.workloads import EXPERTS, Cell
+from cometrt.bench.contenders import free_memory
+from cometrt.bench.records import machine
+from cometrt.bench.workloads import EXPERTS, Cell
+from cometrt.cli.ranks import Processes, Threads, is_under_mpi
 from cometrt.models import MODELS
 from cometrt.specs import Geometry
 from cometrt.tuner import cache
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
             continue
         say(ranks, f"[{number}/{len(todo)}] {layer}")
         try:
-            say(ranks, ranks.run(lambda world, layer=layer: tuned(world, layer, args)))
+            say(ranks, ranks.run(lambda world, layer=layer: tuned(world, layer, args), "cuda", 20))
         except (cp.cuda.memory.OutOfMemoryError, cometrt.CometError, ValueError) as error:
             say(ranks, f"skipped: {type(error).__name__}: {error}".splitlines()[0][:300])
         free_memory(ranks.devices())

@@ -25,7 +25,7 @@ import cupy as cp
 
 from benchmarks.engine_backward import Dgrad, DownDgrad, WeightGradient
 from benchmarks.engine_forms import BF16, REPEATS, Groups, RowsForm, Run, copy_rate, measure
-from benchmarks.records import machine, read, spread, write
+from cometrt.bench.records import machine, read, spread, write
 from cometrt.cuda.engine import GroupedGemm, order_tiles, raster_group_of
 from cometrt.models import MODELS
 

@@ -21,8 +21,8 @@ from benchmarks.engine_forms import (
     some_experts,
     torch_run,
 )
-from benchmarks.workloads import device_normal
 from cometrt.activations import activate_backward
+from cometrt.bench.workloads import device_normal
 from cometrt.cuda.dgrad import GroupedDgrad, GroupedDownDgrad, dgrad_n_tiles
 from cometrt.cuda.engine import current_stream, gemm_ctas, order_tiles, raster_group_of
 from cometrt.cuda.wgrad import (

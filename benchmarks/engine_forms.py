@@ -16,7 +16,7 @@ import cupy as cp
 import ml_dtypes
 import numpy as np
 
-from benchmarks.workloads import cuda_function, device_normal
+from cometrt.bench.workloads import cuda_function, device_normal
 from cometrt.kernels.compiler import kernels_folder
 from cometrt.kernels.constants import BLOCK_M
 from cometrt.world.partitions import split_gpu, use_partition

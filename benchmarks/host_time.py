@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import cupy as cp
 
 import cometrt
-from benchmarks.records import machine, spread, write
-from benchmarks.workloads import Cell, device_normal, routing
+from cometrt.bench.records import machine, spread, write
+from cometrt.bench.workloads import Cell, device_normal, routing
 from cometrt.models import MODELS
 
 MOST = {"forward": (6, 60.0), "backward": (10, 80.0)}  # limits: launches, microseconds

@@ -23,9 +23,9 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 import cupy as cp
 
 import cometrt
-from benchmarks.contenders import add_arguments, free_memory, measure_cell
-from benchmarks.records import Results, line, machine, read
-from benchmarks.workloads import Cell, cells
+from cometrt.bench.contenders import add_arguments, free_memory, measure_cell
+from cometrt.bench.records import Results, line, machine, read
+from cometrt.bench.workloads import Cell, cells
 from cometrt.world.link import LINKS
 
 

@@ -23,10 +23,10 @@ import cupy as cp
 import numpy as np
 
 import cometrt
-from benchmarks.nccl import Nccl
-from benchmarks.records import machine, write
-from benchmarks.timing import StartBarrier
-from benchmarks.workloads import cuda_function
+from cometrt.bench.nccl import Nccl
+from cometrt.bench.records import machine, write
+from cometrt.bench.timing import StartBarrier
+from cometrt.bench.workloads import cuda_function
 from cometrt.world.partitions import num_sms
 
 SOURCE = Path(__file__).with_name("link.cu")

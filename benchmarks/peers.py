@@ -29,12 +29,12 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 import cupy as cp
 
 import cometrt
-from benchmarks.contenders import add_arguments, free_memory, measure_cell
-from benchmarks.ranks import Processes, Threads, is_under_mpi
-from benchmarks.records import Results, line, machine
 from benchmarks.rivals import CONTENDERS as RIVALS
 from benchmarks.rivals import measure_rival
-from benchmarks.workloads import SHAPES, Cell
+from cometrt.bench.contenders import add_arguments, free_memory, measure_cell
+from cometrt.bench.records import Results, line, machine
+from cometrt.bench.workloads import SHAPES, Cell
+from cometrt.cli.ranks import all_ranks
 from cometrt.world.link import LINKS
 
 SMALL_FIRST = ("qwen3-30b-a3b", "qwen2-moe", "phi-3.5-moe", "mixtral-8x7b", "deepseek-v3")
@@ -54,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--ranks", type=int, help="threads; default: as many as there are GPUs")
+    parser.add_argument("--ranks", type=int, help="threads; default: one for each GPU, or four")
     parser.add_argument("--models", default=",".join(SMALL_FIRST))
     parser.add_argument("--tokens", default="8192")
     parser.add_argument("--tp", type=int, default=1)
@@ -75,14 +75,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    ranks: Any = Processes() if is_under_mpi() else None
-    ranks = ranks or Threads(args.ranks or cp.cuda.runtime.getDeviceCount())
+    ranks = all_ranks(args.ranks, "cuda")
     first = ranks.rank == 0
     results = Results(args.out if first else None, machine())
     cells = list(cells_of(args, ranks.size))
     for cell in cells:
+        work = functools.partial(measure, cell=cell, args=args)
         try:
-            results.add(str(cell), ranks.run(functools.partial(measure, cell=cell, args=args)))
+            results.add(str(cell), ranks.run(work, "cuda", timeout_sec=20))
         except (cp.cuda.memory.OutOfMemoryError, cometrt.CometError) as error:
             results.skip(str(cell), error)
         free_memory(ranks.devices())

@@ -1,7 +1,7 @@
 """Layers of other frameworks: how benchmarks.peers starts them, and what they have in common.
 
 Each is a module benchmarks.rivals_NAME that takes the options below, measures the same passes of
-the same cells in the same two ways as benchmarks.timing, and writes rows of `records.rival_row`.
+the same cells in the same two ways as cometrt.bench.timing, and writes rows of `records.rival_row`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import read, rival_row, write
-from benchmarks.timing import Method
-from benchmarks.workloads import Cell
+from cometrt.bench.records import read, rival_row, write
+from cometrt.bench.timing import Method
+from cometrt.bench.workloads import Cell
 
 CONTENDERS = {"torch": ["torch dedup", "torch pairs"], "jax": ["jax ragged"]}
 _LAUNCHERS = ("OMPI_", "PMI", "MPI", "HYDRA")  # variables of mpirun

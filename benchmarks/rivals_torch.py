@@ -22,8 +22,8 @@ import numpy as np
 
 import cometrt
 from benchmarks.rivals import Rows, parse
-from benchmarks.timing import WARM_UP, Method
-from benchmarks.workloads import Cell, distinct_experts, random_inputs, routing, tolerance
+from cometrt.bench.timing import WARM_UP, Method
+from cometrt.bench.workloads import Cell, distinct_experts, random_inputs, routing, tolerance
 
 try:
     import torch

@@ -20,8 +20,8 @@ from typing import Any
 
 import cupy as cp
 
-from benchmarks.records import machine, spread, write
 from cometrt import router
+from cometrt.bench.records import machine, spread, write
 
 CALLS = 20  # in a graph
 LIMITS = {"sigmoid, groups": {"forward": 40.0, "backward": 60.0}}

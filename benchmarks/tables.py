@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import best, figures, medians, read, step_gb, tflops
+from cometrt.bench.records import best, figures, medians, read, step_gb, tflops
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -14,6 +14,7 @@ from cometrt.layer import MoELayer
 from cometrt.memory import Memory
 from cometrt.plan import TileConfig
 from cometrt.specs import Gradients, MoESpec
+from cometrt.stats import LayerStats
 from cometrt.weights import shard_weights, unshard_weights
 from cometrt.world import World, connect, spawn
 
@@ -23,6 +24,7 @@ __all__ = [
     "CapacityError",
     "CometError",
     "Gradients",
+    "LayerStats",
     "Memory",
     "MismatchError",
     "MoELayer",

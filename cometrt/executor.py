@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from cometrt.residuals import Residuals
 from cometrt.specs import Gradients
+from cometrt.stats import LayerStats
 from cometrt.trace import Recording, Tracer
 
 
@@ -62,6 +63,10 @@ class Executor(Protocol):
 
     def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
         """Record events of the device's kernels within the context."""
+        ...
+
+    def stats(self) -> LayerStats | None:
+        """Of the newest call that has succeeded, read without a wait; None: there is none yet."""
         ...
 
     def synchronize(self) -> None:

@@ -22,6 +22,7 @@ from cometrt.memory import buffers_of, check_room
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.residuals import ArraySpec, Origin, Residuals, Uses, array_specs
 from cometrt.specs import Geometry, Gradients, MoESpec, check_int, check_positive
+from cometrt.stats import LayerStats
 from cometrt.trace import NullTracer, Recording, Tracer
 from cometrt.tuner.tune import tune
 from cometrt.types import Arrays
@@ -245,6 +246,11 @@ class MoELayer:
         with self._scope.call("layer.buffer"):
             self.world.check_running(STOPPED)
             return self.executor.buffer()
+
+    def stats(self) -> LayerStats | None:
+        """Of the newest call that has succeeded, read without a wait; None: there is none yet."""
+        self._scope.check_open()
+        return self.executor.stats()
 
     def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
         """For `cometrt.trace.record`: within it, what runs on the device is recorded too."""

@@ -1,15 +1,15 @@
-"""What the examples share: the choice of the device, random weights, the check of the results."""
+"""What the examples share besides cometrt.cli.inputs: the option --device, sums over ranks."""
 
 from __future__ import annotations
 
 import argparse
 import platform
-import sys
 from typing import Any
 
 import numpy as np
 
 import cometrt
+from cometrt.cli.inputs import to_host
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
@@ -18,32 +18,6 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=["auto", "host", "cuda"], default="auto", help=help_text
     )
-
-
-def pick_device(wanted: str) -> str:
-    """The device, "host" or "cuda", that a value of --device means."""
-    if wanted != "auto":
-        return wanted
-    try:
-        import cupy
-
-        return "cuda" if cupy.cuda.Device(0).compute_capability == "90" else "host"  # Hopper
-    except Exception:  # no CuPy, no driver, no GPU
-        return "host"
-
-
-def to_device(world: cometrt.World, *arrays: np.ndarray) -> list[Any]:
-    """NumPy arrays as the world's layers take them: as they are, or copied to the GPU."""
-    if world.device == "host":
-        return list(arrays)
-    import cupy
-
-    return [cupy.asarray(array) for array in arrays]
-
-
-def to_host(*arrays: Any) -> list[np.ndarray]:
-    """NumPy or CuPy arrays as NumPy arrays."""
-    return [array if isinstance(array, np.ndarray) else array.get() for array in arrays]
 
 
 def array_module(world: cometrt.World) -> Any:
@@ -93,76 +67,3 @@ class GradientSum:
                 self._comm.Allreduce(MPI.IN_PLACE, total)
                 if total is not array:
                     array.set(total)
-
-
-def random_weights(spec: cometrt.MoESpec, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random w_up [E, 2I, H] and w_down [E, H, I] of the whole model, the same on every rank."""
-    rng = np.random.default_rng(seed)
-    rows = (2 if spec.gated else 1) * spec.intermediate
-    w_up = rng.standard_normal((spec.num_experts, rows, spec.hidden), np.float32)
-    w_down = rng.standard_normal((spec.num_experts, spec.hidden, spec.intermediate), np.float32)
-    w_up /= np.sqrt(spec.hidden)
-    w_down /= np.sqrt(spec.intermediate)
-    return w_up.astype(spec.numpy_dtype), w_down.astype(spec.numpy_dtype)
-
-
-def errors_against_reference(
-    comm: Any,
-    spec: cometrt.MoESpec,
-    weights: tuple[np.ndarray, np.ndarray],
-    inputs: tuple[np.ndarray, np.ndarray, np.ndarray],
-    dy: np.ndarray,
-    y: np.ndarray,
-    grads: cometrt.Gradients,
-) -> dict[str, float]:
-    """Relative error ||found - expected|| / ||expected|| of each of this rank's results.
-
-    Each rank runs the reference over its own tokens and all experts. Weight gradients are sums
-    over the tokens of all ranks, so MPI adds them up before they are compared.
-
-    Args:
-        comm: the mpi4py communicator of the world.
-        weights: w_up and w_down of the whole model, of `random_weights`.
-        inputs: this rank's x [T, H], ids [T, K] and router weights [T, K].
-        dy: what backward was given, [T, H].
-        y, grads: what the layer returned on this rank.
-    """
-    from mpi4py import MPI
-
-    x, ids, topk_weights = inputs
-    model = (x, ids, topk_weights, *weights, spec.activation)
-    expected = cometrt.reference.moe_backward(dy, *model)
-    for gradient in (expected.w_up, expected.w_down):
-        comm.Allreduce(MPI.IN_PLACE, gradient)
-    dw_up, dw_down = cometrt.shard_weights(
-        expected.w_up, expected.w_down, comm.Get_rank(), comm.Get_size(), spec
-    )
-    pairs = {
-        "y": (y, cometrt.reference.moe_forward(*model)),
-        "dx": (grads.x, expected.x),
-        "dweight": (grads.topk_weights, expected.topk_weights),
-        "dw_up": (grads.w_up, dw_up),
-        "dw_down": (grads.w_down, dw_down),
-    }
-    return {name: _relative_error(*pair) for name, pair in pairs.items()}
-
-
-def tolerance(spec: cometrt.MoESpec) -> float:
-    """The largest relative error of a right result.
-
-    bfloat16 rounds z, a, o, the partial sums and the results by up to 2^-9 each.
-    """
-    return 1e-2 if spec.dtype == "bfloat16" else 1e-5
-
-
-def stop_if_wrong(comm: Any, errors: dict[str, float], spec: cometrt.MoESpec) -> None:
-    """End the script on all ranks, with status 1, if a result of any rank is wrong."""
-    wrong = comm.allreduce(not max(errors.values()) < tolerance(spec))
-    if wrong:
-        sys.exit(f"rank {comm.Get_rank()}: wrong results: {errors}")
-
-
-def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    norm = np.linalg.norm(expected)
-    distance = np.linalg.norm(found.astype(np.float64) - expected)
-    return float(distance / norm) if norm else float(distance)

@@ -13,18 +13,18 @@ import argparse
 import time
 
 import numpy as np
-from common import (
-    add_device_option,
-    errors_against_reference,
-    pick_device,
-    random_weights,
-    stop_if_wrong,
-    to_device,
-    to_host,
-)
+from common import add_device_option
 from mpi4py import MPI
 
 import cometrt
+from cometrt.cli.inputs import (
+    check_errors,
+    errors_against_reference,
+    pick_device,
+    random_weights,
+    to_device,
+    to_host,
+)
 from cometrt.models import MODELS, scaled_spec
 
 
@@ -100,9 +100,9 @@ def main() -> None:
             timeline.save_json(args.trace)
         y, *grads = to_host(y, *grads)
         errors = errors_against_reference(
-            comm, spec, weights, (x, ids, topk_weights), dy, y, cometrt.Gradients(*grads)
+            world, spec, weights, (x, ids, topk_weights), dy, y, cometrt.Gradients(*grads)
         )
-        stop_if_wrong(comm, errors, spec)
+        check_errors(world, errors, spec)
         largest = {name: comm.allreduce(error, MPI.MAX) for name, error in errors.items()}
         if rank == 0:
             print("checked:", ", ".join(f"{name} {error:.1e}" for name, error in largest.items()))

@@ -18,19 +18,17 @@ import math
 from typing import Any
 
 import numpy as np
-from common import (
-    GradientSum,
-    add_device_option,
-    array_module,
-    pick_device,
-    random_weights,
-    to_device,
-    to_host,
-)
-from demo import standard_library
+from common import GradientSum, add_device_option, array_module
 from mpi4py import MPI
 
 import cometrt
+from cometrt.cli.inputs import (
+    pick_device,
+    random_weights,
+    standard_library,
+    to_device,
+    to_host,
+)
 
 BALANCE, Z = 0.01, 0.001  # coefficients of the router's losses
 

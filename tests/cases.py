@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import cometrt
-from benchmarks.workloads import (
+from cometrt.bench.workloads import (
     Inputs,
     distinct_experts,
     random_inputs,

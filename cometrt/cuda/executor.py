@@ -22,6 +22,7 @@ from cometrt.errors import CallNotBegun
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.residuals import Residuals
 from cometrt.specs import Gradients
+from cometrt.stats import LayerStats
 from cometrt.trace import Recording, Tracer
 from cometrt.world import World
 
@@ -229,6 +230,9 @@ class CudaExecutor:
                 yield
         finally:
             self.graphs.enabled = before
+
+    def stats(self) -> LayerStats | None:
+        return self.queue.stats.read()
 
     def synchronize(self) -> None:
         """Wait for all calls of the world; raise what they have not raised yet."""

@@ -35,6 +35,7 @@ from cometrt.cuda.links import Links
 from cometrt.cuda.planner import DevicePlanner
 from cometrt.cuda.row_kernels import RowKernels
 from cometrt.cuda.sequential import ChunkedForward, ExpertGemms, SequentialForward
+from cometrt.cuda.stats import DeviceStats
 from cometrt.cuda.types import Launches
 from cometrt.heap import SymmetricHeap
 from cometrt.kernels.launch import load_kernels
@@ -113,6 +114,7 @@ class CallQueue:
             so that a dropped layer frees its memory at once.
         planner: makes the plans.
         state: ExchangeState of the running call, as bytes.
+        stats: of the newest call.
         fused: the paths of mode "fused", of both passes; empty in other modes.
     """
 
@@ -133,7 +135,12 @@ class CallQueue:
         self.state = cp.zeros(traced_exchange_state_dtype.itemsize, cp.uint8)
         links = Links(world.link)
         self.planner = DevicePlanner(shape, counters[:planner_words], links.macros)
-        state = {"state": int(self.state.data.ptr), "report": report}
+        self.stats = DeviceStats(shape.geometry.local_experts)
+        state = {
+            "state": int(self.state.data.ptr),
+            "report": report,
+            "stats": self.stats.address,
+        }
         fixed = state | {
             "all_ids": int(self.planner.ids.data.ptr),
             "all_weights": int(self.planner.weights.data.ptr),

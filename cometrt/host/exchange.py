@@ -34,6 +34,7 @@ class Exchange:
             The comm role increments it, the compute role waits for it.
         tile_done: [max_tiles, N-chunks] number of N-tiles that are stored. The compute role
             increments it, the comm role waits for it.
+        waited_us: microseconds in which nothing was done until all ranks had begun the call.
     """
 
     plan: Plan
@@ -48,7 +49,7 @@ class Exchange:
         self.tile_filled = {name: np.zeros(shape.max_tiles, np.int64) for name in ("x", "dy")}
         self.tile_done = np.zeros((shape.max_tiles, len(self.n_chunks)), np.int64)
         self._current: dict[str, tuple[str, int]] = {}  # role -> (step, tile)
-        self.epoch = world.next_epoch()
+        self.epoch, self.waited_us = world.next_epoch(), 0.0
 
     # ---- publishing -------------------------------------------------------------------------
 
@@ -98,12 +99,14 @@ class Exchange:
             self.world.fence()
             for peer in self.shape.geometry.ring():
                 self.world.control_blocks[peer]["source_ready"][self.world.rank] = self.epoch
+        begin = time.monotonic()
         with self.step("compute", "wait", flag="source_ready"):
             ready = self.world.control_block["source_ready"]
             for source in self.shape.geometry.ring():
                 target = WaitTarget("source_ready", source, self.epoch, self.epoch)
                 mismatch = functools.partial(in_collective, self.world, source)
                 self.world.wait(value_of(ready, source), target, mismatch=mismatch)
+        self.waited_us = 1e6 * (time.monotonic() - begin)
         headers = self.world.control_block["header"][parity]
         self._check_headers(headers)
         return [int(tokens) for tokens in headers["num_tokens"]]

@@ -20,6 +20,7 @@ from cometrt.plan import Plan, PlanShape
 from cometrt.plan.reference import make_plan
 from cometrt.residuals import Residuals
 from cometrt.specs import Gradients
+from cometrt.stats import LayerStats
 from cometrt.trace import Recording, Tracer
 from cometrt.world import World
 
@@ -39,6 +40,7 @@ class HostExecutor:
         self.captured: list[Any] = []  # the host has no CUDA graphs
         self._heap = SymmetricHeap(world, shape)
         self._save = shape.geometry.spec.save
+        self._stats: LayerStats | None = None
 
     def buffer(self) -> np.ndarray:
         return self._heap.array("x")
@@ -71,6 +73,7 @@ class HostExecutor:
                 kept = {"x": self._own_tokens(x)}
             arrays = {"w_up": w_up, "w_down": w_down, "out": out} | rows
             ex.run(forward_path(ex, arrays), overlapped=self._overlapped)
+        self._keep_stats(ex)
         if not training:
             return None
         epoch = np.array([ex.epoch], np.int64)
@@ -104,6 +107,14 @@ class HostExecutor:
             out.topk_weights[:] = comm.gather_dweight(ex, len(dy))
         for result, value in ((out.w_up, wide["w_up"]), (out.w_down, wide["w_down"])):
             result[:] = result + value if accumulate else value
+        self._keep_stats(ex)
+
+    def _keep_stats(self, ex: Exchange) -> None:
+        waited_us = ex.waited_us if ex.waited_us >= 1 else 0.0
+        self._stats = LayerStats(ex.epoch, ex.plan.expert_rows.astype(np.int64), waited_us)
+
+    def stats(self) -> LayerStats | None:
+        return self._stats
 
     def _own_tokens(self, x: np.ndarray) -> np.ndarray:
         """A copy of x in the fixed shape [max_tokens, H]."""

@@ -98,7 +98,7 @@ def compile_cubin(source: Path, defines: tuple[tuple[str, int], ...] = ()) -> Cu
     options = _OPTIONS + tuple(f"-D{name}={value}" for name, value in (*macros, *defines))
     text = source.read_text()
     key = hashlib.sha256(
-        repr((source.name, text, options, _nvrtc_version(), _sources_digest())).encode()
+        repr((source.name, text, options, nvrtc_version(), _sources_digest())).encode()
     ).hexdigest()[:32]
     name = f"{source.stem}-{key}.cubin"
     for folder in (cache_folder(), _temporary):
@@ -199,7 +199,7 @@ def _parse_report(log: str) -> dict[str, Resources]:
     return found
 
 
-def _nvrtc_version() -> tuple[int, int]:
+def nvrtc_version() -> tuple[int, int]:
     nvrtc = _nvrtc()
     error, major, minor = nvrtc.nvrtcVersion()
     _check(nvrtc, error)

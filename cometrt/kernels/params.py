@@ -60,7 +60,9 @@ plan_progress_dtype = np.dtype(
     [(name, np.uint64) for name in "wrong_pair largest_need".split()]
     + [("queue_heads", np.uint32, 7), ("done", np.uint32, 5)]
 )
-exchange_state_dtype = np.dtype([(name, np.uint32) for name in "ticket status ok reported".split()])
+exchange_state_dtype = np.dtype(
+    [(name, np.uint32) for name in "ticket status ok reported".split()] + [("waited_ns", np.uint64)]
+)
 traced_exchange_state_dtype = np.dtype(
     [*exchange_state_dtype.descr, ("trace", np.uint64)], align=True
 )
@@ -80,6 +82,7 @@ trace_lane_dtype = np.dtype(
         ("events", trace_event_dtype, (TRACE_EVENTS,)),
     ]
 )
+call_stats_dtype = np.dtype([("value", np.uint32), ("epoch", np.uint32)])
 exchange_report_dtype = np.dtype(
     [("kind", np.uint64), ("epoch", np.uint64), ("layer", np.int64), ("operation", np.int64)]
     + [(name, np.uint64) for name in "wrong_pair largest_need".split()]
@@ -111,7 +114,7 @@ exchange_params_dtype = np.dtype(
     + [
         (name, np.uint64)
         for name in (
-            *"forward_epoch state report x dy ids weights saved_epoch saved_x".split(),
+            *"forward_epoch state report stats x dy ids weights saved_epoch saved_x".split(),
             *"all_ids all_weights progress".split(),
             *EXCHANGE_TABLES,
             *"pull_offset rows x_rows partial_rows out dweight_rows out_dweight".split(),
@@ -226,6 +229,7 @@ MIRRORS = {
     "TracedExchangeState": ("protocol/exchange_params.cuh", traced_exchange_state_dtype),
     "TraceEvent": ("common/trace.cuh", trace_event_dtype),
     "TraceLane": ("common/trace.cuh", trace_lane_dtype),
+    "CallStats": ("protocol/exchange_params.cuh", call_stats_dtype),
     "ExchangeReport": ("protocol/exchange_params.cuh", exchange_report_dtype),
     "ExchangeParams": ("protocol/exchange_params.cuh", exchange_params_dtype),
     "WorkTile": ("scheduler/work_tile.cuh", work_tile_dtype),

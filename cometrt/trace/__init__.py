@@ -8,13 +8,24 @@ timeline.save_json("timeline.json")         # opens in Perfetto and chrome://tra
 print(timeline.hidden_share)
 print(timeline.waits())
 
-On device="cuda" only the kernels of the fused forward record events, one lane of events per CTA
-and thread: see kernels_cu/common/trace.cuh.
+On device="cuda" only the kernels of mode "fused" record events, one lane of events per CTA and
+thread: see kernels_cu/common/trace.cuh.
 """
 
 from cometrt.trace.events import ROLES, Event
+from cometrt.trace.passes import Pass
 from cometrt.trace.recording import NullTracer, Recording, Tracer, record
 from cometrt.trace.timeline import Timeline
 from cometrt.trace.waits import Waits
 
-__all__ = ["ROLES", "Event", "NullTracer", "Recording", "Timeline", "Tracer", "Waits", "record"]
+__all__ = [
+    "ROLES",
+    "Event",
+    "NullTracer",
+    "Pass",
+    "Recording",
+    "Timeline",
+    "Tracer",
+    "Waits",
+    "record",
+]

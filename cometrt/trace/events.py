@@ -80,3 +80,21 @@ def overlap(left: Intervals, right: Intervals) -> int:
         else:
             j += 1
     return total
+
+
+def difference(left: Intervals, right: Intervals) -> Intervals:
+    """What of `left` lies outside of `right`."""
+    found: Intervals = []
+    j = 0
+    for begin, end in left:
+        while j < len(right) and right[j][1] <= begin:
+            j += 1
+        i = j
+        while begin < end and i < len(right) and right[i][0] < end:
+            if right[i][0] > begin:
+                found.append((begin, right[i][0]))
+            begin = right[i][1]
+            i += 1
+        if begin < end:
+            found.append((begin, end))
+    return found

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
-from cometrt.trace import files
+from cometrt.trace import perfetto, picture
 from cometrt.trace.events import Event, length, overlap, union
+from cometrt.trace.passes import Pass, passes_of
 from cometrt.trace.waits import Waits
 
 
@@ -18,6 +20,11 @@ class Timeline:
     @property
     def ranks(self) -> list[int]:
         return sorted({event.rank for event in self.events})
+
+    @functools.cached_property
+    def passes(self) -> list[Pass]:
+        """The forwards and backwards, in their order."""
+        return passes_of(self.events)
 
     @property
     def span_sec(self) -> float:
@@ -67,20 +74,31 @@ class Timeline:
 
         A rank is a process. A role is a thread; with CTAs, each recording thread is one.
         """
-        files.save_json(path, self.events)
+        perfetto.save_json(path, self.events)
 
     def save_png(
         self, path: str | os.PathLike[str], title: str = "", *, rank: int | None = None
     ) -> None:
-        """Draw the timeline as a PNG.
+        """Draw the timeline as a PNG, with the hidden share in its title.
 
         Args:
             path: of the file.
             title: of the picture.
-            rank: None: two lanes per rank, compute and comm, each divided among its CTAs. Else
-                one lane for each CTA of that rank.
+            rank: None: two lanes a rank, compute and comm; with CTAs, the height of a color is the
+                share of them that do it. Else one lane for each CTA of that rank.
 
         Raises:
             ImportError: if matplotlib is not installed.
         """
-        files.save_png(path, self.events, title, rank)
+        notes = []
+        for one in self.passes:
+            ms, share = (one.end_ns - one.begin_ns) / 1e6, Timeline(one.events).hidden_share
+            digits = 0 if ms >= 100 else 2
+            notes.append(f"{one.name} {ms:.{digits}f} ms{_hidden(', ', share, ' hidden')}")
+        title += _hidden(": " if title else "", self.hidden_share, " of the communication hidden")
+        picture.save_png(path, self.passes, title, notes, rank)
+
+
+def _hidden(before: str, share: float, after: str) -> str:
+    """ "": the share is NaN."""
+    return "" if share != share else f"{before}{share:.0%}{after}"

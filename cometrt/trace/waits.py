@@ -15,6 +15,8 @@ class Waits(dict[tuple[int, str], dict[str, float]]):
     The rest up to 1 is preparation, gaps between events, and idle time at the end.
     """
 
+    NAMES = ("work", "source_ready", "tile_filled", "tile_done", "partials_ready", "link")
+
     def __init__(self, events: list[Event]) -> None:
         super().__init__()
         by_rank: dict[int, list[Event]] = collections.defaultdict(list)
@@ -27,7 +29,7 @@ class Waits(dict[tuple[int, str], dict[str, float]]):
 
     def __str__(self) -> str:
         found = {name for shares in self.values() for name in shares}
-        names = [name for name in _NAMES if name in found]
+        names = [name for name in self.NAMES if name in found]
         heads = [name.replace("work", "working") for name in names] + ["the rest"]
         lines = ["rank  role     " + "  ".join(f"{head:>14}" for head in heads)]
         for (rank, role), shares in self.items():
@@ -35,9 +37,6 @@ class Waits(dict[tuple[int, str], dict[str, float]]):
             values.append(1 - sum(values))
             lines.append(f"{rank:4d}  {role:7}  " + "  ".join(f"{value:14.1%}" for value in values))
         return "\n".join(lines)
-
-
-_NAMES = ("work", "source_ready", "tile_filled", "tile_done", "partials_ready", "link")
 
 
 def _shares(events: list[Event], span: int) -> dict[str, float]:

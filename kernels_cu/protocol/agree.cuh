@@ -8,14 +8,19 @@
 
 namespace cometrt {
 
+constexpr u64 kLeastWaitNs = 1000;  // shorter ones are the time of a load
+
 // By one thread: waits for source s and returns its number of tokens. 0 if the number cannot belong
 // to this layer: all_agree() then finds the mismatch. -1 if the world has stopped. Acquires
 // source_ready at system scope; its partner is begin_exchange() of publish.cu.
 __device__ inline int wait_source(const ExchangeParams& params, int s) {
   const u64 epoch = params.world.epoch();
   const u64* flag = &params.world.own().source_ready[s];
+  const u64 begin_ns = global_timer_ns();
   const bool ok = wait_until(params.world, {kSourceReady, s, -1, -1}, epoch, epoch,
                              [&] { return acquire(flag); });
+  const u64 waited_ns = global_timer_ns() - begin_ns;
+  if (waited_ns >= kLeastWaitNs) atomicMax(&params.state->waited_ns, waited_ns);
   const long long found = params.world.own().header[epoch & 1][s].num_tokens;
   if (!ok) return -1;
   return found >= 0 && found <= params.g.max_tokens ? static_cast<int>(found) : 0;

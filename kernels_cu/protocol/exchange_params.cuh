@@ -21,10 +21,11 @@ enum ExchangeStatus : u32 {
 
 // Device memory of a layer, between the kernels of a call. Stream order synchronises them.
 struct ExchangeState {
-  u32 ticket;    // blocks of `publish` that have finished; the last one sets it back to 0
-  u32 status;    // ExchangeStatus; `publish` sets it
-  u32 ok;        // set to 1 behind the wait for all ranks; later kernels do nothing while it is 0
-  u32 reported;  // a block of `finish` has reported that the call failed
+  u32 ticket;     // blocks of `publish` that have finished; the last one sets it back to 0
+  u32 status;     // ExchangeStatus; `publish` sets it
+  u32 ok;         // 1 after the wait for all ranks; later kernels do nothing while it is 0
+  u32 reported;   // a block of `finish` has reported that the call failed
+  u64 waited_ns;  // the longest wait for a source_ready; `publish` sets it to 0
 };
 
 // What ExchangeParams::state points to. Only kernels built with TRACE read `trace`.
@@ -51,6 +52,12 @@ struct ExchangeReport {
   int wrong_ids[kMaxTopk + 1];   // [topk], of the wrong pair's token
 };
 
+// A word of what `finish` tells the host of a call: of all words with the same epoch. Word 0 has
+// the microseconds of waited_ns, as float; word 1 + e the rows of local expert e.
+struct alignas(8) CallStats {
+  u32 value, epoch;  // epoch: its low 32 bits
+};
+
 // Roles of the fused kernels whose number of warps a launch argument limits (fused/arrivals.cuh).
 enum LimitedRole : int { kDispatchRole, kCombineRole, kHelperRole, kNumLimitedRoles };
 static_assert(kNumLimitedRoles == COMETRT_NUM_ARRIVALS);
@@ -71,6 +78,7 @@ struct ExchangeParams {
   const long long* forward_epoch;  // backward: points to its forward's epoch, 0 if that failed
   ExchangeState* state;
   ExchangeReport* report;
+  CallStats* stats;  // [1 + local_experts], in host memory
   // Inputs that `publish` copies into the heap. For backward it saves the call's epoch (0 if it
   // fails) and x, padded with zeros to max_tokens.
   const void *x, *dy, *ids;

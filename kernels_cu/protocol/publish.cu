@@ -74,6 +74,7 @@ __device__ void begin_exchange(const ExchangeParams& params, u64 epoch, Exchange
     params.state->status = status;
     params.state->ok = 0;
     params.state->reported = 0;
+    params.state->waited_ns = 0;
     if (params.saved_epoch != nullptr) *params.saved_epoch = status == kActive ? epoch : 0;
     if (status == kActive) control_of(params.world, me).epoch = epoch;
   }
@@ -128,6 +129,18 @@ __device__ void report_failure(const ExchangeParams& params, bool stopped) {
   } else if (status != kInert) {
     own.held = max(own.epoch, 1ull);
     write_report(params, status == kActive ? kWrongRouting : kNoForward);
+  }
+}
+
+// By a CTA, of a call that has succeeded. A word is one store, and the host looks for words of the
+// same epoch: so no fence is needed.
+__device__ void write_stats(const ExchangeParams& params) {
+  const u32 epoch = static_cast<u32>(params.world.epoch());
+  for (int i = threadIdx.x; i <= params.g.local_experts; i += blockDim.x) {
+    const float waited_us = 1e-3f * params.state->waited_ns;
+    const u32 value = i == 0 ? __float_as_uint(waited_us) : params.expert_rows[i - 1];
+    const u64 word = static_cast<u64>(epoch) << 32 | value;
+    reinterpret_cast<volatile u64*>(params.stats)[i] = word;
   }
 }
 
@@ -203,7 +216,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // The end of an exchange. If the call failed or was inert, or the world has stopped, the results
 // become NaN and the host gets a report. Each block checks by itself, since the world may stop
-// meanwhile. The first block that finds a failure reports it.
+// meanwhile. The first block that finds a failure reports it. Block 0 tells the host what
+// layer.stats() returns.
 extern "C" __global__ void __launch_bounds__(kThreads)
     finish(const __grid_constant__ ExchangeParams params) {
   __shared__ bool failed;
@@ -213,6 +227,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (failed && atomicExch(&params.state->reported, 1u) == 0) report_failure(params, stopped);
   }
   __syncthreads();
+  if (!failed && blockIdx.x == 0) write_stats(params);
   if (!failed) return;
   const long long first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
   const long long values = static_cast<long long>(params.num_tokens) * params.g.hidden;

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cometrt
-from benchmarks.workloads import distinct_experts, random_inputs
+from cometrt.bench.workloads import distinct_experts, random_inputs
 from tests.cases import (
     ACTIVATIONS,
     ROUTINGS,

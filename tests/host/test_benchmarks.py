@@ -14,9 +14,11 @@ import pytest
 
 import benchmarks
 import cometrt
-from benchmarks import records, rivals, tables, timing, workloads
-from benchmarks.timing import WARM_UP, Call, Method, measure, slowest
-from benchmarks.workloads import Cell
+from benchmarks import rivals, tables
+from cometrt import bench
+from cometrt.bench import records, timing, workloads
+from cometrt.bench.timing import WARM_UP, Call, Method, measure, slowest
+from cometrt.bench.workloads import Cell
 from cometrt.models import Model
 from cometrt.plan import PlanShape
 from cometrt.specs import Geometry
@@ -55,9 +57,13 @@ def cupy(monkeypatch):
 
 
 def forget_those_with_cupy():
-    for name in ("peers", "layer", "contenders", "nccl", "engine", *WITH_CUPY, *ENGINE):
-        if sys.modules.pop(f"benchmarks.{name}", None):
-            delattr(benchmarks, name)
+    for package, names in (
+        (benchmarks, ("peers", "layer", "engine", *ENGINE)),
+        (bench, ("contenders", "nccl")),
+    ):
+        for name in names:
+            if sys.modules.pop(f"{package.__name__}.{name}", None):
+                delattr(package, name)
 
 
 # ---- command lines -----------------------------------------------------------------------------
@@ -65,7 +71,7 @@ def forget_those_with_cupy():
 
 @pytest.mark.parametrize(
     "module",
-    "engine layer peers nccl link host_time router tables defaults rivals_torch rivals_jax".split(),
+    "engine layer peers link host_time router tables defaults rivals_torch rivals_jax".split(),
 )
 def test_a_benchmark_says_how_to_use_it(module):
     found = start(module, "--help")
@@ -358,7 +364,7 @@ def contenders(cupy, monkeypatch):
     cupy.cuda.Event, cupy.cuda.MemoryHook = Event, MemoryHook
     cupy.cuda.get_elapsed_time = lambda begin, end: 1e3 * (end.at - begin.at)
     monkeypatch.setitem(sys.modules, "cupy", array)
-    from benchmarks import contenders
+    from cometrt.bench import contenders
 
     def normal(shape, scale=1.0):
         values = scale * np.random.default_rng(0).standard_normal(shape)
@@ -575,7 +581,7 @@ def test_rows_of_a_rival_join_the_table(tmp_path, monkeypatch):
 import sys
 from pathlib import Path
 from benchmarks.rivals import Rows
-from benchmarks.workloads import Cell
+from cometrt.bench.workloads import Cell
 Rows(Path(sys.argv[1])).add(Cell("mixtral-8x7b", 2), "forward", "jax ragged", [2.0, 3.0, 4.0], 2.5)
 """
     monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: name)

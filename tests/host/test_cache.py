@@ -37,7 +37,7 @@ def compiled(monkeypatch, tmp_path):
         return CODE, LOG
 
     monkeypatch.setattr(compiler, "nvrtc_compile", compile_one)
-    monkeypatch.setattr(compiler, "_nvrtc_version", lambda: (13, 0))
+    monkeypatch.setattr(compiler, "nvrtc_version", lambda: (13, 0))
     monkeypatch.setattr(compiler, "_temporary", None)
     monkeypatch.setenv("COMETRT_CACHE_DIR", str(tmp_path / "cache"))
     return names

@@ -17,7 +17,7 @@ from tests.launch import ROOT
 LAYERS = (
     {"errors", "activations", "types", "kernels.constants"},
     {"specs"},
-    {"models", "reference", "weights", "arrays"},
+    {"models", "reference", "weights", "arrays", "stats"},
     {"plan"},
     {"world"},
     {"kernels", "trace", "heap", "buffers", "residuals", "legality"},
@@ -28,6 +28,9 @@ LAYERS = (
     {"layer"},
     {"interop"},
     {""},  # cometrt/__init__.py
+    {"bench"},
+    {"cli"},
+    {"__main__"},
 )
 ALLOWED = {
     ("specs", "memory"): "MoESpec.memory is public, and computed from all that a layer allocates",

@@ -20,7 +20,9 @@ from tests.machine_code import BUILDS, builds, machine_code
 
 pytest.importorskip("cuda.bindings", reason="needs NVRTC")
 
-BENCHMARKS = [(path, ()) for path in sorted((ROOT / "benchmarks").rglob("*.cu"))]
+BENCHMARKS = [
+    (path, ()) for name in ("benchmarks", "cometrt/bench") for path in (ROOT / name).glob("*.cu")
+]
 SHIPPED = [(kernels_folder() / file, defines) for file, defines in builds()] + BENCHMARKS
 
 

@@ -14,7 +14,8 @@ from cometrt.cuda.trace import events_of
 from cometrt.host import comm
 from cometrt.kernels.constants import TRACE_LANES
 from cometrt.kernels.params import trace_lane_dtype
-from cometrt.trace import Event, Timeline
+from cometrt.trace import Event, Timeline, picture
+from cometrt.trace.events import difference, length, overlap, union
 from tests.cases import Case, make_inputs
 from tests.host.test_orders import Rank
 
@@ -230,3 +231,116 @@ def test_png_without_matplotlib_says_what_to_install(timelines, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'cometrt\[plot\]'"):
         timelines[0].save_png(tmp_path / "t.png")
+
+
+# ---- passes, and the picture ---------------------------------------------------------------------
+
+
+def test_a_forward_and_a_backward_are_two_passes(timelines):
+    forward, backward = timelines[0].passes
+    assert (forward.name, backward.name) == ("forward", "backward")
+    assert len(forward.events) + len(backward.events) == len(timelines[0].events)
+    assert {"up", "down", "reduce at home"} <= {e.name for e in forward.events}
+    assert not {e.name for e in forward.events} & {"down dgrad", "up dgrad", "wgrad"}
+    assert not {e.name for e in backward.events} & {"up", "down", "plan"}
+    for rank in timelines[0].ranks:
+        row_bytes = [sum(e.link_bytes for e in p.of_rank(rank)) for p in (forward, backward)]
+        assert row_bytes[0] == row_bytes[1]  # dy and dx are as large as x and y
+
+
+def test_passes_of_the_same_direction_are_told_apart():
+    calls = [("up", 0), ("down", 10), ("up", 30), ("down", 40), ("down dgrad", 60), ("wgrad", 70),
+             ("down dgrad", 90), ("up", 120)]  # fmt: skip
+    events = [event("compute", name, begin, begin + 9) for name, begin in calls]
+    events += [
+        event("comm", "reduce at home", 20, 22),
+        event("comm", "pull", 23, 28),
+        event("comm", "wait", 50, 52, flag="partials_ready"),
+        event("compute", "wait", 53, 58, flag="source_ready"),
+    ]
+    passes = Timeline(events).passes
+    assert [one.name for one in passes] == [
+        "forward", "forward", "backward", "backward", "forward",
+    ]  # fmt: skip
+    assert [(one.begin_ns, one.end_ns) for one in passes] == [
+        (0, 22), (23, 52), (53, 79), (90, 99), (120, 129),
+    ]  # fmt: skip
+
+
+def test_gemms_of_two_ctas_that_overlap_are_one_pass():
+    events = [
+        event("compute", "up", 0, 10, cta=0, lane=4),
+        event("compute", "down", 10, 20, cta=0, lane=4),
+        event("compute", "up", 5, 15, cta=1, lane=4),
+        event("compute", "up", 15, 18, cta=1, lane=4),
+    ]
+    (one,) = Timeline(events).passes
+    assert len(one.events) == 4
+
+
+def test_difference_is_what_an_overlap_leaves():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        times = np.sort(rng.integers(0, 60, (2, 8, 2)), axis=-1).tolist()
+        left, right = (
+            union(event("comm", "pull", begin, end) for begin, end in of if begin < end)
+            for of in times
+        )
+        rest = difference(left, right)
+        assert length(rest) == length(left) - overlap(left, right)
+        assert overlap(rest, right) == 0
+
+
+def test_the_title_has_the_hidden_share_and_each_pass_its_own(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(picture, "save_png", lambda *arguments: drawn.append(arguments))
+    timeline = Timeline(
+        [
+            event("comm", "pull", 0, 1_000_000, link_bytes=8),
+            event("compute", "up", 500_000, 2_000_000),
+            event("compute", "down dgrad", 3_000_000, 4_000_000),
+        ]
+    )
+    timeline.save_png("t.png", "a layer")
+    Timeline([]).save_png("t.png", "nothing")
+    (_, passes, title, notes, rank), (_, none, plain, *_) = drawn
+    assert title == "a layer: 50% of the communication hidden"
+    assert notes == ["forward 2.00 ms, 50% hidden", "backward 1.00 ms"]
+    assert (len(passes), rank, none, plain) == (2, None, [], "nothing")
+
+
+def test_waits_are_greys_that_can_be_told_apart():
+    def rgb(color):
+        return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+
+    greys = [rgb(color) for color in picture.GROUPS["waits for"].values()]
+    assert all(np.ptp(grey) <= 16 for grey in greys)
+    light = sorted(grey.mean() for grey in [*greys, rgb("#ffffff")])
+    assert min(np.diff(light)) >= 30
+    work = [rgb(color) for group in list(picture.GROUPS)[:3] for color in
+            picture.GROUPS[group].values()]  # fmt: skip
+    assert all(np.ptp(color) >= 60 for color in work)
+
+
+def test_a_picture_of_many_ctas_is_drawn_at_once(tmp_path, monkeypatch):
+    """Boxes drawn one by one took minutes for a real layer's."""
+    collections = pytest.importorskip("matplotlib.collections")
+    made = []
+
+    class Counted(collections.PolyCollection):
+        def __init__(self, *args, **more):
+            made.append(self)
+            super().__init__(*args, **more)
+
+    monkeypatch.setattr(collections, "PolyCollection", Counted)
+    events = [
+        event(role, name, 100 * i, 100 * i + 90, rank=rank, cta=cta, lane=lane)
+        for rank in range(2)
+        for cta in range(132)
+        for role, name, lane in (("compute", "up", 4), ("comm", "pull", 2), ("comm", "pull", 3))
+        for i in range(10)
+    ]
+    for rank in (None, 1):
+        made.clear()
+        Timeline(events).save_png(tmp_path / "t.png", rank=rank)
+        assert len(made) == 2  # one a color

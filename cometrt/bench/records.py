@@ -35,14 +35,21 @@ def machine() -> dict[str, Any]:
     import cupy as cp
 
     properties = cp.cuda.runtime.getDeviceProperties(0)
-    asked = ["git", "rev-parse", "--short", "HEAD"]
     return {
         "gpu": properties["name"].decode(),
         "driver": cp.cuda.runtime.driverGetVersion(),
         "date": datetime.date.today().isoformat(),
-        "commit": os.environ.get("COMETRT_COMMIT")
-        or subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": os.environ.get("COMETRT_COMMIT") or _commit(),
     }
+
+
+def _commit() -> str:
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip()
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -70,7 +77,7 @@ class Results:
         return self._is_here(self.skipped.get(cell)) or all(map(self._is_here, entries))
 
     def _is_here(self, entry: dict[str, Any] | None) -> bool:
-        found = entry and entry["machine"]
+        found = entry["machine"] if entry else {}
         return bool(found) and all(found[key] == self.here[key] for key in ("commit", "gpu"))
 
     def add(self, cell: str, passes: dict[str, dict[str, Any]]) -> None:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import cometrt
-from benchmarks.records import spread
-from benchmarks.workloads import cuda_function
+from cometrt.bench.records import spread
+from cometrt.bench.workloads import cuda_function
 
 WARM_UP = 3  # calls: launched, captured in a graph, replayed
 _STREAM = 2  # number of the auxiliary stream that opens barriers: nobody else's

@@ -1,16 +1,12 @@
 """A layer's forward made of parts: NCCL's all-to-all, our grouped GEMMs, and all-to-all back.
 
-    python -m benchmarks.nccl [options of benchmarks.peers]
-
 It is the strongest form of that. A token crosses once to each rank that wants it, and its partial
 sum crosses back once. All ranks know beforehand who needs what: planning and the exchange of counts
-are not in its time, whereas the layers' modes plan in theirs. `benchmarks.peers` measures it beside
-them; this command measures it alone.
+are not in its time, whereas the layers' modes plan in theirs.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,7 @@ import cupy as cp
 import numpy as np
 
 import cometrt
-from benchmarks.workloads import cuda_function, device_normal
+from cometrt.bench.workloads import cuda_function, device_normal
 from cometrt.cuda.engine import GroupedGemm, order_tiles, raster_group_of
 from cometrt.world.partitions import num_sms
 
@@ -48,7 +44,8 @@ class Experts:
         shape, geometry = layer.shape, layer.geometry
         size, tokens, _ = ids.shape
         routing = (ids, weights, np.full(size, tokens, np.int32))
-        self.plan = layer.executor.queue.planner.plan(*map(cp.asarray, routing))
+        executor: Any = layer.executor
+        self.plan = executor.queue.planner.plan(*map(cp.asarray, routing))
         hidden, inner, up = layer.spec.hidden, geometry.local_intermediate, geometry.up_columns
         self._w_up, self._w_down = expert_weights
         self._up = GroupedGemm(layer.spec.activation, write_z=True)
@@ -206,13 +203,3 @@ def _parts(array: Any, tokens: dict[int, np.ndarray]) -> dict[int, Any]:
 
 def _column(values: np.ndarray) -> Any:
     return cp.asarray(values.astype(np.int32)[:, None])
-
-
-def main() -> None:
-    from benchmarks import peers  # which imports this module
-
-    peers.main(["--contenders", "nccl,gemms", *sys.argv[1:]])
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""One rank's layers and arrays: what benchmarks/layer.py and benchmarks/peers.py check and time."""
+"""One rank's layers and arrays: what is checked and timed beside each other."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import cupy as cp
 import numpy as np
 
 import cometrt
-from benchmarks.nccl import Experts, Nccl, NcclForward
-from benchmarks.step_memory import Allocations, heap_bytes
-from benchmarks.timing import Call, Method, StartBarrier, measure
-from benchmarks.workloads import (
+from cometrt.bench.nccl import Experts, Nccl, NcclForward
+from cometrt.bench.step_memory import Allocations, heap_bytes
+from cometrt.bench.timing import Call, Method, StartBarrier, measure
+from cometrt.bench.workloads import (
     PASSES,
     SHAPES,
     Cell,
@@ -101,7 +101,8 @@ class Rank:
         self.ids = cp.asarray(ids[world.rank])
         weights = np.random.default_rng(0).random(ids.shape, np.float32) + 0.5  # of all ranks
         self.topk_weights = cp.asarray(weights[world.rank])
-        self.y, self._grads = cp.empty_like(self.x), None
+        self.y = cp.empty_like(self.x)
+        self._grads: cometrt.Gradients | None = None
         self._experts: Experts | None = None
         self._nccl: NcclForward | None = None
         if "gemms" in names or "nccl" in names:
@@ -163,7 +164,8 @@ class Rank:
     def _planning(self) -> Call:
         """A fused forward, of which publish and prepare are timed. Its kernels are launched one by
         one, since the launches of a graph cannot be watched."""
-        executor, planned = self.layers["fused"].executor, cp.cuda.Event()
+        executor: Any = self.layers["fused"].executor
+        planned = cp.cuda.Event()
         prepare = executor.kernels["prepare"]
 
         def watched(stream: int, *args: Any) -> None:
@@ -261,19 +263,22 @@ def measure_cell(
     args: argparse.Namespace,
     config: cometrt.TileConfig | None = None,
     gbps: float | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, dict[str, Any]]:
-    """Collective: check a cell, and measure its passes; entries of `benchmarks.records` by pass,
+    """Collective: check a cell, and measure its passes; entries of `cometrt.bench.records` by pass,
     equal on all ranks.
 
     Args:
         args: of `add_arguments`.
         config: of the fused layer; None: what a layer gets by itself.
         gbps: of the link, each way; None: that of the emulated link, or none.
+        say: is called with what comes next.
     """
     ids, training = routing(cell), not args.inference
     if args.inference and args.passes != ["forward"]:
         raise ValueError("--inference has forwards alone")
     rank = Rank(world, cell, ids, args.contenders, training=training, config=config)
+    say("checking results; the first time, kernels are compiled")
     errors = rank.check(backward=args.passes != ["forward"])
     barrier, method = StartBarrier(world), Method.of(args)
     if gbps is None and cell.link is not None:
@@ -299,6 +304,7 @@ def measure_cell(
     }
     found = {}
     for which in args.passes:
+        say(f"measuring {which}")
         flops = cell.flops(which) * (cell.ranks if world.shares_gpu else 1)  # of the GPU
         times = measure(world, barrier, rank.calls(which), method)
         found[which] = facts | {"flops": flops, "times": times}

@@ -1,0 +1,42 @@
+"""What `finish` tells the host of each call that has succeeded."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cometrt.cuda.report import pinned
+from cometrt.kernels.params import call_stats_dtype
+from cometrt.stats import LayerStats
+
+_MAX_READS = 1000
+
+
+class DeviceStats:
+    """A layer's CallStats, in memory of the host that `finish` writes to.
+
+    Each word has its call's epoch, and is written at once. So the host needs no wait and the device
+    no fence: where all words have the same epoch, they are of one call.
+
+    Attributes:
+        address: of the words [1 + local_experts], for kernels.
+    """
+
+    def __init__(self, local_experts: int) -> None:
+        self._words = pinned(call_stats_dtype, 1 + local_experts)
+        self.address = int(self._words.ctypes.data)
+        self._last: LayerStats | None = None
+
+    def read(self) -> LayerStats | None:
+        """Of the newest call; None: none has succeeded yet. Where the device writes all the time,
+        those of the last `read`."""
+        for _ in range(_MAX_READS):
+            words = self._words.copy()
+            epoch = int(words["epoch"][0])
+            if (words["epoch"] == epoch).all():
+                if epoch == 0:
+                    return None
+                waited_us = float(words["value"][:1].view(np.float32)[0])
+                rows = words["value"][1:].astype(np.int64)
+                self._last = LayerStats(epoch, rows, waited_us)
+                break
+        return self._last

@@ -1,0 +1,76 @@
+"""layer.stats() on GPUs: what `finish` writes to the host."""
+
+import numpy as np
+import pytest
+
+import cometrt
+from tests.cases import Case, make_inputs, on_device
+from tests.stats_cases import check_stats
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("mode", ["fused", "sequential", "chunked"])
+@pytest.mark.parametrize("ranks", [(1, 1), (4, 1), (2, 2)])
+def test_stats_are_those_of_the_newest_call(ranks, mode):
+    check_stats(Case(ranks, mode=mode, gemm="engine"), "cuda")
+
+
+def test_ranks_wait_for_the_last_one_to_begin():
+    import cupy as cp
+
+    case = Case((2, 1), mode="fused", gemm="engine")
+    inputs = make_inputs(case)
+    delay = cp.RawKernel(
+        """extern "C" __global__ void delay(long long ns) {
+          unsigned long long begin, now;
+          asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin));
+          do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)); while (now - begin < ns);
+        }""",
+        "delay",
+    )
+
+    def fn(world):
+        r, move = world.rank, on_device(world)
+        weights = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, case.size, case.spec)
+        args = [move(part[r]) for part in (inputs.x, inputs.ids, inputs.weights)]
+        args += map(move, weights)
+        with cometrt.MoELayer(world, case.spec, case.mode, config=case.config) as layer:
+            delay((1,), (1,), (np.int64(1),))  # loaded before any kernel waits for a peer
+            cp.cuda.get_current_stream().synchronize()
+            world.barrier()
+            for _ in range(3):
+                delay((1,), (1,), (np.int64(20_000_000 if r == 1 else 1),))
+                layer.forward(*args)
+                layer.synchronize()
+                world.barrier()
+            return layer.stats().waited_us
+
+    early, late = cometrt.spawn(fn, 2, "cuda")
+    assert early >= 10_000
+    assert late < early
+
+
+def test_stats_are_read_while_calls_run():
+    case = Case((2, 1), mode="fused", gemm="engine")
+    inputs = make_inputs(case)
+
+    def fn(world):
+        r, move = world.rank, on_device(world)
+        weights = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, case.size, case.spec)
+        args = [move(part[r]) for part in (inputs.x, inputs.ids, inputs.weights)]
+        args += map(move, weights)
+        found = []
+        with cometrt.MoELayer(world, case.spec, case.mode, config=case.config) as layer:
+            for _ in range(200):
+                layer.forward(*args, training=False)
+                found.append(layer.stats())
+            layer.synchronize()
+            found.append(layer.stats())
+        return [of for of in found if of is not None]
+
+    for found in cometrt.spawn(fn, 2, "cuda"):
+        epochs = [of.epoch for of in found]
+        assert epochs == sorted(epochs)
+        assert epochs[-1] >= 200
+        assert len({of.rows.tobytes() for of in found}) == 1
