@@ -27,7 +27,6 @@ from cometrt.tuner.search import Found
 from tests.launch import ROOT
 
 ENGINE = ("engine_forms", "engine_backward")
-WITH_CUPY = ("ranks", "defaults", "step_memory")
 MACHINE = {"gpu": "A GPU", "driver": 13000, "date": "2026-01-01", "commit": "abc"}
 START = """
 import runpy, sys
@@ -58,8 +57,8 @@ def cupy(monkeypatch):
 
 def forget_those_with_cupy():
     for package, names in (
-        (benchmarks, ("peers", "layer", "engine", *ENGINE)),
-        (bench, ("contenders", "nccl")),
+        (benchmarks, ("peers", "layer", "engine", "defaults", *ENGINE)),
+        (bench, ("contenders", "nccl", "step_memory")),
     ):
         for name in names:
             if sys.modules.pop(f"{package.__name__}.{name}", None):
