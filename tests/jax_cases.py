@@ -49,7 +49,8 @@ def dense(x, ids, weights, w_up, w_down):
     gate, up = jnp.split(jnp.einsum("th,eih->tei", x, w_up), 2, axis=-1)
     o = jnp.einsum("tei,ehi->teh", jax.nn.silu(gate) * up, w_down)
     chosen = jnp.take_along_axis(o, jnp.maximum(ids, 0)[..., None], axis=1)
-    return jnp.einsum("tk,tkh->th", jnp.where(ids < 0, 0, weights), chosen)
+    y = jnp.einsum("tk,tkh->th", jnp.where(ids < 0, 0, weights), chosen)
+    return y.astype(x.dtype)
 
 
 def mapped(function, mesh, axes=("expert",), **options):

@@ -438,7 +438,7 @@ def main():
     parser.add_argument("--link", help="pace what crosses ranks: h100, h200 or h800")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    from benchmarks.ranks import is_under_mpi
+    from cometrt.cli.ranks import is_under_mpi
 
     comm = None
     if is_under_mpi():

@@ -1,5 +1,6 @@
 """Which GPU a process takes, which GPUs do, which arrays may be written to; CUDA is a stand-in."""
 
+import math
 import sys
 import types
 
@@ -167,7 +168,7 @@ class Array:
     """Stands for cupy.ndarray."""
 
     def __init__(self, shape, dtype, address):
-        self.shape, self.dtype = shape, np.dtype(dtype)
+        self.shape, self.dtype, self.size = shape, np.dtype(dtype), math.prod(shape)
         self.flags = types.SimpleNamespace(c_contiguous=True)
         self.data = types.SimpleNamespace(device_id=0, ptr=address)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import jax
@@ -20,11 +21,20 @@ from tests.cases import on_device, on_host  # noqa: E402
 from tests.jax_cases import arrays_of, bits, small_spec, step_of  # noqa: E402
 
 
+def on_gpu(world):
+    """Within it the rank's GPU is the thread's, which JAX may have changed."""
+    if world.device == "host":
+        return contextlib.nullcontext()
+    import cupy
+
+    return cupy.cuda.Device(gpu)
+
+
 def test_bits_are_those_of_the_layer(world, moe, arrays, dy):
     """Three times: on a GPU a call that comes again is a graph."""
     step, own = step_of(moe), world.ranks[0]
     move = on_device(own)
-    with cometrt.MoELayer(own, moe.spec) as layer:
+    with on_gpu(own), cometrt.MoELayer(own, moe.spec) as layer:
         given = [move(np.asarray(array)) for array in arrays]
         y, saved = layer.forward(*given)
         expected = [on_host(a) for a in (y, *layer.backward(move(np.asarray(dy)), saved))]

@@ -96,6 +96,7 @@ def time_steps(world) -> None:
 
 
 def main() -> None:
+    jax.config.update("jax_cuda_visible_devices", "0")  # before JAX starts
     spec = small_spec(dtype="bfloat16", hidden=64, intermediate=64, max_tokens=64)
     arrays = arrays_of(spec, 48)
     with cometrt_jax.connect() as world:

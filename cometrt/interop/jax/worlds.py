@@ -208,8 +208,13 @@ def _kind(device: Any) -> str:
 
 
 def _gpu(place: Place) -> int:
-    """The number of the rank's GPU among those that CUDA shows to this process."""
-    return int(place.device.local_hardware_id)
+    """The number of the rank's GPU among those that CUDA shows to this process: of the one that an
+    array of the JAX device lies on."""
+    import cupy
+
+    array = jax.device_put(np.zeros(1, np.float32), place.device)
+    pointer = int(array.unsafe_buffer_pointer())
+    return int(cupy.cuda.runtime.pointerGetAttributes(pointer).device)
 
 
 def _store() -> Store:
