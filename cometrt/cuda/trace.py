@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from cometrt.cuda.fused import FusedPath
+from cometrt.cuda.report import pinned
 from cometrt.kernels.constants import TRACE_LANES
+from cometrt.kernels.launch import load_kernels
 from cometrt.kernels.params import (
     trace_lane_dtype,
     traced_exchange_state_dtype,
@@ -31,6 +34,7 @@ KINDS = (  # role, name, flag; numbers of EventKind
     ("comm", "wait", "partials_ready"),
     ("comm", "wait", "link"),
 )
+_CLOCK_READS = 20
 _AT = traced_exchange_state_dtype.fields["trace"][1]  # type: ignore[index]
 
 
@@ -50,6 +54,7 @@ def recorded_by(
     import cupy as cp
 
     kernels = [path.use(path.load(trace=True)) for path in fused]
+    clock = Clock()
     trace = DeviceTrace(state, max(path.num_ctas for path in fused))
     try:
         yield
@@ -59,7 +64,36 @@ def recorded_by(
         ended.synchronize()
         cp.cuda.get_current_stream().synchronize()  # where graphs were launched
         lanes = trace.end()
-    recording.events += events_of(lanes, recording.world.rank)
+    # Ranks that share a GPU share its clock, and need no comparison, which is off by microseconds.
+    offset_ns = 0 if recording.world.shares_gpu else clock.offset_ns()
+    recording.events += events_of(lanes, recording.world.rank, offset_ns)
+
+
+class Clock:
+    """The GPU's clock beside the host's. The kernel is loaded at once."""
+
+    def __init__(self) -> None:
+        self._time_ns = pinned(np.dtype(np.uint64))
+        (self._read,) = load_kernels("common/clock.cu", "read_clock")
+        self.offset_ns()
+
+    def offset_ns(self) -> int:
+        """Nanoseconds to add to the GPU's time for the host's `time.monotonic_ns`.
+
+        An idle GPU reads its clock in the middle between launch and end, to within a few
+        microseconds.
+        """
+        import cupy as cp
+
+        stream, address = cp.cuda.get_current_stream(), np.uint64(self._time_ns.ctypes.data)
+        found = []
+        for _ in range(_CLOCK_READS):
+            begin = time.monotonic_ns()
+            self._read(stream.ptr, 1, address)
+            stream.synchronize()
+            end = time.monotonic_ns()
+            found.append((end - begin, (begin + end) // 2 - int(self._time_ns[0])))
+        return min(found)[1]  # of the quickest
 
 
 class DeviceTrace:
@@ -92,8 +126,12 @@ class DeviceTrace:
         cp.cuda.get_current_stream().synchronize()
 
 
-def events_of(lanes: np.ndarray, rank: int) -> list[Event]:
-    """Events of the lanes that `DeviceTrace.end` returns. Warns where some did not fit."""
+def events_of(lanes: np.ndarray, rank: int, offset_ns: int = 0) -> list[Event]:
+    """Events of the lanes that `DeviceTrace.end` returns. Warns where some did not fit.
+
+    Args:
+        offset_ns: is added to their times.
+    """
     room = trace_lane_dtype["events"].shape[0]
     dropped = int(np.maximum(lanes["num_events"].astype(np.int64) - room, 0).sum())
     if dropped:
@@ -107,6 +145,7 @@ def events_of(lanes: np.ndarray, rank: int) -> list[Event]:
         for record in lanes["events"][cta, lane, : min(count, room)].tolist():
             begin_ns, end_ns, local_bytes, link_bytes, tile, column, kind = record
             role, name, flag = KINDS[kind]
+            begin_ns, end_ns = begin_ns + offset_ns, end_ns + offset_ns
             events.append(
                 Event(
                     rank, role, name, begin_ns, end_ns, tile, local_bytes, link_bytes, flag,

@@ -16,7 +16,8 @@ class Event(NamedTuple):
         rank, role: role is "comm" or "compute".
         name: "publish", "plan" or "wait"; of comm "pull", "reduce and push", "reduce at home"; of
             compute "up", "down" (forward), "down dgrad", "up dgrad", "wgrad" (backward).
-        begin_ns, end_ns: on a clock that all ranks of a host share; on "cuda" the GPU's clock.
+        begin_ns, end_ns: on a clock that all ranks of a host share. On "cuda" the GPU's clock,
+            set by the host's where ranks have GPUs of their own.
         tile: M-tile, token block or expert; -1 if none applies.
         local_bytes, link_bytes: bytes moved within the rank, and between ranks.
         flag: the flag that a wait waits for (see docs/architecture.md), or "link".

@@ -5,11 +5,13 @@ import json
 import math
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 
 import cometrt
+from cometrt.cuda import trace
 from cometrt.cuda.trace import events_of
 from cometrt.host import comm
 from cometrt.kernels.constants import TRACE_LANES
@@ -168,6 +170,26 @@ def test_what_kernels_have_recorded_becomes_events():
         event("comm", "pull", 1, 2, rank=7, local_bytes=64, link_bytes=32, cta=1, lane=2),
         event("comm", "wait", 2, 4, rank=7, flag="link", cta=1, lane=2),
     ]
+
+
+def test_the_clock_of_a_gpu_is_compared_with_that_of_the_host(monkeypatch):
+    behind, waits = 5_000_000_000, itertools.chain([0.02, 0.0], itertools.repeat(0.001))
+    stream = types.SimpleNamespace(ptr=3, synchronize=lambda: time.sleep(next(waits)))
+    cupy = types.ModuleType("cupy")
+    cupy.cuda = types.SimpleNamespace(get_current_stream=lambda: stream)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+    def read_clock(stream, grid, address):
+        assert (stream, grid, int(address)) == (3, 1, memory.ctypes.data)
+        memory[0] = time.monotonic_ns() - behind
+
+    memory = np.zeros(1, np.uint64)
+    monkeypatch.setattr(trace, "pinned", lambda dtype: memory)
+    monkeypatch.setattr(trace, "load_kernels", lambda *names: (read_clock,))
+    assert abs(trace.Clock().offset_ns() - behind) < 2_000_000
+    lanes = lanes_of({(0, 4): 1}, {(0, 4, 0): (5, 9, 0, 0, 3, 1, 0)})
+    (found,) = events_of(lanes, 0, 100)
+    assert (found.begin_ns, found.end_ns) == (105, 109)
 
 
 def test_events_without_room_are_counted():
