@@ -508,3 +508,6 @@ def test_addresses_of_calls_on_a_gpu(monkeypatch, save):
     assert call.at == addresses | {"scratch of": "backward"}
     layer.fail(context, list(results.values()), ())
     assert memsets == [(results[name].address, 0xFF, 6, 77) for name in names]
+    memsets.clear()
+    layer.fail(context, [y], list(kept.values()))  # its backward finds 0 in place of the epoch
+    assert memsets == [(y.address, 0xFF, 40, 77), (kept["epoch"].address, 0, 8, 77)]
