@@ -2,7 +2,7 @@
 
     python examples/train_lm.py --tiny                        # four ranks on one CPU, or one GPU
     mpirun -n 4 python -m mpi4py examples/train_lm.py --tiny  # a process for each rank, a GPU each
-    python examples/train_lm.py --tiny --processes 2 --process 0 --coordinator localhost:4000
+    python examples/train_lm.py --tiny --processes 2 --process 0 --port 4000
     python examples/train_lm.py --tiny --data 2               # two groups of ranks with all experts
 
 It predicts the next byte of Python's standard library. Experts are sharded over the ranks. All else
@@ -70,23 +70,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--devices", type=int, default=4, help="CPU devices, in one process alone")
     add("--processes", type=int, help="without mpirun: how many there are")
     add("--process", type=int, help="without mpirun: which one this is")
-    add("--coordinator", metavar="HOST:PORT", help="without mpirun: where process 0 listens")
+    add("--port", type=int, help="without mpirun: a free one, the same for all processes")
     if parser.parse_known_args(arguments)[0].tiny:
         parser.set_defaults(**TINY)
     options = parser.parse_args(arguments)
-    apart = (options.processes, options.process, options.coordinator)
+    apart = (options.processes, options.process, options.port)
     if None in apart and apart != (None, None, None):
-        parser.error("--processes, --process and --coordinator must be given together")
+        parser.error("--processes, --process and --port must be given together")
     return options
 
 
 def start_jax(options: argparse.Namespace) -> None:
     """Join the other processes, if there are any. Each process takes the GPU of its number."""
     if options.processes:
-        visible = [options.process] if Path("/proc/driver/nvidia/version").exists() else None
-        jax.distributed.initialize(
-            options.coordinator, options.processes, options.process, local_device_ids=visible
-        )
+        jax.config.update("jax_cuda_visible_devices", str(options.process))
+        jax.distributed.initialize(f"localhost:{options.port}", options.processes, options.process)
     elif any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
         jax.distributed.initialize(cluster_detection_method="mpi4py")
     else:
@@ -167,30 +165,35 @@ class Trainer:
         options = self.options
         while len(self.losses) < options.steps:
             begin = len(self.losses)
-            every = (options.log_every, options.save_every)
-            end = min(options.steps, *((begin // n + 1) * n for n in every))
+            end = min(
+                options.steps,
+                *(
+                    (begin // every + 1) * every
+                    for every in (options.log_every, options.save_every)
+                ),
+            )
             started, pending = time.perf_counter(), []
             for step in range(begin, end):
                 tokens = self.tokens(step)
                 if step == options.fault_step:
                     self.stall()
                 self.state, metrics = self.step(self.state, tokens)
-                pending.append(metrics["loss"])
-            values = {name: float(value) for name, value in metrics.items()}  # waits
+                pending.append(metrics)
+            values = jax.device_get(pending)  # waits
             seconds = (time.perf_counter() - started) / (end - begin)
             started = time.perf_counter()
             probed = float(self.probe(self.state["parameters"], tokens))
             # Of a layer that is timed alone, so it is an estimate.
             share = min(1.0, self.config.layers * (time.perf_counter() - started) / seconds)
-            error = self.error_of(values["loss"] + values["norm"] + probed)
+            error = self.error_of(sum(each["loss"] + each["norm"] for each in values) + probed)
             if error is not None:
                 self.recover(error, end)
                 continue
-            self.losses += map(float, pending)
+            self.losses += [float(each["loss"]) for each in values]
             say(
-                f"step {end:5d}  loss {values['loss']:.3f} nats/byte  "
+                f"step {end:5d}  loss {self.losses[-1]:.3f} nats/byte  "
                 f"{options.batch * options.sequence / seconds:,.0f} tokens/s  "
-                f"MoE {share:.0%} of the time  busiest expert {values['load']:.2f}x the mean"
+                f"MoE {share:.0%} of the time  busiest expert {values[-1]['load']:.2f}x the mean"
             )
             if end % options.save_every == 0 or end == options.steps:
                 self.states.save(self.state, self.losses)

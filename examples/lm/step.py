@@ -68,10 +68,12 @@ def make_step(
     def step(state: Any, tokens: Any) -> tuple[Any, dict[str, Any]]:
         parameters = state["parameters"]
         (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameters, tokens)
-        metrics["norm"] = optax.global_norm(gradients)
+        metrics["norm"] = optax.tree.norm(gradients)
         updates, moments = optimizer.update(gradients, state["optimizer"], parameters)
-        parameters = optax.apply_updates(parameters, updates)
-        return {"parameters": parameters, "optimizer": moments}, metrics
+        updated = {"parameters": optax.apply_updates(parameters, updates), "optimizer": moments}
+        # After a failure the state stays, so that later steps do not fail for its NaN.
+        finite = jnp.isfinite(metrics["loss"] + metrics["norm"])
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state), metrics
 
     return step
 
