@@ -206,9 +206,23 @@ def test_demo(tmp_path):
     pytest.importorskip("matplotlib")
     printed = script(4, "examples/demo.py", "--scale", "16", "--out", str(tmp_path))
     assert "every result agrees with the float64 reference" in printed
-    assert len(re.findall(r"^ +[0-3] +256 ", printed, re.MULTILINE)) == 4
+    assert len(re.findall(r"^rank [0-3]: 256 tokens, ", printed, re.MULTILINE)) == 4
     assert "hidden share:" in printed
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "timeline.json").stat().st_size > 1000
+
+
+def test_demo_needs_mpi_alone(tmp_path):
+    missing = ["rich", "typer", "matplotlib"]
+    (tmp_path / "without.py").write_text(
+        f"import runpy, sys\nsys.modules |= dict.fromkeys({missing})\n"
+        f"sys.path.insert(0, {str(ROOT / 'examples')!r})\n"
+        f"runpy.run_path({str(ROOT / 'examples' / 'demo.py')!r}, run_name='__main__')\n"
+    )
+    options = ["--scale", "64", "--tokens", "16", "--out", str(tmp_path), "--device", "host"]
+    printed = script(2, str(tmp_path / "without.py"), *options)
+    assert "every result agrees with the float64 reference" in printed
+    assert "pip install 'cometrt[plot]'" in printed
     assert (tmp_path / "timeline.json").stat().st_size > 1000
 
 
