@@ -38,7 +38,7 @@ def main() -> None:
         xp = array_module(world)  # CuPy, or NumPy on the host
         bfloat16 = SPEC.numpy_dtype  # of the layer; all else is float32
         x, router, *experts = to_device(world, x, router, *(w.astype(np.float32) for w in experts))
-        target = x[:, ::-1]
+        target = xp.ascontiguousarray(x[:, ::-1])
         sum_over_ranks = GradientSum(comm, world)
         for step in range(STEPS):
             # Forward: each token's experts and their weights, then the layer.

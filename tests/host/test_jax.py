@@ -404,8 +404,9 @@ def test_example(monkeypatch):
     assert last < 0.5 * first
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it takes the default devices")
 def test_readme_code():
+    if jax.default_backend() != "cpu":
+        pytest.skip("it takes JAX's default devices")
     blocks = re.findall(
         r"^```[a-z]*\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
     )
