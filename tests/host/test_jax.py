@@ -1,6 +1,7 @@
 """The layer inside JAX programs on the CPU: in one process with several ranks, and in several."""
 
 import contextlib
+import re
 import socket
 import subprocess
 import sys
@@ -401,6 +402,20 @@ def test_example(monkeypatch):
         float(line.split("loss ")[1]) for line in result.stdout.splitlines() if "loss " in line
     )
     assert last < 0.5 * first
+
+
+def test_readme_code():
+    if jax.default_backend() != "cpu":
+        pytest.skip("it takes JAX's default devices")
+    blocks = re.findall(
+        r"^```[a-z]*\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    (block,) = (block for block in blocks if "cometrt_jax" in block)
+    names = {"spec": small_spec()}
+    exec(block, names)
+    with names["world"], names["moe"]:
+        arrays = arrays_of(names["spec"], names["world"].size * names["spec"].max_tokens)
+        check_equal([names["layer"](*arrays)], [arrays[0] + dense(*arrays)])
 
 
 # ---- on a GPU: which addresses a call gets ------------------------------------------------------
