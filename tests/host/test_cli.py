@@ -136,7 +136,7 @@ def test_commands_under_mpirun_speak_once():
 def test_hardware_queues_are_asked_for_by_threads_alone(cli, monkeypatch, processes, wanted):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")  # so that what is set goes in the end
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
-    for name in ranks._SIZES:
+    for name in ranks.SIZES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PMI_SIZE", processes)
     cli("memory --json")
