@@ -16,7 +16,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # The CUDA extra only where the driver can use it.
 HAVE_GPU := $(shell (test -e /proc/driver/nvidia/version || command -v nvidia-smi) >/dev/null 2>&1 && echo yes)
-EXTRAS := mpi,jax,plot,cli,test,lint,compile$(if $(HAVE_GPU),$(shell echo ,cuda13))
+EXTRAS := mpi,jax,train,plot,cli,test,lint,compile$(if $(HAVE_GPU),$(shell echo ,cuda13))
 STAMP := $(VENV)/.cometrt-$(subst $(shell echo ,),-,$(EXTRAS))
 CUDA_SOURCES = $(shell find kernels_cu -name '*.cu' -o -name '*.cuh')
 

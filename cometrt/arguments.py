@@ -12,7 +12,7 @@ import numpy as np
 
 from cometrt.executor import Executor
 from cometrt.residuals import Residuals
-from cometrt.specs import Geometry, Gradients
+from cometrt.specs import Geometry, Gradients, check_positive
 from cometrt.types import Array, Arrays
 
 _FLOAT32 = np.dtype(np.float32)
@@ -118,6 +118,35 @@ def _check_overlap(name: str, first: int, nbytes: int, begin: int, end: int) -> 
             f"{name} must begin where layer.buffer() begins if they overlap "
             f"(got a view that begins {first - begin:+} bytes from there)"
         )
+
+
+def check_tune(
+    arrays: Arrays,
+    geometry: Geometry,
+    inputs: Any,
+    training: object,
+    budget_sec: object,
+    captured: object,
+) -> tuple[tuple[Array, ...] | None, bool, float, str]:
+    """Arguments of `layer.tune`: (inputs, training, budget_sec, ""), or with an error's message.
+
+    Args:
+        captured: whether calls of the layer are in a CUDA graph.
+    """
+    try:
+        if inputs is not None:
+            if not isinstance(inputs, tuple) or len(inputs) != 5:
+                raise ValueError("inputs must be (x, topk_ids, topk_weights, w_up, w_down)")
+            inputs = check_forward(arrays, geometry, *inputs)
+        training, budget_sec = (
+            check_bool("training", training),
+            check_positive("budget_sec", budget_sec),
+        )
+        if captured:
+            raise ValueError("layer must not be in a CUDA graph when it is tuned")
+    except ValueError as error:
+        return None, False, 0.0, str(error)
+    return inputs, training, budget_sec, ""
 
 
 def check_bool(name: str, value: object) -> bool:

@@ -12,6 +12,7 @@ from cometrt.arguments import (
     check_backward,
     check_bool,
     check_forward,
+    check_tune,
     make_results,
 )
 from cometrt.arrays import HostArrays
@@ -21,7 +22,7 @@ from cometrt.host import HostExecutor
 from cometrt.memory import buffers_of, check_room
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.residuals import ArraySpec, Origin, Residuals, Uses, array_specs
-from cometrt.specs import Geometry, Gradients, MoESpec, check_int, check_positive
+from cometrt.specs import Geometry, Gradients, MoESpec, check_int
 from cometrt.stats import LayerStats
 from cometrt.trace import NullTracer, Recording, Tracer
 from cometrt.tuner.tune import tune
@@ -297,20 +298,9 @@ class MoELayer:
                 f"tune() needs device='cuda' and mode 'fused' (got {world.device!r}, {self.mode!r})"
             )
         self._synchronize()
-        problem = ""
-        try:
-            if inputs is not None:
-                if not isinstance(inputs, tuple) or len(inputs) != 5:
-                    raise ValueError("inputs must be (x, topk_ids, topk_weights, w_up, w_down)")
-                inputs = check_forward(self._arrays, self.geometry, *inputs)
-            check_bool("training", training)
-            budget_sec = check_positive("budget_sec", budget_sec)
-            if self.executor.captured:
-                raise ValueError("layer must not be in a CUDA graph when it is tuned")
-        except ValueError as error:
-            problem, training, budget_sec = str(error), False, 0.0
-        of = self._layer, self.config, inputs, bool(training), budget_sec, problem
-        config, executor = tune(world, self.geometry, *of)
+        given = inputs, training, budget_sec, self.executor.captured
+        checked = check_tune(self._arrays, self.geometry, *given)
+        config, executor = tune(world, self.geometry, self._layer, self.config, *checked)
         if executor is not None:
             if self._finalizer is not None:
                 self._finalizer.detach()

@@ -87,7 +87,8 @@ class Residuals:
                 f"(got {what})"
             )
         meta = saved[0]
-        if not isinstance(meta, np.ndarray) or meta.shape != META_SHAPE:
+        is_meta = isinstance(meta, np.ndarray) and meta.dtype == np.int64
+        if not is_meta or meta.shape != META_SHAPE:
             raise ValueError("saved must begin with forward's meta array (got something else)")
         *found, num_tokens, serial = map(int, meta.tolist())
         for name, expected, got in zip(Origin._fields, origin, found, strict=True):

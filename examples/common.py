@@ -1,8 +1,9 @@
-"""What the examples share besides cometrt.cli.inputs: the option --device, sums over ranks."""
+"""What the examples share besides cometrt.cli.inputs: --device, streams, sums over ranks."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 from typing import Any
 
@@ -27,6 +28,14 @@ def array_module(world: cometrt.World) -> Any:
     import cupy
 
     return cupy
+
+
+def own_stream(world: cometrt.World) -> contextlib.AbstractContextManager[Any]:
+    """A CuPy stream, current within the context. CUDA captures no graph of its default stream.
+    None on the host."""
+    if world.device == "host":
+        return contextlib.nullcontext()
+    return array_module(world).cuda.Stream(non_blocking=True)
 
 
 class GradientSum:

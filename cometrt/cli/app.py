@@ -48,8 +48,10 @@ NO_GPU = {"skipped": "no GPU"}
 
 def run(arguments: Sequence[str] | None) -> None:
     """Run a command, and exit."""
-    # CUDA reads it when it starts; see `cometrt.spawn`.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    if not is_under_mpi():
+        # CUDA reads it when it starts; see `cometrt.spawn`. Processes under mpirun do not need it,
+        # and the multi-process service refuses them with it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     app(args=None if arguments is None else list(arguments), prog_name="cometrt")
 
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 
 import cometrt
 from cometrt.cli.inputs import (
@@ -25,8 +24,11 @@ from cometrt.cli.inputs import (
     to_host,
 )
 from cometrt.cli.output import Say, table
-from cometrt.cli.trace import files, show_files
+from cometrt.cli.trace import files, lines_of_files, show_files
 from cometrt.models import scaled_spec
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 MODEL = "qwen3-30b-a3b"
 
@@ -121,12 +123,41 @@ def _moved(all_ids: np.ndarray, rank: int, size: int, spec: cometrt.MoESpec) -> 
     return {"rows": int(here.sum()), "pulled_mb": crossing, "pushed_mb": crossing}
 
 
-def show(console: Console, found: dict[str, Any]) -> None:
-    title = (
+def describe(found: dict[str, Any]) -> str:
+    """The layer in a line. found: what `run` returned."""
+    return (
         f"{found['model']} / {found['scale']}: H={found['hidden']} I={found['intermediate']} "
-        f"E={found['experts']} K={found['topk']} {found['dtype']}, on {found['device']}, "
-        f"mode {found['mode']}"
+        f"E={found['experts']} K={found['topk']} {found['dtype']}, {len(found['ranks'])} ranks on "
+        f"{found['device']}, mode {found['mode']}"
     )
+
+
+def describe_load(found: dict[str, Any]) -> str:
+    """The experts' load in a line."""
+    load = found["load"]
+    busiest = ", ".join(f"#{expert} {count}" for expert, count in load["busiest"].items())
+    return (
+        f"experts' load: busiest {busiest}; {load['imbalance']:.1f}x the mean, coefficient of "
+        f"variation {load['variation']:.2f}, {load['idle']} of {found['experts']} idle"
+    )
+
+
+CHECKED = "every result agrees with the float64 reference"
+
+
+def text(found: dict[str, Any]) -> str:
+    """The result without tables and colors. It needs no rich."""
+    ranks = [
+        f"rank {rank}: {found['tokens']} tokens, {of['rows']} rows, {of['pulled_mb']:.2f} MB "
+        f"pulled, {of['pushed_mb']:.2f} MB pushed, {of['seconds'] * 1e3:.0f} ms, "
+        f"largest error {of['error']:.1e}"
+        for rank, of in enumerate(found["ranks"])
+    ]
+    lines = [describe(found), *ranks, describe_load(found), CHECKED, *lines_of_files(found)]
+    return "\n".join(lines)
+
+
+def show(console: Console, found: dict[str, Any]) -> None:
     rows = [
         [
             str(rank), str(found["tokens"]), str(of["rows"]), f"{of['pulled_mb']:.2f}",
@@ -135,13 +166,7 @@ def show(console: Console, found: dict[str, Any]) -> None:
         for rank, of in enumerate(found["ranks"])
     ]  # fmt: skip
     heads = ["rank", "tokens", "rows", "pulled MB", "pushed MB", "time ms", "largest error"]
-    console.print(table(title, *heads, rows=rows))
-    load = found["load"]
-    busiest = ", ".join(f"#{expert} {count}" for expert, count in load["busiest"].items())
-    console.print(
-        f"experts' load: busiest {busiest}; {load['imbalance']:.1f}x the mean, coefficient of "
-        f"variation {load['variation']:.2f}, {load['idle']} of {found['experts']} idle",
-        soft_wrap=True,
-    )
-    console.print("[green]every result agrees with the float64 reference[/]")
+    console.print(table(describe(found), *heads, rows=rows))
+    console.print(describe_load(found), soft_wrap=True)
+    console.print(f"[green]{CHECKED}[/]")
     show_files(console, found)

@@ -1,4 +1,7 @@
-"""What commands print: results on stdout, as tables or as JSON; progress and errors on stderr."""
+"""What commands print: results on stdout, as tables or as JSON; progress and errors on stderr.
+
+rich is imported where it is used: examples/demo.py runs without it.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,21 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console, Group
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console, Group
 
 Say = Callable[[str], None]
-Show = Callable[[Console, dict[str, Any]], None]
+Show = Callable[["Console", dict[str, Any]], None]
 
 
 class Output:
     """The terminal of one command. Only rank 0 of a command speaks."""
 
     def __init__(self, as_json: bool) -> None:
+        from rich.console import Console
+
         self.as_json = as_json
         self.console = Console(highlight=False)
         self._errors = Console(stderr=True, highlight=False)
@@ -38,6 +40,8 @@ class Output:
             say(text)
             yield say
             return
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
         with Progress(*columns, console=self._errors, transient=True) as progress:
             task = progress.add_task(text, total=None)
@@ -51,7 +55,9 @@ class Output:
             show(self.console, result)
 
     def error(self, text: str) -> None:
-        self._errors.print(f"[bold red]error:[/] {_escaped(text)}", soft_wrap=True)
+        from rich.markup import escape
+
+        self._errors.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
 
 
 def table(title: str, *columns: str, rows: list[list[str]], text: str = "") -> Group:
@@ -60,6 +66,11 @@ def table(title: str, *columns: str, rows: list[list[str]], text: str = "") -> G
     Args:
         text: the name of a last column, of words; "": there is none.
     """
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
     made = Table(header_style="bold", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         made.add_column(column, justify="right" if index else "left")
@@ -95,9 +106,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and value - value != 0:  # NaN, or infinite
         return None
     return value
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -12,18 +12,18 @@ Result = TypeVar("Result")
 
 HOST_RANKS = 4  # threads, where nothing says how many
 TIMEOUT_SEC = 60.0  # of a wait: the reference and the compiler take their time
-_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID")
-_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE")
+RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID")
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE")
 
 
 def is_under_mpi() -> bool:
     """Whether a launcher of MPI started several processes."""
-    return any(os.environ.get(name, "").isdigit() and int(os.environ[name]) > 1 for name in _SIZES)
+    return any(os.environ.get(name, "").isdigit() and int(os.environ[name]) > 1 for name in SIZES)
 
 
 def is_first() -> bool:
     """Whether this process is rank 0 of its launcher, or was started by itself."""
-    return not is_under_mpi() or "0" in [os.environ.get(name) for name in _RANKS]
+    return not is_under_mpi() or "0" in [os.environ.get(name) for name in RANKS]
 
 
 class Threads:

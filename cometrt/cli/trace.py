@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console, Group
+from typing import TYPE_CHECKING, Any
 
 import cometrt
 from cometrt.cli.inputs import random_inputs
 from cometrt.cli.output import Say, percent, table
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
 
 WARM_UP = 3  # calls before the recording
 
@@ -110,14 +110,21 @@ def show(console: Console, found: dict[str, Any]) -> None:
 
 def show_files(console: Console, found: dict[str, Any]) -> None:
     """What `files` returned."""
-    console.print(
-        f"hidden share: [bold]{percent(found['hidden_share'])}[/] of the time in which rows cross "
-        "between ranks runs under GEMMs of the same rank"
-    )
+    hidden, *paths = lines_of_files(found)
+    console.print(hidden)
     console.print(shares_table(found["waits"]))
-    write = functools.partial(console.print, soft_wrap=True, markup=False)
-    write(f"picture: {found['picture'] or 'none: ' + found['no_picture']}")
-    write(f"for Perfetto (ui.perfetto.dev): {found['perfetto']}")
+    for path in paths:
+        console.print(path, soft_wrap=True, markup=False)
+
+
+def lines_of_files(found: dict[str, Any]) -> list[str]:
+    """The hidden share, and where both files are, of what `files` returned."""
+    return [
+        f"hidden share: {percent(found['hidden_share'])} of the time in which rows cross between "
+        "ranks runs under GEMMs of the same rank",
+        f"picture: {found['picture'] or 'none: ' + found['no_picture']}",
+        f"for Perfetto (ui.perfetto.dev): {found['perfetto']}",
+    ]
 
 
 def shares_table(waits: list[dict[str, Any]]) -> Group:

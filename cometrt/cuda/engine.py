@@ -94,8 +94,9 @@ class TileOrder:
     def walk(self, n_chunk: int | None, raster_group: int | None) -> None:
         """Change the N-chunk and the raster group of orders to come. The memory must have room."""
         fields = self.params.fields
-        n_tiles = fields["num_n_tiles"]
-        fields["n_chunk"], fields["raster_group"] = n_chunk or n_tiles, raster_group or n_tiles
+        n_tiles = int(fields["num_n_tiles"][0])
+        fields["n_chunk"] = n_chunk or n_tiles
+        fields["raster_group"] = min(raster_group or n_tiles, n_tiles)  # a wider one may not fit
 
     def addresses(self, pipeline_chunk: int = 0) -> dict[str, int]:
         """Addresses of a chunk's work tiles, of its number of steps, and of the GEMM's counters."""

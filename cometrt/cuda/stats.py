@@ -22,7 +22,8 @@ class DeviceStats:
     """
 
     def __init__(self, local_experts: int) -> None:
-        self._words = pinned(call_stats_dtype, 1 + local_experts)
+        # As 64-bit words: NumPy copies a struct field by field, so values and epochs would differ.
+        self._words = pinned(call_stats_dtype, 1 + local_experts).view(np.uint64)
         self.address = int(self._words.ctypes.data)
         self._last: LayerStats | None = None
 
@@ -30,7 +31,7 @@ class DeviceStats:
         """Of the newest call; None: none has succeeded yet. Where the device writes all the time,
         those of the last `read`."""
         for _ in range(_MAX_READS):
-            words = self._words.copy()
+            words = self._words.copy().view(call_stats_dtype)
             epoch = int(words["epoch"][0])
             if (words["epoch"] == epoch).all():
                 if epoch == 0:

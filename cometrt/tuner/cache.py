@@ -153,7 +153,7 @@ def read_entries(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last one of deep nesting
         warn_once(f"{path} is ignored: {error}")
         return {}
     schema = found.get("schema") if isinstance(found, dict) else None

@@ -79,8 +79,8 @@ __device__ inline double sigmoid(double x) {
 __device__ inline double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }
 
 // log(1 + t) for t in [0, 1], within 2 ulp: 2 atanh(s) with s = t / (2 + t). The polynomial
-// interpolates atanh(s) / s in s^2 at Chebyshev's points. It has fewer instructions than log1p, which
-// is most of what a score of every expert costs.
+// interpolates atanh(s) / s in s^2 at Chebyshev's points. It has fewer instructions than log1p,
+// which is most of what a score of every expert costs.
 __device__ inline double log1p_of_fraction(double t) {
   const double s = t / (2.0 + t), square = s * s;
   constexpr double kCoefficients[] = {

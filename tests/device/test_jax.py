@@ -1,6 +1,7 @@
 """The layer inside JAX programs on GPUs; JAX must see them: pip install 'jax[cuda13]'."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -71,3 +72,20 @@ def test_example(num_gpus):
     output = run(str(ROOT / "examples/jax_moe.py"))
     losses = [float(line.split("loss ")[1]) for line in output.splitlines() if "loss " in line]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(("data", "fault"), [(1, "stall"), (2, "routing")])
+def test_language_model(num_gpus, data, fault, tmp_path):
+    """On four GPUs: one group of four ranks, and two of two. A step fails and is done again."""
+    pytest.importorskip("optax")
+    pytest.importorskip("safetensors")
+    if num_gpus < 4:
+        pytest.skip("needs four GPUs")
+    options = ["--data", str(data), "--fault", fault, "--timeout", "20", "--out", str(tmp_path)]
+    command = ["-m", "mpi4py", "examples/train_lm.py", "--tiny", "--steps", "60", *options]
+    result = mpirun(4, *command, timeout_sec=280)
+    assert result.returncode == 0, result.stdout + result.stderr
+    error = {"stall": "PeerTimeout", "routing": "RoutingError"}[fault]
+    assert f"back to step 0 ({error}" in result.stdout
+    losses = re.findall(r"loss (\S+) nats/byte", result.stdout)
+    assert float(losses[-1]) < 3.5

@@ -2,6 +2,7 @@
 service."""
 
 import os
+import re
 import subprocess
 
 import pytest
@@ -59,6 +60,25 @@ def test_examples_use_the_gpu(service, tmp_path):
     result = mpirun(4, "-m", "mpi4py", "examples/moe_layer.py", "--scale", "32", "--tp", "2")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "checked: y " in result.stdout
+
+
+@pytest.mark.parametrize("service", [False, True], ids=["time-sliced", "service"], indirect=True)
+def test_the_training_step_of_cupy_on_the_gpu(service):
+    script = ["-m", "mpi4py", "examples/cupy_moe.py", "--device", "cuda"]
+    result = mpirun(4, *script, timeout_sec=150)
+    assert result.returncode == 0, result.stdout + result.stderr
+    losses = [float(value) for value in re.findall(r"loss (\S+), balance", result.stdout)]
+    assert len(losses) == 5
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("service", [False, True], ids=["time-sliced", "service"], indirect=True)
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_serving_loop_replays_a_graph(service, ranks):
+    script = ["-m", "mpi4py", "examples/serve.py", "--batches", "50", "--device", "cuda"]
+    result = mpirun(ranks, *script, timeout_sec=150)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(rf"^{ranks} ranks on cuda: \d+ tokens/s, ", result.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("ranks", [1, 4])

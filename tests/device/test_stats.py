@@ -52,25 +52,29 @@ def test_ranks_wait_for_the_last_one_to_begin():
 
 
 def test_stats_are_read_while_calls_run():
+    """Rows and epoch are of one call: calls of even epochs exchange neighbouring experts."""
     case = Case((2, 1), mode="fused", gemm="engine")
     inputs = make_inputs(case)
 
     def fn(world):
         r, move = world.rank, on_device(world)
         weights = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, case.size, case.spec)
-        args = [move(part[r]) for part in (inputs.x, inputs.ids, inputs.weights)]
-        args += map(move, weights)
+        x, topk_weights, *weights = map(move, (inputs.x[r], inputs.weights[r], *weights))
+        ids = inputs.ids[r]
+        tables = move(ids), move(np.where(ids >= 0, ids ^ 1, ids))
         found = []
         with cometrt.MoELayer(world, case.spec, case.mode, config=case.config) as layer:
-            for _ in range(200):
-                layer.forward(*args, training=False)
+            for call in range(200):
+                layer.forward(x, tables[call % 2], topk_weights, *weights, training=False)
                 found.append(layer.stats())
-            layer.synchronize()
-            found.append(layer.stats())
+                if call >= 198:
+                    layer.synchronize()
+                    found.append(layer.stats())
         return [of for of in found if of is not None]
 
     for found in cometrt.spawn(fn, 2, "cuda"):
         epochs = [of.epoch for of in found]
         assert epochs == sorted(epochs)
         assert epochs[-1] >= 200
-        assert len({of.rows.tobytes() for of in found}) == 1
+        rows = {(of.epoch % 2, of.rows.tobytes()) for of in found}
+        assert len(rows) == len({of for _, of in rows}) == 2

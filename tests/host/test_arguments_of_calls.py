@@ -88,6 +88,8 @@ def readonly(shape, dtype):
         (lambda g: {"saved": None}, "saved must be the tuple of 25 that forward(training=True)"),
         (lambda g: {"saved": g["saved"][:-1]}, "(got 24 items)"),
         (lambda g: {"saved": (1, *g["saved"][1:])}, "saved must begin with forward's meta array"),
+        (lambda g: {"saved": (np.full(7, np.inf), *g["saved"][1:])}, "saved must begin with"),
+        (lambda g: {"saved": (np.array([None] * 7), *g["saved"][1:])}, "saved must begin with"),
         (lambda g: {"saved": g["other"]}, "saved must come from this layer's forward (layer is 0,"),
         (lambda g: {"accumulate": "yes"}, "accumulate must be True or False (got 'yes')"),
         (lambda g: {"accumulate": True}, "out must have w_up and w_down when accumulate=True"),

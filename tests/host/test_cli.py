@@ -1,6 +1,7 @@
 """The command line: what each command prints, its JSON, and its exit status."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from tests.launch import ROOT, mpirun
 COMMANDS = "doctor demo bench tune trace memory".split()
 
 pytest.importorskip("typer", reason="needs the cli extra")
-from cometrt.cli import checks, doctor, inputs, main, probes  # noqa: E402
+from cometrt.cli import checks, doctor, inputs, main, probes, ranks  # noqa: E402
 
 
 @pytest.fixture
@@ -129,6 +130,17 @@ def test_commands_under_mpirun_speak_once():
     found = mpirun(2, "-m", "cometrt", *line.split())
     assert found.returncode == 0
     assert json.loads(found.stdout)["ranks"] == 2
+
+
+@pytest.mark.parametrize(("processes", "wanted"), [("1", "32"), ("2", None)])
+def test_hardware_queues_are_asked_for_by_threads_alone(cli, monkeypatch, processes, wanted):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")  # so that what is set goes in the end
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    for name in ranks.SIZES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PMI_SIZE", processes)
+    cli("memory --json")
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == wanted
 
 
 def test_bench_measures_both_passes(cli):

@@ -1,6 +1,7 @@
 """The layer inside JAX programs on the CPU: in one process with several ranks, and in several."""
 
 import contextlib
+import re
 import socket
 import subprocess
 import sys
@@ -403,6 +404,20 @@ def test_example(monkeypatch):
     assert last < 0.5 * first
 
 
+def test_readme_code():
+    if jax.default_backend() != "cpu":
+        pytest.skip("it takes JAX's default devices")
+    blocks = re.findall(
+        r"^```[a-z]*\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    (block,) = (block for block in blocks if "cometrt_jax" in block)
+    names = {"spec": small_spec()}
+    exec(block, names)
+    with names["world"], names["moe"]:
+        arrays = arrays_of(names["spec"], names["world"].size * names["spec"].max_tokens)
+        check_equal([names["layer"](*arrays)], [arrays[0] + dense(*arrays)])
+
+
 # ---- on a GPU: which addresses a call gets ------------------------------------------------------
 
 
@@ -508,3 +523,6 @@ def test_addresses_of_calls_on_a_gpu(monkeypatch, save):
     assert call.at == addresses | {"scratch of": "backward"}
     layer.fail(context, list(results.values()), ())
     assert memsets == [(results[name].address, 0xFF, 6, 77) for name in names]
+    memsets.clear()
+    layer.fail(context, [y], list(kept.values()))  # its backward finds 0 in place of the epoch
+    assert memsets == [(y.address, 0xFF, 40, 77), (kept["epoch"].address, 0, 8, 77)]

@@ -183,14 +183,46 @@ def test_training_example():
     assert losses[-1] < losses[0] - 1
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_cupy_example(ranks):
+    printed = script(ranks, "examples/cupy_moe.py", "--device", "host")
+    losses = [float(value) for value in re.findall(r"loss (\S+), balance", printed)]
+    assert len(losses) == 5
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_serving_example():
+    printed = script(4, "examples/serve.py", "--batches", "20", "--device", "host")
+    (figures,) = re.findall(
+        r"^4 ranks on host: (\d+) tokens/s, .* p50 (\S+) ms, p99 (\S+) ms$", printed, re.MULTILINE
+    )
+    rate, p50, p99 = map(float, figures)
+    assert 0 < p50 <= p99
+    # Each rank waits in each batch, of 1 to 64 tokens, for all others.
+    assert 4 * 1 < rate * p50 / 1e3 < 4 * 2 * 64
+
+
 def test_demo(tmp_path):
     pytest.importorskip("matplotlib")
-    pytest.importorskip("typer")
     printed = script(4, "examples/demo.py", "--scale", "16", "--out", str(tmp_path))
     assert "every result agrees with the float64 reference" in printed
-    assert len(re.findall(r"^ +[0-3] +256 ", printed, re.MULTILINE)) == 4
+    assert len(re.findall(r"^rank [0-3]: 256 tokens, ", printed, re.MULTILINE)) == 4
     assert "hidden share:" in printed
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "timeline.json").stat().st_size > 1000
+
+
+def test_demo_needs_mpi_alone(tmp_path):
+    missing = ["rich", "typer", "matplotlib"]
+    (tmp_path / "without.py").write_text(
+        f"import runpy, sys\nsys.modules |= dict.fromkeys({missing})\n"
+        f"sys.path.insert(0, {str(ROOT / 'examples')!r})\n"
+        f"runpy.run_path({str(ROOT / 'examples' / 'demo.py')!r}, run_name='__main__')\n"
+    )
+    options = ["--scale", "64", "--tokens", "16", "--out", str(tmp_path), "--device", "host"]
+    printed = script(2, str(tmp_path / "without.py"), *options)
+    assert "every result agrees with the float64 reference" in printed
+    assert "pip install 'cometrt[plot]'" in printed
     assert (tmp_path / "timeline.json").stat().st_size > 1000
 
 

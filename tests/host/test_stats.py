@@ -68,11 +68,18 @@ def test_a_closed_layer_has_no_stats():
 
 
 class Words:
-    """Memory that a device writes to between two reads."""
+    """Memory that a device writes to between two reads, word by word.
+
+    A copy of it as structs would read all values first, and then all epochs.
+    """
 
     def __init__(self, *states):
-        self.states = [np.array(of, call_stats_dtype) for of in states]
+        self.states = [np.array(of, call_stats_dtype).view(np.uint64) for of in states]
         self.ctypes = self.states[0].ctypes
+
+    def view(self, dtype):
+        assert dtype is np.uint64
+        return self
 
     def copy(self):
         return self.states.pop(0) if len(self.states) > 1 else self.states[0]

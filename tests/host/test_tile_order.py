@@ -1,11 +1,14 @@
 """The order of a GEMM's tiles: everything once, and neighbours share what they say they share."""
 
+import sys
 import types
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cometrt.cuda.engine import TileOrder
 from cometrt.kernels.constants import BLOCK_M
 from cometrt.plan.tile_order import (
     best_raster_group,
@@ -14,6 +17,7 @@ from cometrt.plan.tile_order import (
     num_n_tiles,
     pipeline_chunk_begin,
 )
+from tests import cupy_stand_in
 
 
 @st.composite
@@ -121,3 +125,16 @@ def test_sizes():
     assert num_n_tiles(1408, gated=False) == 6
     assert [best_raster_group(sms, 132, 2048) for sms in (1, 8, 16, 32, 132)] == [2, 2, 2, 4, 16]
     assert [best_raster_group(sms, 132, 14336) for sms in (16, 132)] == [2, 8]
+
+
+@pytest.mark.parametrize(("group", "wanted"), [(None, 5), (2, 2), (6, 5), (2**31, 5), (10**30, 5)])
+def test_a_raster_group_is_no_wider_than_the_gemm(monkeypatch, group, wanted):
+    """A config may ask for any number; the kernels' parameters have 32 bits."""
+    cupy = cupy_stand_in.module()
+    cupy.uint8, cupy.int32 = np.uint8, np.int32
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    order = TileOrder(8, 5, raster_group=group)
+    assert int(order.params.fields["raster_group"][0]) == wanted
+    order.walk(2, group)
+    assert int(order.params.fields["raster_group"][0]) == wanted
+    assert int(order.params.fields["n_chunk"][0]) == 2

@@ -91,7 +91,7 @@ def test_what_is_stored_is_found_and_nothing_else(tmp_path):
     "text",
     ["", "{", "[]", "{}", '{"format": "cometrt tuner 1", "entries": {}}', b"\xff\xfe",
      '{"schema": 2, "entries": {}}', '{"schema": 4, "entries": {}}', '{"schema": 3}',
-     '{"schema": "3", "entries": {}}', '{"schema": 3, "entries": []}'],
+     '{"schema": "3", "entries": {}}', '{"schema": 3, "entries": []}', "[" * 100_000],
 )  # fmt: skip
 def test_a_file_of_another_schema_is_ignored_until_tune_replaces_it(text, caplog):
     path, data = cache.cache_file(), text if isinstance(text, bytes) else text.encode()

@@ -112,12 +112,14 @@ class CudaLayer(BufferLayer):
             yield stream
 
     def fail(self, context: Any, results: Sequence[Any], kept: Sequence[Any]) -> None:
+        # `kept` begins with the epoch; 0 there is a failed forward, whose backward does nothing.
+        filled = [(result, _NAN_BYTE) for result in results] + [(epoch, 0) for epoch in kept[:1]]
         with self._on(context) as stream:
-            for result in results:
-                nbytes = math.prod(result.shape) * result.dtype.itemsize
+            for buffer, byte in filled:
+                nbytes = math.prod(buffer.shape) * buffer.dtype.itemsize
                 if nbytes:
                     self._cp.cuda.runtime.memsetAsync(
-                        self._address(result), _NAN_BYTE, nbytes, stream.ptr
+                        self._address(buffer), byte, nbytes, stream.ptr
                     )
 
     def _addresses(self, names: Sequence[str], buffers: Sequence[Any]) -> dict[str, int]:

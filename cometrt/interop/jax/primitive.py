@@ -2,8 +2,9 @@
 
 It is `jax.experimental.buffer_callback` with an effect of its own. The effect keeps all calls of a
 program in the order in which they were traced, also across jit, scan and jax.checkpoint: ranks must
-make the same calls in the same order. JAX has public names neither for effects nor for a lowering
-that takes a token, so this module imports private ones; nothing else does.
+make the same calls in the same order. On a GPU this holds for JAX alone, and not for XLA: see
+`_lower_on_gpu`. JAX has public names neither for effects nor for a lowering that takes a token, so
+this module imports private ones; nothing else does.
 """
 
 from __future__ import annotations
@@ -88,8 +89,9 @@ def _lower(context: Any, *operands: Any, run: Any, results: Any, repeated: bool)
 
 
 def _lower_on_gpu(context: Any, *operands: Any, run: Any, results: Any, repeated: bool) -> Any:
-    """As a custom call without a token, since XLA's GPU compiler stops at one in a loop. A GPU has
-    one stream and one schedule of a program, which is the same on all ranks."""
+    """As a custom call without a token, since XLA's GPU compiler stops at one in a loop. XLA then
+    orders calls that do not depend on each other by the sizes of the program's arrays. So ranks
+    have the same order where their programs are equal."""
     del repeated
 
     def callback(context: Any, buffers: Any, *operands: Any) -> None:
