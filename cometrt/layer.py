@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from types import TracebackType
 from typing import Any
 
 from cometrt.agreement import agree
@@ -12,24 +11,29 @@ from cometrt.arguments import (
     check_backward,
     check_bool,
     check_forward,
+    check_one_of_tables_and_plan,
+    check_planned_forward,
+    check_tables,
+    check_tune,
     make_results,
 )
 from cometrt.arrays import HostArrays
-from cometrt.call_scope import STOPPED, CallScope, filling_nan
+from cometrt.call_scope import CallScope, filling_nan
 from cometrt.executor import Executor
 from cometrt.host import HostExecutor
+from cometrt.layer_life import LayerLife
 from cometrt.memory import buffers_of, check_room
 from cometrt.plan import PlanShape, TileConfig
+from cometrt.plan_ahead import PlanAhead, plan_specs
 from cometrt.residuals import ArraySpec, Origin, Residuals, Uses, array_specs
-from cometrt.specs import Geometry, Gradients, MoESpec, check_int, check_positive
-from cometrt.stats import LayerStats
-from cometrt.trace import NullTracer, Recording, Tracer
+from cometrt.specs import Geometry, Gradients, MoESpec, check_int
+from cometrt.trace import NullTracer, Tracer
 from cometrt.tuner.tune import tune
 from cometrt.types import Arrays
 from cometrt.world import World
 
 
-class MoELayer:
+class MoELayer(LayerLife):
     """One Mixture-of-Experts layer spread over the ranks of a world.
 
     Construction is collective; so are `forward` and `backward`, in the same order on all ranks.
@@ -106,11 +110,12 @@ class MoELayer:
     def forward(
         self,
         x: Any,
-        topk_ids: Any,
-        topk_weights: Any,
-        w_up: Any,
-        w_down: Any,
+        topk_ids: Any = None,
+        topk_weights: Any = None,
+        w_up: Any = None,
+        w_down: Any = None,
         *,
+        plan: Any = None,
         training: bool = True,
         out: Any = None,
         stream: Any = None,
@@ -121,6 +126,8 @@ class MoELayer:
             x: [T, H] in spec.dtype, 0 <= T <= max_tokens; T may differ between ranks.
             topk_ids: [T, K] int32 or int64, distinct within a token, -1 for a dropped pair.
             topk_weights: [T, K] float32, finite.
+            plan: of `plan`, in place of topk_ids and topk_weights; T is that of the plan, and all
+                ranks pass the same one. It may serve any number of forwards.
             w_up: [E_l, 2 * I_s, H] in spec.dtype, the gate rows first; [E_l, I_s, H] where the
                 activation is not gated. See ``cometrt.shard_weights``.
             w_down: [E_l, H, I_s] in spec.dtype.
@@ -139,17 +146,28 @@ class MoELayer:
             ValueError: for a wrong argument; the call has not happened.
             RoutingError, CapacityError: on every rank; nothing was exchanged.
             PeerTimeout, MismatchError: until ``world.reset()``.
+            CometError: on "cuda": its plan failed.
             With any of these `out` is NaN: where it is x itself, the tokens are lost.
         """
         with self._exchange("layer.forward", stream):
             arrays, dtypes = self._arrays, (self.spec.numpy_dtype,)
-            inputs = check_forward(arrays, self.geometry, x, topk_ids, topk_weights, w_up, w_down)
+            check_one_of_tables_and_plan(topk_ids, topk_weights, plan)
+            inputs: tuple[Any, ...]
+            ahead = None
+            if plan is None:
+                tables = topk_ids, topk_weights
+                inputs = check_forward(arrays, self.geometry, x, *tables, w_up, w_down)
+            else:
+                ahead = PlanAhead.unpack(
+                    plan, self._plan_origin(), plan_specs(self._saved_specs), arrays
+                )
+                inputs = check_planned_forward(arrays, self.geometry, x, ahead, w_up, w_down)
             check_bool("training", training)
             wanted: WantedResults = {"out": (out, inputs[0].shape, dtypes)}
             (y,) = make_results(arrays, self.executor, "forward", wanted)
             with filling_nan(y):
                 kept = self.executor.forward(
-                    *inputs, training=bool(training), out=y, tracer=self.tracer
+                    *inputs, plan=ahead, training=bool(training), out=y, tracer=self.tracer
                 )
             if kept is None:
                 return y, None
@@ -209,6 +227,33 @@ class MoELayer:
             self._uses.add(kept)
         return grads
 
+    def plan(self, topk_ids: Any, topk_weights: Any, *, stream: Any = None) -> tuple[Any, ...]:
+        """Plan forwards of these tables ahead. Collective, and an exchange of its own, for which no
+        token is needed: other work, such as shared experts, may follow before x is passed to
+        ``forward(x, plan=plan, w_up=..., w_down=...)``.
+
+        A plan serves any number of forwards of this layer, and their backwards in any order. The
+        bits are those of forwards with the tables.
+
+        Args:
+            topk_ids, topk_weights: [T, K], as for `forward`. They may be overwritten when it
+                returns (on "cuda" by work queued behind it on the same stream).
+            stream: as for `forward`.
+
+        Returns:
+            plan, a tuple of arrays like `saved`: (meta, epoch, the plan's tables). It is valid
+            until ``world.reset()``, or a `tune` that changes the tables.
+
+        Raises:
+            ValueError: for a wrong argument; the call has not happened.
+            RoutingError, CapacityError: on every rank; there is no plan.
+            PeerTimeout, MismatchError: until ``world.reset()``.
+        """
+        with self._exchange("layer.plan", stream), filling_nan():
+            tables = check_tables(self._arrays, self.geometry, topk_ids, topk_weights)
+            made = self.executor.plan(*tables, tracer=self.tracer)
+            return PlanAhead(num_tokens=len(tables[0]), **made).pack(self._plan_origin())
+
     def residuals(self, num_tokens: int) -> tuple[ArraySpec, ...]:
         """Name, shape and dtype of each array of `saved`, in its order: those of a forward of
         num_tokens tokens. They are the same for any number of tokens: `saved` has room for
@@ -238,24 +283,8 @@ class MoELayer:
             generation=self.executor.generation,
         )
 
-    def buffer(self) -> Any:
-        """Heap memory [max_tokens, H]: tokens written here and passed as ``x = buffer()[:T]``
-        are not copied, until another layer of the world is made. Its contents are valid until the
-        next call of any layer. The memory stays as long as a view of it, also when the world has
-        closed."""
-        with self._scope.call("layer.buffer"):
-            self.world.check_running(STOPPED)
-            return self.executor.buffer()
-
-    def stats(self) -> LayerStats | None:
-        """Of the newest call that has succeeded, read without a wait; None: there is none yet."""
-        self._scope.check_open()
-        return self.executor.stats()
-
-    def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
-        """For `cometrt.trace.record`: within it, what runs on the device is recorded too."""
-        self._scope.check_open()
-        return self.executor.recorded_by(recording)
+    def _plan_origin(self) -> Origin:
+        return self._origin()._replace(generation=self.world.generation)
 
     def tune(
         self,
@@ -297,20 +326,9 @@ class MoELayer:
                 f"tune() needs device='cuda' and mode 'fused' (got {world.device!r}, {self.mode!r})"
             )
         self._synchronize()
-        problem = ""
-        try:
-            if inputs is not None:
-                if not isinstance(inputs, tuple) or len(inputs) != 5:
-                    raise ValueError("inputs must be (x, topk_ids, topk_weights, w_up, w_down)")
-                inputs = check_forward(self._arrays, self.geometry, *inputs)
-            check_bool("training", training)
-            budget_sec = check_positive("budget_sec", budget_sec)
-            if self.executor.captured:
-                raise ValueError("layer must not be in a CUDA graph when it is tuned")
-        except ValueError as error:
-            problem, training, budget_sec = str(error), False, 0.0
-        of = self._layer, self.config, inputs, bool(training), budget_sec, problem
-        config, executor = tune(world, self.geometry, *of)
+        given = inputs, training, budget_sec, self.executor.captured
+        checked = check_tune(self._arrays, self.geometry, *given)
+        config, executor = tune(world, self.geometry, self._layer, self.config, *checked)
         if executor is not None:
             if self._finalizer is not None:
                 self._finalizer.detach()
@@ -319,40 +337,6 @@ class MoELayer:
             self.shape = PlanShape(self.geometry, config)
             self._saved_specs = self._specs()
         return config
-
-    def synchronize(self) -> None:
-        """Wait for the calls of all layers of the world, and raise what they have not raised yet.
-        On the host every call has ended, and has raised, when it returns."""
-        with self._scope.call("layer.synchronize"):
-            self._synchronize()
-
-    def _synchronize(self) -> None:
-        with self._arrays.stream(None):
-            self.executor.synchronize()
-            self.executor.check_running(STOPPED)
-
-    def close(self) -> None:
-        """Give this layer up, on this rank; may be repeated. Raises what `synchronize` would. The
-        memory that only it needed is given back when the next layer is made."""
-        if not self._scope.closed:
-            with self._scope.call("layer.close"):
-                self._scope.closed = True
-                self.executor.close()
-
-    def __enter__(self) -> MoELayer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.close()
-        elif not self._scope.closed:
-            self._scope.closed = True
-            self.executor.give_up()
 
     def __repr__(self) -> str:
         return f"<MoELayer {self._layer} of {self.world!r}, mode={self.mode!r}, {self.spec}>"
