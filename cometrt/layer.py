@@ -36,7 +36,8 @@ from cometrt.world import World
 class MoELayer(LayerLife):
     """One Mixture-of-Experts layer spread over the ranks of a world.
 
-    Construction is collective; so are `forward` and `backward`, in the same order on all ranks.
+    Construction is collective; so are `forward`, `backward` and `plan`, in the same order on all
+    ranks.
 
     Below, T is this rank's tokens; H, I, E, K are the spec's hidden, intermediate, num_experts
     and topk; with W ranks there are EP = W / tp groups of experts, and this rank (group
@@ -86,11 +87,10 @@ class MoELayer(LayerLife):
 
     def _make(self, world: World, spec: MoESpec, mode: str | None, given: Any) -> None:
         self._layer, self.mode, config = agree(world, spec, mode, given)
-        self.world, self.spec, self.config = world, spec, config
+        self.world, self.spec = world, spec
         self.tracer: Tracer = NullTracer()
         self.geometry = Geometry(spec, world.rank, world.size)
-        self.shape = PlanShape(self.geometry, config)
-        self._saved_specs = self._specs()
+        self._use(config)
         check_room(world, self.shape, self.mode, self.caller_allocates)
         self._num_forwards, self._uses = 0, Uses()
         self._arrays: Arrays
@@ -158,9 +158,7 @@ class MoELayer(LayerLife):
                 tables = topk_ids, topk_weights
                 inputs = check_forward(arrays, self.geometry, x, *tables, w_up, w_down)
             else:
-                ahead = PlanAhead.unpack(
-                    plan, self._plan_origin(), plan_specs(self._saved_specs), arrays
-                )
+                ahead = PlanAhead.unpack(plan, self._plan_origin(), self._plan_specs, arrays)
                 inputs = check_planned_forward(arrays, self.geometry, x, ahead, w_up, w_down)
             check_bool("training", training)
             wanted: WantedResults = {"out": (out, inputs[0].shape, dtypes)}
@@ -268,8 +266,11 @@ class MoELayer(LayerLife):
             )
         return self._saved_specs
 
-    def _specs(self) -> tuple[ArraySpec, ...]:
-        return array_specs(self.shape, buffers_of(self.world.device).residuals(self.shape))
+    def _use(self, config: TileConfig) -> None:
+        self.config, self.shape = config, PlanShape(self.geometry, config)
+        residuals = buffers_of(self.world.device).residuals(self.shape)
+        self._saved_specs = array_specs(self.shape, residuals)
+        self._plan_specs = plan_specs(self._saved_specs)
 
     def _exchange(self, name: str, stream: Any) -> contextlib.AbstractContextManager[None]:
         return self._scope.exchange(name, self._arrays, self.executor, stream)
@@ -306,8 +307,8 @@ class MoELayer(LayerLife):
             budget_sec: seconds after which no trial begins. What has been tried by then counts.
 
         Returns:
-            the config, equal on all ranks. It may differ from the last one in what `saved` depends
-            on: do the backward of every forward first, others are refused.
+            the config, equal on all ranks. It may differ from the last one in what `saved` and
+            plans depend on: do the backward of every forward first, others are refused.
 
         Raises:
             ValueError: on all ranks, for a wrong argument on any of them, another device or mode,
@@ -332,10 +333,9 @@ class MoELayer(LayerLife):
         if executor is not None:
             if self._finalizer is not None:
                 self._finalizer.detach()
-            self.config, self.executor = config, executor
+            self._use(config)
+            self.executor = executor
             self._finalizer = executor.keep_for(self)
-            self.shape = PlanShape(self.geometry, config)
-            self._saved_specs = self._specs()
         return config
 
     def __repr__(self) -> str:
