@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cometrt.executor import Executor
+from cometrt.plan_ahead import PlanAhead
 from cometrt.residuals import Residuals
 from cometrt.specs import Geometry, Gradients, check_positive
 from cometrt.types import Array, Arrays
@@ -33,15 +34,61 @@ def check_forward(
     """Forward's five arrays in the device's array type: x, ids, weights, w_up, w_down."""
     spec, dtypes = geometry.spec, (geometry.spec.numpy_dtype,)
     tokens: Array = arrays.check("x", x, (None, spec.hidden), dtypes)
-    if len(tokens) > spec.max_tokens:
-        raise ValueError(
-            f"x must have at most max_tokens={spec.max_tokens} rows (got {len(tokens)})"
-        )
+    _check_num_tokens("x", tokens, geometry)
     pairs = (len(tokens), spec.topk)
     return (
         tokens,
         arrays.check("topk_ids", topk_ids, pairs, _IDS),
         arrays.check("topk_weights", topk_weights, pairs, (_FLOAT32,)),
+        *_check_weights(arrays, geometry, w_up, w_down),
+    )
+
+
+def check_planned_forward(
+    arrays: Arrays, geometry: Geometry, x: object, plan: PlanAhead, w_up: object, w_down: object
+) -> tuple[Array, None, None, Array, Array]:
+    """As `check_forward`, of a forward with a plan, which stands for ids and weights."""
+    spec = geometry.spec
+    tokens: Array = arrays.check("x", x, (None, spec.hidden), (spec.numpy_dtype,))
+    if len(tokens) != plan.num_tokens:
+        raise ValueError(
+            f"x must have the {plan.num_tokens} tokens of its plan (got {len(tokens)} rows)"
+        )
+    return (tokens, None, None, *_check_weights(arrays, geometry, w_up, w_down))
+
+
+def check_tables(
+    arrays: Arrays, geometry: Geometry, topk_ids: object, topk_weights: object
+) -> tuple[Array, Array]:
+    """The arrays of `layer.plan` in the device's array type: ids, weights."""
+    topk = geometry.spec.topk
+    ids: Array = arrays.check("topk_ids", topk_ids, (None, topk), _IDS)
+    _check_num_tokens("topk_ids", ids, geometry)
+    return ids, arrays.check("topk_weights", topk_weights, (len(ids), topk), (_FLOAT32,))
+
+
+def check_one_of_tables_and_plan(topk_ids: object, topk_weights: object, plan: object) -> None:
+    """Raise a ValueError unless a forward has either its tables or a plan."""
+    given = {"topk_ids": topk_ids, "topk_weights": topk_weights, "plan": plan}
+    names = [name for name, value in given.items() if value is not None]
+    if names not in (["topk_ids", "topk_weights"], ["plan"]):
+        raise ValueError(
+            f"forward must have either topk_ids and topk_weights, or plan "
+            f"(got {' and '.join(names) or 'none of them'})"
+        )
+
+
+def _check_num_tokens(name: str, array: Array, geometry: Geometry) -> None:
+    most = geometry.spec.max_tokens
+    if len(array) > most:
+        raise ValueError(f"{name} must have at most max_tokens={most} rows (got {len(array)})")
+
+
+def _check_weights(
+    arrays: Arrays, geometry: Geometry, w_up: object, w_down: object
+) -> tuple[Array, Array]:
+    dtypes = (geometry.spec.numpy_dtype,)
+    return (
         arrays.check("w_up", w_up, geometry.w_up_shape, dtypes),
         arrays.check("w_down", w_down, geometry.w_down_shape, dtypes),
     )

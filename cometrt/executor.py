@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Protocol
 
+from cometrt.plan_ahead import PlanAhead
 from cometrt.residuals import Residuals
 from cometrt.specs import Gradients
 from cometrt.stats import LayerStats
@@ -43,8 +44,14 @@ class Executor(Protocol):
         training: bool,
         out: Any,
         tracer: Tracer,
+        plan: PlanAhead | None = None,
     ) -> dict[str, Any] | None:
-        """Fill `out`. In training: epoch, x, z (or None) and tables of `Residuals`."""
+        """Fill `out`. In training: epoch, x, z (or None) and tables of `Residuals`. With a plan
+        ids and weights are None."""
+        ...
+
+    def plan(self, ids: Any, weights: Any, *, tracer: Tracer) -> dict[str, Any]:
+        """epoch and tables of `PlanAhead`."""
         ...
 
     def backward(

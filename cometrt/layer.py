@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from types import TracebackType
 from typing import Any
 
 from cometrt.agreement import agree
@@ -12,28 +11,33 @@ from cometrt.arguments import (
     check_backward,
     check_bool,
     check_forward,
+    check_one_of_tables_and_plan,
+    check_planned_forward,
+    check_tables,
     check_tune,
     make_results,
 )
 from cometrt.arrays import HostArrays
-from cometrt.call_scope import STOPPED, CallScope, filling_nan
+from cometrt.call_scope import CallScope, filling_nan
 from cometrt.executor import Executor
 from cometrt.host import HostExecutor
+from cometrt.layer_life import LayerLife
 from cometrt.memory import buffers_of, check_room
 from cometrt.plan import PlanShape, TileConfig
+from cometrt.plan_ahead import PlanAhead, plan_specs
 from cometrt.residuals import ArraySpec, Origin, Residuals, Uses, array_specs
 from cometrt.specs import Geometry, Gradients, MoESpec, check_int
-from cometrt.stats import LayerStats
-from cometrt.trace import NullTracer, Recording, Tracer
+from cometrt.trace import NullTracer, Tracer
 from cometrt.tuner.tune import tune
 from cometrt.types import Arrays
 from cometrt.world import World
 
 
-class MoELayer:
+class MoELayer(LayerLife):
     """One Mixture-of-Experts layer spread over the ranks of a world.
 
-    Construction is collective; so are `forward` and `backward`, in the same order on all ranks.
+    Construction is collective; so are `forward`, `backward` and `plan`, in the same order on all
+    ranks.
 
     Below, T is this rank's tokens; H, I, E, K are the spec's hidden, intermediate, num_experts
     and topk; with W ranks there are EP = W / tp groups of experts, and this rank (group
@@ -83,11 +87,10 @@ class MoELayer:
 
     def _make(self, world: World, spec: MoESpec, mode: str | None, given: Any) -> None:
         self._layer, self.mode, config = agree(world, spec, mode, given)
-        self.world, self.spec, self.config = world, spec, config
+        self.world, self.spec = world, spec
         self.tracer: Tracer = NullTracer()
         self.geometry = Geometry(spec, world.rank, world.size)
-        self.shape = PlanShape(self.geometry, config)
-        self._saved_specs = self._specs()
+        self._use(config)
         check_room(world, self.shape, self.mode, self.caller_allocates)
         self._num_forwards, self._uses = 0, Uses()
         self._arrays: Arrays
@@ -107,11 +110,12 @@ class MoELayer:
     def forward(
         self,
         x: Any,
-        topk_ids: Any,
-        topk_weights: Any,
-        w_up: Any,
-        w_down: Any,
+        topk_ids: Any = None,
+        topk_weights: Any = None,
+        w_up: Any = None,
+        w_down: Any = None,
         *,
+        plan: Any = None,
         training: bool = True,
         out: Any = None,
         stream: Any = None,
@@ -122,6 +126,8 @@ class MoELayer:
             x: [T, H] in spec.dtype, 0 <= T <= max_tokens; T may differ between ranks.
             topk_ids: [T, K] int32 or int64, distinct within a token, -1 for a dropped pair.
             topk_weights: [T, K] float32, finite.
+            plan: of `plan`, in place of topk_ids and topk_weights; T is that of the plan, and all
+                ranks pass the same one. It may serve any number of forwards.
             w_up: [E_l, 2 * I_s, H] in spec.dtype, the gate rows first; [E_l, I_s, H] where the
                 activation is not gated. See ``cometrt.shard_weights``.
             w_down: [E_l, H, I_s] in spec.dtype.
@@ -140,17 +146,26 @@ class MoELayer:
             ValueError: for a wrong argument; the call has not happened.
             RoutingError, CapacityError: on every rank; nothing was exchanged.
             PeerTimeout, MismatchError: until ``world.reset()``.
+            CometError: on "cuda": its plan failed.
             With any of these `out` is NaN: where it is x itself, the tokens are lost.
         """
         with self._exchange("layer.forward", stream):
             arrays, dtypes = self._arrays, (self.spec.numpy_dtype,)
-            inputs = check_forward(arrays, self.geometry, x, topk_ids, topk_weights, w_up, w_down)
+            check_one_of_tables_and_plan(topk_ids, topk_weights, plan)
+            inputs: tuple[Any, ...]
+            ahead = None
+            if plan is None:
+                tables = topk_ids, topk_weights
+                inputs = check_forward(arrays, self.geometry, x, *tables, w_up, w_down)
+            else:
+                ahead = PlanAhead.unpack(plan, self._plan_origin(), self._plan_specs, arrays)
+                inputs = check_planned_forward(arrays, self.geometry, x, ahead, w_up, w_down)
             check_bool("training", training)
             wanted: WantedResults = {"out": (out, inputs[0].shape, dtypes)}
             (y,) = make_results(arrays, self.executor, "forward", wanted)
             with filling_nan(y):
                 kept = self.executor.forward(
-                    *inputs, training=bool(training), out=y, tracer=self.tracer
+                    *inputs, plan=ahead, training=bool(training), out=y, tracer=self.tracer
                 )
             if kept is None:
                 return y, None
@@ -210,6 +225,33 @@ class MoELayer:
             self._uses.add(kept)
         return grads
 
+    def plan(self, topk_ids: Any, topk_weights: Any, *, stream: Any = None) -> tuple[Any, ...]:
+        """Plan forwards of these tables ahead. Collective, and an exchange of its own, for which no
+        token is needed: other work, such as shared experts, may follow before x is passed to
+        ``forward(x, plan=plan, w_up=..., w_down=...)``.
+
+        A plan serves any number of forwards of this layer, and their backwards in any order. The
+        bits are those of forwards with the tables.
+
+        Args:
+            topk_ids, topk_weights: [T, K], as for `forward`. They may be overwritten when it
+                returns (on "cuda" by work queued behind it on the same stream).
+            stream: as for `forward`.
+
+        Returns:
+            plan, a tuple of arrays like `saved`: (meta, epoch, the plan's tables). It is valid
+            until ``world.reset()``, or a `tune` that changes the tables.
+
+        Raises:
+            ValueError: for a wrong argument; the call has not happened.
+            RoutingError, CapacityError: on every rank; there is no plan.
+            PeerTimeout, MismatchError: until ``world.reset()``.
+        """
+        with self._exchange("layer.plan", stream), filling_nan():
+            tables = check_tables(self._arrays, self.geometry, topk_ids, topk_weights)
+            made = self.executor.plan(*tables, tracer=self.tracer)
+            return PlanAhead(num_tokens=len(tables[0]), **made).pack(self._plan_origin())
+
     def residuals(self, num_tokens: int) -> tuple[ArraySpec, ...]:
         """Name, shape and dtype of each array of `saved`, in its order: those of a forward of
         num_tokens tokens. They are the same for any number of tokens: `saved` has room for
@@ -224,8 +266,11 @@ class MoELayer:
             )
         return self._saved_specs
 
-    def _specs(self) -> tuple[ArraySpec, ...]:
-        return array_specs(self.shape, buffers_of(self.world.device).residuals(self.shape))
+    def _use(self, config: TileConfig) -> None:
+        self.config, self.shape = config, PlanShape(self.geometry, config)
+        residuals = buffers_of(self.world.device).residuals(self.shape)
+        self._saved_specs = array_specs(self.shape, residuals)
+        self._plan_specs = plan_specs(self._saved_specs)
 
     def _exchange(self, name: str, stream: Any) -> contextlib.AbstractContextManager[None]:
         return self._scope.exchange(name, self._arrays, self.executor, stream)
@@ -239,24 +284,8 @@ class MoELayer:
             generation=self.executor.generation,
         )
 
-    def buffer(self) -> Any:
-        """Heap memory [max_tokens, H]: tokens written here and passed as ``x = buffer()[:T]``
-        are not copied, until another layer of the world is made. Its contents are valid until the
-        next call of any layer. The memory stays as long as a view of it, also when the world has
-        closed."""
-        with self._scope.call("layer.buffer"):
-            self.world.check_running(STOPPED)
-            return self.executor.buffer()
-
-    def stats(self) -> LayerStats | None:
-        """Of the newest call that has succeeded, read without a wait; None: there is none yet."""
-        self._scope.check_open()
-        return self.executor.stats()
-
-    def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
-        """For `cometrt.trace.record`: within it, what runs on the device is recorded too."""
-        self._scope.check_open()
-        return self.executor.recorded_by(recording)
+    def _plan_origin(self) -> Origin:
+        return self._origin()._replace(generation=self.world.generation)
 
     def tune(
         self,
@@ -278,8 +307,8 @@ class MoELayer:
             budget_sec: seconds after which no trial begins. What has been tried by then counts.
 
         Returns:
-            the config, equal on all ranks. It may differ from the last one in what `saved` depends
-            on: do the backward of every forward first, others are refused.
+            the config, equal on all ranks. It may differ from the last one in what `saved` and
+            plans depend on: do the backward of every forward first, others are refused.
 
         Raises:
             ValueError: on all ranks, for a wrong argument on any of them, another device or mode,
@@ -304,45 +333,10 @@ class MoELayer:
         if executor is not None:
             if self._finalizer is not None:
                 self._finalizer.detach()
-            self.config, self.executor = config, executor
+            self._use(config)
+            self.executor = executor
             self._finalizer = executor.keep_for(self)
-            self.shape = PlanShape(self.geometry, config)
-            self._saved_specs = self._specs()
         return config
-
-    def synchronize(self) -> None:
-        """Wait for the calls of all layers of the world, and raise what they have not raised yet.
-        On the host every call has ended, and has raised, when it returns."""
-        with self._scope.call("layer.synchronize"):
-            self._synchronize()
-
-    def _synchronize(self) -> None:
-        with self._arrays.stream(None):
-            self.executor.synchronize()
-            self.executor.check_running(STOPPED)
-
-    def close(self) -> None:
-        """Give this layer up, on this rank; may be repeated. Raises what `synchronize` would. The
-        memory that only it needed is given back when the next layer is made."""
-        if not self._scope.closed:
-            with self._scope.call("layer.close"):
-                self._scope.closed = True
-                self.executor.close()
-
-    def __enter__(self) -> MoELayer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.close()
-        elif not self._scope.closed:
-            self._scope.closed = True
-            self.executor.give_up()
 
     def __repr__(self) -> str:
         return f"<MoELayer {self._layer} of {self.world!r}, mode={self.mode!r}, {self.spec}>"

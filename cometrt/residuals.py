@@ -79,31 +79,53 @@ class Residuals:
         Raises:
             ValueError: if it is not of that origin, or an array is not as its spec says.
         """
-        length = len(specs)
-        if not isinstance(saved, (tuple, list)) or len(saved) != length:
-            what = f"{len(saved)} items" if isinstance(saved, (tuple, list)) else repr(type(saved))
-            raise ValueError(
-                f"saved must be the tuple of {length} that forward(training=True) returned "
-                f"(got {what})"
-            )
-        meta = saved[0]
-        is_meta = isinstance(meta, np.ndarray) and meta.dtype == np.int64
-        if not is_meta or meta.shape != META_SHAPE:
-            raise ValueError("saved must begin with forward's meta array (got something else)")
-        *found, num_tokens, serial = map(int, meta.tolist())
-        for name, expected, got in zip(Origin._fields, origin, found, strict=True):
-            if got != expected:
-                raise ValueError(
-                    f"saved must come from this layer's forward "
-                    f"({name} is {expected}, got {got}{_HINTS.get(name, '')})"
-                )
-        kept = {
-            of.name: arrays.check(of.argument, array, of.shape, of.dtypes)
-            for of, array in zip(specs[1:], saved[1:], strict=True)
-        }
+        (num_tokens, serial), kept = unpack_arrays(saved, "saved", "forward", origin, specs, arrays)
         named = {name: kept.pop(name) for name in ("epoch", "x", "w_up", "w_down")}
         z, tables = kept.pop("z", None), tuple(kept.values())
         return Residuals(serial, num_tokens, z=z, tables=tables, **named)
+
+
+def unpack_arrays(
+    values: Any,
+    name: str,
+    source: str,
+    origin: Origin,
+    specs: tuple[ArraySpec, ...],
+    arrays: Arrays,
+) -> tuple[list[int], dict[str, Any]]:
+    """Take a tuple of arrays apart that a layer has returned, and check it.
+
+    Args:
+        name, source: of the argument, and of the method that returned it.
+        specs: of all its arrays; first comes meta, which begins with the origin.
+
+    Returns:
+        (the numbers of meta behind the origin, the other arrays by name).
+
+    Raises:
+        ValueError: if it is not of that origin, or an array is not as its spec says.
+    """
+    length = len(specs)
+    if not isinstance(values, (tuple, list)) or len(values) != length:
+        what = f"{len(values)} items" if isinstance(values, (tuple, list)) else repr(type(values))
+        call = "forward(training=True)" if source == "forward" else source
+        raise ValueError(f"{name} must be the tuple of {length} that {call} returned (got {what})")
+    meta = values[0]
+    is_meta = isinstance(meta, np.ndarray) and meta.dtype == np.int64
+    if not is_meta or meta.shape != specs[0].shape:
+        raise ValueError(f"{name} must begin with {source}'s meta array (got something else)")
+    numbers = [int(number) for number in meta.tolist()]
+    for field, expected, got in zip(Origin._fields, origin, numbers, strict=False):
+        if got != expected:
+            raise ValueError(
+                f"{name} must come from this layer's {source} "
+                f"({field} is {expected}, got {got}{_HINTS.get(field, '')})"
+            )
+    checked = {
+        of.name: arrays.check(of.argument, array, of.shape, of.dtypes)
+        for of, array in zip(specs[1:], values[1:], strict=True)
+    }
+    return numbers[len(origin) :], checked
 
 
 class Uses:
@@ -127,23 +149,25 @@ class Uses:
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
-    """One array of `saved`.
+    """One array of `saved`, or of a plan.
 
     Attributes:
         name: what it holds.
-        shape, dtype: the same in every forward of the layer.
-        index: in `saved`.
+        shape, dtype: the same in every call of the layer.
+        index: in the tuple.
+        owner: "saved" or "plan", the tuple.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     index: int
+    owner: str = "saved"
 
     @functools.cached_property
     def argument(self) -> str:
         """What errors call it."""
-        return f"saved[{self.index}] ({self.name})"
+        return f"{self.owner}[{self.index}] ({self.name})"
 
     @functools.cached_property
     def dtypes(self) -> tuple[np.dtype]:

@@ -94,14 +94,20 @@ def forward_buffers(shape: PlanShape, mode: str, training: bool) -> Buffers:
     buffers: Buffers = {}
     if training and spec.save != "rows":
         buffers["saved_x"] = ((spec.max_tokens, spec.hidden), spec.numpy_dtype)
+    of_plan = plan_buffers(shape)
     if training:
-        buffers["epoch"] = ((1,), _INT64)
-    buffers["tables"] = ((table_words(shape),), _INT32)
+        buffers["epoch"] = of_plan["epoch"]
+    buffers["tables"] = of_plan["tables"]
     buffers["x_rows"] = rows["x"]
     saves_z = training and spec.save != "nothing"
     if saves_z or (mode != "fused" and shape.config.gemm == "cublas"):
         buffers["z"] = rows["z"]
     return buffers | _scratch(forward_scratch(shape))
+
+
+def plan_buffers(shape: PlanShape) -> Buffers:
+    """Arrays that a plan allocates."""
+    return {"epoch": ((1,), _INT64), "tables": ((table_words(shape),), _INT32)}
 
 
 def backward_buffers(shape: PlanShape) -> Buffers:

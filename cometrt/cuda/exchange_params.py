@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from cometrt.cuda.dgrad import dgrad_n_tiles
-from cometrt.cuda.report import OPERATIONS
 from cometrt.heap import SymmetricHeap
 from cometrt.kernels.params import (
     EXCHANGE_TABLES,
@@ -21,16 +20,20 @@ from cometrt.kernels.params import (
 from cometrt.plan import PlanShape
 from cometrt.world import World
 from cometrt.world.layout import world_dtype
+from cometrt.world.operations import OPERATIONS
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One forward or backward: its sizes, and where its arrays lie.
+    """One call: its sizes, and where its arrays lie.
 
     Attributes:
+        operation: of OPERATIONS.
         at: address of each array on the device, by name; a missing one is null.
-            Arguments: x, ids, weights, w_up, w_down; of backward dy, w_up, w_down.
-            Results: out [T, H]; of backward also out_dweight, dw_up, dw_down.
+            Arguments: x, ids, weights, w_up, w_down; of a plan ids, weights; of a planned forward
+            x, plan_epoch, tables, w_up, w_down; of backward dy, w_up, w_down.
+            Results: out [T, H]; of backward also out_dweight, dw_up, dw_down; of a plan epoch and
+            tables.
             Residuals: epoch, saved_x or x_rows, z unless save="nothing", tables.
             Scratch: all other arrays of `cometrt.cuda.buffers`.
         ids_are_64: whether ids are int64.
@@ -52,11 +55,12 @@ class Call:
         return (self.operation, *how, *self.at.values())
 
 
-# 8-byte field of ExchangeParams -> name in Call.at
+# 8-byte field of ExchangeParams -> name in Call.at. _FORWARD: also of plans and planned forwards.
 _FORWARD = {
     "x": "x",
     "ids": "ids",
     "weights": "weights",
+    "forward_epoch": "plan_epoch",
     "saved_epoch": "epoch",
     "saved_x": "saved_x",
     "rows": "x_rows",
@@ -73,7 +77,6 @@ _BACKWARD = {
     "out": "out",
     "out_dweight": "out_dweight",
 }
-_ARRAYS = {"forward": _FORWARD, "backward": _BACKWARD}
 _TABLES = slice(
     *(ParamStruct(exchange_params_dtype).index_of(EXCHANGE_TABLES[i]) + (i != 0) for i in (0, -1))
 )
@@ -128,7 +131,7 @@ class ExchangeParamsBuilder:
         if self._filled_for != world:
             self._fill()
             self._filled_for = world
-        forward = call.operation == "forward"
+        forward = call.operation != "backward"
         params.uint64s[_OF_CALL] = 0
         fields = params.fields
         fields["num_tokens"] = call.num_tokens
@@ -139,9 +142,8 @@ class ExchangeParamsBuilder:
         config = self._config if forward else self._backward_config
         fields["num_n_chunks"] = config.num_n_chunks(hidden)
         fields["n_chunk_columns"] = config.n_chunks(hidden)[0][1]
-        at = call.at
-        arrays = _ARRAYS[call.operation].items()
-        set_fields(params, **{field: at.get(name, 0) for field, name in arrays})
+        at, arrays = call.at, _FORWARD if forward else _BACKWARD
+        set_fields(params, **{field: at.get(name, 0) for field, name in arrays.items()})
         set_fields(params, pull_offset=self._heap.table["x" if forward else "dy"].offset)
         if not forward:
             set_fields(params, **self._gradients(call))

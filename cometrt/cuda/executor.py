@@ -1,7 +1,8 @@
 """Forward and backward of one layer on CUDA: memory, order and replay of its calls.
 
-What a call launches stands in `cometrt.cuda.queue`. A fused forward or a backward that comes again
-with the same arguments and memory is one launch of a graph (`cometrt.cuda.graphs`).
+What a call launches stands in `cometrt.cuda.queue`. In mode "fused" each call, and in others a
+backward, that comes again with the same arguments and memory is one launch of a graph
+(`cometrt.cuda.graphs`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from cometrt.cuda.trace import recorded_by
 from cometrt.cuda.types import DeviceArray
 from cometrt.errors import CallNotBegun
 from cometrt.plan import PlanShape, TileConfig
+from cometrt.plan_ahead import PlanAhead
 from cometrt.residuals import Residuals
 from cometrt.specs import Gradients
 from cometrt.stats import LayerStats
@@ -32,7 +34,9 @@ class CudaExecutor:
     queue: the layer's launches.
     kernels: those of `queue`, by name.
     graphs: of calls that come again.
-    forward_buffers: arrays that a forward allocates, by `training`.
+    forward_buffers: arrays that a forward allocates, by `training`; a planned one has its plan's
+        tables.
+    plan_buffers: arrays that a plan allocates.
     backward_buffers: arrays that a backward allocates.
     ended: event at the end of the last call.
     captured: memory of calls in CUDA graphs, which outlives them.
@@ -52,10 +56,11 @@ class CudaExecutor:
         self._may_capture = shape.config.gemm == "engine"
         self._replayed: tuple[str, ...] = ("backward",) if self._may_capture else ()
         if mode == "fused":
-            self._replayed += ("forward",)
+            self._replayed += ("forward", "planned forward", "plan")
         self.forward_buffers = {
             training: buffers.forward_buffers(shape, mode, training) for training in (False, True)
         }
+        self.plan_buffers = buffers.plan_buffers(shape)
         self.backward_buffers = buffers.backward_buffers(shape)
         self._offsets = {
             "forward": buffers.offsets(buffers.forward_scratch(shape)),
@@ -80,35 +85,54 @@ class CudaExecutor:
     def forward(
         self,
         x: DeviceArray,
-        ids: DeviceArray,
-        weights: DeviceArray,
+        ids: DeviceArray | None,
+        weights: DeviceArray | None,
         w_up: DeviceArray,
         w_down: DeviceArray,
         *,
         training: bool,
         out: DeviceArray,
         tracer: Tracer,
+        plan: PlanAhead | None = None,
     ) -> dict[str, Any] | None:
         """Returns the residuals that backward needs, but for the weights; see `Residuals.pack`."""
         self._check_capture("forward")
         with self._order.guard("forward"):
-            given = {
-                "x": self._heap.out_of_heap(x, "x"),
-                "ids": self._heap.out_of_heap(ids, "ids0"),
-                "weights": self._heap.out_of_heap(weights, "weights0"),
-                "w_up": w_up,
-                "w_down": w_down,
-                "out": out,
-            }
-            new = self._new(self.forward_buffers[training])
-            at = self.with_scratch("forward", addresses(given | new))
-            call = Call("forward", len(x), at, ids_are_64=ids.dtype.itemsize == 8)
-            self.enqueue(call, (given["x"], given["ids"], given["weights"], new))
+            given = {"x": self._heap.out_of_heap(x, "x")}
+            wanted = self.forward_buffers[training]
+            if plan is None:
+                operation = "forward"
+                given |= self._tables(ids, weights)
+            else:
+                operation = "planned forward"
+                given |= {"plan_epoch": plan.epoch, "tables": plan.tables[0]}
+                wanted = {name: of for name, of in wanted.items() if name != "tables"}
+            new = self._new(wanted)
+            arrays = given | {"w_up": w_up, "w_down": w_down, "out": out} | new
+            at = self.with_scratch("forward", addresses(arrays))
+            call = Call(operation, len(x), at, ids_are_64=_are_64(ids))
+            self.enqueue(call, (given, new))
         if not training:
             return None
         z = None if self._shape.geometry.spec.save == "nothing" else new["z"]
         x = new.get("saved_x", new["x_rows"])
-        return {"epoch": new["epoch"], "x": x, "z": z, "tables": (new["tables"],)}
+        return {"epoch": new["epoch"], "x": x, "z": z, "tables": (arrays["tables"],)}
+
+    def plan(self, ids: DeviceArray, weights: DeviceArray, *, tracer: Tracer) -> dict[str, Any]:
+        """Returns epoch and tables; see `PlanAhead.pack`."""
+        self._check_capture("plan")
+        with self._order.guard("plan"):
+            given, new = self._tables(ids, weights), self._new(self.plan_buffers)
+            call = Call("plan", len(ids), addresses(given | new), ids_are_64=_are_64(ids))
+            self.enqueue(call, (given, new))
+        return {"epoch": new["epoch"], "tables": (new["tables"],)}
+
+    def _tables(self, ids: Any, weights: Any) -> dict[str, DeviceArray]:
+        heap = self._heap
+        return {
+            "ids": heap.out_of_heap(ids, "ids0"),
+            "weights": heap.out_of_heap(weights, "weights0"),
+        }
 
     def reschedule(self, config: TileConfig) -> bool:
         """Use another config in place of the layer's own, where launches alone depend on what
@@ -259,6 +283,10 @@ class CudaExecutor:
     def stop_world(self, error: BaseException, operation: str) -> None:
         """As `CallOrder.stop_world`."""
         self._order.stop_world(error, operation)
+
+
+def _are_64(ids: DeviceArray | None) -> bool:
+    return ids is not None and ids.dtype.itemsize == 8
 
 
 def addresses(arrays: dict[str, DeviceArray]) -> dict[str, int]:

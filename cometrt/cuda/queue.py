@@ -2,7 +2,8 @@
 
 Every call is begin, publish, plan, path, finish. `publish` puts in place what peers read. `prepare`
 makes the plan of a forward; `agree` lets a backward use the plan of its forward. The path is what
-its mode does between them and `finish`:
+its mode does between them and `finish`. A plan made ahead has no path; a planned forward has
+`prepare_planned` in the place of `prepare`.
 
     fused       dispatch_gemm, gemm_combine
     sequential  dispatch, up, down, push, home_reduce
@@ -26,7 +27,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from cometrt.cuda import buffers
-from cometrt.cuda.backward import BackwardGemms, EngineBackward
+from cometrt.cuda.backward import BackwardGemms, EngineBackward, PlanTables
 from cometrt.cuda.cublas import CublasBackward, CublasExperts, CublasForward
 from cometrt.cuda.exchange_params import Call, ExchangeParamsBuilder
 from cometrt.cuda.fused import FusedForward, FusedPath, fused_counter_words
@@ -58,8 +59,9 @@ class ProtocolKernels:
     """What every call begins and ends with.
 
     Args:
-        orders: TileOrderParams of the up and the down GEMM, which `prepare` fills.
-        kernels: gets "publish", "prepare", "agree" and "finish".
+        orders: TileOrderParams of the up and the down GEMM, which `prepare` and `prepare_planned`
+            fill.
+        kernels: gets "publish", "plan", "prepare", "prepare_planned", "agree" and "finish".
     """
 
     def __init__(
@@ -70,13 +72,16 @@ class ProtocolKernels:
         kernels: Launches,
     ) -> None:
         self._planner, self._orders, self._links = planner, orders, links
-        self._num_sms = num_sms()
+        self._num_sms, self._tables = num_sms(), PlanTables(planner.table_offsets)
+        (self._prepare_planned,) = load_kernels("plan/prepare_planned.cu", "prepare_planned")
         self._publish, self._agree, self._finish = load_kernels(
             "protocol/publish.cu", "publish", "agree", "finish"
         )
         kernels |= {
             "publish": self._launch_publish,
+            "plan": self._launch_plan,
             "prepare": self._launch_prepare,
+            "prepare_planned": self._launch_prepare_planned,
             "agree": self._launch_agree,
             "finish": self._launch_finish,
         }
@@ -84,9 +89,19 @@ class ProtocolKernels:
     def _launch_publish(self, stream: int, params: ParamStruct) -> None:
         self._publish(stream, self._num_sms, params)
 
+    def _launch_plan(self, stream: int, params: ParamStruct, call: Call) -> None:
+        """Plan alone: no GEMM follows."""
+        link = self._links.dispatch
+        self._planner.prepare(stream, params, call.at["tables"], (_NO_ORDER, _NO_ORDER), link)
+
     def _launch_prepare(self, stream: int, params: ParamStruct, call: Call) -> None:
         tables, link = call.at["tables"], self._links.dispatch
         self._planner.prepare(stream, params, tables, self._orders, link)
+
+    def _launch_prepare_planned(self, stream: int, params: ParamStruct, call: Call) -> None:
+        """Make the tile orders of the call's plan, zero padding rows, and wait for all ranks."""
+        tables = self._tables.planned(call)
+        self._prepare_planned(stream, self._num_sms, params, tables, *self._orders)
 
     def _launch_agree(self, stream: int, params: ParamStruct, _call: Call) -> None:
         self._agree(stream, 1, params)
@@ -99,6 +114,13 @@ class Path(Protocol):
     """What a mode launches between the plan and the end of a call."""
 
     def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None: ...
+
+
+class NoPath:
+    """Of a plan: nothing is left to do."""
+
+    def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None:
+        pass
 
 
 class CallQueue:
@@ -154,12 +176,21 @@ class CallQueue:
                 for name, words in fields.items():
                     counters_of[launches][name] = address
                     address += 4 * words
-        # A backward makes no plan: it leaves the planner's counters as they are.
+        # Calls that make no plan leave the planner's counters as they are.
         begin = fixed["counters"] + 4 * planner_words if mode == "fused" else 0
+        with_a_plan = state | {"counters": begin} | counters_of["pass"]
         operations = {
             "forward": fixed | counters_of["pass"],
-            "backward": state | {"counters": begin} | counters_of["pass"],
+            "planned forward": with_a_plan,
+            "backward": with_a_plan,
+            "plan": fixed,
             "recompute": counters_of["recompute"],
+        }
+        num_counters = {
+            "forward": counters.size,
+            "planned forward": fused_words,
+            "backward": fused_words,
+            "plan": planner_words,
         }
         self._params = ExchangeParamsBuilder(
             world,
@@ -167,7 +198,7 @@ class CallQueue:
             heap,
             layer,
             operations,
-            num_counters={"forward": counters.size, "backward": fused_words},
+            num_counters=num_counters,
             table_offsets=self.planner.offsets_of(EXCHANGE_TABLES),
         )
         self.kernels: Launches = {}
@@ -196,10 +227,18 @@ class CallQueue:
             backward = EngineBackward(self._params, chunks if recomputes else 0)
             forward = ChunkedForward(shape.config) if mode == "chunked" else SequentialForward()
         ProtocolKernels(self.planner, orders, links, kernels)
-        self._paths = {"forward": forward, "backward": backward}
-        self._plans = {"forward": "prepare", "backward": "agree"}
-        if mode == "fused":
-            self._plans["backward"] = "prepare_backward"
+        self._paths: dict[str, Path] = {
+            "forward": forward,
+            "planned forward": forward,
+            "backward": backward,
+            "plan": NoPath(),
+        }
+        self._plans = {
+            "forward": "prepare",
+            "planned forward": "prepare_planned",
+            "backward": "prepare_backward" if mode == "fused" else "agree",
+            "plan": "plan",
+        }
 
     def enqueue(self, stream: int, call: Call) -> None:
         """Queue a call on a raw stream. It allocates nothing, captures nothing, meets no other

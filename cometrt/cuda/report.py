@@ -16,8 +16,8 @@ from cometrt.plan.routing import wrong_pair
 from cometrt.world import World
 from cometrt.world.failure import FLAGS, KINDS, Failure, WaitTarget
 from cometrt.world.layout import device_control_block_dtype
+from cometrt.world.operations import OPERATIONS, call_text
 
-OPERATIONS = ("", "forward", "backward")  # numbers on the wire
 # ReportKind of protocol/exchange_params.cuh
 REPORTS = ("", "routing", "no forward", "stopped", "stale graph")
 _UNSPECIFIED = "; the weight gradients of this backward are unspecified"
@@ -95,8 +95,10 @@ class Report:
             )
         world.gpu.release_held_calls()
         if kind == "no forward":
+            earlier = "forward" if operation == "backward" else "plan"
             return CometError(
-                f"the {call} did nothing: its forward failed, or was queued behind a call that did"
+                f"the {call} did nothing: its {earlier} failed, or was queued behind a call that "
+                f"did"
             )
         return self._routing_error(report)
 
@@ -170,7 +172,5 @@ def tell_unspecified(error: BaseException | None) -> None:
 
 
 def _called(header: Any) -> str:
-    text = f"{OPERATIONS[int(header['operation'])]} of layer {int(header['layer'])}"
-    if header["forward_epoch"]:
-        text += f" (of the forward of epoch {int(header['forward_epoch'])})"
-    return text
+    fields = ("operation", "layer", "forward_epoch")
+    return call_text(*(int(header[field]) for field in fields))

@@ -80,6 +80,9 @@ class ChunkedForward:
     A pipeline chunk is a range of the dispatch order, across all experts: weights are read few
     times, whatever the number of chunks. The originals cut the tokens, and read all weights for
     each chunk. GEMMs leave SMs to the kernels that move rows beside them.
+
+    A planned forward pushes all chunks in one launch after the last GEMM: what each chunk completes
+    is in the planner's scratch, and not in the plan.
     """
 
     def __init__(self, config: TileConfig) -> None:
@@ -111,6 +114,7 @@ class ChunkedForward:
         from cupy.cuda.runtime import streamWaitEvent as wait
 
         other, last = self._auxiliary, self._count - 1
+        planned = call.operation == "planned forward"
         kernels["dispatch"](stream, params, 0)
         record(self._dispatched[0].ptr, stream)
         wait(other, self._dispatched[0].ptr)
@@ -122,12 +126,13 @@ class ChunkedForward:
                 wait(stream, self._dispatched[chunk].ptr)
             kernels["up"](stream, call, chunk, self._gemm_sms if chunk < last else None)
         for chunk in reversed(range(self._count)):
-            kernels["down"](stream, call, chunk, self._gemm_sms if chunk < last else None)
-            if chunk > 0:
+            alone = planned or chunk == last
+            kernels["down"](stream, call, chunk, None if alone else self._gemm_sms)
+            if chunk > 0 and not planned:
                 record(self._multiplied[chunk].ptr, stream)
                 wait(other, self._multiplied[chunk].ptr)
                 kernels["push"](other, params, chunk, self._comm_sms)
-        kernels["push"](stream, params, 0)
+        kernels["push"](stream, params, None if planned else 0)
 
 
 def comm_sms(sms: int, wanted: int | None) -> int:

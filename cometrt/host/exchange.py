@@ -18,10 +18,10 @@ from cometrt.trace import Tracer
 from cometrt.world import World
 from cometrt.world.control_block import value_of
 from cometrt.world.failure import Failure, WaitTarget
+from cometrt.world.operations import OPERATIONS, call_text
 from cometrt.world.peer_status import in_collective
 
 _CALL = ("operation", "layer", "forward_epoch", "epoch", "spec_hash")  # equal on all ranks
-OPERATIONS = ("", "forward", "backward")  # the index stands for the operation in a header
 
 Stage = tuple[str, Callable[[], None]]  # a role, and what it does
 
@@ -67,6 +67,9 @@ class Exchange:
 
         Each epoch waits for all ranks, also for those it pulls nothing from. So ranks are at most
         one epoch apart, and two copies of ids, weights and headers, by epoch parity, suffice.
+
+        Args:
+            forward_epoch: of a backward's forward, or of a planned forward's plan.
 
         Returns:
             the number of tokens of each rank.
@@ -127,9 +130,7 @@ class Exchange:
         if len(set(calls)) == 1:
             return
         text = f"ranks made different calls in epoch {self.epoch}: " + ", ".join(
-            f"rank {rank}: {OPERATIONS[operation]} of layer {layer}"
-            + (f" (of the forward of epoch {forward_epoch})" if forward_epoch else "")
-            for rank, (operation, layer, forward_epoch, *_) in enumerate(calls)
+            f"rank {rank}: {call_text(*call[:3])}" for rank, call in enumerate(calls)
         )
         rank = self.world.rank
         self.world.stop(Failure(kind="mismatch", waiter=rank, text=text, epoch=self.epoch))

@@ -18,6 +18,7 @@ from cometrt.host.buffers import backward_rows, empty, wide_weights
 from cometrt.host.exchange import Exchange, Stage
 from cometrt.plan import Plan, PlanShape
 from cometrt.plan.reference import make_plan
+from cometrt.plan_ahead import PlanAhead
 from cometrt.residuals import Residuals
 from cometrt.specs import Gradients
 from cometrt.stats import LayerStats
@@ -52,21 +53,26 @@ class HostExecutor:
     def forward(
         self,
         x: np.ndarray,
-        ids: np.ndarray,
-        weights: np.ndarray,
+        ids: np.ndarray | None,
+        weights: np.ndarray | None,
         w_up: np.ndarray,
         w_down: np.ndarray,
         *,
         training: bool,
         out: np.ndarray,
         tracer: Tracer,
+        plan: PlanAhead | None = None,
     ) -> dict[str, Any] | None:
         """Returns the residuals that backward needs, but for the weights."""
         ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
         with ex.guard("compute"):
-            num_tokens = ex.publish("forward", {"x": x}, len(x), ids=ids, weights=weights)
-            with ex.step("compute", "plan"):
-                ex.plan = make_plan(ex.read_routing(num_tokens), self._shape)
+            if plan is None:
+                num_tokens = ex.publish("forward", {"x": x}, len(x), ids=ids, weights=weights)
+                self._make_plan(ex, num_tokens)
+            else:
+                of_plan = int(plan.epoch[0])
+                ex.publish("planned forward", {"x": x}, len(x), forward_epoch=of_plan)
+                ex.plan = Plan(*plan.tables)
             rows = empty(plan_rows(self._shape))
             kept = {"x": rows["x"]}
             if training and self._save != "rows":  # now: `out` may be x itself
@@ -79,6 +85,19 @@ class HostExecutor:
         epoch = np.array([ex.epoch], np.int64)
         z = None if self._save == "nothing" else rows["z"]
         return kept | {"epoch": epoch, "z": z, "tables": ex.plan.arrays()}
+
+    def plan(self, ids: np.ndarray, weights: np.ndarray, *, tracer: Tracer) -> dict[str, Any]:
+        """An exchange of ids and weights alone: each rank makes its plan, and moves no row."""
+        ex = Exchange(self._world, self._heap, self._shape, self._layer, tracer)
+        with ex.guard("compute"):
+            self._make_plan(ex, ex.publish("plan", {}, len(ids), ids=ids, weights=weights))
+            ex.run([], overlapped=False)
+        self._keep_stats(ex)
+        return {"epoch": np.array([ex.epoch], np.int64), "tables": ex.plan.arrays()}
+
+    def _make_plan(self, ex: Exchange, num_tokens: list[int]) -> None:
+        with ex.step("compute", "plan"):
+            ex.plan = make_plan(ex.read_routing(num_tokens), self._shape)
 
     def backward(
         self, dy: np.ndarray, saved: Residuals, *, out: Gradients, accumulate: bool, tracer: Tracer

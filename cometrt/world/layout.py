@@ -13,7 +13,8 @@ header_dtype = np.dtype(
         ("operation", np.int64),
         ("layer", np.int64),
         ("spec_hash", np.int64),
-        ("forward_epoch", np.int64),  # in backward: the epoch of its forward; else 0
+        # Of a backward's forward, or of a planned forward's plan; else 0.
+        ("forward_epoch", np.int64),
         ("num_tokens", np.int64),
     ]
 )

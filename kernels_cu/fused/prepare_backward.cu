@@ -37,8 +37,5 @@ extern "C" __global__ void __launch_bounds__(kPrepareThreads, 1)
   if (params.x_rows != nullptr) {
     zero_padding_rows(params, params.x_rows, warp, gridDim.x * kWarps);
   }
-  if (blockIdx.x != gridDim.x - 1) return;
-  for (int s = threadIdx.x; s < params.world.size; s += kPrepareThreads) wait_source(params, s);
-  __syncthreads();
-  if (threadIdx.x == 0) params.state->ok = all_agree(params);
+  if (blockIdx.x == gridDim.x - 1) agree_on_call(params);
 }

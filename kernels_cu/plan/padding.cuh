@@ -1,5 +1,5 @@
-// Zeroes padding rows. `prepare` and `prepare_backward` do it for the fused kernels, and `dispatch`
-// for the other modes.
+// Zeroes padding rows. `prepare`, `prepare_planned` and `prepare_backward` do it for the fused
+// kernels, and `dispatch` for the other modes.
 // Padding must be zero in every pass, since 0 * NaN would be NaN in weight gradients.
 #pragma once
 

@@ -1,6 +1,7 @@
 // The start of an exchange on the receiving side: wait until every rank has published, then check
-// that all make the same call. Used by `prepare` (forward), and by `agree` or `prepare_backward`
-// (backward). Since every exchange waits for all ranks, ranks are at most one epoch apart.
+// that all make the same call. Used by `prepare` (a plan, a forward), by `prepare_planned` (a
+// forward with a plan), and by `agree` or `prepare_backward` (backward). Since every exchange waits
+// for all ranks, ranks are at most one epoch apart.
 #pragma once
 
 #include "protocol/exchange_params.cuh"
@@ -43,6 +44,14 @@ __device__ inline bool all_agree(const ExchangeParams& params) {
     stop_world(params.world, kMismatch, {kSourceReady, -1, -1, -1}, mine.epoch, 0, 0);
   }
   return same && !stopped;
+}
+
+// By all threads of a block, in a call that has its plan: waits for all ranks and sets `ok` if all
+// make the same call. Acquires source_ready.
+__device__ inline void agree_on_call(const ExchangeParams& params) {
+  for (int s = threadIdx.x; s < params.world.size; s += blockDim.x) wait_source(params, s);
+  __syncthreads();
+  if (threadIdx.x == 0) params.state->ok = all_agree(params);
 }
 
 }  // namespace cometrt

@@ -15,7 +15,7 @@ namespace cometrt {
 // its results to NaN.
 enum ExchangeStatus : u32 {
   kInert,          // the world has stopped, or an earlier call's error has not been raised yet
-  kForwardFailed,  // a backward whose forward failed or was inert
+  kForwardFailed,  // a backward whose forward, or a forward whose plan, failed or was inert
   kActive,
 };
 
@@ -75,17 +75,19 @@ struct ExchangeParams {
       partials_offset;
   // Fields of the header.
   long long operation, layer, spec_hash;
-  const long long* forward_epoch;  // backward: points to its forward's epoch, 0 if that failed
+  // Points to the epoch of a backward's forward, or of a planned forward's plan; 0: that failed.
+  const long long* forward_epoch;
   ExchangeState* state;
   ExchangeReport* report;
   CallStats* stats;  // [1 + local_experts], in host memory
-  // Inputs that `publish` copies into the heap. For backward it saves the call's epoch (0 if it
-  // fails) and x, padded with zeros to max_tokens.
+  // Inputs that `publish` copies into the heap. For later calls it saves the call's epoch (0 if it
+  // fails), and for backward x, padded with zeros to max_tokens.
   const void *x, *dy, *ids;
   const float* weights;
   long long* saved_epoch;
   void* saved_x;
-  // Forward: the planner's copy of all ranks' routing tables, and its progress. Read for reports.
+  // Plan and forward: the planner's copy of all ranks' routing tables, and its progress. Read for
+  // reports.
   const int* all_ids;
   const float* all_weights;
   const PlanProgress* progress;

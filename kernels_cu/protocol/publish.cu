@@ -1,7 +1,8 @@
 // The first and the last kernels of an exchange: `publish` puts this rank's inputs into the heap
 // and signals source_ready on every rank; `agree` (backward) waits for all ranks; `finish` reports
-// a failed call to the host. Instead of `agree`, a forward has `prepare` (plan/plan.cu), and a
-// fused backward has `prepare_backward` (fused/prepare_backward.cu).
+// a failed call to the host. Instead of `agree`, a plan or a forward has `prepare` (plan/plan.cu),
+// a forward with a plan `prepare_planned` (plan/prepare_planned.cu), and a fused backward
+// `prepare_backward` (fused/prepare_backward.cu).
 #include "protocol/agree.cuh"
 
 using namespace cometrt;
@@ -204,14 +205,10 @@ extern "C" __global__ void __launch_bounds__(kPublishThreads)
   begin_exchange(params, epoch, status);
 }
 
-// One CTA, in a backward that is not fused: waits for all ranks and sets `ok` if all make the same
-// call. Acquires source_ready.
+// One CTA, in a backward that is not fused.
 extern "C" __global__ void __launch_bounds__(kThreads)
     agree(const __grid_constant__ ExchangeParams params) {
-  if (params.state->status != kActive) return;
-  for (int s = threadIdx.x; s < params.world.size; s += blockDim.x) wait_source(params, s);
-  __syncthreads();
-  if (threadIdx.x == 0) params.state->ok = all_agree(params);
+  if (params.state->status == kActive) agree_on_call(params);
 }
 
 // The end of an exchange. If the call failed or was inert, or the world has stopped, the results
@@ -230,7 +227,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   if (!failed && blockIdx.x == 0) write_stats(params);
   if (!failed) return;
   const long long first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
-  const long long values = static_cast<long long>(params.num_tokens) * params.g.hidden;
+  const long long values =
+      params.out == nullptr ? 0 : static_cast<long long>(params.num_tokens) * params.g.hidden;
   const __nv_bfloat16 nan = __float2bfloat16(__int_as_float(0x7fffffff));
   for (long long i = first; i < values; i += step) params.out[i] = nan;
   if (params.out_dweight != nullptr) {  // a backward with tokens

@@ -64,8 +64,9 @@ class Pauses:
         """Before each launch of the fused layer's calls."""
         kernels = layer.executor.kernels
         forward = "publish", "prepare", "dispatch_gemm", "gemm_combine", "finish"
+        planned = "plan", "prepare_planned"
         backward = "prepare_backward", "dispatch_down_dgrad", "up_dgrad_combine_wgrad"
-        for name in (*forward, *backward):
+        for name in (*forward, *planned, *backward):
             kernels[name] = functools.partial(self._late, kernels[name])
 
     def _late(self, launch, *args):

@@ -20,11 +20,11 @@ LAYERS = (
     {"models", "reference", "weights", "arrays", "stats"},
     {"plan"},
     {"world"},
-    {"kernels", "trace", "heap", "buffers", "residuals", "legality"},
+    {"kernels", "trace", "heap", "buffers", "residuals", "plan_ahead", "legality"},
     {"arguments", "executor", "call_scope", "router"},
     {"host", "cuda"},
     {"memory", "tuner"},
-    {"agreement"},
+    {"agreement", "layer_life"},
     {"layer"},
     {"interop"},
     {""},  # cometrt/__init__.py

@@ -1,0 +1,62 @@
+"""What `layer.plan` makes for forwards: `plan`, a flat tuple of arrays of fixed shape.
+
+(meta [6] int64 on the host, read-only; epoch [1] int64; the plan's tables, on "cuda" in one array).
+The tables are those of `saved`, where a planned forward's refer to its plan's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from cometrt.residuals import ArraySpec, Origin, unpack_arrays
+from cometrt.types import Arrays
+
+_META_SHAPE = (len(Origin._fields) + 1,)  # num_tokens comes behind
+_OF_FORWARD = ("x", "z", "w_up", "w_down")  # arrays of `saved` that no plan has
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlanAhead:
+    """`plan` with names.
+
+    Attributes:
+        num_tokens: T of the plan.
+        epoch: of the plan; on "cuda" 0 if it failed.
+        tables: the plan's.
+    """
+
+    num_tokens: int
+    epoch: Any
+    tables: tuple[Any, ...]
+
+    def pack(self, origin: Origin) -> tuple[Any, ...]:
+        """`plan`."""
+        meta = np.array([*origin, self.num_tokens], np.int64)
+        meta.flags.writeable = False
+        return (meta, self.epoch, *self.tables)
+
+    @staticmethod
+    def unpack(
+        plan: Any, origin: Origin, specs: tuple[ArraySpec, ...], arrays: Arrays
+    ) -> PlanAhead:
+        """Args:
+            specs: of `plan_specs`.
+            arrays: of the world's device.
+
+        Raises:
+            ValueError: if it is not of that origin, or an array is not as its spec says.
+        """
+        (num_tokens,), kept = unpack_arrays(plan, "plan", "plan", origin, specs, arrays)
+        return PlanAhead(num_tokens, kept.pop("epoch"), tuple(kept.values()))
+
+
+def plan_specs(saved: tuple[ArraySpec, ...]) -> tuple[ArraySpec, ...]:
+    """Specs of all arrays of `plan`, from those of `saved`."""
+    meta, *others = (of for of in saved if of.name not in _OF_FORWARD)
+    kept = dataclasses.replace(meta, shape=_META_SHAPE), *others
+    return tuple(
+        dataclasses.replace(of, index=index, owner="plan") for index, of in enumerate(kept)
+    )
