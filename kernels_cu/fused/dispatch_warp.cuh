@@ -46,8 +46,7 @@ struct alignas(128) DispatchStages {
 // for them. They are in place when the launch ends.
 //
 // Software pipeline over batches: the queue ticket is requested two batches ahead, token ids one
-// batch ahead. While batch i loads, batch i - 2 signals tile_filled: its stores have had a batch's
-// time to complete.
+// batch ahead. While batch i loads, the stores of batch i - 1 complete and signal tile_filled.
 template <typename Shape, bool kPullsX = false>
 class DispatchWarp {
   static constexpr int kStages = Shape::kStages, kLanesPerItem = 32 / kStages;
@@ -74,7 +73,7 @@ class DispatchWarp {
     pop_ahead();
     int first = __shfl_sync(~0u, ticket_, 0);
     pop_ahead();
-    Item now{token_of(first, copy_chunks), -1}, before{-1, -1}, older{-1, -1};
+    Item now{token_of(first, copy_chunks), -1}, before{-1, -1};
     // A warp's tickets only grow, so the first one beyond the queue ends its work.
 #pragma unroll 1
     for (; first < end(); ++step_) {
@@ -88,16 +87,13 @@ class DispatchWarp {
       first = __shfl_sync(~0u, ticket_, 0);
       pop_ahead();
       const Item next{token_of(first, copy_chunks), -1};
-      release<1>(older);
+      release(before);
       store(now, is_x ? p_.x_rows : p_.rows, offset, bytes);
-      older = before;
       before = now;
       if (is_x) before.token = -1;  // its rows are not signalled
       now = next;
     }
-    release<1>(older);
-    ++step_;
-    release<0>(before);
+    release(before);
     recorder.end_if_moved(1);
   }
 
@@ -161,15 +157,13 @@ class DispatchWarp {
     bulk_commit();
   }
 
-  // Signals tile_filled, a count of copy chunks, for batch step_ - 2, behind which kPending batches
-  // have been stored: a release at gpu scope by every lane for its own stores. The partner is
-  // RowsReady::wait().
-  template <int kPending>
+  // Signals tile_filled, a count of copy chunks, for the previous batch: a release at gpu scope by
+  // every lane for its own stores. The partner is RowsReady::wait().
   __device__ void release(const Item& item) {
-    if (step_ < 2) return;
-    bulk_wait<kPending>();  // the batch's stores are complete
+    if (step_ == 0) return;
+    bulk_wait<0>();  // the stores are complete
     recorder.begin_wait();
-    if (is_elected(2)) wait_transferred(transfer_.end_ns());
+    if (is_elected(1)) wait_transferred(transfer_.end_ns());
     __syncwarp();
     recorder.end_wait(kWaitLink, -1, -1);
     fence_acq_rel_gpu();
@@ -177,10 +171,10 @@ class DispatchWarp {
     recorder.end_if_moved(kBytesPerEvent);
   }
 
-  // Whether this lane holds the link transfer of an earlier batch. Lanes 0 to 3 take turns, since
-  // three batches are in flight.
+  // Whether this lane holds the link transfer of an earlier batch. Lanes 0 and 1 alternate, since
+  // two batches are in flight.
   __device__ bool is_elected(int batches_ago) const {
-    return lane() == static_cast<int>((step_ - batches_ago) % 4);
+    return lane() == static_cast<int>((step_ - batches_ago) % 2);
   }
 
   const ExchangeParams& p_;
