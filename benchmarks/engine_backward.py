@@ -24,17 +24,8 @@ from benchmarks.engine_forms import (
 from cometrt.activations import activate_backward
 from cometrt.bench.workloads import device_normal
 from cometrt.cuda.dgrad import GroupedDgrad, GroupedDownDgrad, dgrad_n_tiles
-from cometrt.cuda.engine import current_stream, gemm_ctas, order_tiles, raster_group_of
-from cometrt.cuda.wgrad import (
-    GroupedWgrad,
-    Wgrad,
-    WgradAddresses,
-    WgradArguments,
-    WgradOrder,
-    wgrad_raster_group,
-)
-from cometrt.kernels.launch import load_kernels
-from cometrt.world.partitions import num_sms
+from cometrt.cuda.engine import order_tiles, raster_group_of
+from cometrt.cuda.wgrad import GroupedWgrad, Wgrad
 
 
 class Dgrad(RowsForm):
@@ -112,23 +103,14 @@ class WeightGradient:
         self.equal, self.skewed = (
             (Groups(of_experts, m), Groups(of_experts, n)) for of_experts in sizes
         )
-        self._kernel = load_kernels("gemm/grouped_wgrad.cu", "grouped_wgrad")[0]
 
     def engine(self, a: Groups, b: Groups, dtype: Any = BF16, *, accumulate: bool = False) -> Run:
         """The GEMM's launch. Tiles are ordered once, before, as in the forms over rows."""
         experts, shape = len(a.sizes), (a.rows.shape[1], b.rows.shape[1])
-        out, order = cp.zeros((experts, *shape), dtype), WgradOrder(experts, [shape])
-        group = wgrad_raster_group(num_sms())
-        made = Wgrad(a.rows, b.rows, out)
-        GroupedWgrad()([made], a.tiles, order, accumulate=accumulate, raster_group=group)
-        arguments = WgradArguments(order, len(a.rows), [shape], experts, raster_group=group)
-        tables = a.tiles.expert_offsets.data.ptr, a.tiles.expert_rows.data.ptr
-        addresses = [WgradAddresses(*(x.data.ptr for x in made), out.dtype.itemsize == 4)]
-        params = arguments.params(*tables, addresses, accumulate=accumulate)
-        maps, kernel = arguments.maps(addresses), self._kernel
-        run: Run = lambda: kernel(current_stream(), gemm_ctas(), params, maps)  # noqa: E731
+        out = cp.zeros((experts, *shape), dtype)
+        gemms = GroupedWgrad().ordered([Wgrad(a.rows, b.rows, out)], a.tiles, accumulate=accumulate)
+        run: Run = lambda: gemms()  # noqa: E731
         run.out, run.start = out, 0.0 if accumulate else float("nan")
-        run.keeps = order, a, b
         return run
 
     def runs(self) -> dict[str, Run | None]:

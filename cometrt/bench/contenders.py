@@ -13,7 +13,8 @@ import cupy as cp
 import numpy as np
 
 import cometrt
-from cometrt.bench.nccl import Experts, Nccl, NcclForward
+from cometrt.bench.experts import Experts
+from cometrt.bench.nccl import Nccl, NcclForward
 from cometrt.bench.step_memory import Allocations, heap_bytes
 from cometrt.bench.timing import Call, Method, StartBarrier, measure
 from cometrt.bench.workloads import (
@@ -36,8 +37,8 @@ LAYERS = {  # mode and pipeline chunks
     "chunked 2": ("chunked", 2),
     "chunked 4": ("chunked", 4),
 }
-FORWARD_ONLY = ("chunked 2", "chunked 4", "nccl", "gemms", "planning")
-CONTENDERS = ("fused", "sequential", *FORWARD_ONLY)
+FORWARD_ONLY = ("chunked 2", "chunked 4", "nccl", "planning")
+CONTENDERS = ("fused", "sequential", "gemms", *FORWARD_ONLY)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +148,7 @@ class Rank:
             elif name == "planning":
                 found[name] = self._planning()
             elif name == "gemms" and self._experts is not None:
-                found[name] = whole(self._experts)
+                found[name] = self._gemms(self._experts, which)
             elif name == "nccl" and self._nccl is not None:
                 found[name] = whole(self._nccl)
         return found
@@ -160,6 +161,11 @@ class Rank:
             "backward": Call(backward, forward),
             "both": whole(lambda: backward(forward())),
         }[which]
+
+    def _gemms(self, experts: Experts, which: str) -> Call:
+        passes = {"forward": [experts.forward], "backward": [experts.backward]}
+        runs = passes.get(which) or [experts.forward, experts.backward]
+        return whole(lambda: [run() for run in runs])
 
     def _planning(self) -> Call:
         """A fused forward, of which publish and prepare are timed. Its kernels are launched one by

@@ -14,60 +14,11 @@ import cupy as cp
 import numpy as np
 
 import cometrt
-from cometrt.bench.workloads import cuda_function, device_normal
-from cometrt.cuda.engine import GroupedGemm, order_tiles, raster_group_of
+from cometrt.bench.experts import Experts
+from cometrt.bench.workloads import cuda_function
 from cometrt.world.partitions import num_sms
 
 _NONE = -(2**31)  # kNone of nccl.cu
-
-
-class Experts:
-    """A rank's two grouped GEMMs, planned as a layer plans them, with rows of its own.
-
-    Args:
-        layer: whose planner is used.
-        ids, weights: [W, T, K] of all ranks.
-        expert_weights: w_up and w_down of this rank.
-
-    Attributes:
-        plan: on the device.
-        x_rows, o: [capacity, H], input and output; x_rows begins with random values.
-    """
-
-    def __init__(
-        self,
-        layer: cometrt.MoELayer,
-        ids: np.ndarray,
-        weights: np.ndarray,
-        expert_weights: tuple[Any, Any],
-    ) -> None:
-        shape, geometry = layer.shape, layer.geometry
-        size, tokens, _ = ids.shape
-        routing = (ids, weights, np.full(size, tokens, np.int32))
-        executor: Any = layer.executor
-        self.plan = executor.queue.planner.plan(*map(cp.asarray, routing))
-        hidden, inner, up = layer.spec.hidden, geometry.local_intermediate, geometry.up_columns
-        self._w_up, self._w_down = expert_weights
-        self._up = GroupedGemm(layer.spec.activation, write_z=True)
-        self._down = GroupedGemm()
-        self._up_order = order_tiles(
-            self.plan, self._up.num_n_tiles(up), raster_group=raster_group_of(hidden)
-        )
-        self._down_order = order_tiles(
-            self.plan,
-            self._down.num_n_tiles(hidden),
-            raster_group=raster_group_of(inner),
-            backwards=True,
-        )
-        self.x_rows = device_normal((shape.capacity, hidden))
-        dtype = self.x_rows.dtype
-        self._z, self._a, self.o = (
-            cp.zeros((shape.capacity, columns), dtype) for columns in (up, inner, hidden)
-        )
-
-    def __call__(self) -> None:
-        self._up(self.x_rows, self._w_up, self._a, self._up_order, z=self._z)
-        self._down(self._a, self._w_down, self.o, self._down_order)
 
 
 class Nccl:
@@ -178,7 +129,7 @@ class NcclForward:
         self._add_rows(self._leaving, self._x, self._x, self._leaving_sources, None)
         self._nccl.exchange(self._to, self._from)
         self._add_rows(experts.x_rows, self._coming, self._x, self._row_sources, None)
-        experts()
+        experts.forward()
         self._add_rows(self._coming, experts.o, experts.o, *self._partials)
         self._nccl.exchange(self._from, self._to)
         self._add_rows(self.y, experts.o, self._leaving, *self._sums)

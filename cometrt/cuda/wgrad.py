@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -229,6 +229,24 @@ class GroupedWgrad:
     ) -> None:
         """Queue two launches on the current stream: the tile order, then the GEMMs.
 
+        Arguments as for `ordered`.
+        """
+        self.ordered(
+            wgrads, tiles, order, accumulate=accumulate, raster_group=raster_group, sms=sms
+        )()
+
+    def ordered(
+        self,
+        wgrads: Sequence[Wgrad],
+        tiles: ExpertRows,
+        order: WgradOrder | None = None,
+        *,
+        accumulate: bool = False,
+        raster_group: int | None = None,
+        sms: int | None = None,
+    ) -> Callable[[], None]:
+        """Queue the tile order on the current stream; what queues the GEMMs, as often as wanted.
+
         Args:
             wgrads: one or two.
             tiles: the plan's tables.
@@ -249,6 +267,10 @@ class GroupedWgrad:
         ]
         tables = tiles.expert_offsets.data.ptr, tiles.expert_rows.data.ptr
         params = arguments.params(*tables, addresses, accumulate=accumulate)
-        stream = current_stream()
-        self._order(stream, experts, params)
-        self._kernel(stream, gemm_ctas(sms), params, arguments.maps(addresses))
+        self._order(current_stream(), experts, params)
+        maps, kept = arguments.maps(addresses), (order, wgrads, tiles)
+
+        def run(_kept: object = kept) -> None:
+            self._kernel(current_stream(), gemm_ctas(sms), params, maps)
+
+        return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 
 import jax
@@ -12,8 +13,12 @@ from mpi4py import MPI
 
 COMM = MPI.COMM_WORLD
 if "--gpus" in sys.argv:  # how many this host has; before JAX starts
-    gpu = COMM.Get_rank() % int(sys.argv[sys.argv.index("--gpus") + 1])
-    jax.config.update("jax_cuda_visible_devices", str(gpu))
+    # This rank's GPU comes first: JAX compiles for a GPU of another number only where
+    # jax.distributed runs ("Device id 1 is out of range").
+    num_gpus = int(sys.argv[sys.argv.index("--gpus") + 1])
+    order = [(COMM.Get_rank() + i) % num_gpus for i in range(num_gpus)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, order))
+    jax.config.update("jax_cuda_visible_devices", "0")
 
 import cometrt  # noqa: E402
 from cometrt.interop import jax as cometrt_jax  # noqa: E402
@@ -27,7 +32,7 @@ def on_gpu(world):
         return contextlib.nullcontext()
     import cupy
 
-    return cupy.cuda.Device(gpu)
+    return cupy.cuda.Device(0)
 
 
 def test_bits_are_those_of_the_layer(world, moe, arrays, dy):
