@@ -81,9 +81,14 @@ class Trials:
             executor.give_up()
         self._executors.clear()
 
-    def time(self, config: TileConfig, which: str) -> float:
+    def time(
+        self, config: TileConfig, which: str, counts: tuple[int, int] | None = None
+    ) -> float:
         """Milliseconds of a forward or a backward: median of rounds, the same on all ranks.
         Collective.
+
+        Args:
+            counts: rounds, and calls in a row that a round times; None: by the time of a call.
 
         Raises:
             RoutingError, CapacityError: for given inputs, on all ranks.
@@ -93,9 +98,11 @@ class Trials:
             # first launch: no kernel waits for a peer while memory is allocated.
             executor = self._executor_for(config)
             begin = self.elapsed_sec
-            if which not in self._counts:
-                self._counts[which] = counts_for(self._time(executor, which, 1, 1))
-            ms = self._time(executor, which, *self._counts[which])
+            if counts is None:
+                if which not in self._counts:
+                    self._counts[which] = counts_for(self._time(executor, which, 1, 1))
+                counts = self._counts[which]
+            ms = self._time(executor, which, *counts)
             self.longest_sec = max(self.longest_sec, self.elapsed_sec - begin)
             return ms
         except BaseException:
