@@ -218,10 +218,11 @@ def lines(entry: dict[str, Any]) -> list[str]:
         ms = {
             name: f"{found[name + '_ms']:.3f}" for name in ("tuned", "best", "default", "slowest")
         }
+        ratio = found["tuned_ms"] / found["best_ms"]
         text.append(
             f"    {which}: tuned {ms['tuned']} ms, the best of {found['timed']} combinations "
-            f"{ms['best']} ({found['tuned_ms'] / found['best_ms']:.3f}), the slowest {ms['slowest']}, "
-            f"default {ms['default']}; there are {found['combinations']}"
+            f"{ms['best']} ({ratio:.3f}), the slowest {ms['slowest']}, default {ms['default']}; "
+            f"there are {found['combinations']}"
         )
     return text
 
