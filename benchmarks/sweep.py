@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import os
-import random
 import statistics
 import time
 from pathlib import Path
@@ -39,11 +37,12 @@ from cometrt.specs import Geometry
 from cometrt.tuner.search import (
     PASSES,
     candidates,
+    combinations,
     describe,
     legal,
     roomiest,
-    schedule,
     search,
+    sweep,
     with_own_backward,
 )
 from cometrt.world.link import LINKS
@@ -77,31 +76,19 @@ class Bench(NamedTuple):
 
     def tune(self, budget_sec: float) -> cometrt.TileConfig:
         """What `layer.tune` would find."""
-        trials = self.trials
+        trials, given = self.trials, (self.settings, self.spec, self.size, self.trials.time)
 
         def expired() -> bool:
             return trials.elapsed_sec + trials.longest_sec > budget_sec
 
-        given = self.base, self.settings, self.spec, self.size
-        return search(*given, trials.time, expired).config
-
-    def combinations(self, which: str, config: cometrt.TileConfig) -> list[cometrt.TileConfig]:
-        """Of the pass's alternatives, in an order of chance; `config` for the other pass. Configs
-        with equal schedules appear once."""
-        own = [s.changes for s in self.settings if which in s.passes]
-        found = {}
-        for changes in itertools.product(*own):
-            merged = {name: value for change in changes for name, value in change.items()}
-            if made := legal(config, merged, self.spec, self.size):
-                found[schedule(made, which)] = made
-        configs = list(found.values())
-        random.Random(0).shuffle(configs)
-        return configs
+        return sweep(search(self.base, *given, expired), *given, expired).config
 
     def sweep(self, which: str, tuned: cometrt.TileConfig, seconds: float) -> dict[str, Any]:
         """Time all combinations; see the module's text."""
         trials, times = self.trials, {}
-        configs, end = self.combinations(which, tuned), self.trials.elapsed_sec + seconds
+        every = combinations(tuned, self.settings, self.spec, self.size)
+        configs = [config for one, config in every if one == which]
+        end = self.trials.elapsed_sec + seconds
         for config in configs:
             times[config] = trials.time(config, which, (1, 2))
             if trials.elapsed_sec > end:

@@ -81,9 +81,7 @@ class Trials:
             executor.give_up()
         self._executors.clear()
 
-    def time(
-        self, config: TileConfig, which: str, counts: tuple[int, int] | None = None
-    ) -> float:
+    def time(self, config: TileConfig, which: str, counts: tuple[int, int] | None = None) -> float:
         """Milliseconds of a forward or a backward: median of rounds, the same on all ranks.
         Collective.
 

@@ -1,10 +1,17 @@
-"""The tuner's candidates, and its search: coordinate descent over the settings of a config."""
+"""The tuner's candidates, and its search over the settings of a config.
+
+Coordinate descent finds a good config soon. A sweep over combinations of the settings takes the
+rest of the time, and finds what two settings gain only together.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+import random
+import statistics
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from cometrt.legality import check_layer
@@ -14,6 +21,8 @@ from cometrt.specs import MoESpec
 PASSES = ("forward", "backward")
 _SWEEPS = 2
 _MIN_GAIN = 0.01  # fraction of the time; a smaller gain counts as noise
+_QUICK = 1, 2  # rounds and calls of a sweep's trial
+_FINALISTS, _TURNS = 4, 7
 _N_CHUNKS = (512, 1024, 2048)
 _NUM_PHASES = (1, 2, 4)
 _CTAS_PER_COMM_CTA = (2, 4, 8)  # every second, fourth or eighth CTA transfers rows
@@ -189,6 +198,78 @@ def search(
         if best == before:
             break
     return found(best)
+
+
+def combinations(
+    best: TileConfig, settings: list[Setting], spec: MoESpec, size: int
+) -> Iterator[tuple[str, TileConfig]]:
+    """(pass, config): all legal schedules of each pass, each once, in a random order that is equal
+    on all ranks. The other pass has the fields of `best`."""
+    passes = dict.fromkeys(which for setting in settings for which in setting.passes)
+    found: dict[tuple[str, TileConfig], TileConfig] = {}
+    for which in passes:
+        own = [setting.changes for setting in settings if which in setting.passes]
+        for changes in itertools.product(*own):
+            change = {name: value for part in changes for name, value in part.items()}
+            if config := legal(best, change, spec, size):
+                found.setdefault((which, schedule(config, which)), config)
+    order = list(found.items())
+    random.Random(0).shuffle(order)
+    yield from ((which, config) for (which, _), config in order)
+
+
+def sweep(
+    found: Found,
+    settings: list[Setting],
+    spec: MoESpec,
+    size: int,
+    time: Callable[[TileConfig, str, tuple[int, int]], float],
+    expired: Callable[[], bool],
+) -> Found:
+    """Time combinations of the settings, until there are none or the time is over. The fastest and
+    the config that was found so far then take turns.
+
+    Args:
+        time: measures a pass with a config, in so many rounds of so many calls.
+        settings, spec, size, expired: as for `search`.
+    """
+    best, passes = found.config, tuple(found.ms)
+    shared = [name for s in settings if len(s.passes) == len(passes) > 1 for name in s.changes[0]]
+    fastest: dict[tuple[Any, ...], dict[str, tuple[float, TileConfig]]] = {}
+    for which, config in combinations(best, settings, spec, size):
+        if expired():
+            break
+        ms = time(config, which, _QUICK)
+        group = fastest.setdefault(tuple(getattr(config, name) for name in shared), {})
+        if which not in group or ms < group[which][0]:
+            group[which] = ms, config
+    whole = [group for group in fastest.values() if len(group) == len(passes)]
+    whole.sort(key=lambda group: sum(ms for ms, _ in group.values()))
+    finalists = [best, *(_joined(group) for group in whole[: _FINALISTS - 1])]
+    times: dict[TileConfig, list[dict[str, float]]] = {config: [] for config in finalists}
+    for _ in range(_TURNS):
+        for config, turns in times.items():
+            turns.append({which: time(config, which, _QUICK) for which in passes})
+    medians = {
+        config: {which: statistics.median(turn[which] for turn in turns) for which in passes}
+        for config, turns in times.items()
+    }
+    totals = {config: sum(ms.values()) for config, ms in medians.items()}
+    winner = min(totals, key=totals.__getitem__)
+    if totals[winner] >= (1 - _MIN_GAIN) * totals[best]:
+        return found
+    return found._replace(config=winner, ms=medians[winner])
+
+
+def _joined(group: dict[str, tuple[float, TileConfig]]) -> TileConfig:
+    """The forward's config, with the fields that are the backward's own from the backward's."""
+    _, config = group["forward"]
+    if "backward" not in group:
+        return config
+    _, other = group["backward"]
+    names = [f.name for f in dataclasses.fields(config) if f.name.startswith("backward_")]
+    own: Change = {name: getattr(other, name) for name in names}
+    return dataclasses.replace(config, **own)
 
 
 def describe(config: TileConfig) -> str:

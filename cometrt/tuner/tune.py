@@ -9,7 +9,15 @@ from cometrt.executor import Executor
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.specs import Geometry
 from cometrt.tuner.cache import cache_file, key_of, store
-from cometrt.tuner.search import Found, candidates, describe, roomiest, search, with_own_backward
+from cometrt.tuner.search import (
+    Found,
+    candidates,
+    describe,
+    roomiest,
+    search,
+    sweep,
+    with_own_backward,
+)
 from cometrt.types import Array
 from cometrt.world import World
 from cometrt.world.partitions import num_sms
@@ -93,8 +101,8 @@ def find(
     settings = candidates(base, spec, size, sms, training=training)
     trials = Trials(world, geometry, layer, inputs, training, roomiest(base, settings))
 
-    def time(config: TileConfig, which: str) -> float:
-        ms = trials.time(config, which)
+    def time(config: TileConfig, which: str, counts: tuple[int, int] | None = None) -> float:
+        ms = trials.time(config, which, counts)
         if world.rank == 0:
             _log.info("%s %.4f ms: %s", which, ms, describe(config))
         return ms
@@ -103,5 +111,7 @@ def find(
         return trials.elapsed_sec + trials.longest_sec > budget_sec
 
     found = search(base, settings, spec, size, time, expired)
+    if not expired():
+        found = sweep(found, settings, spec, size, time, expired)
     trials.close()
     return found

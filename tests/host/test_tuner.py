@@ -389,6 +389,59 @@ def test_what_gains_less_than_noise_is_not_taken():
     assert found.config == base
 
 
+def sweep_of(time, training=True, expired=lambda: False):
+    base, settings = settings_of(cometrt.TileConfig(), SPEC, 8, 16, training)
+    found = search.search(base, settings, SPEC, 8, lambda config, which: time(config, which, None))
+    return found, search.sweep(found, settings, SPEC, 8, time, expired)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_sweep_finds_what_gains_only_together(training):
+    """Of the forward, and in training of the backward too, which shares the phases."""
+
+    def time(config, which, counts):
+        of = search.schedule(config, which)
+        return 1.0 if (of.num_phases, of.order, of.combine_ctas) == (1, "columns", 4) else 2.0
+
+    found, swept = sweep_of(time, training)
+    assert found.ms == dict.fromkeys(found.ms, 2.0)
+    assert swept.ms == dict.fromkeys(found.ms, 1.0)
+    assert swept.base_ms == found.base_ms
+    for which in swept.ms:
+        assert time(swept.config, which, None) == 1.0
+
+
+def test_a_sweep_keeps_what_is_not_slower_than_the_rest():
+    found, swept = sweep_of(lambda config, which, counts: 1.0)
+    assert swept == found
+
+
+def test_a_sweep_ends_when_the_time_is_over():
+    quick = []
+
+    def time(config, which, counts):
+        if counts:
+            quick.append((config, which))
+        return 1.0
+
+    sweep_of(time, expired=lambda: len(quick) >= 100)
+    assert len(quick) == 100 + 4 * 7 * 2  # then the fastest take turns
+
+
+def test_a_sweep_times_each_schedule_once():
+    quick = []
+
+    def time(config, which, counts):
+        if counts:
+            quick.append((which, search.schedule(config, which)))
+        return 1.0
+
+    sweep_of(time)
+    combinations = quick[: -4 * 7 * 2]
+    assert len(combinations) == len(set(combinations))
+    assert len(combinations) > 500
+
+
 def test_a_config_is_told_by_what_differs_from_the_usual():
     assert search.describe(cometrt.TileConfig()) == "TileConfig()"
     config = cometrt.TileConfig(n_chunk=512, order="columns")
@@ -408,7 +461,7 @@ class FakeTrials:
         self.training, self.closed = training, False
         FakeTrials.made.append(self)
 
-    def time(self, config, which):
+    def time(self, config, which, counts=None):
         self.timed.append(which)
         self.elapsed_sec, self.longest_sec = self.elapsed_sec + 1.0, 1.0
         of = search.schedule(config, which)

@@ -6,6 +6,8 @@ python -m tests.multi.run_jax_gpu --time    also times a training step beside Cu
 
 from __future__ import annotations
 
+import functools
+import itertools
 import sys
 import time
 
@@ -15,6 +17,7 @@ import numpy as np
 
 import cometrt
 from cometrt.interop import jax as cometrt_jax
+from cometrt.interop.jax.primitive import buffer_call
 from tests.jax_cases import arrays_of, bits, dense, gradients, small_spec, step_of
 
 
@@ -42,6 +45,27 @@ def test_bits(moe, arrays, own):
         expected = [array.get() for array in (y, *grads)]
     for _ in range(3):
         assert bits(step(dy, *arrays)) == bits(expected)
+
+
+def test_independent_calls_keep_their_order():
+    """Of arrays of any sizes; XLA by itself would order them by size."""
+    log = []
+
+    def note(number, *_buffers):
+        log.append(number)
+
+    notes = [functools.partial(note, number) for number in range(4)]
+
+    @jax.jit
+    def program(*arrays):
+        shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
+        calls = zip(notes, shapes, arrays, strict=True)
+        return [buffer_call(run, [shape], 2 * array)[0] for run, shape, array in calls]
+
+    for sizes in itertools.permutations((16, 1 << 10, 1 << 16, 1 << 22)):
+        log.clear()
+        jax.block_until_ready(program(*(jnp.ones(size) for size in sizes)))
+        assert log == [0, 1, 2, 3], (sizes, log)
 
 
 def test_no_memory_is_taken_in_a_loop(moe, arrays):
@@ -104,6 +128,7 @@ def main() -> None:
             time_steps(world)
             return
         with cometrt_jax.MoE(world, spec) as moe:
+            test_independent_calls_keep_their_order()
             test_programs(moe, arrays)
             test_bits(moe, arrays, next(iter(world.ranks.values())))
             test_no_memory_is_taken_in_a_loop(moe, arrays)

@@ -36,8 +36,7 @@ class MoE:
     """One Mixture-of-Experts layer in JAX programs.
 
     Construction is collective. So is each call when the program runs: all ranks run the same
-    program. On CPUs its calls run in the order in which they were traced. On GPUs XLA orders calls
-    that do not depend on each other, so these need the same T on all ranks.
+    program. Its calls run in the order in which they were traced.
 
     With a mesh, call it inside `jax.shard_map` over all axes of the mesh, with tokens and experts
     sharded over the world's axis. Without a mesh, call it in each process on its own arrays, or

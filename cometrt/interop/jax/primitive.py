@@ -2,9 +2,8 @@
 
 It is `jax.experimental.buffer_callback` with an effect of its own. The effect keeps all calls of a
 program in the order in which they were traced, also across jit, scan and jax.checkpoint: ranks must
-make the same calls in the same order. On a GPU this holds for JAX alone, and not for XLA: see
-`_lower_on_gpu`. JAX has public names neither for effects nor for a lowering that takes a token, so
-this module imports private ones; nothing else does.
+make the same calls in the same order. JAX has public names neither for effects nor for a lowering
+that takes a token, so this module imports private ones; nothing else does.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import jax
 from jax import tree_util
 from jax._src import buffer_callback, core, effects
 from jax._src.interpreters import partial_eval
+from jax._src.lib.mlir.dialects import hlo
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -89,17 +89,20 @@ def _lower(context: Any, *operands: Any, run: Any, results: Any, repeated: bool)
 
 
 def _lower_on_gpu(context: Any, *operands: Any, run: Any, results: Any, repeated: bool) -> Any:
-    """As a custom call without a token, since XLA's GPU compiler stops at one in a loop. XLA then
-    orders calls that do not depend on each other by the sizes of the program's arrays. So ranks
-    have the same order where their programs are equal."""
+    """As a custom call whose operands wait for the token, and whose first result the token waits
+    for. It has no token itself, since XLA's GPU compiler stops at such a call in a loop. The two
+    barriers order calls until XLA has scheduled them; it removes barriers after that."""
     del repeated
 
     def callback(context: Any, buffers: Any, *operands: Any) -> None:
         run(context, buffers, *operands)
 
-    values = _custom_call(context, callback, *operands)
-    context.set_tokens_out(mlir.TokenSet({_EFFECT: context.tokens_in.get(_EFFECT)}))
-    return values
+    given = context.tokens_in.get(_EFFECT)
+    before, *waiting = hlo.optimization_barrier([given, *operands])
+    first, *rest = _custom_call(context, callback, *waiting)
+    after, first = hlo.optimization_barrier([before, first])
+    context.set_tokens_out(mlir.TokenSet({_EFFECT: after}))
+    return [first, *rest]
 
 
 def _custom_call(context: Any, callback: Callable[..., None], *operands: Any) -> Any:
