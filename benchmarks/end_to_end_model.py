@@ -164,7 +164,7 @@ def make_step(stack: Stack, mesh: Any, moe: Moe | None) -> Callable[..., tuple[A
     return jax.jit(lambda parameters, inputs: mapped(parameters, *inputs))
 
 
-@functools.partial(jax.jit, static_argnums=2, donate_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
 def update(master: Any, gradients: Any, stack: Stack) -> Any:
     """A step of SGD on parameters in float32."""
     rates = {"shared": RATE, "experts": RATE * stack.shape.num_experts}

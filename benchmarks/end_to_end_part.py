@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def measure_stack(
     checks = []
     with contextlib.ExitStack() as layers:
         for contender in (WITHOUT, *options.contenders):
-            if late():
+            if calls and late():
                 yield {"contender": contender, "skipped": LATE}
                 continue
             started = time.monotonic()
@@ -136,7 +137,7 @@ def measure_stack(
                 continue
             losses = train(step, own, inputs, stack, options.steps)
             row = {"contender": contender, "compile_sec": seconds, "losses": losses}
-            if contender == options.contenders[0]:
+            if contender == "fused":
                 row["noisy_losses"] = train(step, perturbed(own), inputs, stack, options.steps)
             check()
             if not np.isfinite(losses).all():
@@ -217,4 +218,8 @@ def make_moe(contender: str, stack: Stack, mesh: Any, options: Options) -> Itera
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # at once: jax.distributed would wait for the other processes
