@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -36,41 +37,46 @@ def start(stack: Stack, mesh: Any) -> tuple[dict[str, Any], tuple[Any, Any]]:
     Parameters are {"shared": a dict of each layer, "experts": the same}. x is [W * B, S, H]; noise
     of the routers is [L, W * T, E].
     """
+    return _start(stack, mesh, np.uint32(0))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _start(stack: Stack, mesh: Any, seed: Any) -> Any:
+    """The seed is no constant, else XLA might draw numbers while it compiles."""
     shape, attention = stack.shape, stack.attention
     hidden, columns, experts = shape.hidden, shape.intermediate, shape.num_experts
     of_heads = attention.heads * attention.head_size
     of_kv = attention.kv_heads * attention.head_size
     residual = (2 * stack.layers) ** -0.5  # of what is added to the residual stream
-    draw = functools.partial(_draw, mesh)
+    keys = iter(jax.random.split(jax.random.key(seed), 2 + 7 * stack.layers))
+
+    def draw(spec: Any, *size: int, scale: float = 1.0) -> Any:
+        values = (scale * jax.random.normal(next(keys), size)).astype(DTYPE)
+        return lax.with_sharding_constraint(values, NamedSharding(mesh, spec))
+
+    inputs = (
+        draw(P("x"), stack.ranks * stack.batch, stack.sequence, hidden),
+        draw(P(None, "x"), stack.layers, stack.ranks * stack.tokens, experts),
+    )
     parameters: dict[str, Any] = {"shared": [], "experts": []}
-    for layer in range(stack.layers):
-        seed = 10 * layer
+    for _ in range(stack.layers):
         parameters["shared"].append(
             {
                 # Norms scale by 1 + these.
-                "attention_norm": draw(P(), (hidden,), 0.0, seed),
-                "qkv": draw(P(), (hidden, of_heads + 2 * of_kv), hidden**-0.5, seed + 1),
-                "project": draw(P(), (of_heads, hidden), residual * of_heads**-0.5, seed + 2),
-                "moe_norm": draw(P(), (hidden,), 0.0, seed + 3),
-                "router": draw(P(), (hidden, experts), hidden**-0.5, seed + 4),
+                "attention_norm": draw(P(), hidden, scale=0.1),
+                "qkv": draw(P(), hidden, of_heads + 2 * of_kv, scale=hidden**-0.5),
+                "project": draw(P(), of_heads, hidden, scale=residual * of_heads**-0.5),
+                "moe_norm": draw(P(), hidden, scale=0.1),
+                "router": draw(P(), hidden, experts, scale=hidden**-0.5),
             }
         )
-        up, down = (experts, 2 * columns, hidden), (experts, hidden, columns)
         parameters["experts"].append(
             {
-                "w_up": draw(P("x"), up, hidden**-0.5, seed + 5),
-                "w_down": draw(P("x"), down, residual * columns**-0.5, seed + 6),
+                "w_up": draw(P("x"), experts, 2 * columns, hidden, scale=hidden**-0.5),
+                "w_down": draw(P("x"), experts, hidden, columns, scale=residual * columns**-0.5),
             }
         )
-    x = (stack.ranks * stack.batch, stack.sequence, hidden)
-    noise = (stack.layers, stack.ranks * stack.tokens, experts)
-    return parameters, (draw(P("x"), x, 1.0, 7), draw(P(None, "x"), noise, 1.0, 8))
-
-
-@functools.partial(jax.jit, static_argnums=range(5))
-def _draw(mesh: Any, spec: Any, size: tuple[int, ...], scale: float, seed: int) -> Any:
-    values = (scale * jax.random.normal(jax.random.key(seed), size)).astype(DTYPE)
-    return lax.with_sharding_constraint(values, NamedSharding(mesh, spec))
+    return parameters, inputs
 
 
 # ---- the model, on each rank -----------------------------------------------------------------
