@@ -139,7 +139,8 @@ def figures(entry: dict[str, Any], contender: str) -> dict[str, float]:
 
 
 def _gap(losses: list[float], others: list[float]) -> float:
-    return max(abs(one - other) / other for one, other in zip(losses, others, strict=True))
+    """Of the steps that both have made."""
+    return max(abs(one - other) / other for one, other in zip(losses, others, strict=False))
 
 
 def lines(entry: dict[str, Any]) -> list[str]:
