@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def measure_rival(
     else:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "rows.json"
-            outcome = _run(command(rival, cells, args, out), seconds)
+            outcome = run([command(rival, cells, args, out)], seconds)
             rows = read(out) or []
     there = {(row["cell"], row["pass"], row["contender"]) for row in rows}
     for cell in cells:
@@ -72,19 +73,27 @@ def _option(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _run(command: list[str], seconds: float) -> str:
-    """How it ended, for what it has not measured."""
+def run(commands: list[list[str]], seconds: float) -> str:
+    """Run processes until all have ended, one has failed, or their time is over. How that was, for
+    what they have not measured."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS)}
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    deadline, processes = time.monotonic() + seconds, list[subprocess.Popen[bytes]]()
     try:
-        code = process.wait(seconds)
-        return "not measured" if code == 0 else f"failed with exit code {code}"
-    except subprocess.TimeoutExpired:
+        for command in commands:
+            processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        while time.monotonic() < deadline:
+            codes = [process.poll() for process in processes]
+            if failed := [code for code in codes if code]:
+                return f"failed with exit code {failed[0]}"
+            if None not in codes:
+                return "not measured"
+            time.sleep(0.05)
         return f"stopped after {seconds:g} s"
     finally:
-        with contextlib.suppress(ProcessLookupError):  # all that it started
-            os.killpg(process.pid, 9)
-        process.wait()
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):  # all that it started
+                os.killpg(process.pid, 9)
+            process.wait()
 
 
 # ---- in a rival --------------------------------------------------------------------------------

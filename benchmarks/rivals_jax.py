@@ -68,6 +68,14 @@ class Layer:
         # XLA's kernel has a block for each update: more of them are faster.
         self.splits = max(1, 512 // spec.num_experts)
 
+    def starts(self, counts: Any) -> Any:
+        """Where the rows of each local expert begin: of their counts [W, E_l] on all ranks."""
+        del counts
+        return jnp.arange(self.local, dtype=jnp.int32) * self.capacity
+
+    def fits(self, plan: dict[str, Any]) -> Any:
+        return plan["table"].sum(0).max() <= self.capacity
+
     def plan(self, ids: Any) -> dict[str, Any]:
         flat = ids.reshape(-1)
         order = jnp.argsort(flat, stable=True).astype(jnp.int32)
@@ -84,8 +92,7 @@ class Layer:
         me, table = lax.axis_index("x"), plan["table"]
         by_owner = table.reshape(self.ranks, self.ranks, self.local)  # source, owner, expert
         before = jnp.cumsum(by_owner, 0, dtype=jnp.int32) - by_owner  # rows of earlier sources
-        starts = jnp.arange(self.local, dtype=jnp.int32) * self.capacity
-        at_expert = starts + before
+        at_expert = self.starts(by_owner.sum(0, dtype=jnp.int32)) + before
         at_home = (jnp.cumsum(table, 1, dtype=jnp.int32) - table).reshape(by_owner.shape)
         out = (at_home[me], at_expert[me], by_owner[me], by_owner[:, me])
         back = (at_expert[:, me], at_home[:, me], by_owner[:, me], by_owner[me])
@@ -97,6 +104,8 @@ class Layer:
         out = jnp.zeros((count, rows.shape[1]), rows.dtype)
         (begin, sizes), (there, _) = self._split(begin, sent), self._split(there, sent)
         _, coming = self._split(jnp.zeros_like(comes), comes)
+        if jax.default_backend() == "cpu":
+            return ragged_on_cpu(rows, out, begin, sizes, there)
         return lax.ragged_all_to_all(rows, out, begin, sizes, there, coming, axis_name="x")
 
     def _split(self, begin: Any, size: Any) -> tuple[Any, Any]:
@@ -105,8 +114,9 @@ class Layer:
         begins = begin[..., None] + cut[..., :-1]
         return begins.reshape(-1), (cut[..., 1:] - cut[..., :-1]).reshape(-1)
 
-    def _gemm(self, form: str, a: Any, b: Any) -> Any:
+    def gemm(self, form: str, a: Any, b: Any, plan: dict[str, Any]) -> Any:
         """einsum over experts: rows are [E_l, capacity, columns]."""
+        del plan
         a, b = (v.reshape(self.local, self.capacity, -1) if v.ndim == 2 else v for v in (a, b))
         c = jnp.einsum(form, a, b)
         return c.reshape(self.rows, -1) if form.endswith("ecn") else c
@@ -115,10 +125,11 @@ class Layer:
         plan = self.plan(ids)
         out, back = self._tables(plan)
         x_rows = self._move(x[plan["order"] // self.topk], self.rows, out)
-        z = self._gemm("eck,enk->ecn", x_rows, w_up)
+        z = self.gemm("eck,enk->ecn", x_rows, w_up, plan)
         gate, up = jnp.split(z.astype(jnp.float32), 2, 1)
         a = (jax.nn.silu(gate) * up).astype(x.dtype)
-        home_rows = self._move(self._gemm("eck,enk->ecn", a, w_down), self.pairs, back)
+        rows = self.gemm("eck,enk->ecn", a, w_down, plan)
+        home_rows = self._move(rows, self.pairs, back)
         of_token = home_rows[plan["inverse"]].astype(jnp.float32)
         y = jnp.einsum("tkh,tk->th", of_token, weights).astype(x.dtype)
         return y, Saved(x_rows, z, home_rows, plan)
@@ -134,17 +145,49 @@ class Layer:
         pair_weights = weights.reshape(-1)[plan["order"]][:, None]
         rows = dy[plan["order"] // self.topk].astype(jnp.float32) * pair_weights
         dy_rows = self._move(rows.astype(dtype), self.rows, out)
-        da = self._gemm("eck,ekn->ecn", dy_rows, w_down).astype(jnp.float32)
+        da = self.gemm("eck,ekn->ecn", dy_rows, w_down, plan).astype(jnp.float32)
         gate, up = jnp.split(saved.z.astype(jnp.float32), 2, 1)
         sigmoid = jax.nn.sigmoid(gate)
         a = (gate * sigmoid * up).astype(dtype)
         dgate, dup = da * up * sigmoid * (1 + gate * (1 - sigmoid)), da * gate * sigmoid
         dz = jnp.concatenate([dgate, dup], 1).astype(dtype)
-        dx_rows = self._move(self._gemm("eck,ekn->ecn", dz, w_up), self.pairs, back)
-        dw_up = self._gemm("ecm,ecn->emn", dz, saved.x_rows)
-        dw_down = self._gemm("ecm,ecn->emn", dy_rows, a)
+        dx_rows = self._move(self.gemm("eck,ekn->ecn", dz, w_up, plan), self.pairs, back)
+        dw_up = self.gemm("ecm,ecn->emn", dz, saved.x_rows, plan)
+        dw_down = self.gemm("ecm,ecn->emn", dy_rows, a, plan)
         dx = jnp.sum(dx_rows[plan["inverse"]].astype(jnp.float32), 1).astype(dtype)
         return dx, dweights, dw_up, dw_down
+
+
+def ragged_on_cpu(rows: Any, out: Any, begin: Any, sizes: Any, there: Any) -> Any:
+    """ragged_all_to_all, which XLA does not have on the CPU, by all_gather: for tests."""
+    every = lax.all_gather(rows, "x")  # [W, rows, H]
+    updates = lax.all_gather(jnp.stack([begin, sizes, there]), "x")  # [W, 3, W * updates]
+    mine = jnp.split(updates, len(every), axis=2)
+    mine = jnp.stack(mine)[lax.axis_index("x")]  # [W, 3, updates]
+    for source, (begin, sizes, there) in zip(every, mine, strict=True):
+        ahead = jnp.arange(len(out))[:, None] - there  # [out, updates]
+        inside = (ahead >= 0) & (ahead < sizes)
+        place = jnp.where(inside, ahead + begin, 0).sum(axis=1)
+        out = jnp.where(inside.any(axis=1)[:, None], source[place], out)
+    return out
+
+
+def differentiable(layer: Layer) -> Callable[..., Any]:
+    """The layer as a function (x, ids, weights, w_up, w_down) -> y with a gradient. y is NaN where
+    an expert has more rows than fit."""
+
+    def forward(x: Any, ids: Any, weights: Any, w_up: Any, w_down: Any) -> tuple[Any, Any]:
+        y, saved = layer.forward(x, ids, weights, w_up, w_down)
+        y = jnp.where(layer.fits(saved.plan), y, jnp.nan)
+        return y, (saved, weights, w_up, w_down)
+
+    def backward(kept: tuple[Any, ...], dy: Any) -> tuple[Any, ...]:
+        dx, *rest = layer.backward(dy, *kept)
+        return dx, None, *rest
+
+    function = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
+    function.defvjp(forward, backward)
+    return function
 
 
 def compiled(layer: Layer, mesh: Any) -> dict[str, Callable[..., Any]]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import stacks
 from cometrt.bench.records import best, figures, medians, read, step_gb, tflops
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,6 +184,45 @@ def passes_table() -> list[str]:
     return lines
 
 
+def end_to_end_table() -> list[str]:
+    """Transformer layers with MoE layers."""
+    cells = read(RESULTS / "end_to_end.json").get("cells", {})
+    if not cells:
+        return ["Not measured yet."]
+    machines = [("", "", entry) for entry in cells.values()]
+    head = ["stack", "heads: queries, keys, columns"]
+    head += ["fused", "sequential", "JAX, batched GEMMs", "JAX, Mosaic GEMMs"]
+    last = ["sequential over fused", "the best of JAX over fused", "losses differ by (noise)"]
+    lines = [
+        f"{gpus(machines)}; milliseconds of a step (tenth to ninetieth percentile of rounds), "
+        "tokens per second of all GPUs, and the share of MoE layers.",
+        "",
+        *heading([*head, *last, "commit"]),
+    ]
+    for name, entry in cells.items():
+        shape = entry["shape"]
+        heads = f"{shape['heads']}, {shape['kv_heads']}, {shape['head_size']}"
+        found = {one: stacks.figures(entry, one) for one in (*stacks.OURS, *stacks.RIVALS)}
+        over = {one: f["over_fused"] for one, f in found.items() if "over_fused" in f}
+        best_of_jax = min((over[one] for one in stacks.RIVALS if one in over), default=None)
+        gaps = [f["loss_gap"] for f in found.values() if "loss_gap" in f]
+        ratios = [f"{over['sequential']:.3f}" if "sequential" in over else "-"]
+        ratios.append(f"{best_of_jax:.3f}" if best_of_jax else "-")
+        noise = f" ({found['fused']['loss_noise']:.1e})" if "loss_noise" in found["fused"] else ""
+        ratios.append(f"{max(gaps):.1e}{noise}" if gaps else "-")
+        times = [step_time(entry, one, figures) for one, figures in found.items()]
+        lines.append(row([name, heads, *times, *ratios, commit(entry)]))
+    return lines
+
+
+def step_time(entry: dict[str, Any], contender: str, found: dict[str, float]) -> str:
+    if not found:
+        return "-"
+    spread = entry["times"][contender]["ms"]
+    text = f"{found['ms']:.2f} ({spread['p10']:.2f} to {spread['p90']:.2f})"
+    return f"{text}, {found['tokens_per_sec']:,.0f}, {found['moe_share']:.0%}"
+
+
 def link_table() -> list[str]:
     data = read(RESULTS / "link.json")
     machine, rates = data["machine"], data["gbps"]
@@ -279,11 +319,12 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "passes": passes_table,
     "overlap": overlap_table,
     "layers": layers_table,
+    "end_to_end": end_to_end_table,
     "link": link_table,
     "short": short_table,
 }
 PAGES = {
-    "docs/benchmarks.md": ("engine", "peers", "passes", "overlap", "layers", "link"),
+    "docs/benchmarks.md": ("engine", "peers", "passes", "overlap", "end_to_end", "layers", "link"),
     "README.md": ("short",),
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import platform
 import statistics
 import subprocess
 from pathlib import Path
@@ -30,14 +31,18 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def machine() -> dict[str, Any]:
-    """GPU, driver, date and commit; COMETRT_COMMIT where there is no repository to ask."""
-    import cupy as cp
+def machine(device: str = "cuda") -> dict[str, Any]:
+    """GPU, driver, date and commit; COMETRT_COMMIT where there is no repository to ask. On "host"
+    the CPU stands in place of the GPU."""
+    gpu, driver = platform.processor() or platform.machine(), 0
+    if device == "cuda":
+        import cupy as cp
 
-    properties = cp.cuda.runtime.getDeviceProperties(0)
+        gpu = cp.cuda.runtime.getDeviceProperties(0)["name"].decode()
+        driver = cp.cuda.runtime.driverGetVersion()
     return {
-        "gpu": properties["name"].decode(),
-        "driver": cp.cuda.runtime.driverGetVersion(),
+        "gpu": gpu,
+        "driver": driver,
         "date": datetime.date.today().isoformat(),
         "commit": os.environ.get("COMETRT_COMMIT") or _commit(),
     }

@@ -1,5 +1,6 @@
 """The layer inside JAX programs on GPUs; JAX must see them: pip install 'jax[cuda13]'."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+from benchmarks.stacks import figures
 from tests.host.test_jax import run_processes
 from tests.launch import ROOT, mpirun
 
@@ -89,3 +91,17 @@ def test_language_model(num_gpus, data, fault, tmp_path):
     assert f"back to step 0 ({error}" in result.stdout
     losses = re.findall(r"loss (\S+) nats/byte", result.stdout)
     assert float(losses[-1]) < 3.5
+
+
+def test_transformer_layers_end_to_end(num_gpus, tmp_path):
+    """The benchmark itself, with JAX's own MoE layer: losses agree within noise."""
+    if num_gpus < 2:
+        pytest.skip("needs two GPUs")
+    out, ranks = tmp_path / "end_to_end.json", str(min(num_gpus, 4))
+    small = "--models tiny --sequence 64 --steps 10 --rounds 3 --sustain-sec 0.2 --device cuda"
+    contenders = ["fused", "sequential", "jax batched"]
+    command = ["-m", "benchmarks.end_to_end", *small.split(), "--ranks", ranks]
+    run(*command, "--contenders", ",".join(contenders), "--out", str(out))
+    (entry,) = json.loads(out.read_text())["cells"].values()
+    for contender in contenders:
+        assert figures(entry, contender)["loss_gap"] < 1e-2

@@ -73,6 +73,18 @@ def test_the_training_step_of_cupy_on_the_gpu(service):
 
 
 @pytest.mark.parametrize("service", [False, True], ids=["time-sliced", "service"], indirect=True)
+def test_two_groups_of_two_ranks_on_the_gpu(service):
+    """On four GPUs gradients are summed by NCCL."""
+    script = ["-m", "mpi4py", "examples/two_groups.py", "--device", "cuda"]
+    result = mpirun(4, *script, timeout_sec=150)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 x 2 ranks on cuda: errors of at most " in result.stdout  # else it raises
+    losses = [float(value) for value in re.findall(r"loss (\S+)", result.stdout)]
+    assert len(losses) == 5
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("service", [False, True], ids=["time-sliced", "service"], indirect=True)
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_the_serving_loop_replays_a_graph(service, ranks):
     script = ["-m", "mpi4py", "examples/serve.py", "--batches", "50", "--device", "cuda"]

@@ -70,7 +70,8 @@ def forget_those_with_cupy():
 
 @pytest.mark.parametrize(
     "module",
-    "engine layer peers link host_time router tables defaults rivals_torch rivals_jax".split(),
+    "engine layer peers end_to_end link host_time router tables defaults rivals_torch "
+    "rivals_jax".split(),
 )
 def test_a_benchmark_says_how_to_use_it(module):
     found = start(module, "--help")

@@ -191,6 +191,18 @@ def test_cupy_example(ranks):
     assert losses[-1] < 0.1 * losses[0]
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_example_of_two_groups(ranks):
+    printed = script(ranks, "examples/two_groups.py", "--device", "host")
+    (error,) = re.findall(
+        rf"^2 x {ranks // 2} ranks on host: errors of at most (\S+)$", printed, re.M
+    )
+    assert 0 < float(error) < 1e-2
+    losses = [float(value) for value in re.findall(r"^step \d+: loss (\S+)$", printed, re.M)]
+    assert len(losses) == 5
+    assert losses[-1] < 0.1 * losses[0]
+
+
 def test_serving_example():
     printed = script(4, "examples/serve.py", "--batches", "20", "--device", "host")
     (figures,) = re.findall(
