@@ -44,7 +44,7 @@ RANKS = int(os.environ.get("COMETRT_TEST_RANKS", GPUS))
 LAST = RANKS - 1
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(RANKS < 2, reason="needs two GPUs")]
 
-TP = sorted({tp for tp in (1, 2, RANKS) if RANKS and RANKS % tp == 0})
+TP = sorted({tp for tp in (1, 2, 4, RANKS) if RANKS and RANKS % tp == 0})
 _TURNS = itertools.cycle(
     itertools.product(
         ACTIVATIONS, [16, 48, 80], ["rows", "z", "nothing"], ["phases", "columns"], [0, 1]

@@ -14,7 +14,7 @@ import pytest
 
 import benchmarks
 import cometrt
-from benchmarks import rivals, tables
+from benchmarks import all_gpus, rivals, tables
 from cometrt import bench
 from cometrt.bench import records, timing, workloads
 from cometrt.bench.timing import WARM_UP, Call, Method, measure, slowest
@@ -808,3 +808,35 @@ def test_a_check_writes_nothing(tmp_path, monkeypatch):
     assert "old" in page.read_text()
     tables.main([])
     assert "new" in page.read_text()
+
+
+# ---- a host with several GPUs -------------------------------------------------------------------
+
+
+def test_every_step_of_a_host_is_a_command_that_exists(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        all_gpus.main(["--gpus", "8", "--gpu", "h100", "--dry-run"])
+    said = capsys.readouterr().out.splitlines()
+    assert len([line for line in said if "-n 8" in line]) == 3
+    for step in all_gpus.steps_of(8, "h100", 1.0):
+        named = [part for part in step.command if part.endswith(".py")]
+        assert all((ROOT / part).exists() for part in named)
+        modules = [part for part in step.command if part.startswith("benchmarks.")]
+        assert all((ROOT / part.replace(".", "/")).with_suffix(".py").exists() for part in modules)
+        assert named or modules
+
+
+def test_a_step_that_fails_or_hangs_is_told(monkeypatch, capsys):
+    code, sleep = [sys.executable, "-c", "raise SystemExit(3)"], "import time; time.sleep(9)"
+    steps = [
+        all_gpus.Step("one", code, 60.0),
+        all_gpus.Step("two", [sys.executable, "-c", sleep], 0.2),
+        all_gpus.Step("three", [sys.executable, "-c", ""], 60.0),
+    ]
+    monkeypatch.setattr(all_gpus, "steps_of", lambda *_: steps)
+    with pytest.raises(SystemExit, match="1"):
+        all_gpus.main(["--steps", "one,two,three", "--gpus", "2", "--gpu", "h100"])
+    said = capsys.readouterr().out
+    assert "one: failed with 3" in said
+    assert "two: was stopped after 0 s" in said
+    assert "three: passed" in said
