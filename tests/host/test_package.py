@@ -132,8 +132,13 @@ def test_installed_wheel_works_from_any_folder(distributions, tmp_path):
     assert "pip install 'cometrt[cli]'" in found.stderr
 
 
-def test_changelog_names_this_version():
-    assert f"## {cometrt.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+def test_changelog_and_citation_name_this_version():
+    versions = re.findall(r"^## (\S+), (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0][0] == cometrt.__version__
+    citation = (ROOT / "CITATION.cff").read_text()
+    fields = dict(re.findall(r"^([a-z-]+): (\S.*)$", citation, re.MULTILINE))
+    assert (fields["version"], fields["date-released"]) == versions[0]
+    assert fields["license"] == "Apache-2.0"
 
 
 # ---- the example scripts ------------------------------------------------------------------------
