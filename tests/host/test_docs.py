@@ -103,11 +103,9 @@ def check(words):
     """Raise an AssertionError for a command that this repository does not have."""
     name, *rest = words
     if name == "cometrt":
-        command = [sys.executable, "-m", "cometrt", *rest[:1]]
-        if rest[0] == "--help":
-            help_of(*command[:-1])
-        else:
-            check_options(command, rest[1:])
+        command = [sys.executable, "-m", "cometrt", *(rest[:1] if rest != ["--help"] else [])]
+        assert help_of(*command)
+        check_options(command, rest[1:])
     elif name in ("python", "python3") and rest[0] == "-m":
         module = rest[1]
         if module == "cometrt":
@@ -142,8 +140,19 @@ def test_commands_exist_and_have_their_options(block):
         check(words)
 
 
-@pytest.mark.parametrize("command", ["cometrt demo --no-such-option", "make no-such-target",
-                                     "python examples/none.py", "pip install '.[none]'", "rm x"])  # fmt: skip
+WRONG = [
+    "cometrt demo --no-such-option",
+    "cometrt none",
+    "make no-such-target",
+    "python examples/none.py",
+    "python examples/serve.py --no-such-option",
+    "python -m benchmarks.none",
+    "pip install '.[none]'",
+    "rm x",
+]
+
+
+@pytest.mark.parametrize("command", WRONG)
 def test_the_check_of_commands_finds_what_is_wrong(command):
     pytest.importorskip("typer")
     with pytest.raises(AssertionError):
