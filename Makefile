@@ -46,9 +46,9 @@ test: venv
 test-all: venv
 	$(RUN) -m pytest -q -n auto --full
 
-# A broken link, and a docstring that cannot be read, is an error.
+# A broken link, and a docstring that cannot be read, is an error. (With --quiet it is none.)
 docs: venv
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 # DIST_PYTHON may be another Python: make dist-test DIST_PYTHON=python3.13
 DIST_PYTHON ?= $(PYTHON)
