@@ -4,6 +4,8 @@
 #   make test      the tests that CI runs (no GPU needed)
 #   make test-all  also the full product of parameters (minutes more)
 #   make gpu-test  the tests that need an NVIDIA GPU
+#   make docs      the site of docs/, in out/site
+#   make dist-test the wheel and the sdist, each in a clean environment
 #   make lint      formatter, linter, types
 #   make machine-code BASE=<commit>  whether kernels compile to the same as in that commit
 #   make format    let the formatters write
@@ -16,11 +18,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # The CUDA extra only where the driver can use it.
 HAVE_GPU := $(shell (test -e /proc/driver/nvidia/version || command -v nvidia-smi) >/dev/null 2>&1 && echo yes)
-EXTRAS := mpi,jax,train,plot,cli,test,lint,compile$(if $(HAVE_GPU),$(shell echo ,cuda13))
+EXTRAS := mpi,jax,train,plot,cli,test,lint,docs,compile$(if $(HAVE_GPU),$(shell echo ,cuda13))
 STAMP := $(VENV)/.cometrt-$(subst $(shell echo ,),-,$(EXTRAS))
 CUDA_SOURCES = $(shell find kernels_cu -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv demo test test-all gpu-test machine-code lint format clean
+.PHONY: venv demo docs test test-all gpu-test dist-test machine-code lint format clean
 
 venv: $(STAMP)
 
@@ -43,6 +45,15 @@ test: venv
 
 test-all: venv
 	$(RUN) -m pytest -q -n auto --full
+
+# A broken link, and a docstring that cannot be read, is an error. (With --quiet it is none.)
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+# DIST_PYTHON may be another Python: make dist-test DIST_PYTHON=python3.13
+DIST_PYTHON ?= $(PYTHON)
+dist-test: venv
+	$(RUN) -m tests.dist --python $(DIST_PYTHON)
 
 # Where CuPy is installed already, it is used as it is: make gpu-test RUN=python3
 gpu-test: $(if $(filter $(VENV)/%,$(RUN)),venv)

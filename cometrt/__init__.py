@@ -18,7 +18,7 @@ from cometrt.stats import LayerStats
 from cometrt.weights import shard_weights, unshard_weights
 from cometrt.world import World, connect, spawn
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CapacityError",

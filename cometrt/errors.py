@@ -65,14 +65,17 @@ class PeerTimeout(CometError):
 
     The world refuses further calls until ``world.reset()``.
 
-    Attributes (-1 or "" where one does not apply):
+    An attribute that does not apply is -1 or "".
+
+    Attributes:
         waiter: the rank whose wait failed, or that raised an error.
         flag: the flag that it waited for, for example ``"partials_ready"``.
         peer: the rank that should have signalled the flag.
         tile: the M-tile or token block that the flag guards.
         chunk: the N-chunk that the flag guards.
         epoch: the epoch of the exchange.
-        expected, found: the value that the wait needed, and the last value that it read.
+        expected: the value that the wait needed.
+        found: the last value that it read.
     """
 
     waiter: int = -1

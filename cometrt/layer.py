@@ -147,7 +147,8 @@ class MoELayer(LayerLife):
             RoutingError, CapacityError: on every rank; nothing was exchanged.
             PeerTimeout, MismatchError: until ``world.reset()``.
             CometError: on "cuda": its plan failed.
-            With any of these `out` is NaN: where it is x itself, the tokens are lost.
+
+        With an error of the call itself `out` is NaN. Where it is x, the tokens are lost.
         """
         with self._exchange("layer.forward", stream):
             arrays, dtypes = self._arrays, (self.spec.numpy_dtype,)
@@ -239,8 +240,8 @@ class MoELayer(LayerLife):
             stream: as for `forward`.
 
         Returns:
-            plan, a tuple of arrays like `saved`: (meta, epoch, the plan's tables). It is valid
-            until ``world.reset()``, or a `tune` that changes the tables.
+            The plan. It is a tuple of arrays like `saved`, namely meta, the epoch and the plan's
+            tables. It is valid until ``world.reset()``, or a `tune` that changes the tables.
 
         Raises:
             ValueError: for a wrong argument; the call has not happened.

@@ -29,6 +29,7 @@ MODELS = {
     "qwen3-30b-a3b": Model(2048, 768, 128, 8),  # arXiv 2505.09388
     "deepseek-v3": Model(7168, 2048, 256, 8),  # arXiv 2412.19437
 }
+"""Layers by model name, in full size."""
 
 
 def scaled_spec(name: str, factor: int = 1, *, max_tokens: int, **spec: Any) -> MoESpec:

@@ -13,6 +13,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def environment() -> dict[str, str]:
+    """Of a script that imports the package of this checkout, whatever its folder."""
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
 def mpirun(ranks: int, *arguments: str, timeout_sec: float = 240, cwd: Path = ROOT):
     """Run ``python arguments...`` on that many ranks; skip where there is no MPI."""
     pytest.importorskip("mpi4py", reason="needs mpi4py")
@@ -21,7 +26,7 @@ def mpirun(ranks: int, *arguments: str, timeout_sec: float = 240, cwd: Path = RO
     if program is None:
         pytest.skip("needs mpirun")
     version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
-    flags, env = [], os.environ | {"PYTHONPATH": str(ROOT)}
+    flags: list[str] = []
     if "Open MPI" in version:
         flags = ["--allow-run-as-root", "--oversubscribe"]
     return subprocess.run(
@@ -30,5 +35,5 @@ def mpirun(ranks: int, *arguments: str, timeout_sec: float = 240, cwd: Path = RO
         text=True,
         timeout=timeout_sec,
         cwd=cwd,
-        env=env,
+        env=environment(),
     )

@@ -243,7 +243,9 @@ def memory(
         list[int] | None, typer.Option(min=1, help="Tokens of each rank; may be repeated.")
     ] = None,
     scale: Annotated[int, typer.Option(min=1, help="Divides the model's H and I.")] = 1,
-    save: Annotated[Literal["rows", "z"], typer.Option(help="What a forward keeps.")] = "rows",
+    save: Annotated[
+        Literal["rows", "z", "nothing"], typer.Option(help="What a forward keeps.")
+    ] = "rows",
     mode: Annotated[
         Literal["fused", "sequential"] | None, typer.Option(help="Default: the best.")
     ] = None,

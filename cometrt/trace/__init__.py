@@ -1,12 +1,12 @@
 """Record a timeline of a layer's roles, draw it, and compute how much communication was hidden.
 
-with cometrt.trace.record(layer) as recording:
-    layer.forward(...)
-timeline = recording.gather()               # collective: all ranks' events
-timeline.save_png("timeline.png")           # needs matplotlib
-timeline.save_json("timeline.json")         # opens in Perfetto and chrome://tracing
-print(timeline.hidden_share)
-print(timeline.waits())
+    with cometrt.trace.record(layer) as recording:
+        layer.forward(...)
+    timeline = recording.gather()               # collective: all ranks' events
+    timeline.save_png("timeline.png")           # needs matplotlib
+    timeline.save_json("timeline.json")         # opens in Perfetto and chrome://tracing
+    print(timeline.hidden_share)
+    print(timeline.waits())
 
 On device="cuda" only the kernels of mode "fused" record events, one lane of events per CTA and
 thread: see kernels_cu/common/trace.cuh.

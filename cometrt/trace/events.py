@@ -13,16 +13,20 @@ class Event(NamedTuple):
     """One step of one role on one rank.
 
     Attributes:
-        rank, role: role is "comm" or "compute".
+        rank: the number of the rank.
+        role: "comm" or "compute".
         name: "publish", "plan" or "wait"; of comm "pull", "reduce and push", "reduce at home"; of
             compute "up", "down" (forward), "down dgrad", "up dgrad", "wgrad" (backward).
-        begin_ns, end_ns: on a clock that all ranks of a host share. On "cuda" the GPU's clock,
-            set by the host's where ranks have GPUs of their own.
+        begin_ns: on a clock that all ranks of a host share. On "cuda" the GPU's clock, set by
+            the host's where ranks have GPUs of their own.
+        end_ns: on the same clock.
         tile: M-tile, token block or expert; -1 if none applies.
-        local_bytes, link_bytes: bytes moved within the rank, and between ranks.
+        local_bytes: bytes moved within the rank.
+        link_bytes: bytes moved between ranks.
         flag: the flag that a wait waits for (see docs/architecture.md), or "link".
         column: on "cuda" the N-tile or N-chunk; else -1.
-        cta, lane: on "cuda" the CTA and its recording thread; else -1.
+        cta: on "cuda" the CTA; else -1.
+        lane: on "cuda" the thread of the CTA that records; else -1.
 
     On "cuda" one "pull" covers many rows. A "wait" for tile_filled is recorded by the thread that
     loads ahead, so it may overlap the GEMM of the tile before.

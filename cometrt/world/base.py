@@ -45,7 +45,8 @@ class World(abc.ABC):
     leaving the child does not affect the parent.
 
     Attributes:
-        rank, size: this rank, and W.
+        rank: this rank's number, from 0.
+        size: W, the number of ranks.
         device: "host" or "cuda".
         gpu: this rank's DeviceMemory on "cuda", else None.
         timeout_sec: the longest time that a single wait may last, in seconds.
@@ -60,9 +61,7 @@ class World(abc.ABC):
     def __init__(self, rank: int, size: int, device: str, timeout_sec: float) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.timeout_sec = check_timeout(timeout_sec)
-        self.epoch = 0
-        self.sequence = 0
-        self.num_layers = 0
+        self.epoch = self.sequence = self.num_layers = 0
         self.generation = 1
         self._num_allocations = 0
         self._closed = False

@@ -10,6 +10,7 @@ import pytest
 
 import cometrt
 from cometrt.models import MODELS, scaled_spec
+from cometrt.specs import SAVE_MODES
 from tests.launch import ROOT, mpirun
 
 COMMANDS = "doctor demo bench tune trace memory".split()
@@ -74,13 +75,14 @@ def test_wrong_arguments_have_status_2(cli, line, no_gpu):
 # ---- memory ------------------------------------------------------------------------------------
 
 
-def test_memory_is_that_of_the_spec(cli):
-    line = "memory --model mixtral-8x7b --ranks 4 --tp 2 --tokens 512 --tokens 1024 --save z --json"
-    status, printed, _ = cli(line)
+@pytest.mark.parametrize("save", SAVE_MODES)
+def test_memory_is_that_of_the_spec(cli, save):
+    line = "memory --model mixtral-8x7b --ranks 4 --tp 2 --tokens 512 --tokens 1024 --json"
+    status, printed, _ = cli(f"{line} --save {save}")
     assert status == 0
     found = json.loads(printed)["bytes"]
     assert list(found) == ["512", "1024"]
-    spec = scaled_spec("mixtral-8x7b", max_tokens=1024, tp=2, save="z")
+    spec = scaled_spec("mixtral-8x7b", max_tokens=1024, tp=2, save=save)
     memory = spec.memory(4)
     assert found["1024"]["heap"] == memory.heap
     assert found["1024"]["residuals"] == memory.residuals

@@ -122,7 +122,7 @@ def test_memory_on_cuda_needs_no_gpu(mode):
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("save", ["rows", "z", "nothing"])
 def test_saved_bytes_of_a_token(save, tp, activation, device):
-    # The table of docs/guide.md, in elements; all but the few tables of the plan.
+    # The table of docs/memory.md, in elements; all but the few tables of the plan.
     spec = cometrt.MoESpec(
         256, 96 * tp, num_experts=8, topk=2, max_tokens=4096, tp=tp, activation=activation,
         save=save, capacity_factor=1.25,

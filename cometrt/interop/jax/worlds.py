@@ -53,7 +53,8 @@ class JaxWorld:
 
     Attributes:
         ranks: worlds by the place of their device in the flattened mesh; without a mesh, by 0.
-        mesh, axis: of `connect`; axis is None without a mesh.
+        mesh: of `connect`, or None.
+        axis: of `connect`; None without a mesh.
         size: number of ranks of a world.
         device: "host" or "cuda".
     """
