@@ -24,7 +24,7 @@ geometry_dtype = np.dtype(
         for name in (
             "rank size tp ep num_experts local_experts topk max_tokens hidden local_intermediate "
             "up_columns gated block_m block_tokens capacity max_tiles blocks_per_home activation "
-            "num_phases padding"
+            "num_phases min_token_blocks"
         ).split()
     ]
 )
@@ -99,7 +99,7 @@ HEAP_OFFSETS = {  # field of ExchangeParams -> array of the heap
 }
 EXCHANGE_TABLES = (
     "expert_offsets expert_rows row_weight pair_row pull_tokens pull_offsets send_tokens "
-    "send_offsets send_base push_blocks num_blocks staging_row staging_base"
+    "send_offsets send_base push_blocks num_blocks block_tokens staging_row staging_base"
 ).split()
 exchange_params_dtype = np.dtype(
     [("world", world_dtype), ("g", geometry_dtype)]
@@ -317,6 +317,7 @@ def geometry_params(shape: PlanShape) -> np.ndarray:
         "blocks_per_home": shape.blocks_per_home,
         "activation": list(ACTIVATIONS).index(spec.activation),
         "num_phases": len(config.last_distances(geometry.size)),
+        "min_token_blocks": min(config.min_token_blocks, spec.max_tokens),
     }
     for name, value in values.items():
         record[name] = value

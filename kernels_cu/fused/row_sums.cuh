@@ -41,7 +41,8 @@ struct alignas(128) CombineStages {
   TokenEnd ends[32 + 1];
   SentBlock summed, pushed;  // current block, and the last one, not signalled yet; lane 0 only
   u64 epoch;
-  int block, list;  // popped block, and its queue (lane 0 only)
+  int block_tokens;  // of the plan
+  int block, list;   // popped block, and its queue (lane 0 only)
 
   // By one thread. mbarrier_init_fence must follow.
   __device__ void init() {

@@ -143,13 +143,14 @@ __device__ inline void sum_runs(const PlanParams& p, int j, int* warps) {
 // included.
 __device__ inline int push_idx(const PlanParams& p, int home, int block, int order_idx) {
   int index = block;
+  const int block_tokens = p.block_tokens[0];
   const int mine = ring_distance(p.g, p.g.rank, home);
 #pragma unroll 4
   for (int d = 1; d < p.g.size; ++d) {
     const int other = (p.g.rank + d) % p.g.size, at = other * p.g.max_tiles + order_idx;
     const int tokens = p.run_starts[at] + (d < mine ? p.run_counts[at] : 0);
     const bool all = tokens == p.column_tokens[other];  // a home's last block may be partial
-    const int whole = (tokens + (all ? p.g.block_tokens - 1 : 0)) / p.g.block_tokens;
+    const int whole = (tokens + (all ? block_tokens - 1 : 0)) / block_tokens;
     index += d == mine ? 0 : whole;
   }
   return index;
@@ -158,7 +159,7 @@ __device__ inline int push_idx(const PlanParams& p, int home, int block, int ord
 // Step 5, a warp per order index. Writes pull_tokens, send_tokens and push_blocks for the tokens
 // that need this tile first. In a tile they are sorted by (ring distance, token).
 __device__ inline void place_pulls(const PlanParams& p, int order_idx) {
-  const int lane = threadIdx.x % 32, max_tiles = p.g.max_tiles;
+  const int lane = threadIdx.x % 32, max_tiles = p.g.max_tiles, block_tokens = p.block_tokens[0];
   if (order_idx >= p.rank_num_tiles[p.g.rank]) return;
   const long long first_row = static_cast<long long>(p.tile_order[order_idx]) * p.g.block_m;
   int pulls = p.pull_offsets[order_idx];
@@ -188,8 +189,8 @@ __device__ inline void place_pulls(const PlanParams& p, int order_idx) {
         if (s != p.g.rank) {
           const int at = p.run_starts[s * max_tiles + order_idx] + index;
           p.send_tokens[p.send_offsets[s] + at] = tokens[i];
-          const int block = at / p.g.block_tokens;
-          if ((at + 1) % p.g.block_tokens == 0 || at + 1 == p.column_tokens[s]) {
+          const int block = at / block_tokens;
+          if ((at + 1) % block_tokens == 0 || at + 1 == p.column_tokens[s]) {
             const int item = s * p.g.blocks_per_home + block;
             p.block_order_idx[item] = order_idx;
             p.push_blocks[push_idx(p, s, block, order_idx)] = item;

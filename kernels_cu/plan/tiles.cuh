@@ -139,13 +139,15 @@ __device__ inline void make_bases(const PlanParams& p, int* tokens, int* warps) 
     }
   }
   if (thread == 0) {
-    int sends = 0, blocks = 0;
+    int sends = 0, blocks = 0, most = 0;
+    for (int s = 0; s < size; ++s) most = max(most, p.num_tokens[s]);
+    const int block_tokens = p.block_tokens[0] = tokens_per_block(p.g, most);
     for (int home = 0; home < size; ++home) {
       p.send_offsets[home] = sends;
       if (home == rank) continue;
       const int count = tokens[home * ep + rank / tp];
       sends += count;
-      blocks += (count + p.g.block_tokens - 1) / p.g.block_tokens;
+      blocks += (count + block_tokens - 1) / block_tokens;
     }
     p.send_offsets[size] = sends;
     p.num_blocks[0] = blocks;

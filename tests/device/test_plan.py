@@ -28,6 +28,7 @@ def random_case(seed):
     config = TileConfig(
         block_m=int(rng.choice([1, 16, 64, 128, 256])),
         block_tokens=int(rng.choice([1, 8, 64])),
+        min_token_blocks=int(rng.choice([1, 30, 256])),
         num_phases=int(rng.choice([1, 2, 3, 4, 99])),
     )
     size = ep * tp
