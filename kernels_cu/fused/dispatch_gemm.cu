@@ -23,7 +23,8 @@ struct Memory {
 };
 static_assert(sizeof(Memory) <= kMaxSharedBytes, "shared memory of a CTA");
 
-using Math = Forward<ACTIVATION, WRITE_Z>;
+// Padding rows have to be finite where a backward multiplies them by zeros.
+using Math = Forward<ACTIVATION, WRITE_Z, WRITE_Z>;
 
 struct Roles {
   using Registers = RegisterBudget<56, 224>;

@@ -9,7 +9,7 @@ using namespace cometrt;
 
 namespace {
 
-using Math = Forward<-1, false>;
+using Math = Forward<-1, false, false>;
 
 struct Roles : CombineRole<false> {
   using Registers = RegisterBudget<88, 208>;

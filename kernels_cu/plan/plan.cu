@@ -203,14 +203,14 @@ struct PlanOfCall {
     return up.work_tiles == nullptr ? 0 : static_cast<int>(max(1u, gridDim.x / 8));
   }
   __device__ int num_padding_shares() const {
-    return params.tile_filled == nullptr ? 0 : gridDim.x;
+    return params.tile_filled == nullptr || !needs_padding(params) ? 0 : gridDim.x;
   }
   __device__ int num_orders() const { return 2 * num_order_shares() + num_padding_shares(); }
   __device__ void order(int i, int* warps) const {
     const int shares = num_order_shares();
     if (i >= 2 * shares) {
       const int warp = (i - 2 * shares) * kWarps + threadIdx.x / 32;
-      zero_padding_rows(params, params.rows, warp, num_padding_shares() * kWarps);
+      zero_padding_rows(params, params.rows, BLOCK_K, warp, num_padding_shares() * kWarps);
       return;
     }
     const PlannedTiles tiles{p.tile_order, p.out_num_tiles, p.tile_expert, p.expert_offsets,

@@ -179,7 +179,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads,
     return;
   }
   if (chunk.index != 0) return;
-  zero_padding_rows(params, params.rows, blockIdx.x * (kWarps - kPullWarps) + warp - kPullWarps,
+  zero_padding_rows(params, params.rows, params.g.block_m,
+                    blockIdx.x * (kWarps - kPullWarps) + warp - kPullWarps,
                     gridDim.x * (kWarps - kPullWarps));
 }
 
