@@ -39,7 +39,7 @@ struct Roles {
     for (DispatchStages<Copies>& stages : memory.dispatch) stages.init();
   }
   __device__ void load(Shared& shared, const GemmParams& p, const Operands& operands) {
-    RowsReady<Copies> ready(params, kUp);
+    RowsReady<Copies, true> ready(params, kUp);
     produce(shared, p, operands, ready);
   }
   __device__ void communicate(int warp) {

@@ -59,19 +59,30 @@ struct RowsTimesWeights : RowsOperand {
 
   __device__ void load(Stage& stage, u64* full, const WorkTile& tile, int c0) const {
     load_a(stage, full, tile, c0);
-    const auto column = [&](int half) {
-      return kGated ? tile.n_tile * kHalfN : tile.n_tile * BLOCK_N + half * kHalfN;
-    };
+    load_b(stage, full, tile, c0);
+  }
+  // This CTA's halves of B, as WorkTile::b() names them.
+  __device__ void load_b(Stage& stage, u64* full, const WorkTile& tile, int c0) const {
     if (tile.b() == kBothHalves) {
       for (int half = 0; half < 2; ++half) {
-        tensor_load_4d(stage.b[half], b, c0, column(half), kGated ? half : 0, tile.expert, full,
-                       b_policy);
+        tensor_load_4d(stage.b[half], b, c0, column(tile, half), kGated ? half : 0, tile.expert,
+                       full, b_policy);
       }
     } else {
       const int half = tile.b() - kFirstHalf;
-      tensor_load_4d_multicast(stage.b[half], b, c0, column(half), kGated ? half : 0, tile.expert,
-                               full, 0b11, b_policy);
+      tensor_load_4d_multicast(stage.b[half], b, c0, column(tile, half), kGated ? half : 0,
+                               tile.expert, full, 0b11, b_policy);
     }
+  }
+  // Brings the same boxes to L2.
+  __device__ void prefetch_b(const WorkTile& tile, int c0) const {
+    for (int half = 0; half < 2; ++half) {
+      if (tile.b() != kBothHalves && half != tile.b() - kFirstHalf) continue;
+      tensor_prefetch_4d(b, c0, column(tile, half), kGated ? half : 0, tile.expert, b_policy);
+    }
+  }
+  __device__ static int column(const WorkTile& tile, int half) {
+    return kGated ? tile.n_tile * kHalfN : tile.n_tile * BLOCK_N + half * kHalfN;
   }
 
   __device__ static u64 b_descriptor(const Stage& stage) { return wgmma_descriptor(stage.b); }
