@@ -92,11 +92,13 @@ class ProtocolKernels:
     def _launch_plan(self, stream: int, params: ParamStruct, call: Call) -> None:
         """Plan alone: no GEMM follows."""
         link = self._links.dispatch
-        self._planner.prepare(stream, params, call.at["tables"], (_NO_ORDER, _NO_ORDER), link)
+        orders = _NO_ORDER, _NO_ORDER
+        self._planner.prepare(stream, params, call.at["tables"], orders, link, training=False)
 
     def _launch_prepare(self, stream: int, params: ParamStruct, call: Call) -> None:
         tables, link = call.at["tables"], self._links.dispatch
-        self._planner.prepare(stream, params, tables, self._orders, link)
+        training = "epoch" in call.at
+        self._planner.prepare(stream, params, tables, self._orders, link, training=training)
 
     def _launch_prepare_planned(self, stream: int, params: ParamStruct, call: Call) -> None:
         """Make the tile orders of the call's plan, zero padding rows, and wait for all ranks."""

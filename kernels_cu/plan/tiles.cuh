@@ -163,10 +163,20 @@ __device__ inline void make_bases(const PlanParams& p, int* tokens, int* warps) 
   }
 }
 
-// Step 2, a warp per column. Prefix sums over token tiles of token_tile_counts, in place. Columns:
-// all experts for this rank as source, then this rank's experts for all other sources.
-__device__ inline void sum_token_tiles(const PlanParams& p, int column) {
+// Columns of token_tile_counts that a block sums at once: with few token tiles a thread sums one,
+// otherwise a warp.
+constexpr int kMaxSerialTiles = 4;
+__device__ inline int columns_at_once(const PlanParams& p) {
+  return num_token_tiles(p) <= kMaxSerialTiles ? kTokenTile : kWarps;
+}
+
+// Step 2, a block per columns_at_once(). Prefix sums over token tiles of token_tile_counts, in
+// place. Columns: all experts for this rank as source, then this rank's experts for all other
+// sources.
+__device__ inline void sum_token_tiles(const PlanParams& p, int item) {
   const int experts = p.g.num_experts, token_tiles = num_token_tiles(p), lane = threadIdx.x % 32;
+  const bool serial = token_tiles <= kMaxSerialTiles;
+  const int column = item * columns_at_once(p) + (serial ? threadIdx.x : threadIdx.x / 32);
   int source = p.g.rank, expert = column;
   if (column >= experts) {
     source = (column - experts) / p.g.local_experts;
@@ -176,6 +186,19 @@ __device__ inline void sum_token_tiles(const PlanParams& p, int column) {
   int* counts =
       p.token_tile_counts + static_cast<long long>(source) * token_tiles * experts + expert;
   int before = 0;
+  if (serial) {
+    int values[kMaxSerialTiles];  // all loads before the stores
+#pragma unroll
+    for (int i = 0; i < kMaxSerialTiles; ++i) {
+      values[i] = i < token_tiles ? counts[static_cast<long long>(i) * experts] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kMaxSerialTiles; ++i) {
+      if (i < token_tiles) counts[static_cast<long long>(i) * experts] = before;
+      before += values[i];
+    }
+    return;
+  }
   for (int first = 0; first < token_tiles; first += 32) {
     const int token_tile = first + lane;
     const int count =
