@@ -74,12 +74,13 @@ struct GridSteps {
 
 // The steps of one cluster.
 struct ClusterSteps {
-  int num_scheduled = 0;  // items of all queues so far: the next queue goes on with the next block
+  u32 num_scheduled = 0;  // items of all queues so far: the next queue goes on with the next block
 
   __device__ StaticItems queue(WorkList, int count) {
-    const int blocks = gridDim.x, first = (blockIdx.x + blocks - num_scheduled % blocks) % blocks;
+    constexpr u32 kBlocks = kClusterBlocks;
+    const u32 first = (blockIdx.x - num_scheduled) % kBlocks;
     num_scheduled += count;
-    return StaticItems(first, count, blocks);
+    return StaticItems(first, count, kBlocks);
   }
   // Each thread releases what it wrote at cluster scope, and acquires what the others wrote. All
   // blocks go on: one whose wait for a peer failed has said so in largest_need.
