@@ -103,9 +103,11 @@ class RowSums {
       for (int k = 0; k < kRowsAtOnce; ++k) {
         if (first[k] >= 0) s_.rows[at++] = first[k];
       }
+#pragma unroll 1
       for (int k = kRowsAtOnce; k < topk; ++k) {
         if (rows[k] >= 0) s_.rows[at++] = rows[k];
       }
+#pragma unroll 1
       for (int d = 1; d < ranks; ++d) {
         if (staging_rows[d] < 0) continue;
         s_.weights[at] = __int_as_float(d);
