@@ -158,7 +158,7 @@ class DevicePlanner:
         shared_bytes = 4 * _shared_words(shape)
         self._small = is_small(shape) if small is None else small
         self._grid = _blocks_per_sm(shared_bytes) * num_sms()
-        names = ("plan", "prepare", "plan_small", "prepare_small")
+        names = ("plan", "prepare", "plan_small", "prepare_small", "pad")
         kernels = load_kernels("plan/plan.cu", *names, macros=macros)
         self._kernels = {
             name: kernel.with_shared(shared_bytes)
@@ -186,7 +186,7 @@ class DevicePlanner:
         orders: tuple[ParamStruct, ParamStruct],
         link: ParamStruct,
         *,
-        training: bool,
+        pads: bool,
     ) -> None:
         """Wait for all ranks' routing; make the plan, and the order of both GEMMs' tiles.
 
@@ -196,10 +196,12 @@ class DevicePlanner:
             orders: TileOrderParams of the up and the down GEMM; where they are null, no order is
                 made.
             link: EmulatedLink of what comes.
-            training: whether padding rows may have to be zeroed too.
+            pads: whether padding rows are zeroed too.
         """
         self._point_to(tables)
-        self._launch("prepare", stream, params, self._params, *orders, link, training=training)
+        self._launch("prepare", stream, params, self._params, *orders, link)
+        if self._small and pads:
+            self._kernels["pad"](stream, self._grid, params)
 
     def plan(self, ids: DeviceArray, weights: DeviceArray, num_tokens: DeviceArray) -> Plan:
         """The plan alone, on CuPy's current stream.
@@ -227,10 +229,8 @@ class DevicePlanner:
             arrays[name] = table.view(cp.float32) if name == "row_weight" else table
         return Plan(**arrays)
 
-    def _launch(
-        self, name: str, stream: int, *arguments: ParamStruct, training: bool = False
-    ) -> None:
-        if self._small and not training:
+    def _launch(self, name: str, stream: int, *arguments: ParamStruct) -> None:
+        if self._small:
             self._kernels[f"{name}_small"](stream, PLAN_CLUSTER_SIZE, *arguments)
         else:
             self._kernels[name](stream, self._grid, *arguments)

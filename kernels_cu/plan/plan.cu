@@ -210,6 +210,7 @@ struct PlanOfCall {
   const PlanParams& p;
   const TileOrderParams &up, &down;
   const EmulatedLink& link;
+  bool pads;  // whether it also zeroes padding rows
 
   __device__ Routing find_routing(int token_tile, int source) const {
     return cometrt::find_routing(params, link, p, token_tile, source);
@@ -231,7 +232,7 @@ struct PlanOfCall {
     return up.work_tiles == nullptr ? 0 : static_cast<int>(max(2u, gridDim.x / 8));
   }
   __device__ int num_padding_shares() const {
-    return params.tile_filled == nullptr || !needs_padding(params) ? 0 : gridDim.x;
+    return pads && params.tile_filled != nullptr && needs_padding(params) ? gridDim.x : 0;
   }
   __device__ int num_orders() const { return 2 * num_order_shares() + num_padding_shares(); }
   __device__ void order(int i, int* warps) const {
@@ -275,13 +276,13 @@ extern "C" __global__ void __launch_bounds__(kTokenTile, kBlocksPerSm)
   extern __shared__ uint4 shared[];
   __shared__ BlockState block;
   if (params.state->status != kActive) return;
-  const PlanOfCall calls{params, p, up, down, link};
+  const PlanOfCall calls{params, p, up, down, link, true};
   const bool planned = make_plan(p, reinterpret_cast<u32*>(shared), block, calls,
                                  GridSteps<PlanOfCall>{*p.progress, block, calls});
   if (planned) params.state->ok = 1;
 }
 
-// Grid: one cluster. It has too few blocks to zero the padding rows of a training forward.
+// Grid: one cluster, too few blocks for the padding rows of a training forward.
 extern "C" __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kTokenTile,
                                                                                     kSmallPerSm)
     prepare_small(const __grid_constant__ ExchangeParams params,
@@ -291,7 +292,15 @@ extern "C" __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bound
   extern __shared__ uint4 shared[];
   __shared__ BlockState block;
   if (params.state->status != kActive) return;
-  const PlanOfCall calls{params, p, up, down, link};
+  const PlanOfCall calls{params, p, up, down, link, false};
   const bool planned = make_plan(p, reinterpret_cast<u32*>(shared), block, calls, ClusterSteps{});
   if (planned) params.state->ok = 1;
+}
+
+// Behind `prepare_small`: zeroes the padding rows of a training forward. Any grid.
+extern "C" __global__ void __launch_bounds__(kTokenTile)
+    pad(const __grid_constant__ ExchangeParams params) {
+  if (!params.state->ok) return;
+  const int warp = blockIdx.x * kWarps + threadIdx.x / 32;
+  zero_padding_rows(params, params.rows, BLOCK_K, warp, gridDim.x * kWarps);
 }
