@@ -132,7 +132,10 @@ problem_dtype = np.dtype(
     + [(name, np.int32) for name in "num_k_blocks num_columns".split()]
 )
 _TILE_LIST = [(name, np.uint64) for name in "work_tiles num_steps progress ok".split()]
-gemm_params_dtype = np.dtype([*_TILE_LIST, ("problems", problem_dtype, (1,))])
+gemm_params_dtype = np.dtype(
+    [*_TILE_LIST, ("problems", problem_dtype, (1,))]
+    + [(name, np.int32) for name in "reads_weights_once unused".split()]
+)
 down_dgrad_params_dtype = np.dtype(
     _TILE_LIST
     + [(name, np.uint64) for name in "z row_weight dz weighted_a dweight".split()]

@@ -74,5 +74,5 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
   extern __shared__ __align__(1024) char memory[];
   Memory& all = *reinterpret_cast<Memory*>(memory);
   Roles roles{params, link, all, num_comm};
-  run_cta(all.gemm, p, {a_map, a_half_map, b_map}, roles);
+  run_cta(all.gemm, p, {a_map, a_half_map, b_map, p.reads_weights_once != 0}, roles);
 }

@@ -49,13 +49,18 @@ struct RowsOperand {
 template <bool kGated>
 struct RowsTimesWeights : RowsOperand {
   const TensorMap* b;  // boxes of kHalfN columns
-  u64 b_policy;        // the next M-tiles of the expert read the same weights again
+  u64 b_policy;
 
   static constexpr Major kMajorB = Major::kK;
   static constexpr u64 kStepB = 2;
 
-  __device__ RowsTimesWeights(const TensorMap& a, const TensorMap& a_half, const TensorMap& b)
-      : RowsOperand(a, a_half), b(&b), b_policy(cache_policy<CacheHint::kEvictLast>()) {}
+  // reads_once: no later M-tile of the expert reads the same weights again.
+  __device__ RowsTimesWeights(const TensorMap& a, const TensorMap& a_half, const TensorMap& b,
+                              bool reads_once)
+      : RowsOperand(a, a_half),
+        b(&b),
+        b_policy(reads_once ? cache_policy<CacheHint::kEvictFirst>()
+                            : cache_policy<CacheHint::kEvictLast>()) {}
 
   __device__ void load(Stage& stage, u64* full, const WorkTile& tile, int c0) const {
     load_a(stage, full, tile, c0);
