@@ -100,9 +100,11 @@ def test_padding_rows_may_hold_anything(save, by_grid, monkeypatch):
                     memory = cupy.full(1 << 22, value, case.spec.numpy_dtype)
                     cupy.cuda.get_current_stream().synchronize()
                     del memory
+                    world.barrier()  # no rank allocates while another one's call waits for it
                     y, saved = layer.forward(*args, training=training)
                     found = [y] if saved is None else [y, *layer.backward(dy, saved)]
                     layer.synchronize()
+                    world.barrier()
                     yield [on_host(array).tobytes() for array in found]
 
             assert list(results(float("nan"))) == list(results(0))
