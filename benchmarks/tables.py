@@ -223,6 +223,30 @@ def step_time(entry: dict[str, Any], contender: str, found: dict[str, float]) ->
     return f"{text}, {found['tokens_per_sec']:,.0f}, {found['moe_share']:.0%}"
 
 
+def latency_table() -> list[str]:
+    """Forwards of small batches in inference."""
+    paths = sorted(RESULTS.glob("latency_*.json"), reverse=True)  # most GPUs first
+    entries = [entry for path in paths for entry in entries_of(path)]
+    if not entries:
+        return ["Not measured yet."]
+    head = [
+        "layer",
+        "p50, us",
+        "p99, us",
+        "limit, us",
+        "weights once, us",
+        "by launch, us",
+        "commit",
+    ]
+    lines = [f"{gpus(entries)}; the slowest rank counts.", "", *heading(head)]
+    for name, _, entry in entries:
+        us = [entry["us"]["p50"], entry["us"]["p99"], entry["limit_us"], entry["read_us"]]
+        launches = ", ".join(f"{one} {took:.0f}" for one, took in entry["launches_us"].items())
+        cells = [name, *(f"{value:.0f}" for value in us), launches or "-", commit(entry)]
+        lines.append(row(cells))
+    return lines
+
+
 def link_table() -> list[str]:
     data = read(RESULTS / "link.json")
     machine, rates = data["machine"], data["gbps"]
@@ -320,11 +344,21 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "overlap": overlap_table,
     "layers": layers_table,
     "end_to_end": end_to_end_table,
+    "latency": latency_table,
     "link": link_table,
     "short": short_table,
 }
 PAGES = {
-    "docs/benchmarks.md": ("engine", "peers", "passes", "overlap", "end_to_end", "layers", "link"),
+    "docs/benchmarks.md": (
+        "engine",
+        "peers",
+        "passes",
+        "overlap",
+        "latency",
+        "end_to_end",
+        "layers",
+        "link",
+    ),
     "README.md": ("short",),
 }
 

@@ -70,6 +70,7 @@ class Case:
             block_m=16 if self.gemm == "cublas" else 128,
             block_n=32,
             block_tokens=8,
+            min_token_blocks=6 if self.seed else 1,
             order=self.order,
             num_phases=3 if self.seed else 2,
             n_chunk=32 if self.gemm == "cublas" else 256,

@@ -197,6 +197,7 @@ class GemmArguments:
         gated: b is [experts, 2 * columns, inner], the gate rows first.
         ok: address of a word that is 0 while the order is not valid; 0: it always is valid.
         pipeline_chunk: index of the pipeline chunk to compute.
+        reads_weights_once: whether hardly any expert has rows of more than two M-tiles.
     """
 
     def __init__(
@@ -210,10 +211,11 @@ class GemmArguments:
         gated: bool = False,
         ok: int = 0,
         pipeline_chunk: int = 0,
+        reads_weights_once: bool = False,
     ) -> None:
         self._params = ParamStruct(gemm_params_dtype)
         fields = self._params.fields
-        fields["ok"] = ok
+        fields["ok"], fields["reads_weights_once"] = ok, reads_weights_once
         for name, address in order.addresses(pipeline_chunk).items():
             fields[name] = address
         problem = fields["problems"][0, 0]

@@ -15,7 +15,7 @@ from cometrt.cuda.exchange_params import Call
 from cometrt.cuda.links import Links
 from cometrt.cuda.types import Launches
 from cometrt.heap import max_n_chunks
-from cometrt.kernels.constants import BLOCK_N, NUM_ARRIVALS
+from cometrt.kernels.constants import BLOCK_M, BLOCK_N, NUM_ARRIVALS
 from cometrt.kernels.launch import Kernel, Macros, load_kernels
 from cometrt.kernels.params import KernelArgument, ParamStruct
 from cometrt.plan import PlanShape
@@ -88,10 +88,21 @@ class FusedForward(FusedPath):
         self._links, self._activation = links, spec.activation
         self._tile_orders = up, down = layer_orders(shape, n_chunk=n_chunk_tiles(shape))
         self.orders = up.params, down.params
+        # A pair of M-tiles of one expert is multiplied at once, and shares what it reads.
+        once = shape.balanced_rows <= BLOCK_M * experts
         self._up = GemmArguments(
-            up, shape.capacity, spec.hidden, width, experts, gated=spec.gated, ok=ok
+            up,
+            shape.capacity,
+            spec.hidden,
+            width,
+            experts,
+            gated=spec.gated,
+            ok=ok,
+            reads_weights_once=once,
         )
-        self._down = GemmArguments(down, shape.capacity, width, spec.hidden, experts, ok=ok)
+        self._down = GemmArguments(
+            down, shape.capacity, width, spec.hidden, experts, ok=ok, reads_weights_once=once
+        )
         self.num_ctas = gemm_ctas()
         self.reschedule(shape)
         self._kernels = self.load()

@@ -12,7 +12,7 @@ import numpy as np
 
 from cometrt.cuda.engine import current_stream
 from cometrt.cuda.types import DeviceArray
-from cometrt.kernels.constants import PLAN_BLOCKS_PER_SM, TOKEN_TILE
+from cometrt.kernels.constants import PLAN_BLOCKS_PER_SM, PLAN_CLUSTER_SIZE, TOKEN_TILE
 from cometrt.kernels.launch import Macros, load_kernels
 from cometrt.kernels.params import (
     PLAN_OUTPUTS,
@@ -26,6 +26,7 @@ from cometrt.plan.tables import plan_table_shapes
 from cometrt.world.partitions import num_sms
 
 _SM_BYTES, _BLOCK_BYTES = 228 * 1024, 4 * 1024  # shared memory; what a block takes besides its own
+_SMALL_PAIRS = 8192  # that one cluster plans faster than a grid, whose barriers take longer
 _ALIGNMENT = 64  # words of a table: a bulk copy's, and a cache line's
 
 
@@ -42,6 +43,15 @@ def _layout(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, int], int]:
 def _blocks_per_sm(shared_bytes: int) -> int:
     """Blocks that an SM holds at once; more would find nothing to do."""
     return max(1, min(PLAN_BLOCKS_PER_SM, _SM_BYTES // (shared_bytes + _BLOCK_BYTES)))
+
+
+def is_small(shape: PlanShape) -> bool:
+    """Whether one cluster makes the plans. It depends on max_tokens: only the device knows how many
+    tokens the other ranks have."""
+    pairs = shape.global_tokens * shape.geometry.spec.topk
+    items = shape.geometry.size * math.ceil(shape.geometry.spec.max_tokens / TOKEN_TILE)
+    fits = 4 * _shared_words(shape) + _BLOCK_BYTES <= 2 * _SM_BYTES // PLAN_CLUSTER_SIZE
+    return fits and pairs <= _SMALL_PAIRS and items <= 2 * PLAN_CLUSTER_SIZE
 
 
 def _counter_words(shape: PlanShape) -> dict[str, int]:
@@ -109,6 +119,7 @@ class DevicePlanner:
     Args:
         counters: [planner_counters(shape)] uint32, zero whenever `prepare` begins.
         macros: that the kernels are compiled with.
+        small: whether one cluster plans; None: as `is_small` says.
 
     Attributes:
         ids, weights: [W, max_tokens, K], all ranks' routing in the last forward.
@@ -118,7 +129,14 @@ class DevicePlanner:
         table_offsets: byte offset of each table within a plan's memory, by name.
     """
 
-    def __init__(self, shape: PlanShape, counters: DeviceArray, macros: Macros = ()) -> None:
+    def __init__(
+        self,
+        shape: PlanShape,
+        counters: DeviceArray,
+        macros: Macros = (),
+        *,
+        small: bool | None = None,
+    ) -> None:
         import cupy as cp
 
         self._shape, self._counters = shape, counters
@@ -137,10 +155,15 @@ class DevicePlanner:
         self._shapes = plan_table_shapes(shape)
         offsets, num_words = _layout(self._shapes)
         self.table_offsets = {name: 4 * words for name, words in offsets.items()}
-        kernels = load_kernels("plan/plan.cu", "plan", "prepare", macros=macros)
         shared_bytes = 4 * _shared_words(shape)
-        self._plan, self._prepare = (kernel.with_shared(shared_bytes) for kernel in kernels)
+        self._small = is_small(shape) if small is None else small
         self._grid = _blocks_per_sm(shared_bytes) * num_sms()
+        names = ("plan", "prepare", "plan_small", "prepare_small", "pad")
+        kernels = load_kernels("plan/plan.cu", *names, macros=macros)
+        self._kernels = {
+            name: kernel.with_shared(shared_bytes)
+            for name, kernel in zip(names, kernels, strict=True)
+        }
         arrays |= {"ids": self.ids, "weights": self.weights, "num_tokens": self._num_tokens}
         self._params = ParamStruct(plan_params_dtype)
         fields = self._params.fields
@@ -162,6 +185,8 @@ class DevicePlanner:
         tables: int,
         orders: tuple[ParamStruct, ParamStruct],
         link: ParamStruct,
+        *,
+        pads: bool,
     ) -> None:
         """Wait for all ranks' routing; make the plan, and the order of both GEMMs' tiles.
 
@@ -171,9 +196,12 @@ class DevicePlanner:
             orders: TileOrderParams of the up and the down GEMM; where they are null, no order is
                 made.
             link: EmulatedLink of what comes.
+            pads: whether padding rows are zeroed too.
         """
         self._point_to(tables)
-        self._prepare(stream, self._grid, params, self._params, *orders, link)
+        self._launch("prepare", stream, params, self._params, *orders, link)
+        if self._small and pads:
+            self._kernels["pad"](stream, self._grid, params)
 
     def plan(self, ids: DeviceArray, weights: DeviceArray, num_tokens: DeviceArray) -> Plan:
         """The plan alone, on CuPy's current stream.
@@ -187,7 +215,7 @@ class DevicePlanner:
         self.ids[...], self.weights[...], self._num_tokens[...] = ids, weights, num_tokens
         self._point_to(tables.data.ptr)
         self._counters.fill(0)
-        self._plan(current_stream(), self._grid, self._params)
+        self._launch("plan", current_stream(), self._params)
         return self.plan_of(tables)
 
     def plan_of(self, tables: DeviceArray) -> Plan:
@@ -200,6 +228,12 @@ class DevicePlanner:
             table = tables[begin : begin + math.prod(table_shape)].reshape(table_shape)
             arrays[name] = table.view(cp.float32) if name == "row_weight" else table
         return Plan(**arrays)
+
+    def _launch(self, name: str, stream: int, *arguments: ParamStruct) -> None:
+        if self._small:
+            self._kernels[f"{name}_small"](stream, PLAN_CLUSTER_SIZE, *arguments)
+        else:
+            self._kernels[name](stream, self._grid, *arguments)
 
     def _point_to(self, tables: int) -> None:
         uint64s, base = self._params.uint64s, np.uint64(tables)

@@ -61,6 +61,7 @@ class ProtocolKernels:
     Args:
         orders: TileOrderParams of the up and the down GEMM, which `prepare` and `prepare_planned`
             fill.
+        pads: whether they zero padding rows in training, and not `dispatch`.
         kernels: gets "publish", "plan", "prepare", "prepare_planned", "agree" and "finish".
     """
 
@@ -70,8 +71,10 @@ class ProtocolKernels:
         orders: tuple[ParamStruct, ParamStruct],
         links: Links,
         kernels: Launches,
+        *,
+        pads: bool,
     ) -> None:
-        self._planner, self._orders, self._links = planner, orders, links
+        self._planner, self._orders, self._links, self._pads = planner, orders, links, pads
         self._num_sms, self._tables = num_sms(), PlanTables(planner.table_offsets)
         (self._prepare_planned,) = load_kernels("plan/prepare_planned.cu", "prepare_planned")
         self._publish, self._agree, self._finish = load_kernels(
@@ -92,11 +95,13 @@ class ProtocolKernels:
     def _launch_plan(self, stream: int, params: ParamStruct, call: Call) -> None:
         """Plan alone: no GEMM follows."""
         link = self._links.dispatch
-        self._planner.prepare(stream, params, call.at["tables"], (_NO_ORDER, _NO_ORDER), link)
+        orders = _NO_ORDER, _NO_ORDER
+        self._planner.prepare(stream, params, call.at["tables"], orders, link, pads=False)
 
     def _launch_prepare(self, stream: int, params: ParamStruct, call: Call) -> None:
         tables, link = call.at["tables"], self._links.dispatch
-        self._planner.prepare(stream, params, tables, self._orders, link)
+        pads = self._pads and "epoch" in call.at
+        self._planner.prepare(stream, params, tables, self._orders, link, pads=pads)
 
     def _launch_prepare_planned(self, stream: int, params: ParamStruct, call: Call) -> None:
         """Make the tile orders of the call's plan, zero padding rows, and wait for all ranks."""
@@ -226,7 +231,7 @@ class CallQueue:
             BackwardGemms(shape, offsets, ok, recompute, kernels)
             backward = EngineBackward(self._params, chunks if recomputes else 0)
             forward = ChunkedForward(shape.config) if mode == "chunked" else SequentialForward()
-        ProtocolKernels(self.planner, orders, links, kernels)
+        ProtocolKernels(self.planner, orders, links, kernels, pads=mode == "fused")
         self._paths: dict[str, Path] = {
             "forward": forward,
             "planned forward": forward,

@@ -70,7 +70,8 @@ class RowKernels:
         self._push(stream, gemm_ctas(sms), params, self._links.combine, self._chunk(chunk))
 
     def _launch_home_reduce(self, stream: int, params: ParamStruct) -> None:
-        """Add up at home. Waits for peers."""
+        """Add up at home. Waits for peers. Their tokens are not known here, but they can only make
+        blocks larger."""
         blocks = self._shape.config.token_blocks(int(params.fields["num_tokens"][0]))
         if blocks:
             self._home_reduce(stream, blocks, params)

@@ -101,7 +101,7 @@ def _reduce_and_push(
         nbytes = len(tokens) * (end - begin) * rows.dtype.itemsize
         with ex.step("comm", "reduce and push", block, link_bytes=nbytes):
             partial = _sum_rows(ex, rows, token_rows, begin, end, weighted)
-            first = plan.send_base[home] + block * ex.shape.config.block_tokens
+            first = plan.send_base[home] + block * int(plan.block_tokens[0])
             staging = ex.heap.array("staging", home)
             staging[first : first + len(tokens), begin:end] = partial.astype(rows.dtype)
             if dweight_rows is not None:
@@ -117,7 +117,7 @@ def _reduce_at_home(
 
     Sums are in fp32 and in a fixed order: own rows, then contributors by ring distance.
     """
-    plan, me, size = ex.plan, ex.world.rank, ex.shape.config.block_tokens
+    plan, me, size = ex.plan, ex.world.rank, int(ex.plan.block_tokens[0])
     first_token = me * ex.shape.geometry.spec.max_tokens
     staging = ex.heap.array("staging")
     begin, end = ex.n_chunks[chunk]

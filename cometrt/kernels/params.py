@@ -24,7 +24,7 @@ geometry_dtype = np.dtype(
         for name in (
             "rank size tp ep num_experts local_experts topk max_tokens hidden local_intermediate "
             "up_columns gated block_m block_tokens capacity max_tiles blocks_per_home activation "
-            "num_phases padding"
+            "num_phases min_token_blocks"
         ).split()
     ]
 )
@@ -99,7 +99,7 @@ HEAP_OFFSETS = {  # field of ExchangeParams -> array of the heap
 }
 EXCHANGE_TABLES = (
     "expert_offsets expert_rows row_weight pair_row pull_tokens pull_offsets send_tokens "
-    "send_offsets send_base push_blocks num_blocks staging_row staging_base"
+    "send_offsets send_base push_blocks num_blocks block_tokens staging_row staging_base"
 ).split()
 exchange_params_dtype = np.dtype(
     [("world", world_dtype), ("g", geometry_dtype)]
@@ -132,7 +132,10 @@ problem_dtype = np.dtype(
     + [(name, np.int32) for name in "num_k_blocks num_columns".split()]
 )
 _TILE_LIST = [(name, np.uint64) for name in "work_tiles num_steps progress ok".split()]
-gemm_params_dtype = np.dtype([*_TILE_LIST, ("problems", problem_dtype, (1,))])
+gemm_params_dtype = np.dtype(
+    [*_TILE_LIST, ("problems", problem_dtype, (1,))]
+    + [(name, np.int32) for name in "reads_weights_once unused".split()]
+)
 down_dgrad_params_dtype = np.dtype(
     _TILE_LIST
     + [(name, np.uint64) for name in "z row_weight dz weighted_a dweight".split()]
@@ -317,6 +320,7 @@ def geometry_params(shape: PlanShape) -> np.ndarray:
         "blocks_per_home": shape.blocks_per_home,
         "activation": list(ACTIVATIONS).index(spec.activation),
         "num_phases": len(config.last_distances(geometry.size)),
+        "min_token_blocks": min(config.min_token_blocks, spec.max_tokens),
     }
     for name, value in values.items():
         record[name] = value

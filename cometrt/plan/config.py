@@ -24,7 +24,9 @@ class TileConfig:
             with gemm="engine" it must be 128.
         block_n: columns of an N-tile on "host"; a multiple of 16. The last N-tile may be narrower.
             The engine on "cuda" always has 256.
-        block_tokens: tokens of a token block, the unit that combine reduces and pushes.
+        block_tokens: the most tokens of a token block, the unit that combine reduces and pushes.
+        min_token_blocks: a call has smaller token blocks where it would otherwise have fewer of
+            them than this. Its blocks follow from the largest number of tokens of a rank.
         order: tile order of the down GEMM. "phases": whole rows, in reverse dispatch order.
             "columns" (COMET's): the same walk once for each N-chunk of H.
         num_phases: number of phases in the dispatch order. A tile belongs to the phase of its
@@ -53,6 +55,7 @@ class TileConfig:
     block_m: int = 128
     block_n: int = 128
     block_tokens: int = 64
+    min_token_blocks: int = 256
     order: str = "phases"
     num_phases: int = 2
     raster_group: int | None = None
@@ -68,8 +71,8 @@ class TileConfig:
     backward_combine_ctas: int | None = None
 
     def __post_init__(self) -> None:
-        counts = ("block_m", "block_n", "block_tokens", "n_chunk", "num_phases", "pipeline_chunks")
-        for name in counts:
+        counts = ("block_m", "block_n", "block_tokens", "min_token_blocks", "n_chunk")
+        for name in (*counts, "num_phases", "pipeline_chunks"):
             object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=1))
         optional = ("raster_group", "dispatch_ctas", "combine_ctas", "comm_sms", "backward_n_chunk")
         for name in (*optional, "backward_dispatch_ctas", "backward_combine_ctas"):
@@ -121,9 +124,14 @@ class TileConfig:
         """[begin, end) column ranges of the N-tiles within the given range, on "host"."""
         return [(begin + lo, begin + hi) for lo, hi in _ranges(end - begin, self.block_n)]
 
+    def tokens_per_block(self, num_tokens: int) -> int:
+        """Tokens of a token block in a call in which the rank with most tokens has so many."""
+        return max(1, min(self.block_tokens, -(-num_tokens // self.min_token_blocks)))
+
     def token_blocks(self, max_tokens: int) -> int:
-        """The most token blocks that one rank pushes to one home."""
-        return -(-max_tokens // self.block_tokens)
+        """The most token blocks that one rank pushes to one home, if no rank has more tokens."""
+        smallest = min(max_tokens, self.min_token_blocks) if self.block_tokens > 1 else 0
+        return max(smallest, -(-max_tokens // self.block_tokens))
 
 
 def _ranges(length: int, width: int) -> list[tuple[int, int]]:

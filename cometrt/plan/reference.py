@@ -40,7 +40,8 @@ def make_plan(tables: RoutingTables, shape: PlanShape) -> Plan:
 
     first = mine.first_order_idx(pairs)  # [W * Tm]
     pull_tokens, pull_offsets = _pulls(first, mine, shape)
-    send_tokens, send_offsets, push_blocks, num_blocks = _sends(first, shape)
+    block_tokens = shape.config.tokens_per_block(int(tables.num_tokens.max()))
+    send_tokens, send_offsets, push_blocks, num_blocks = _sends(first, shape, block_tokens)
     bases = _staging_bases(pairs, shape)  # [home, contributor]
     staging_row, staging_base = _staging(pairs, ranks, bases, shape)
     return Plan(
@@ -60,6 +61,7 @@ def make_plan(tables: RoutingTables, shape: PlanShape) -> Plan:
         send_base=bases[:, me].astype(np.int32),
         push_blocks=push_blocks,
         num_blocks=np.array([num_blocks], np.int32),
+        block_tokens=np.array([block_tokens], np.int32),
         staging_row=staging_row,
         staging_base=staging_base,
         num_tokens=tables.num_tokens.astype(np.int32),
@@ -202,10 +204,12 @@ def _finish_order(first: np.ndarray) -> np.ndarray:
     return tokens[np.lexsort((tokens, -first[tokens]))]
 
 
-def _sends(first: np.ndarray, shape: PlanShape) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """send_tokens, send_offsets, push_blocks and num_blocks; `first`: of `first_order_idx`."""
-    geometry, size = shape.geometry, shape.config.block_tokens
-    max_tokens = geometry.spec.max_tokens
+def _sends(
+    first: np.ndarray, shape: PlanShape, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """send_tokens, send_offsets, push_blocks and num_blocks; `first`: of `first_order_idx`;
+    `size`: of a token block."""
+    geometry, max_tokens = shape.geometry, shape.geometry.spec.max_tokens
     by_home, keys, blocks = [], [], []
     for home in range(geometry.size):
         begin = home * max_tokens

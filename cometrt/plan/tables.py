@@ -35,8 +35,8 @@ class PlanShape:
         The other fields of the config change only the schedule, not the tables.
         """
         config, size = self.config, self.geometry.size
-        tables = config.block_m, config.block_tokens, config.last_distances(size)
-        return digest(self.geometry.spec, size, *tables)
+        blocks = config.block_m, config.block_tokens, config.min_token_blocks
+        return digest(self.geometry.spec, size, *blocks, config.last_distances(size))
 
     @property
     def balanced_rows(self) -> float:
@@ -110,6 +110,8 @@ class Plan:
         push_blocks [W * blocks_per_home]: token blocks (home * blocks_per_home + block) in the
             order in which they complete.
         num_blocks [1]
+        block_tokens [1]: tokens of a token block in this exchange; the last one of a home may have
+            fewer.
     Combine, as a home:
         staging_row [max_tokens, W]: staging row of each own token, by ring distance of the
             contributor. Column 0 is unused: rows of this rank itself are not staged.
@@ -136,6 +138,7 @@ class Plan:
     send_base: np.ndarray
     push_blocks: np.ndarray
     num_blocks: np.ndarray
+    block_tokens: np.ndarray
     staging_row: np.ndarray
     staging_base: np.ndarray
     num_tokens: np.ndarray
@@ -163,7 +166,7 @@ class Plan:
 
     def pushes(self, shape: PlanShape) -> Iterator[tuple[int, int, np.ndarray]]:
         """(home, token block, its global tokens) in the order in which the blocks complete."""
-        size = shape.config.block_tokens
+        size = int(self.block_tokens[0])
         for index in self.push_blocks[: self.num_blocks[0]]:
             home, block = divmod(int(index), shape.blocks_per_home)
             tokens = self.send_tokens[self.send_offsets[home] : self.send_offsets[home + 1]]
@@ -191,6 +194,7 @@ def plan_table_shapes(shape: PlanShape) -> dict[str, tuple[int, ...]]:
         "send_base": (size,),
         "push_blocks": (size * shape.blocks_per_home,),
         "num_blocks": (1,),
+        "block_tokens": (1,),
         "staging_row": (spec.max_tokens, size),
         "staging_base": (size,),
         "num_tokens": (size,),

@@ -12,8 +12,15 @@ struct Geometry {
   int hidden, local_intermediate, up_columns, gated;
   int block_m, block_tokens, capacity, max_tiles;
   int blocks_per_home, activation;
-  int num_phases, padding;
+  int num_phases, min_token_blocks;
 };
+
+// Tokens of a token block, as TileConfig.tokens_per_block has it. num_tokens: of the rank with
+// most.
+__device__ inline int tokens_per_block(const Geometry& g, int num_tokens) {
+  const int wanted = (num_tokens + g.min_token_blocks - 1) / g.min_token_blocks;
+  return max(1, min(g.block_tokens, wanted));
+}
 
 // (to - from) mod ranks: 0 for the rank itself.
 __device__ inline int ring_distance(const Geometry& g, int from, int to) {

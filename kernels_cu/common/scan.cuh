@@ -16,6 +16,7 @@ __device__ inline int block_scan(int value, int* shared, int* total) {
   __syncthreads();
   int before = 0;
   *total = 0;
+#pragma unroll 1
   for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
     if (w < warp) before += shared[w];
     *total += shared[w];

@@ -22,7 +22,7 @@ class CombineWarp : RowSums {
 
   __device__ CombineWarp(const ExchangeParams& p, const EmulatedLink& link, CombineStages& stages)
       : RowSums(p, stages), link_(link) {
-    if (lane_ == 0) s_.epoch = p.world.epoch();
+    if (lane_ == 0) s_.epoch = p.world.epoch(), s_.block_tokens = *p.block_tokens;
     __syncwarp();
   }
 
@@ -66,8 +66,8 @@ class CombineWarp : RowSums {
     __syncwarp();
     if (s_.block < 0) return false;
     const int home = s_.block / p_.g.blocks_per_home, block = s_.block % p_.g.blocks_per_home;
-    int token = p_.send_offsets[home] + block * p_.g.block_tokens;
-    const int end_token = min(token + p_.g.block_tokens, p_.send_offsets[home + 1]);
+    int token = p_.send_offsets[home] + block * s_.block_tokens;
+    const int end_token = min(token + s_.block_tokens, p_.send_offsets[home + 1]);
     if (lane_ == 0) s_.summed.flag = p_.partials_ready(home, p_.world.rank, block) + n_chunk;
     if (kHasDweight && n_chunk == 0) send_dweight(home, token, end_token);
     while (token < end_token) {
@@ -134,9 +134,9 @@ class CombineWarp : RowSums {
     __syncwarp();
     const int block = s_.block;
     __syncwarp();  // all lanes have read s_.block before the next pop
-    int local = block * p_.g.block_tokens;
+    int local = block * s_.block_tokens;
     if (local >= p_.num_tokens) return false;
-    const int end_local = min(local + p_.g.block_tokens, p_.num_tokens);
+    const int end_local = min(local + s_.block_tokens, p_.num_tokens);
     while (local < end_local) {
       const int mine = local + lane_;
       const int token = mine < end_local ? p_.world.rank * p_.g.max_tokens + mine : -1;
@@ -231,7 +231,7 @@ class CombineWarp : RowSums {
   __device__ const u64* ready_flag(int addend, int n_chunk, int* contributor, int* block) const {
     const int d = __float_as_int(s_.weights[addend]), me = p_.world.rank;
     *contributor = (me + d) % p_.world.size;
-    *block = (~s_.rows[addend] - p_.staging_base[d]) / p_.g.block_tokens;
+    *block = (~s_.rows[addend] - p_.staging_base[d]) / s_.block_tokens;
     return p_.partials_ready(me, *contributor, *block) + n_chunk;
   }
   __device__ bool partial_is_ready(int addend, int n_chunk) const {

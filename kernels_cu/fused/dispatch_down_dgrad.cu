@@ -40,7 +40,8 @@ struct Roles {
     for (DispatchStages<Copies>& stages : memory.dispatch) stages.init();
   }
   __device__ void load(Shared& shared, const DownDgradParams& p, const Operands& operands) {
-    RowsReady<Copies> ready(params, kDownDgrad);
+    // Loads of B ahead need more than this warpgroup's registers.
+    RowsReady<Copies, false> ready(params, kDownDgrad);
     produce(shared, p, operands, ready);
   }
   __device__ void communicate(int warp) {

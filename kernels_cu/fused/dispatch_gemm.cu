@@ -23,7 +23,8 @@ struct Memory {
 };
 static_assert(sizeof(Memory) <= kMaxSharedBytes, "shared memory of a CTA");
 
-using Math = Forward<ACTIVATION, WRITE_Z>;
+// Padding rows have to be finite where a backward multiplies them by zeros.
+using Math = Forward<ACTIVATION, WRITE_Z, WRITE_Z>;
 
 struct Roles {
   using Registers = RegisterBudget<56, 224>;
@@ -38,7 +39,7 @@ struct Roles {
     for (DispatchStages<Copies>& stages : memory.dispatch) stages.init();
   }
   __device__ void load(Shared& shared, const GemmParams& p, const Operands& operands) {
-    RowsReady<Copies> ready(params, kUp);
+    RowsReady<Copies, true> ready(params, kUp);
     produce(shared, p, operands, ready);
   }
   __device__ void communicate(int warp) {
@@ -73,5 +74,5 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
   extern __shared__ __align__(1024) char memory[];
   Memory& all = *reinterpret_cast<Memory*>(memory);
   Roles roles{params, link, all, num_comm};
-  run_cta(all.gemm, p, {a_map, a_half_map, b_map}, roles);
+  run_cta(all.gemm, p, {a_map, a_half_map, b_map, p.reads_weights_once != 0}, roles);
 }

@@ -9,7 +9,7 @@ using namespace cometrt;
 
 namespace {
 
-using Math = Forward<-1, false>;
+using Math = Forward<-1, false, false>;
 
 struct Roles : CombineRole<false> {
   using Registers = RegisterBudget<88, 208>;
@@ -45,5 +45,5 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
   extern __shared__ __align__(1024) char memory[];
   CombineMemory& all = *reinterpret_cast<CombineMemory*>(memory);
   Roles roles{{params, link, all, num_comm}};
-  run_cta(all.gemm, p, {a_map, a_half_map, b_map}, roles);
+  run_cta(all.gemm, p, {a_map, a_half_map, b_map, p.reads_weights_once != 0}, roles);
 }

@@ -33,9 +33,9 @@ extern "C" __global__ void __launch_bounds__(kPrepareThreads, 1)
   write_wgrad_order(wgrads, up_dgrad.work_tiles, up_dgrad.num_steps, up_dgrad.progress, steps,
                     kFirstWgrad);
   const int warp = blockIdx.x * kWarps + threadIdx.x / 32;
-  zero_padding_rows(params, params.rows, warp, gridDim.x * kWarps);
+  zero_padding_rows(params, params.rows, BLOCK_K, warp, gridDim.x * kWarps);
   if (params.x_rows != nullptr) {
-    zero_padding_rows(params, params.x_rows, warp, gridDim.x * kWarps);
+    zero_padding_rows(params, params.x_rows, BLOCK_K, warp, gridDim.x * kWarps);
   }
   if (blockIdx.x == gridDim.x - 1) agree_on_call(params);
 }

@@ -41,7 +41,8 @@ struct alignas(128) CombineStages {
   TokenEnd ends[32 + 1];
   SentBlock summed, pushed;  // current block, and the last one, not signalled yet; lane 0 only
   u64 epoch;
-  int block, list;  // popped block, and its queue (lane 0 only)
+  int block_tokens;  // of the plan
+  int block, list;   // popped block, and its queue (lane 0 only)
 
   // By one thread. mbarrier_init_fence must follow.
   __device__ void init() {
@@ -102,9 +103,11 @@ class RowSums {
       for (int k = 0; k < kRowsAtOnce; ++k) {
         if (first[k] >= 0) s_.rows[at++] = first[k];
       }
+#pragma unroll 1
       for (int k = kRowsAtOnce; k < topk; ++k) {
         if (rows[k] >= 0) s_.rows[at++] = rows[k];
       }
+#pragma unroll 1
       for (int d = 1; d < ranks; ++d) {
         if (staging_rows[d] < 0) continue;
         s_.weights[at] = __int_as_float(d);

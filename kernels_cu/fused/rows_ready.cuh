@@ -7,13 +7,21 @@
 namespace cometrt {
 
 // Acquires tile_filled at gpu scope; its partner is DispatchWarp::release() of the same copy shape.
-template <typename Shape>
+// kBAhead: the tile's B is loaded while its rows are not there yet.
+template <typename Shape, bool kBAhead>
 class RowsReady {
  public:
   __device__ RowsReady(const ExchangeParams& params, EventKind kind) : params_(params) {
     recorder_ = Recorder(params.trace(), 1, kind);
   }
 
+  static constexpr bool kLoadsBAhead = kBAhead;
+
+  // Whether wait() would return at once. It acquires nothing.
+  __device__ bool is_ready(const WorkTile& tile) const {
+    return stopped_ || load_acquire_gpu(&params_.tile_filled[tile.m_tile]) >=
+                           tile.rows * Shape::chunks_of_row(params_.g);
+  }
   __device__ void wait(const WorkTile& tile) {
     if (stopped_) return;
     const u32* filled = &params_.tile_filled[tile.m_tile];

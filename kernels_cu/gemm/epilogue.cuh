@@ -27,12 +27,15 @@ class SubtileStore {
       : tile_(reinterpret_cast<char*>(tile.values)) {}
 
   // `pairs` [16]: for each 8 columns, this thread's bf16 pair of row r and of row r + 8, as in the
-  // accumulators. `to`: row 0, column 0 of the subtile, which has `columns` valid columns.
-  __device__ void store(const u32* pairs, __nv_bfloat16* to, int columns, long long stride) {
+  // accumulators. `to`: row 0, column 0 of the subtile, which has `columns` valid columns. `rows`:
+  // how many of the 16 rows are stored; not negative.
+  __device__ void store(const u32* pairs, __nv_bfloat16* to, int columns, long long stride,
+                        int rows = 2 * kSubtileRows) {
     const int lane = threadIdx.x % 32, vector_idx = lane % 8;
     to += lane / 8 * stride + 8 * vector_idx;
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper, to += 8 * stride) {
+      if (kSubtileRows * upper >= rows) return;
       __syncwarp();  // all lanes have read the last rows
       put(pairs, upper);
       __syncwarp();
@@ -40,7 +43,11 @@ class SubtileStore {
       for (int i = 0; i < 2; ++i) {
         const int4 value = vector(4 * i + lane / 8);
         // Streaming stores: results must not evict operands from L2.
-        if (8 * vector_idx < columns) __stcs(reinterpret_cast<int4*>(to + 4 * i * stride), value);
+        const int row = kSubtileRows * upper + 4 * i + lane / 8;
+        const bool exists = rows >= 2 * kSubtileRows || row < rows;
+        if (8 * vector_idx < columns && exists) {
+          __stcs(reinterpret_cast<int4*>(to + 4 * i * stride), value);
+        }
       }
     }
   }
@@ -65,8 +72,9 @@ class SubtileStore {
 
 // What the forward stores of accumulators d, by subtiles of 64 columns. `kActivation` -1: out = d.
 // Otherwise out = act(d), and z = d if `kWriteZ`. out is computed from the rounded z, so that
-// backward recomputes the same bits.
-template <int kActivation, bool kWriteZ>
+// backward recomputes the same bits. `kStoresPadding`: padding rows are stored too. Where nobody
+// reads them, as in inference, their bytes would cost more than all others in a small batch.
+template <int kActivation, bool kWriteZ, bool kStoresPadding = true>
 struct Forward {
   static constexpr bool kActivates = kActivation >= 0, kGated = kActivates && is_gated(kActivation);
   static constexpr int kColumns = kGated ? kHalfN : BLOCK_N;  // columns of out in an N-tile
@@ -77,15 +85,18 @@ struct Forward {
 
   // Does one step of the subtile that begins at `row` and `column` of out. `first` [16]: its
   // stashed pairs (of gate, if gated; then up's are 32 further), replaced by out when activated.
+  // `rows`: of the warp's 16 rows, those that are no padding; 0 or less: none.
   // `step` must be a compile-time constant after unrolling, since `first` is indexed in registers.
   __device__ static void store(int step, u32* first, SubtileStore& subtile, const Problem& problem,
-                               int, long long row, int column) {
+                               int, long long row, int column, int rows) {
+    if (kStoresPadding) rows = 2 * kSubtileRows;
+    if (rows <= 0) return;
     const u32* up = kGated ? first + 32 : first;
     const int columns = problem.num_columns - column;
     if (step < kStoresOfZ) {
       const int stride = kGated ? 2 * problem.num_columns : problem.num_columns;
       __nv_bfloat16* to = problem.z + row * stride + column + step * problem.num_columns;
-      subtile.store(step == 0 ? first : up, to, columns, stride);
+      subtile.store(step == 0 ? first : up, to, columns, stride, rows);
       return;
     }
     if (kActivates) {
@@ -95,7 +106,7 @@ struct Forward {
       if (begin == 0) return;
     }
     subtile.store(first, problem.out + row * problem.num_columns + column, columns,
-                  problem.num_columns);
+                  problem.num_columns, rows);
   }
 
  private:
@@ -136,7 +147,7 @@ class Epilogue {
     for (int i = 0; i < 64; ++i) stash_[i] = pack(d[2 * i], d[2 * i + 1]);
     tile_ = tile;
   }
-  // For a tile whose rows of this warp are all padding: their results are zero.
+  // For a tile whose rows of this warp are all padding: their results, if stored, are zero.
   __device__ void stash_zeros(const WorkTile& tile) {
 #pragma unroll
     for (int i = 0; i < 64; ++i) stash_[i] = 0;
@@ -153,7 +164,7 @@ class Epilogue {
       const long long row = static_cast<long long>(tile_.m_tile) * BLOCK_M + warp_ * kWarpRows;
       const int column = tile_.n_tile * Math::kColumns + subtile * kSubtileColumns;
       Math::store(index % Math::kSteps, stash_ + 16 * subtile, subtile_, p_.problem_of(tile_),
-                  tile_.expert, row, column);
+                  tile_.expert, row, column, tile_.rows - warp_ * kWarpRows);
     }
     if (index == kSteps - 1) tile_.m_tile = -1;
   }

@@ -44,5 +44,6 @@ extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds_
                  const __grid_constant__ TensorMap b_map) {
   extern __shared__ __align__(1024) char memory[];
   Roles roles;
-  run_cta(*reinterpret_cast<Shared*>(memory), p, {a_map, a_half_map, b_map}, roles);
+  run_cta(*reinterpret_cast<Shared*>(memory), p,
+          {a_map, a_half_map, b_map, p.reads_weights_once != 0}, roles);
 }

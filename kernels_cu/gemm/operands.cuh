@@ -49,29 +49,45 @@ struct RowsOperand {
 template <bool kGated>
 struct RowsTimesWeights : RowsOperand {
   const TensorMap* b;  // boxes of kHalfN columns
-  u64 b_policy;        // the next M-tiles of the expert read the same weights again
+  u64 b_policy;
 
   static constexpr Major kMajorB = Major::kK;
   static constexpr u64 kStepB = 2;
 
-  __device__ RowsTimesWeights(const TensorMap& a, const TensorMap& a_half, const TensorMap& b)
-      : RowsOperand(a, a_half), b(&b), b_policy(cache_policy<CacheHint::kEvictLast>()) {}
+  // reads_once: no later M-tile of the expert reads the same weights again.
+  __device__ RowsTimesWeights(const TensorMap& a, const TensorMap& a_half, const TensorMap& b,
+                              bool reads_once)
+      : RowsOperand(a, a_half),
+        b(&b),
+        b_policy(reads_once ? cache_policy<CacheHint::kEvictFirst>()
+                            : cache_policy<CacheHint::kEvictLast>()) {}
 
   __device__ void load(Stage& stage, u64* full, const WorkTile& tile, int c0) const {
     load_a(stage, full, tile, c0);
-    const auto column = [&](int half) {
-      return kGated ? tile.n_tile * kHalfN : tile.n_tile * BLOCK_N + half * kHalfN;
-    };
+    load_b(stage, full, tile, c0);
+  }
+  // This CTA's halves of B, as WorkTile::b() names them.
+  __device__ void load_b(Stage& stage, u64* full, const WorkTile& tile, int c0) const {
     if (tile.b() == kBothHalves) {
       for (int half = 0; half < 2; ++half) {
-        tensor_load_4d(stage.b[half], b, c0, column(half), kGated ? half : 0, tile.expert, full,
-                       b_policy);
+        tensor_load_4d(stage.b[half], b, c0, column(tile, half), kGated ? half : 0, tile.expert,
+                       full, b_policy);
       }
     } else {
       const int half = tile.b() - kFirstHalf;
-      tensor_load_4d_multicast(stage.b[half], b, c0, column(half), kGated ? half : 0, tile.expert,
-                               full, 0b11, b_policy);
+      tensor_load_4d_multicast(stage.b[half], b, c0, column(tile, half), kGated ? half : 0,
+                               tile.expert, full, 0b11, b_policy);
     }
+  }
+  // Brings the same boxes to L2.
+  __device__ void prefetch_b(const WorkTile& tile, int c0) const {
+    for (int half = 0; half < 2; ++half) {
+      if (tile.b() != kBothHalves && half != tile.b() - kFirstHalf) continue;
+      tensor_prefetch_4d(b, c0, column(tile, half), kGated ? half : 0, tile.expert, b_policy);
+    }
+  }
+  __device__ static int column(const WorkTile& tile, int half) {
+    return kGated ? tile.n_tile * kHalfN : tile.n_tile * BLOCK_N + half * kHalfN;
   }
 
   __device__ static u64 b_descriptor(const Stage& stage) { return wgmma_descriptor(stage.b); }

@@ -38,6 +38,8 @@ struct Problem {
 // cometrt/kernels/params.py.
 struct GemmParams : TileList {
   Problem problems[1];
+  // With few rows each weight is read once. Kept in L2, weights would evict all else from it.
+  int reads_weights_once, unused;
 
   static constexpr bool kMayBeEmpty = false;  // whether a tile may have no K blocks at all
 

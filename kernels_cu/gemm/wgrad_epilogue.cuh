@@ -13,7 +13,7 @@ struct OverwriteBf16 {
   static constexpr int kColumns = BLOCK_N, kSteps = 1;
 
   __device__ static void store(int, u32* pairs, SubtileStore& subtile, const WgradProblem& problem,
-                               int expert, long long row, int column) {
+                               int expert, long long row, int column, int) {
     if (row >= problem.num_rows) return;
     __nv_bfloat16* out = static_cast<__nv_bfloat16*>(problem.out);
     const long long out_row = static_cast<long long>(expert) * problem.num_rows + row;

@@ -72,6 +72,16 @@ __device__ inline void tensor_load_4d(void* shared, const TensorMap* map, int c0
       : "memory");
 }
 
+// Brings a box of the tensor map to L2. Nothing waits for it.
+__device__ inline void tensor_prefetch_4d(const TensorMap* map, int c0, int c1, int c2, int c3,
+                                          u64 policy) {
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.4d.L2.global.tile.L2::cache_hint [%0, {%1, %2, %3, %4}], "
+      "%5;" ::"l"(map),
+      "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
+      : "memory");
+}
+
 // A box of this CTA's shared memory into that of the tensor map: elements beyond the map's bounds
 // are left out. Completes in this thread's next bulk group. Lines are evicted first.
 __device__ inline void tensor_store_4d(const TensorMap* map, const void* shared, int c0, int c1,

@@ -1,6 +1,6 @@
 // Step 1 of the planner: clear tables, and count pairs while copying all ranks' routing. It reads
-// peers' memory after acquiring source_ready, in this block or in one that end_step() ordered
-// before it.
+// peers' memory after acquiring source_ready, in this block or in one that the end of a step
+// ordered before it.
 #pragma once
 
 #include "plan/token_tile.cuh"
@@ -15,9 +15,13 @@ __device__ inline void clear_tables(const PlanParams& p, int slice, int count) {
   const long long first = static_cast<long long>(slice) * kTokenTile + threadIdx.x;
   const long long step = static_cast<long long>(count) * kTokenTile;
   int4* tables = reinterpret_cast<int4*>(p.tables);
+#pragma unroll 1
   for (long long i = first; i < p.num_words / 4; i += step) tables[i] = make_int4(-1, -1, -1, -1);
+#pragma unroll 1
   for (long long i = first; i < p.g.capacity; i += step) p.row_weight[i] = 0;
+#pragma unroll 1
   for (long long i = first; i < 2 * p.g.size * p.g.max_tiles; i += step) p.run_counts[i] = 0;
+#pragma unroll 1
   for (long long i = first; i < p.g.size * p.g.blocks_per_home; i += step)
     p.block_order_idx[i] = -1;
 }
@@ -58,12 +62,14 @@ template <typename Meanwhile>
 __device__ inline void count_pairs(const PlanParams& p, int token_tile_idx, int source,
                                    const Routing& routing, u32* members, Meanwhile meanwhile) {
   const int thread = threadIdx.x, lane = thread % 32, topk = p.g.topk;
+#pragma unroll 1
   for (int i = thread; i < 4 * p.g.num_experts; i += kTokenTile) members[i] = 0;
   const int token = token_tile_idx * kTokenTile + thread;
   const bool used = token < routing.tokens;
   const int* from = routing.ids + static_cast<long long>(token) * topk;
   const long long first_pair = (static_cast<long long>(source) * p.g.max_tokens + token) * topk;
   u64 groups = 0;
+#pragma unroll 1
   for (int k = 0; k < topk; k += kPairsAtOnce) {
     int ids[kPairsAtOnce];
     if (used) load_pairs(from, k, topk, ids);
@@ -73,19 +79,22 @@ __device__ inline void count_pairs(const PlanParams& p, int token_tile_idx, int 
       __syncthreads();
     }
     if (used) store_pairs(p.ids + first_pair, k, topk, ids);
-#pragma unroll
-    for (int i = 0; i < kPairsAtOnce; ++i) {
-      if (!used || k + i >= topk) continue;
-      bool wrong = ids[i] < -1 || ids[i] >= p.g.num_experts;
-      if (ids[i] >= 0 && !wrong) {
-        wrong = choose(members, ids[i]) >> lane & 1;  // an id must not repeat within a token
-        groups |= 1ull << (ids[i] / p.g.local_experts);
+#pragma unroll 1
+    for (int i = 0; i < min(topk - k, kPairsAtOnce); ++i) {
+      if (!used) break;
+      const int id = select(ids, i);
+      bool wrong = id < -1 || id >= p.g.num_experts;
+      if (id >= 0 && !wrong) {
+        wrong = choose(members, id) >> lane & 1;  // an id must not repeat within a token
+        groups |= 1ull << quotient(id, p.g.local_experts);
       }
       if (wrong) report_wrong_pair(p, first_pair + k + i);
     }
   }
+#pragma unroll 1
   for (int first = 0; first < p.g.ep; first += 32) {  // one EP group a lane
     int count = 0;
+#pragma unroll 1
     for (int group = first; group < min(first + 32, p.g.ep); ++group) {
       const u32 with = __ballot_sync(~0u, groups >> group & 1);
       if (group % 32 == lane) count = __popc(with);
@@ -97,6 +106,7 @@ __device__ inline void count_pairs(const PlanParams& p, int token_tile_idx, int 
   int* counts =
       p.token_tile_counts +
       (static_cast<long long>(source) * num_token_tiles(p) + token_tile_idx) * p.g.num_experts;
+#pragma unroll 1
   for (int e = thread; e < p.g.num_experts; e += kTokenTile) {
     const uint4 mask = reinterpret_cast<const uint4*>(members)[e];
     const int count = __popc(mask.x) + __popc(mask.y) + __popc(mask.z) + __popc(mask.w);
@@ -117,6 +127,7 @@ __device__ inline u64 copy_weights(const PlanParams& p, int token_tile_idx, int 
   if (link != nullptr && threadIdx.x == 0 && begin < end && source != p.g.rank) {
     transferred_ns = begin_transfer(*link, 4ull * (end - begin));
   }
+#pragma unroll 1
   for (int first = begin + threadIdx.x; first < end; first += kPairsAtOnce * kTokenTile) {
     float weights[kPairsAtOnce];
 #pragma unroll

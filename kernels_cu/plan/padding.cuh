@@ -1,21 +1,28 @@
 // Zeroes padding rows. `prepare`, `prepare_planned` and `prepare_backward` do it for the fused
 // kernels, and `dispatch` for the other modes.
-// Padding must be zero in every pass, since 0 * NaN would be NaN in weight gradients.
+// Weight gradients multiply an expert's rows up to a multiple of BLOCK_K; cuBLAS's, up to a
+// multiple of block_m. Padding must be zero there in every pass, since 0 * NaN would be NaN.
+// Nothing else reads it, so inference leaves it as it is.
 #pragma once
 
 #include "protocol/exchange_params.cuh"
 
 namespace cometrt {
 
-// Of `rows` [capacity, hidden], by warp `index` of `count`. An expert has at most block_m - 1
-// padding rows, behind its rows.
+// Of a forward: whether a backward will read its rows.
+__device__ inline bool needs_padding(const ExchangeParams& params) {
+  return params.saved_epoch != nullptr;
+}
+
+// Of `rows` [capacity, hidden], by warp `index` of `count`: those behind an expert's rows, up to a
+// multiple of `multiple`.
 __device__ inline void zero_padding_rows(const ExchangeParams& params, __nv_bfloat16* rows,
-                                         int index, int count) {
+                                         int multiple, int index, int count) {
   const int experts = params.g.local_experts;
-  for (int i = index; i < experts * params.g.block_m; i += count) {
-    const int expert = i % experts;
-    const int row = params.expert_offsets[expert] + params.expert_rows[expert] + i / experts;
-    if (row >= params.expert_offsets[expert + 1]) continue;
+  for (int i = index; i < experts * multiple; i += count) {
+    const int expert = i % experts, used = params.expert_rows[expert];
+    if (used + i / experts >= (used + multiple - 1) / multiple * multiple) continue;
+    const int row = params.expert_offsets[expert] + used + i / experts;
     uint4* to = reinterpret_cast<uint4*>(rows + static_cast<long long>(row) * params.g.hidden);
     for (int j = threadIdx.x % 32; j < params.g.hidden / 8; j += 32) to[j] = make_uint4(0, 0, 0, 0);
   }

@@ -1,7 +1,8 @@
 // The device planner: the tables of cometrt/plan/reference.py, bit for bit, in one launch and
 // without host synchronisation. `plan` makes only the plan. `prepare` is everything between
 // `publish` and the first GEMM of a forward: it waits for all ranks (source_ready), copies their
-// routing, plans, and writes the tile orders of both GEMMs.
+// routing, plans, and writes the tile orders of both GEMMs. `plan_small` and `prepare_small` do the
+// same by one cluster, for exchanges of few pairs.
 //
 // Five steps, in this order:
 //   1. count:   copy ids, count pairs by expert        (counts.cuh)
@@ -10,9 +11,11 @@
 //   4. sum:     prefix sums along the orders           (row_tables.cuh)
 //   5. stage:   pulls, sends and staging rows          (row_tables.cuh)
 //
-// Blocks pop a step's items from a queue (work_queue.cuh). A grid barrier ends the step when all
-// its items are done (end_step). It counts items and not blocks, so any number of resident blocks
-// makes progress. A block that starts late finds the queues empty.
+// Blocks of a grid pop a step's items from a queue (work_queue.cuh). A grid barrier ends the step
+// when all its items are done (GridSteps). It counts items and not blocks, so any number of
+// resident blocks makes progress. A block that starts late finds the queues empty. The blocks of a
+// cluster run at the same time, so they take items in turn and meet at the cluster's barrier
+// (ClusterSteps).
 //
 // Latency bounds the planner: chains of dependent loads, and grid barriers. So an item issues its
 // loads together, independent work shares a step, and router weights cross the link during step 2.
@@ -20,6 +23,7 @@
 // A run (c, s, i) is the set of rows of source s in the tile with order index i of rank c. Rows of
 // one expert and source lie in token order. So a run is a range of the sorted pairs of (s, expert),
 // and every rank derives every other's runs from pair counts alone.
+#include "hopper/cluster.cuh"
 #include "plan/counts.cuh"
 #include "plan/padding.cuh"
 #include "plan/row_tables.cuh"
@@ -32,54 +36,78 @@ using namespace cometrt;
 namespace {
 
 constexpr int kBlocksPerSm = COMETRT_PLAN_BLOCKS_PER_SM;
+// Two SMs hold a cluster of the planner: no more than a cluster of the GEMMs needs.
+constexpr int kClusterBlocks = COMETRT_PLAN_CLUSTER_SIZE, kSmallPerSm = kClusterBlocks / 2;
 constexpr u64 kPlanAloneNs = 10000000000ull;  // deadline of `plan`, which has no world's timeout
 
 // Shared memory of a block.
 struct BlockState {
   int warps[kWarps];  // for block_scan
   int item;           // the last popped item
-  bool goes_on;       // result of end_step
+  bool goes_on;       // result of GridSteps::end
 };
 
-// The grid barrier that ends a step. Thread 0 adds this block's `mine` items to done[step], a
-// release at gpu scope after the block's barrier, then acquires `all` of them; the barrier behind
-// it passes that on. False if the wait failed: then the block returns.
+// The steps of any number of blocks.
 template <typename Calls>
-__device__ bool end_step(const PlanParams& p, BlockState& block, const Calls& calls, PlanStep step,
-                         int mine, int all) {
-  u32* done = &p.progress->done[step];
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    if (mine > 0) add_release_gpu(done, mine);
-    block.goes_on = calls.wait(step, done, static_cast<u32>(all));
+struct GridSteps {
+  PlanProgress& progress;
+  BlockState& block;
+  const Calls& calls;
+
+  __device__ WorkQueue queue(WorkList list, int count) {
+    return WorkQueue(&progress.queue_heads[list], count);
   }
-  __syncthreads();
-  return block.goes_on;
-}
+  // The grid barrier that ends a step. Thread 0 adds this block's `mine` items to done[step], a
+  // release at gpu scope after the block's barrier, then acquires `all` of them; the barrier behind
+  // it passes that on. False if the wait failed: then the block returns.
+  __device__ bool end(PlanStep step, int mine, int all) {
+    u32* done = &progress.done[step];
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      if (mine > 0) add_release_gpu(done, mine);
+      block.goes_on = calls.wait(step, done, static_cast<u32>(all));
+    }
+    __syncthreads();
+    return block.goes_on;
+  }
+};
+
+// The steps of one cluster.
+struct ClusterSteps {
+  u32 num_scheduled = 0;  // items of all queues so far: the next queue goes on with the next block
+
+  __device__ StaticItems queue(WorkList, int count) {
+    constexpr u32 kBlocks = kClusterBlocks;
+    const u32 first = (blockIdx.x - num_scheduled) % kBlocks;
+    num_scheduled += count;
+    return StaticItems(first, count, kBlocks);
+  }
+  // Each thread releases what it wrote at cluster scope, and acquires what the others wrote. All
+  // blocks go on: one whose wait for a peer failed has said so in largest_need.
+  __device__ bool end(PlanStep, int, int) {
+    __syncthreads();
+    cluster_barrier();
+    return true;
+  }
+};
 
 // All steps. Returns true in one thread of the grid, after the last item of the last step. Tables
 // stay unfilled if the routing is wrong or a rank exceeds its capacity. `calls` has what differs
-// between the two kernels:
+// between planning alone and planning for a call:
 //   find_routing(token_tile, source): a Routing;
 //   copy_weights(token_tile, source): the end of their link transfer;
 //   agree(): by one thread, whether all ranks make the same call;
-//   wait(step, flag, count): by one thread, for the grid barrier;
+//   wait(step, flag, count): by one thread, for GridSteps;
 //   num_orders(), order(i): items that need only this rank's tiles: tile orders and padding.
 // Shared memory: _shared_words of cometrt/cuda/planner.py.
-template <typename Calls>
-__device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, const Calls& calls) {
+template <typename Calls, typename Steps>
+__device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, const Calls& calls,
+                          Steps steps) {
   const int size = p.g.size, token_tiles = num_token_tiles(p), rank = p.g.rank;
   const int pairs = token_tiles * size;
   int *words = reinterpret_cast<int*>(shared), *item = &block.item;
-  const auto queue = [&](WorkList list, int count) {
-    return WorkQueue(&p.progress->queue_heads[list], count);
-  };
-  const auto end = [&](PlanStep step, int mine, int all) {
-    return end_step(p, block, calls, step, mine, all);
-  };
-
   const int slices = gridDim.x;
-  WorkQueue to_count = queue(kCountList, pairs), to_clear = queue(kClearList, slices);
+  auto to_count = steps.queue(kCountList, pairs), to_clear = steps.queue(kClearList, slices);
   int done = 0;
   const auto clear = [&] {
     const int slice = to_clear.pop(item);
@@ -94,9 +122,9 @@ __device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, c
   while (clear()) {
   }
   const int columns = p.g.num_experts + size * p.g.local_experts;
-  const int num_tile_items = size + 1 + (columns + kWarps - 1) / kWarps;
-  WorkQueue to_tile = queue(kTileList, num_tile_items + pairs);
-  if (!end(kCounted, done, pairs + slices)) return false;
+  const int num_tile_items = size + 1 + (columns + columns_at_once(p) - 1) / columns_at_once(p);
+  auto to_tile = steps.queue(kTileList, num_tile_items + pairs);
+  if (!steps.end(kCounted, done, pairs + slices)) return false;
 
   u64 transferred_ns = 0;
   done = 0;
@@ -107,35 +135,35 @@ __device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, c
       make_bases(p, words, block.warps);
       if (threadIdx.x == 0 && !calls.agree()) atomicMax(&p.progress->largest_need, ~0ull);
     } else if (i < num_tile_items) {
-      sum_token_tiles(p, (i - size - 1) * kWarps + threadIdx.x / 32);
+      sum_token_tiles(p, i - size - 1);
     } else {
       const int at = i - num_tile_items;
       transferred_ns = max(transferred_ns, calls.copy_weights(at / size, (rank + at) % size));
     }
   }
   wait_transferred(transferred_ns);
-  WorkQueue to_place = queue(kPlaceList, pairs);
-  if (!end(kTiled, done, num_tile_items + pairs)) return false;
+  auto to_place = steps.queue(kPlaceList, pairs);
+  if (!steps.end(kTiled, done, num_tile_items + pairs)) return false;
   if (p.progress->wrong_pair != 0 || p.progress->largest_need != 0) return false;
 
   done = 0;
   for (int i; (i = to_place.pop(item)) >= 0; ++done) {  // own token tiles first: the longest
     place_rows(p, i % token_tiles, (rank + i / token_tiles) % size, shared);
   }
-  // Idle blocks do these before the grid barrier; step 5 counts them.
-  WorkQueue to_order = queue(kOrderList, calls.num_orders());
+  // Idle blocks do these before the barrier; step 5 counts them.
+  auto to_order = steps.queue(kOrderList, calls.num_orders());
   int ordered = 0;
   for (int i; (i = to_order.pop(item)) >= 0; ++ordered) calls.order(i, block.warps);
-  WorkQueue to_sum = queue(kSumList, 1 + 2 * size);
-  if (!end(kPlaced, done, pairs)) return false;
+  auto to_sum = steps.queue(kSumList, 1 + 2 * size);
+  if (!steps.end(kPlaced, done, pairs)) return false;
 
   done = 0;
   for (int i; (i = to_sum.pop(item)) >= 0; ++done) sum_runs(p, i - 1, block.warps);
   const int groups = (p.g.max_tiles + 31) / 32;  // of order indices
   const int staging_items = size * groups, all = staging_items + p.g.max_tiles;
   const int parts = (all + kWarps - 1) / kWarps;
-  WorkQueue to_stage = queue(kStagingList, parts);
-  if (!end(kSummed, done, 1 + 2 * size)) return false;
+  auto to_stage = steps.queue(kStagingList, parts);
+  if (!steps.end(kSummed, done, 1 + 2 * size)) return false;
 
   done = ordered;
   for (int part; (part = to_stage.pop(item)) >= 0; ++done) {
@@ -182,6 +210,7 @@ struct PlanOfCall {
   const PlanParams& p;
   const TileOrderParams &up, &down;
   const EmulatedLink& link;
+  bool pads;  // whether it also zeroes padding rows
 
   __device__ Routing find_routing(int token_tile, int source) const {
     return cometrt::find_routing(params, link, p, token_tile, source);
@@ -200,17 +229,17 @@ struct PlanOfCall {
   }
   // Shares of each GEMM's tile order. A share reads the whole plan and writes a part of the list.
   __device__ int num_order_shares() const {
-    return up.work_tiles == nullptr ? 0 : static_cast<int>(max(1u, gridDim.x / 8));
+    return up.work_tiles == nullptr ? 0 : static_cast<int>(max(2u, gridDim.x / 8));
   }
   __device__ int num_padding_shares() const {
-    return params.tile_filled == nullptr ? 0 : gridDim.x;
+    return pads && params.tile_filled != nullptr && needs_padding(params) ? gridDim.x : 0;
   }
   __device__ int num_orders() const { return 2 * num_order_shares() + num_padding_shares(); }
   __device__ void order(int i, int* warps) const {
     const int shares = num_order_shares();
     if (i >= 2 * shares) {
       const int warp = (i - 2 * shares) * kWarps + threadIdx.x / 32;
-      zero_padding_rows(params, params.rows, warp, num_padding_shares() * kWarps);
+      zero_padding_rows(params, params.rows, BLOCK_K, warp, num_padding_shares() * kWarps);
       return;
     }
     const PlannedTiles tiles{p.tile_order, p.out_num_tiles, p.tile_expert, p.expert_offsets,
@@ -225,7 +254,17 @@ extern "C" __global__ void __launch_bounds__(kTokenTile, kBlocksPerSm)
     plan(const __grid_constant__ PlanParams p) {
   extern __shared__ uint4 shared[];
   __shared__ BlockState block;
-  make_plan(p, reinterpret_cast<u32*>(shared), block, PlanAlone{p});
+  const PlanAlone calls{p};
+  make_plan(p, reinterpret_cast<u32*>(shared), block, calls,
+            GridSteps<PlanAlone>{*p.progress, block, calls});
+}
+
+// Grid: one cluster.
+extern "C" __global__ void __cluster_dims__(kClusterBlocks, 1, 1)
+    __launch_bounds__(kTokenTile, kSmallPerSm) plan_small(const __grid_constant__ PlanParams p) {
+  extern __shared__ uint4 shared[];
+  __shared__ BlockState block;
+  make_plan(p, reinterpret_cast<u32*>(shared), block, PlanAlone{p}, ClusterSteps{});
 }
 
 // Sets params.state->ok at the end: later kernels do nothing while it is 0.
@@ -237,7 +276,31 @@ extern "C" __global__ void __launch_bounds__(kTokenTile, kBlocksPerSm)
   extern __shared__ uint4 shared[];
   __shared__ BlockState block;
   if (params.state->status != kActive) return;
-  const bool planned =
-      make_plan(p, reinterpret_cast<u32*>(shared), block, PlanOfCall{params, p, up, down, link});
+  const PlanOfCall calls{params, p, up, down, link, true};
+  const bool planned = make_plan(p, reinterpret_cast<u32*>(shared), block, calls,
+                                 GridSteps<PlanOfCall>{*p.progress, block, calls});
   if (planned) params.state->ok = 1;
+}
+
+// Grid: one cluster, too few blocks for the padding rows of a training forward.
+extern "C" __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kTokenTile,
+                                                                                    kSmallPerSm)
+    prepare_small(const __grid_constant__ ExchangeParams params,
+                  const __grid_constant__ PlanParams p, const __grid_constant__ TileOrderParams up,
+                  const __grid_constant__ TileOrderParams down,
+                  const __grid_constant__ EmulatedLink link) {
+  extern __shared__ uint4 shared[];
+  __shared__ BlockState block;
+  if (params.state->status != kActive) return;
+  const PlanOfCall calls{params, p, up, down, link, false};
+  const bool planned = make_plan(p, reinterpret_cast<u32*>(shared), block, calls, ClusterSteps{});
+  if (planned) params.state->ok = 1;
+}
+
+// Behind `prepare_small`: zeroes the padding rows of a training forward. Any grid.
+extern "C" __global__ void __launch_bounds__(kTokenTile)
+    pad(const __grid_constant__ ExchangeParams params) {
+  if (!params.state->ok) return;
+  const int warp = blockIdx.x * kWarps + threadIdx.x / 32;
+  zero_padding_rows(params, params.rows, BLOCK_K, warp, gridDim.x * kWarps);
 }

@@ -39,7 +39,7 @@ struct PlanParams {
   float* row_weight;
   int *pair_row, *out_num_tiles, *tile_expert, *tile_distance, *tile_order;
   int *pull_tokens, *pull_offsets, *send_tokens, *send_offsets, *send_base;
-  int *push_blocks, *num_blocks, *staging_row, *staging_base, *out_num_tokens;
+  int *push_blocks, *num_blocks, *block_tokens, *staging_row, *staging_base, *out_num_tokens;
 };
 
 }  // namespace cometrt

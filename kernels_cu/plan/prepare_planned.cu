@@ -25,9 +25,10 @@ extern "C" __global__ void __launch_bounds__(kPrepareThreads, 1)
   if (params.state->status != kActive) return;
   write_tile_order<kPrepareThreads>(up, tiles, blockIdx.x, gridDim.x, shared);
   write_tile_order<kPrepareThreads>(down, tiles, blockIdx.x, gridDim.x, shared);
-  if (params.tile_filled != nullptr) {  // in other modes than "fused" `dispatch` does it
+  // In other modes than "fused" `dispatch` does it.
+  if (params.tile_filled != nullptr && needs_padding(params)) {
     const int warp = blockIdx.x * kWarps + threadIdx.x / 32;
-    zero_padding_rows(params, params.rows, warp, gridDim.x * kWarps);
+    zero_padding_rows(params, params.rows, BLOCK_K, warp, gridDim.x * kWarps);
   }
   if (blockIdx.x == gridDim.x - 1) agree_on_call(params);
 }

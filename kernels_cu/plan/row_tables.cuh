@@ -20,7 +20,8 @@ __device__ inline void place_rows(const PlanParams& p, int token_tile_idx, int s
   const int tp = p.g.tp, size = p.g.size, rank = p.g.rank, thread = threadIdx.x;
   const bool own = source == rank;
   // Of another source, only pairs of this rank's experts matter.
-  const int begin = own ? 0 : rank / tp * experts, end = own ? num_experts : begin + experts;
+  const int first_local = rank / tp * experts;
+  const int begin = own ? 0 : first_local, end = own ? num_experts : first_local + experts;
   const int first_shard = own ? 0 : rank % tp, end_shard = own ? tp : first_shard + 1;
   // For each expert's first pair in the token tile: its index in pair_list, its row on each shard.
   int* starts = reinterpret_cast<int*>(members + 4 * num_experts);  // [num_experts]
@@ -35,17 +36,21 @@ __device__ inline void place_rows(const PlanParams& p, int token_tile_idx, int s
   const long long first_pair = global_token * topk;
   int ids[kPairsAtOnce];  // loaded early, since most layers have topk <= kPairsAtOnce
   if (token < p.g.max_tokens) load_pairs(p.ids + first_pair, 0, topk, ids);
+#pragma unroll 1
   for (int e = begin + thread; e < end; e += kTokenTile) {
     reinterpret_cast<uint4*>(members)[e] = make_uint4(0, 0, 0, 0);
     starts[e] = p.list_start[e] + counts[e];
+#pragma unroll 1
     for (int shard = first_shard; shard < end_shard; ++shard) {
       const int c = e / experts * tp + shard, d = ring_distance(p.g, c, source);
       rows[shard * num_experts + e] = p.rank_rows[rank_rows_idx(p, c, d, e % experts)] + counts[e];
     }
   }
   firsts[rank * kTokenTile + thread] = kNoOrderIdx;
+#pragma unroll 1
   for (int c = 0; c < size && own; ++c) firsts[c * kTokenTile + thread] = kNoOrderIdx;
   __syncthreads();
+#pragma unroll 1
   for (int k = 0; k < topk && used; k += kPairsAtOnce) {
     if (k > 0) load_pairs(p.ids + first_pair, k, topk, ids);
 #pragma unroll
@@ -54,6 +59,7 @@ __device__ inline void place_rows(const PlanParams& p, int token_tile_idx, int s
     }
   }
   __syncthreads();
+#pragma unroll 1
   for (int k = 0; k < topk && used; k += kPairsAtOnce) {
     if (topk > kPairsAtOnce) load_pairs(p.ids + first_pair, k, topk, ids);
     int indices[kPairsAtOnce], weights[kPairsAtOnce];  // all loads before the stores
@@ -63,32 +69,35 @@ __device__ inline void place_rows(const PlanParams& p, int token_tile_idx, int s
       const bool matters = ids[i] >= begin && ids[i] < end;
       indices[i] = matters ? chosen_before(members, ids[i]) : -1;
     }
+#pragma unroll 1
     for (int shard = first_shard; shard < end_shard; ++shard) {
       u32 order_indices[kPairsAtOnce];
 #pragma unroll
       for (int i = 0; i < kPairsAtOnce; ++i) {
         if (indices[i] < 0) continue;
-        const int c = ids[i] / experts * tp + shard;
-        const int tile = (rows[shard * num_experts + ids[i]] + indices[i]) / p.g.block_m;
+        const int c = quotient(ids[i], experts) * tp + shard;
+        const int tile = quotient(rows[shard * num_experts + ids[i]] + indices[i], p.g.block_m);
         order_indices[i] = p.rank_tile_order_idx[static_cast<long long>(c) * p.g.max_tiles + tile];
       }
-#pragma unroll
+#pragma unroll 1
       for (int i = 0; i < kPairsAtOnce; ++i) {
-        if (indices[i] < 0) continue;
-        u32* first = &firsts[(ids[i] / experts * tp + shard) * kTokenTile + thread];
-        *first = min(*first, order_indices[i]);
+        if (select(indices, i) < 0) continue;
+        const int c = quotient(select(ids, i), experts) * tp + shard;
+        u32* first = &firsts[c * kTokenTile + thread];
+        *first = min(*first, select(order_indices, i));
       }
     }
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kPairsAtOnce; ++i) {
-      if (indices[i] < 0) continue;
+      const int index = select(indices, i), id = select(ids, i);
+      if (index < 0) continue;
       const long long pair = first_pair + k + i;
-      if (own) p.pair_list[starts[ids[i]] + indices[i]] = token;
-      if (ids[i] / experts != rank / tp) continue;
-      const int row = rows[rank % tp * num_experts + ids[i]] + indices[i];
+      if (own) p.pair_list[starts[id] + index] = token;
+      if (id < first_local || id >= first_local + experts) continue;
+      const int row = rows[rank % tp * num_experts + id] + index;
       p.pair_row[pair] = row;
       p.row_pair[row] = static_cast<int>(pair);
-      p.row_weight[row] = __int_as_float(weights[i]);
+      p.row_weight[row] = __int_as_float(select(weights, i));
     }
   }
   if (!used) return;
@@ -98,6 +107,7 @@ __device__ inline void place_rows(const PlanParams& p, int token_tile_idx, int s
     if (first != kNoOrderIdx) atomicAdd(&p.run_counts[j * p.g.max_tiles + first], 1);
   };
   add_first_use(source, global_token, rank);
+#pragma unroll 1
   for (int c = 0; c < size && own; ++c) {
     add_first_use(size + c, static_cast<long long>(size + c) * p.g.max_tokens + token, c);
   }
@@ -119,10 +129,11 @@ __device__ inline void sum_runs(const PlanParams& p, int j, int* warps) {
     return sum;
   };
   int mine = 0, total;
-#pragma unroll 4
+#pragma unroll 1
   for (int i = begin; i < end; ++i) mine += count(i);
   int sum = block_scan(mine, warps, &total);
   int* out = j < 0 ? p.pull_offsets : p.run_starts + j * max_tiles;
+#pragma unroll 1
   for (int i = begin; i < end; ++i) {
     const int here = count(i);
     out[order_idx(i)] = sum;
@@ -143,13 +154,14 @@ __device__ inline void sum_runs(const PlanParams& p, int j, int* warps) {
 // included.
 __device__ inline int push_idx(const PlanParams& p, int home, int block, int order_idx) {
   int index = block;
+  const int block_tokens = p.block_tokens[0];
   const int mine = ring_distance(p.g, p.g.rank, home);
 #pragma unroll 4
   for (int d = 1; d < p.g.size; ++d) {
     const int other = (p.g.rank + d) % p.g.size, at = other * p.g.max_tiles + order_idx;
     const int tokens = p.run_starts[at] + (d < mine ? p.run_counts[at] : 0);
     const bool all = tokens == p.column_tokens[other];  // a home's last block may be partial
-    const int whole = (tokens + (all ? p.g.block_tokens - 1 : 0)) / p.g.block_tokens;
+    const int whole = quotient(tokens + (all ? block_tokens - 1 : 0), block_tokens);
     index += d == mine ? 0 : whole;
   }
   return index;
@@ -158,11 +170,12 @@ __device__ inline int push_idx(const PlanParams& p, int home, int block, int ord
 // Step 5, a warp per order index. Writes pull_tokens, send_tokens and push_blocks for the tokens
 // that need this tile first. In a tile they are sorted by (ring distance, token).
 __device__ inline void place_pulls(const PlanParams& p, int order_idx) {
-  const int lane = threadIdx.x % 32, max_tiles = p.g.max_tiles;
+  const int lane = threadIdx.x % 32, max_tiles = p.g.max_tiles, block_tokens = p.block_tokens[0];
   if (order_idx >= p.rank_num_tiles[p.g.rank]) return;
   const long long first_row = static_cast<long long>(p.tile_order[order_idx]) * p.g.block_m;
   int pulls = p.pull_offsets[order_idx];
   int last_source = -1, sent = 0;  // source of the last row so far, and its tokens so far
+#pragma unroll 1
   for (int first = 0; first < p.g.block_m; first += 32 * kRowsAtOnce) {
     int tokens[kRowsAtOnce];
     bool here[kRowsAtOnce];
@@ -170,26 +183,28 @@ __device__ inline void place_pulls(const PlanParams& p, int order_idx) {
     for (int i = 0; i < kRowsAtOnce; ++i) {
       const int row = first + 32 * i + lane;
       const int pair = row < p.g.block_m ? p.row_pair[first_row + row] : -1;
-      tokens[i] = pair < 0 ? -1 : pair / p.g.topk;
+      tokens[i] = pair < 0 ? -1 : quotient(pair, p.g.topk);
     }
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
       here[i] = tokens[i] >= 0 && p.first_order_idx[tokens[i]] == static_cast<u32>(order_idx);
     }
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kRowsAtOnce; ++i) {
-      const u32 all = __ballot_sync(~0u, here[i]), left = all & ((1u << lane) - 1);
+      const int token = select(tokens, i);
+      const bool is_here = select(here, i);
+      const u32 all = __ballot_sync(~0u, is_here), left = all & ((1u << lane) - 1);
       if (all == 0) continue;
-      const int s = here[i] ? tokens[i] / p.g.max_tokens : -1;
+      const int s = is_here ? quotient(token, p.g.max_tokens) : -1;
       const u32 same = __match_any_sync(~0u, s);
       const int index = __popc(same & left) + (s == last_source ? sent : 0);
-      if (here[i]) {
-        p.pull_tokens[pulls + __popc(left)] = tokens[i];
+      if (is_here) {
+        p.pull_tokens[pulls + __popc(left)] = token;
         if (s != p.g.rank) {
           const int at = p.run_starts[s * max_tiles + order_idx] + index;
-          p.send_tokens[p.send_offsets[s] + at] = tokens[i];
-          const int block = at / p.g.block_tokens;
-          if ((at + 1) % p.g.block_tokens == 0 || at + 1 == p.column_tokens[s]) {
+          p.send_tokens[p.send_offsets[s] + at] = token;
+          const int block = quotient(at, block_tokens);
+          if (at + 1 == (block + 1) * block_tokens || at + 1 == p.column_tokens[s]) {
             const int item = s * p.g.blocks_per_home + block;
             p.block_order_idx[item] = order_idx;
             p.push_blocks[push_idx(p, s, block, order_idx)] = item;
@@ -225,10 +240,12 @@ __device__ inline void place_staging_rows(const PlanParams& p, int c, int first_
     end_of = tokens == 0 ? begin_of : start + min((tile + 1) * p.g.block_m, end);
   }
   const u32* needed = p.first_order_idx + static_cast<long long>(p.g.size + c) * p.g.max_tokens;
+#pragma unroll 1
   for (u32 runs = __ballot_sync(~0u, begin_of < end_of); runs; runs &= runs - 1) {
     const int which = __ffs(runs) - 1, order_idx = first_order_idx + which;
     const int begin = __shfl_sync(~0u, begin_of, which), end = __shfl_sync(~0u, end_of, which);
     int next_row = __shfl_sync(~0u, first_row, which);
+#pragma unroll 1
     for (int first = begin; first < end; first += 32 * kRowsAtOnce) {
       int tokens[kRowsAtOnce];
       bool here[kRowsAtOnce];

@@ -22,7 +22,7 @@ struct RankTiles {
   // Tiles of the expert whose rows all come from ring distances up to d.
   __device__ int tiles_within(int d, int expert) const {
     const int end = before[(d + 1) * g.local_experts + expert], all = rows(expert);
-    return end == all ? (all + g.block_m - 1) / g.block_m : end / g.block_m;
+    return quotient(end == all ? all + g.block_m - 1 : end, g.block_m);
   }
   // Ring distance of the farthest row of the expert's index-th tile.
   __device__ int tile_distance(int expert, int index) const {
@@ -50,13 +50,16 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
   const RankTiles tiles(p.g, shared);
   const int experts = p.g.local_experts, size = p.g.size, thread = threadIdx.x;
   const int first_expert = c / p.g.tp * experts;
+#pragma unroll 1
   for (int i = thread; i < size * experts; i += kTokenTile) {
     const int source = (c + i / experts) % size;
     tiles.before[experts + i] = p.counts[source * p.g.num_experts + first_expert + i % experts];
   }
   __syncthreads();
+#pragma unroll 1
   for (int e = thread; e < experts; e += kTokenTile) {
     int sum = tiles.before[e] = 0;
+#pragma unroll 1
     for (int d = 1; d <= size; ++d) {
       sum += tiles.before[d * experts + e];
       tiles.before[d * experts + e] = sum;
@@ -64,6 +67,7 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
   }
   __syncthreads();
   int num_tiles = 0;  // order indices by (phase, expert)
+#pragma unroll 1
   for (int first = 0; first < p.g.num_phases * experts; first += kTokenTile) {
     const int i = first + thread, phase = i / experts, e = i % experts;
     const bool valid = i < p.g.num_phases * experts;
@@ -75,6 +79,7 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
     num_tiles += total;
   }
   int first_tile = 0;  // by expert
+#pragma unroll 1
   for (int first = 0; first < experts; first += kTokenTile) {
     const int e = first + thread;
     const int count = e < experts ? tiles.tiles_within(size - 1, e) : 0;
@@ -93,12 +98,15 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
   __syncthreads();
   if (num_tiles > p.g.max_tiles) return;
   const bool mine = c == p.g.rank;
+#pragma unroll 1
   for (int i = thread; i < (size + 1) * experts; i += kTokenTile) {
     const int row = tiles.first_tile[i % experts] * p.g.block_m + tiles.before[i];
     p.rank_rows[rank_rows_idx(p, c, 0, i)] = row;
   }
   const long long first_of_rank = static_cast<long long>(c) * p.g.max_tiles;
+#pragma unroll 1
   for (int e = thread / 32; e < experts; e += kWarps) {  // a warp each
+#pragma unroll 1
     for (int index = thread % 32; index < tiles.tiles_within(size - 1, e); index += 32) {
       const int d = tiles.tile_distance(e, index), order_idx = tiles.tile_order_idx(e, index, d);
       const int tile = tiles.first_tile[e] + index;
@@ -111,6 +119,7 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
     }
   }
   if (!mine) return;
+#pragma unroll 1
   for (int e = thread; e < experts; e += kTokenTile) {
     p.expert_offsets[e] = tiles.first_tile[e] * p.g.block_m;
     p.expert_rows[e] = tiles.rows(e);
@@ -124,13 +133,17 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
 // Step 2, one block. Offsets of staging rows, of sends and of the lists of own tokens by expert.
 __device__ inline void make_bases(const PlanParams& p, int* tokens, int* warps) {
   const int size = p.g.size, ep = p.g.ep, tp = p.g.tp, rank = p.g.rank, thread = threadIdx.x;
+#pragma unroll 1
   for (int i = thread; i < size * ep; i += kTokenTile) tokens[i] = p.token_counts[i];
+#pragma unroll 1
   for (int s = thread; s < size; s += kTokenTile) p.out_num_tokens[s] = p.num_tokens[s];
   __syncthreads();
   // A home's staging buffer: contributors by ring distance. The home's own sum is not staged.
+#pragma unroll 1
   for (int home = thread; home < size; home += kTokenTile) {
     int base = 0;
     if (home == rank) p.send_base[home] = p.staging_base[0] = 0;
+#pragma unroll 1
     for (int d = 1; d < size; ++d) {
       const int c = (home + d) % size;
       if (c == rank) p.send_base[home] = base;
@@ -139,18 +152,23 @@ __device__ inline void make_bases(const PlanParams& p, int* tokens, int* warps) 
     }
   }
   if (thread == 0) {
-    int sends = 0, blocks = 0;
+    int sends = 0, blocks = 0, most = 0;
+#pragma unroll 1
+    for (int s = 0; s < size; ++s) most = max(most, p.num_tokens[s]);
+    const int block_tokens = p.block_tokens[0] = tokens_per_block(p.g, most);
+#pragma unroll 1
     for (int home = 0; home < size; ++home) {
       p.send_offsets[home] = sends;
       if (home == rank) continue;
       const int count = tokens[home * ep + rank / tp];
       sends += count;
-      blocks += (count + p.g.block_tokens - 1) / p.g.block_tokens;
+      blocks += (count + block_tokens - 1) / block_tokens;
     }
     p.send_offsets[size] = sends;
     p.num_blocks[0] = blocks;
   }
   int start = 0;
+#pragma unroll 1
   for (int first = 0; first < p.g.num_experts; first += kTokenTile) {
     const int e = first + thread;
     const int count = e < p.g.num_experts ? p.counts[rank * p.g.num_experts + e] : 0;
@@ -161,10 +179,20 @@ __device__ inline void make_bases(const PlanParams& p, int* tokens, int* warps) 
   }
 }
 
-// Step 2, a warp per column. Prefix sums over token tiles of token_tile_counts, in place. Columns:
-// all experts for this rank as source, then this rank's experts for all other sources.
-__device__ inline void sum_token_tiles(const PlanParams& p, int column) {
+// Columns of token_tile_counts that a block sums at once: with few token tiles a thread sums one,
+// otherwise a warp.
+constexpr int kMaxSerialTiles = 4;
+__device__ inline int columns_at_once(const PlanParams& p) {
+  return num_token_tiles(p) <= kMaxSerialTiles ? kTokenTile : kWarps;
+}
+
+// Step 2, a block per columns_at_once(). Prefix sums over token tiles of token_tile_counts, in
+// place. Columns: all experts for this rank as source, then this rank's experts for all other
+// sources.
+__device__ inline void sum_token_tiles(const PlanParams& p, int item) {
   const int experts = p.g.num_experts, token_tiles = num_token_tiles(p), lane = threadIdx.x % 32;
+  const bool serial = token_tiles <= kMaxSerialTiles;
+  const int column = item * columns_at_once(p) + (serial ? threadIdx.x : threadIdx.x / 32);
   int source = p.g.rank, expert = column;
   if (column >= experts) {
     source = (column - experts) / p.g.local_experts;
@@ -174,11 +202,26 @@ __device__ inline void sum_token_tiles(const PlanParams& p, int column) {
   int* counts =
       p.token_tile_counts + static_cast<long long>(source) * token_tiles * experts + expert;
   int before = 0;
+  if (serial) {
+    int values[kMaxSerialTiles];  // all loads before the stores
+#pragma unroll
+    for (int i = 0; i < kMaxSerialTiles; ++i) {
+      values[i] = i < token_tiles ? counts[static_cast<long long>(i) * experts] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kMaxSerialTiles; ++i) {
+      if (i < token_tiles) counts[static_cast<long long>(i) * experts] = before;
+      before += values[i];
+    }
+    return;
+  }
+#pragma unroll 1
   for (int first = 0; first < token_tiles; first += 32) {
     const int token_tile = first + lane;
     const int count =
         token_tile < token_tiles ? counts[static_cast<long long>(token_tile) * experts] : 0;
     int sum = count;
+#pragma unroll 1
     for (int step = 1; step < 32; step *= 2) {
       const int left = __shfl_up_sync(~0u, sum, step);
       if (lane >= step) sum += left;

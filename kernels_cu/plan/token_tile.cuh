@@ -15,6 +15,20 @@ __device__ inline int num_token_tiles(const PlanParams& p) {
   return (p.g.max_tokens + kTokenTile - 1) / kTokenTile;
 }
 
+// value / divisor of numbers that are not negative, in fewer instructions than by signed ones.
+__device__ inline int quotient(int value, int divisor) {
+  return static_cast<u32>(value) / static_cast<u32>(divisor);
+}
+
+// values[index]. The array stays in registers, though the index is no constant.
+template <typename T, int kCount>
+__device__ inline T select(const T (&values)[kCount], int index) {
+  T found = values[0];
+#pragma unroll
+  for (int i = 1; i < kCount; ++i) found = index == i ? values[i] : found;
+  return found;
+}
+
 // Loads a token's pairs [k, k + kPairsAtOnce), -1 beyond topk. Vector loads if rows are aligned.
 __device__ inline void load_pairs(const int* words, int k, int topk, int (&out)[kPairsAtOnce]) {
 #pragma unroll

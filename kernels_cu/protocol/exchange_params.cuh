@@ -95,7 +95,7 @@ struct ExchangeParams {
   const int *expert_offsets, *expert_rows;
   const float* row_weight;
   const int *pair_row, *pull_tokens, *pull_offsets, *send_tokens, *send_offsets, *send_base;
-  const int *push_blocks, *num_blocks, *staging_row, *staging_base;
+  const int *push_blocks, *num_blocks, *block_tokens, *staging_row, *staging_base;
   // rows: [capacity, hidden], pulled from the homes' arrays at pull_offset. partial_rows: the last
   // GEMM's results, summed by token into `out` [num_tokens, hidden]. dweight_rows into out_dweight
   // [num_tokens, topk]. x_rows: of a fused backward with save="z", which pulls x again, behind dy.

@@ -179,7 +179,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads,
     return;
   }
   if (chunk.index != 0) return;
-  zero_padding_rows(params, params.rows, blockIdx.x * (kWarps - kPullWarps) + warp - kPullWarps,
+  zero_padding_rows(params, params.rows, params.g.block_m,
+                    blockIdx.x * (kWarps - kPullWarps) + warp - kPullWarps,
                     gridDim.x * (kWarps - kPullWarps));
 }
 
@@ -190,7 +191,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kPushThre
          const __grid_constant__ PipelineChunk chunk) {
   if (!params.state->ok) return;
   const int subgroup = threadIdx.x / kThreads, thread = threadIdx.x % kThreads, warp = thread / 32;
-  const int size = params.g.block_tokens, num_subgroups = gridDim.x * (kPushThreads / kThreads);
+  const int size = *params.block_tokens, num_subgroups = gridDim.x * (kPushThreads / kThreads);
   const Range blocks = blocks_of(params, chunk);
   SentBlock sent{};  // the last block, not signalled yet; of the subgroup's first thread
   // Blocks go to CTAs first, then to subgroups, so that few blocks use many SMs.
@@ -225,14 +226,16 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kPushThre
   if (sent.flags != nullptr) signal_sent(params, sent);
 }
 
-// Reduces this rank's own tokens in fp32, a CTA a token block: local rows in the order of k, then
-// contributors by ring distance. Each thread acquires the flags that it checks at system scope; the
-// CTA's barrier passes them on.
+// Reduces this rank's own tokens in fp32, a CTA a token block. The grid has one for each block of
+// calls in which no rank has more tokens; blocks may be larger. Order of a sum: local rows in the
+// order of k, then contributors by ring distance. Each thread acquires the flags that it checks at
+// system scope; the CTA's barrier passes them on.
 extern "C" __global__ void __launch_bounds__(kThreads)
     home_reduce(const __grid_constant__ ExchangeParams params) {
   if (!params.state->ok) return;
-  const int me = params.world.rank, ranks = params.world.size, size = params.g.block_tokens;
+  const int me = params.world.rank, ranks = params.world.size, size = *params.block_tokens;
   const int first = blockIdx.x * size, count = min(size, params.num_tokens - first);
+  if (count <= 0) return;
   const u64 epoch = params.world.epoch();
   bool ok = true;
   for (int i = threadIdx.x; i < count * ranks && ok; i += kThreads) {

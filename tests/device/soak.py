@@ -65,7 +65,7 @@ class Model:
             capacity_factor=4.0 * size,  # every routing fits
             **shape,
         )
-        self.config = cometrt.TileConfig(block_tokens=16, **config)
+        self.config = cometrt.TileConfig(block_tokens=16, min_token_blocks=4, **config)
         rng = np.random.default_rng(seed)
         self.weights = [
             (rng.standard_normal(s, np.float32) / np.sqrt(s[2])).astype(spec.numpy_dtype)

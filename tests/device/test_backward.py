@@ -110,7 +110,7 @@ CHANGES = [
     {"backward_order": "columns", "backward_n_chunk": 256},
     {"order": "columns", "n_chunk": 256, "backward_order": "phases"},
     {"backward_dispatch_ctas": 1, "backward_combine_ctas": 1},
-    {"raster_group": 2, "num_phases": 4, "block_tokens": 16},
+    {"raster_group": 2, "num_phases": 4, "block_tokens": 16, "min_token_blocks": 1},
 ]
 
 

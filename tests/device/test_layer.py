@@ -67,3 +67,46 @@ def test_inference_has_the_bits_of_training(tp, mode):
         assert on_host(trained).tobytes() == on_host(inferred).tobytes()
 
     cometrt.spawn(fn, 4, "cuda", timeout_sec=10)
+
+
+@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
+@pytest.mark.parametrize("ranks", [(1, 1), (4, 1), (4, 2)], ids=str)
+def test_planned_by_a_grid(ranks, save, monkeypatch):
+    """Layers of these tests are small: one cluster plans them, unless told otherwise."""
+    monkeypatch.setattr("cometrt.cuda.planner._SMALL_PAIRS", 0)
+    spawn_case(Case(ranks, "skewed", save=save, mode="fused", gemm="engine"), device="cuda")
+
+
+@pytest.mark.parametrize("by_grid", [False, True], ids=["cluster", "grid"])
+@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
+def test_padding_rows_may_hold_anything(save, by_grid, monkeypatch):
+    if by_grid:
+        monkeypatch.setattr("cometrt.cuda.planner._SMALL_PAIRS", 0)
+    case = Case((4, 1), "skewed", save=save, mode="fused", gemm="engine")
+    inputs = make_inputs(case)
+
+    def fn(world):
+        import cupy
+
+        r, move = world.rank, on_device(world)
+        weights = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, 4, case.spec)
+        tables = [move(part[r]) for part in (inputs.x, inputs.ids, inputs.weights)]
+        args, dy = (*tables, *map(move, weights)), move(inputs.dy[r])
+        with cometrt.MoELayer(world, case.spec, "fused", config=case.config) as layer:
+
+            def results(value):
+                """Of calls whose arrays are taken from memory full of that value."""
+                for training in (False, True):
+                    memory = cupy.full(1 << 22, value, case.spec.numpy_dtype)
+                    cupy.cuda.get_current_stream().synchronize()
+                    del memory
+                    world.barrier()  # no rank allocates while another one's call waits for it
+                    y, saved = layer.forward(*args, training=training)
+                    found = [y] if saved is None else [y, *layer.backward(dy, saved)]
+                    layer.synchronize()
+                    world.barrier()
+                    yield [on_host(array).tobytes() for array in found]
+
+            assert list(results(float("nan"))) == list(results(0))
+
+    cometrt.spawn(fn, 4, "cuda", timeout_sec=10)

@@ -122,7 +122,9 @@ class ModelCase(Case):
 
     @property
     def config(self):
-        return cometrt.TileConfig(block_m=128, block_tokens=32, order=self.order, n_chunk=256)
+        return cometrt.TileConfig(
+            block_m=128, block_tokens=32, min_token_blocks=1, order=self.order, n_chunk=256
+        )
 
 
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 1), (4, 1), (4, 2), (8, 1)], ids=str)

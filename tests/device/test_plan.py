@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import cometrt
+from cometrt.bench.workloads import Cell
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.plan.reference import make_plan
 from cometrt.plan.routing import RoutingTables
@@ -28,6 +29,7 @@ def random_case(seed):
     config = TileConfig(
         block_m=int(rng.choice([1, 16, 64, 128, 256])),
         block_tokens=int(rng.choice([1, 8, 64])),
+        min_token_blocks=int(rng.choice([1, 30, 256])),
         num_phases=int(rng.choice([1, 2, 3, 4, 99])),
     )
     size = ep * tp
@@ -41,10 +43,11 @@ def random_case(seed):
     return spec, config, size, RoutingTables(ids, weights, num_tokens.astype(np.int32))
 
 
-def device_plan(tables, shape):
+def device_plan(tables, shape, small=None):
     from cometrt.cuda.planner import DevicePlanner, planner_counters
 
-    planner = DevicePlanner(shape, cp.zeros(planner_counters(shape), cp.uint32))
+    counters = cp.zeros(planner_counters(shape), cp.uint32)
+    planner = DevicePlanner(shape, counters, small=small)
     arrays = map(cp.asarray, (tables.ids, tables.weights, tables.num_tokens))
     return planner, planner.plan(*arrays)
 
@@ -56,12 +59,13 @@ def assert_equal(plan, expected):
         )
 
 
+@pytest.mark.parametrize("small", [False, True], ids=["grid", "cluster"])
 @pytest.mark.parametrize("seed", range(150))
-def test_random_routings(seed):
+def test_random_routings(seed, small):
     spec, config, size, tables = random_case(seed)
     for rank in {0, size // 2, size - 1}:
         shape = PlanShape(Geometry(spec, rank, size), config)
-        planner, plan = device_plan(tables, shape)
+        planner, plan = device_plan(tables, shape, small)
         assert planner.wrong_pair() is None
         assert planner.largest_need() is None
         assert_equal(plan, make_plan(tables, shape))
@@ -115,6 +119,33 @@ def test_a_model_of_full_size(size, tp, experts, topk, intermediate):
     print(f"plan W={size} TP={tp}: {cp.cuda.get_elapsed_time(begin, end) / 20 * 1e3:.0f} us")
 
 
+@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "deepseek-v3"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 8, 64, 256])
+def test_small_batches_of_a_model(model, size, tokens):
+    spec = Cell(model, size, tokens=tokens).spec
+    rng = np.random.default_rng(tokens)
+    ids = np.argsort(rng.random((size, tokens, spec.num_experts)), axis=2)[:, :, : spec.topk]
+    weights = rng.random(ids.shape, dtype=np.float32)
+    num_tokens = np.full(size, tokens, np.int32)
+    num_tokens[-1] = (tokens + 1) // 2
+    tables = RoutingTables(ids.astype(np.int32), weights, num_tokens)
+    times = {}
+    for small in (False, True):
+        shape = PlanShape(Geometry(spec, size - 1, size), TileConfig())
+        planner, plan = device_plan(tables, shape, small)
+        assert_equal(plan, make_plan(tables, shape))
+        arguments = cp.asarray(tables.ids), cp.asarray(weights), cp.asarray(num_tokens)
+        begin, end = cp.cuda.Event(), cp.cuda.Event()
+        begin.record()
+        for _ in range(20):
+            planner.plan(*arguments)
+        end.record()
+        end.synchronize()
+        times[small] = cp.cuda.get_elapsed_time(begin, end) / 20 * 1e3
+    print(f"{model} W={size} T={tokens}: grid {times[False]:.0f} us, cluster {times[True]:.0f} us")
+
+
 def test_experts_beyond_what_all_blocks_of_an_sm_have_room_for():
     spec = MoESpec(16, 16, num_experts=4096, topk=4, max_tokens=300, capacity_factor=4.0)
     rng = np.random.default_rng(2)
@@ -142,8 +173,9 @@ def test_many_pairs_a_token_and_many_ranks(size, tp, experts, topk):
     assert_equal(plan, make_plan(tables, shape))
 
 
+@pytest.mark.parametrize("small", [False, True], ids=["grid", "cluster"])
 @pytest.mark.parametrize("value", [-2, 12, 2**31 - 1])
-def test_the_first_wrong_pair_is_found(value):
+def test_the_first_wrong_pair_is_found(value, small):
     spec = MoESpec(16, 16, num_experts=12, topk=3, max_tokens=40)
     rng = np.random.default_rng(1)
     ids = np.argsort(rng.random((4, 40, 12)), axis=2)[:, :, :3].astype(np.int32)
@@ -153,23 +185,24 @@ def test_the_first_wrong_pair_is_found(value):
     shape = PlanShape(Geometry(spec, 1, 4), TileConfig(block_m=16))
     ids[2, 7, 1] = value
     ids[3, 0, 0] = value
-    planner, _ = device_plan(RoutingTables(ids, weights, tokens), shape)
+    planner, _ = device_plan(RoutingTables(ids, weights, tokens), shape, small)
     assert planner.wrong_pair() == (2 * 40 + 7) * 3 + 1
     ids[1, 9, 2] = ids[1, 9, 0]  # repeated
-    planner, _ = device_plan(RoutingTables(ids, weights, tokens), shape)
+    planner, _ = device_plan(RoutingTables(ids, weights, tokens), shape, small)
     assert planner.wrong_pair() == (40 + 9) * 3 + 2
     weights[0, 29, 2] = np.nan
-    planner, _ = device_plan(RoutingTables(ids, weights, tokens), shape)
+    planner, _ = device_plan(RoutingTables(ids, weights, tokens), shape, small)
     assert planner.wrong_pair() == 29 * 3 + 2
 
 
-def test_too_many_rows_are_counted():
+@pytest.mark.parametrize("small", [False, True], ids=["grid", "cluster"])
+def test_too_many_rows_are_counted(small):
     spec = MoESpec(16, 16, num_experts=8, topk=2, max_tokens=64, capacity_factor=0.5)
     ids = np.tile(np.array([5, 6], np.int32), (4, 64, 1))
     tables = RoutingTables(ids, np.ones(ids.shape, np.float32), np.full(4, 64, np.int32))
     for rank in range(4):
         shape = PlanShape(Geometry(spec, rank, 4), TileConfig(block_m=16))
-        planner, _ = device_plan(tables, shape)
+        planner, _ = device_plan(tables, shape, small)
         with pytest.raises(cometrt.CapacityError) as error:
             make_plan(tables, shape)
         assert planner.largest_need() == (error.value.rank, error.value.need)

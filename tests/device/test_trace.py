@@ -78,7 +78,8 @@ def test_every_tile_block_and_row_is_recorded_and_changes_nothing(size, order):
         for name in ("pull", "reduce and push"):
             assert timeline.link_bytes(rank, name) == 2 * crossing * spec.hidden, name
         chunks = range(len(case.config.n_chunks(spec.hidden)))
-        blocks = range(case.config.token_blocks(len(inputs.ids[rank])))
+        of_block = case.config.tokens_per_block(max(map(len, inputs.ids)))
+        blocks = range(-(-len(inputs.ids[rank]) // of_block))
         # A block is added up in as many batches as its addends need.
         found = {(e.tile, e.column) for e in events if e.name == "reduce at home"}
         assert found == set(itertools.product(blocks, chunks))

@@ -57,7 +57,7 @@ def cupy(monkeypatch):
 
 def forget_those_with_cupy():
     for package, names in (
-        (benchmarks, ("peers", "layer", "engine", "defaults", *ENGINE)),
+        (benchmarks, ("peers", "layer", "latency", "engine", "defaults", *ENGINE)),
         (bench, ("contenders", "nccl", "step_memory")),
     ):
         for name in names:
@@ -70,8 +70,10 @@ def forget_those_with_cupy():
 
 @pytest.mark.parametrize(
     "module",
-    "engine layer peers end_to_end link host_time router tables defaults rivals_torch "
-    "rivals_jax".split(),
+    [
+        *"engine layer peers end_to_end link latency host_time router tables defaults".split(),
+        *"rivals_torch rivals_jax".split(),
+    ],
 )
 def test_a_benchmark_says_how_to_use_it(module):
     found = start(module, "--help")
@@ -748,6 +750,43 @@ def test_the_table_of_the_link(results):
     ]
 
 
+def test_the_table_of_small_batches(results):
+    assert tables.latency_table() == ["Not measured yet."]
+    facts = {"us": {"p50": 101.4, "p99": 120.0}, "limit_us": 126.0, "read_us": 67.3}
+    launched = {"publish": 8.2, "prepare": 12.0}
+    cells = {
+        "a": {"inference": facts | {"machine": MACHINE, "launches_us": launched}},
+        "b": {"inference": facts | {"machine": MACHINE, "launches_us": {}}},
+    }
+    results("latency_4.json", {"cells": cells, "skipped": {}})
+    assert tables.latency_table()[4:] == [
+        "| a | 101 | 120 | 126 | 67 | publish 8, prepare 12 | abc |",
+        "| b | 101 | 120 | 126 | 67 | - | abc |",
+    ]
+
+
+def test_the_weights_of_small_batches(cupy):
+    from benchmarks import latency
+
+    spec = Cell("qwen3-30b-a3b", 4, tokens=2).spec
+    ids = np.array([[[0, 1, 40]], [[31, 32, 127]], [[0, 1, -1]], [[2, 2, 96]]])
+    found = [latency.touched_experts(Geometry(spec, rank, 4), ids) for rank in range(4)]
+    assert found == [4, 2, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        (["--models", "mixtral"], "(got mixtral)"),
+        (["--tokens", "1,64", "--max-tokens", "32"], "must be at least 64 (got 32)"),
+    ],
+)
+def test_batches_must_fit(options, wrong):
+    found = start("latency", *options)
+    assert found.returncode == 2
+    assert wrong in found.stderr.splitlines()[-1]
+
+
 def test_the_documents_have_the_tables_of_the_results():
     tables.main(["--check"])
     text = (ROOT / "docs" / "benchmarks.md").read_text()
@@ -792,7 +831,8 @@ def test_the_table_of_the_engines_backward(tmp_path, monkeypatch):
 
 
 def test_every_result_file_is_in_a_table():
-    known = ("engine.json", "layer.json", "link.json", "peers_", "passes_", "link_emulation_")
+    known = ("engine.json", "layer.json", "link.json")
+    known += ("peers_", "passes_", "link_emulation_", "latency_")
     for path in tables.RESULTS.iterdir():
         assert path.name.startswith(known), path
 
