@@ -151,6 +151,7 @@ class Report:
             patience = PLAN_PATIENCE if wanted.flag == "plan_step" else 1
             timeout_sec = patience * world.timeout_sec
             failure = wanted.expired(int(record["waiter"]), int(record["found"]), timeout_sec)
+        failure = failure.numbered_from(world.first_rank)
         world.stop(failure)
         return failure.error()
 

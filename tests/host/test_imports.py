@@ -23,6 +23,7 @@ LAYERS = (
     {"kernels", "trace", "heap", "buffers", "residuals", "plan_ahead", "legality"},
     {"arguments", "executor", "call_scope", "router"},
     {"host", "cuda"},
+    {"nodes"},
     {"memory", "tuner"},
     {"agreement", "layer_life"},
     {"layer"},
