@@ -33,6 +33,10 @@ def make_executor(
         from cometrt.cuda.arrays import CudaArrays
         from cometrt.cuda.executor import CudaExecutor
 
+        if several:
+            from cometrt.nodes.cuda import CudaNodesExecutor
+
+            return CudaArrays(), CudaNodesExecutor(several, spec, shape, layer, mode)
         return CudaArrays(), CudaExecutor(world, shape, layer, mode)
     if several:
         from cometrt.nodes.host import HostNodesExecutor

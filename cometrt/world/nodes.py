@@ -12,7 +12,7 @@ import functools
 import os
 import weakref
 from collections.abc import Callable
-from typing import Any, SupportsInt, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsInt, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from cometrt.world.mirror import Mirror
 from cometrt.world.mpi import MPIWorld
 from cometrt.world.one_call import OneCall
 from cometrt.world.reset import reset
+
+if TYPE_CHECKING:
+    from cometrt.world.nccl import NcclRail
 
 Value = TypeVar("Value")
 
@@ -66,6 +69,7 @@ class NodesWorld(MPIWorld):
     Attributes:
         comm: the MPI communicator of all ranks.
         rail: ranks of the same place in their nodes, by node: those between which tokens cross.
+        nccl: on "cuda" the rail's NCCL communicator.
         retired_receives: (MPI request, memory) of failed calls, until `reset`.
         retired_sends: what keeps the memory of messages that nobody receives any more.
     """
@@ -80,6 +84,7 @@ class NodesWorld(MPIWorld):
             node_comm: of this node's ranks. Used only during construction.
         """
         self._node: NodeWorld | None = None
+        self.nccl: NcclRail | None = None
         self.comm, self.nodes = comm, comm.Get_size() // ranks_per_node
         self.node_index = comm.Get_rank() // ranks_per_node
         self.retired_receives: list[tuple[Any, Any]] = []
@@ -93,6 +98,10 @@ class NodesWorld(MPIWorld):
         try:
             self._node = NodeWorld(node_comm, device, self)
             self.barrier()
+            if device == "cuda":
+                from cometrt.world.nccl import NcclRail
+
+                self.nccl = NcclRail(self)
         except BaseException as error:
             self.abandon(error)
             raise
@@ -179,10 +188,14 @@ class NodesWorld(MPIWorld):
     def reset(self) -> None:
         self._check_open()
         with self.one_call.hold("world.reset"):
+            if self.node.gpu:
+                self.node.gpu.drain()
             reset(self)
             reset(self.node)
             self._end_receives()
             self._agree_on_epoch()
+            if self.nccl:
+                self.nccl.renew()
 
     def _end_receives(self) -> None:
         """Wait until nothing arrives in the memory of a failed call any more."""
@@ -204,6 +217,9 @@ class NodesWorld(MPIWorld):
     def _leave(self) -> None:
         self._left.detach()
         self._close_together(1)
+        if self.nccl and self.node.gpu:
+            self.node.gpu.drain()
+            self.nccl.close()
         self.node.one_call = OneCall()  # the common one is held by this call
         self.node.close()
         self.comm.Free()
@@ -213,6 +229,8 @@ class NodesWorld(MPIWorld):
         self._mirror.push()
         if self._node is not None:
             self._node.abandon(error)
+        if self.nccl:
+            self.nccl.close()
 
 
 def _signal_left(control_block: np.void, mirror: Mirror, process_id: int) -> None:
@@ -271,7 +289,7 @@ def nccl_problem() -> str:
         from cupy.cuda import nccl
 
         if not nccl.available:
-            raise CometError("CuPy was built without it")
+            raise CometError("CuPy does not find it")
     except Exception as error:  # CuPy has error types of its own
         return f"several nodes need NCCL on device='cuda': install cometrt[nccl] ({error})"
     return ""
