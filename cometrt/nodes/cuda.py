@@ -41,7 +41,7 @@ class CudaNodesExecutor(NodesExecutor):
         super().__init__(
             world, spec, shape, layer, lambda: CudaExecutor(world.node, shape, layer, mode)
         )
-        self._rail = CudaRail(world, spec, layer, self.inner)
+        self.rail = CudaRail(world, spec, layer, self.inner)
         cp.cuda.get_current_stream().synchronize()
         world.barrier()
 
@@ -59,7 +59,7 @@ class CudaNodesExecutor(NodesExecutor):
         plan: PlanAhead | None = None,
     ) -> dict[str, Any] | None:
         with self._call("forward"):
-            rail, all_x = self._rail, self.inner.buffer()
+            rail, all_x = self.rail, self.inner.buffer()
             tables: tuple[Any, Any] = (None, None)
             if plan is None:
                 rail.gather("forward", len(x), x, all_x, ids, weights)
@@ -83,7 +83,7 @@ class CudaNodesExecutor(NodesExecutor):
 
     def plan(self, ids: DeviceArray, weights: DeviceArray, *, tracer: Tracer) -> dict[str, Any]:
         with self._call("plan"):
-            rail = self._rail
+            rail = self.rail
             rail.gather("plan", len(ids), ids=ids, weights=weights)
             made = self.inner.plan(rail.all_ids, rail.all_weights, tracer=tracer)
             rail.send_back()
@@ -99,7 +99,7 @@ class CudaNodesExecutor(NodesExecutor):
         tracer: Tracer,
     ) -> None:
         with self._call("backward"):
-            rail = self._rail
+            rail = self.rail
             rail.gather("backward", len(dy), dy, rail.rows, forward_epoch=saved.epoch)
             grads = Gradients(rail.results, rail.dweights, out.w_up, out.w_down)
             self.inner.backward(rail.rows, saved, out=grads, accumulate=accumulate, tracer=tracer)
@@ -126,7 +126,7 @@ class CudaNodesExecutor(NodesExecutor):
                 gpu.last_call = self.inner.ended
 
     def keep_for(self, layer: Any) -> Any:
-        self.inner.rail = self._rail  # lives as long as the queued calls of a dropped layer
+        self.inner.rail = self.rail  # lives as long as the queued calls of a dropped layer
         return self.inner.keep_for(layer)
 
     def synchronize(self) -> None:
@@ -141,7 +141,7 @@ class CudaNodesExecutor(NodesExecutor):
 
     def _raise_other_nodes(self) -> None:
         """Raise the error of a call that failed on another node alone."""
-        report, world = self._rail.report[0], self._world
+        report, world = self.rail.report[0], self._world
         kind = OUTCOMES[int(report["kind"])]
         if not kind or self._cp.cuda.get_current_stream().is_capturing():
             return

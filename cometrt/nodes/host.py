@@ -34,7 +34,7 @@ class HostNodesExecutor(NodesExecutor):
         super().__init__(
             world, spec, shape, layer, lambda: HostExecutor(world.node, shape, layer, mode)
         )
-        self._rail = HostRail(world, spec, layer)
+        self.rail = HostRail(world, spec, layer)
 
     def forward(
         self,
@@ -50,7 +50,7 @@ class HostNodesExecutor(NodesExecutor):
         plan: PlanAhead | None = None,
     ) -> dict[str, Any] | None:
         with self._guard("forward"):
-            rail, all_x = self._rail, self.inner.buffer()
+            rail, all_x = self.rail, self.inner.buffer()
             local_ids, local_weights, tables = None, None, None
             if plan is None:
                 tables = self._tables(ids, weights)
@@ -80,7 +80,7 @@ class HostNodesExecutor(NodesExecutor):
     def plan(self, ids: np.ndarray, weights: np.ndarray, *, tracer: Tracer) -> dict[str, Any]:
         with self._guard("plan"):
             tables, made, failed = self._tables(ids, weights), {}, None
-            num_tokens = self._rail.gather("plan", len(ids), list(tables))
+            num_tokens = self.rail.gather("plan", len(ids), list(tables))
             try:
                 made = self.inner.plan(*self._localize(tables), tracer=tracer)
             except (RoutingError, CapacityError) as error:
@@ -95,7 +95,7 @@ class HostNodesExecutor(NodesExecutor):
         with self._guard("backward"):
             all_dy = np.empty((len(self.inner.buffer()), self._spec.hidden), dy.dtype)
             of_forward = int(saved.epoch[0])
-            num_tokens = self._rail.gather("backward", len(dy), [(dy, all_dy)], of_forward)
+            num_tokens = self.rail.gather("backward", len(dy), [(dy, all_dy)], of_forward)
             grads = Gradients(
                 np.empty_like(all_dy),
                 np.empty((len(all_dy), self._spec.topk), np.float32),
@@ -137,7 +137,7 @@ class HostNodesExecutor(NodesExecutor):
         tables: Any = None,
     ) -> None:
         """Partial results go back. If the call failed on any node, all ranks raise."""
-        if not self._rail.send_back(num_tokens, results, failed is not None):
+        if not self.rail.send_back(num_tokens, results, failed is not None):
             raise self._agreed_error(failed, tables)
         self.check_running()
 

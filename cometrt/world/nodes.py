@@ -47,7 +47,7 @@ class NodeWorld(MPIWorld):
     @property
     def stopped(self) -> bool:
         """As `World.stopped`. It also looks for failures on other nodes."""
-        if self._complete:
+        if self._complete and not self._outer.is_watched:
             self._outer.update()
         return self.is_stopped
 
@@ -156,9 +156,14 @@ class NodesWorld(MPIWorld):
 
     @property
     def stopped(self) -> bool:
-        if not self._closed:
+        if not self._closed and not self.is_watched:
             self.update()
         return self.is_stopped
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether a thread of its own looks for news."""
+        return self.nccl is not None
 
     @property
     def is_stopped(self) -> bool:

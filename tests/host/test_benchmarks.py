@@ -57,7 +57,7 @@ def cupy(monkeypatch):
 
 def forget_those_with_cupy():
     for package, names in (
-        (benchmarks, ("peers", "layer", "engine", "defaults", *ENGINE)),
+        (benchmarks, ("peers", "nodes", "layer", "engine", "defaults", *ENGINE)),
         (bench, ("contenders", "nccl", "step_memory")),
     ):
         for name in names:
@@ -70,7 +70,9 @@ def forget_those_with_cupy():
 
 @pytest.mark.parametrize(
     "module",
-    "engine layer peers link host_time router tables defaults rivals_torch rivals_jax".split(),
+    (
+        "engine layer nodes peers link host_time router tables defaults rivals_torch rivals_jax"
+    ).split(),
 )
 def test_a_benchmark_says_how_to_use_it(module):
     found = start(module, "--help")
