@@ -37,7 +37,7 @@ class CudaNodesExecutor(NodesExecutor):
         """Collective. `shape`: of the layer within the node."""
         import cupy as cp
 
-        self._cp = cp
+        self._cp, self._generation = cp, world.generation
         super().__init__(
             world, spec, shape, layer, lambda: CudaExecutor(world.node, shape, layer, mode)
         )
@@ -142,6 +142,8 @@ class CudaNodesExecutor(NodesExecutor):
     def _raise_other_nodes(self) -> None:
         """Raise the error of a call that failed on another node alone."""
         report, world = self.rail.report[0], self._world
+        if world.generation != self._generation:  # what was reported before `reset`
+            self._generation, report["kind"] = world.generation, 0
         kind = OUTCOMES[int(report["kind"])]
         if not kind or self._cp.cuda.get_current_stream().is_capturing():
             return

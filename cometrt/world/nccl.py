@@ -113,7 +113,11 @@ class NcclRail:
         if comm is None:
             self._running_world().check_running()
             raise CometError("NCCL between the nodes has been given up")
-        self._transfer(comm, sends, receives, stream)
+        try:
+            self._transfer(comm, sends, receives, stream)
+        except Exception:
+            self._running_world().check_running()  # the communicator was aborted meanwhile
+            raise
 
     def _transfer(self, comm: Any, sends: Transfers, receives: Transfers, stream: int) -> None:
         library = self._library

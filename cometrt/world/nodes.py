@@ -146,6 +146,9 @@ class NodesWorld(MPIWorld):
         mismatch: Callable[[], str] = str,
         gone: Callable[[], str] | None = None,
     ) -> None:
+        if self.is_watched:
+            self._mirror.push()  # `update` may leave it to the other thread, which may be too early
+
         def read_news() -> SupportsInt:
             self.update()
             return read()
@@ -222,8 +225,9 @@ class NodesWorld(MPIWorld):
     def _leave(self) -> None:
         self._left.detach()
         self._close_together(1)
-        if self.nccl and self.node.gpu:
-            self.node.gpu.drain()
+        if self.nccl:
+            if self.node.gpu:
+                self.node.gpu.drain()
             self.nccl.close()
         self.node.one_call = OneCall()  # the common one is held by this call
         self.node.close()

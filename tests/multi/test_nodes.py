@@ -16,6 +16,15 @@ def test_calls_failures_and_resets_of_several_nodes(monkeypatch, nodes):
     assert result.stdout.count("all parts passed") == 2 * nodes
 
 
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_the_hosts_part_of_calls_on_cuda(monkeypatch, nodes):
+    pytest.importorskip("cuda.bindings", reason="needs the compile extra")
+    monkeypatch.setenv("COMETRT_RANKS_PER_NODE", "2")
+    result = mpirun(2 * nodes, "-m", "tests.multi.run_nodes_stand_in")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("all parts passed") == 2 * nodes
+
+
 @pytest.mark.parametrize(
     ("firsts", "cut", "expected"),
     [
