@@ -96,6 +96,8 @@ class CudaRail:
             forward_epoch: array [1]; as for `HostRail.gather`.
         """
         fields, stream = self._begin(), self._cp.cuda.get_current_stream().ptr
+        if rows is not None:
+            rows = self._out_of(all_rows, rows)
         arrays = {
             "rows": rows,
             "all_rows": all_rows,
@@ -140,6 +142,14 @@ class CudaRail:
         outcomes = [(self._outcomes.data.ptr, outcome_dtype.itemsize)]
         self._transfer(sends, receives, stream, outcomes=outcomes)
         self._add(stream, self._ctas, self._params)
+
+    def _out_of(self, all_rows: Any, rows: Any) -> Any:
+        """The rows, or a copy if they lie in all_rows at another place than their own."""
+        begin, address = all_rows.data.ptr, rows.data.ptr
+        own = begin + self._world.node_index * self._row_bytes
+        if address == own or address + rows.nbytes <= begin or address >= begin + all_rows.nbytes:
+            return rows
+        return rows.copy()
 
     def _begin(self) -> Any:
         """The fields of a new call's params."""

@@ -113,7 +113,10 @@ class NodesExecutor:
             self._world.stop_for(error, f" in a {operation} of layer {self._layer}")
 
     def close(self) -> None:
-        self.inner.close()
+        try:
+            self.synchronize()
+        finally:
+            self.give_up()
 
     def give_up(self) -> None:
         self.inner.give_up()

@@ -61,12 +61,12 @@ class HostRail:
         for own, all_rows in arrays:
             target = self._rows(all_rows, world.node_index, num_tokens)
             if own.ctypes.data != target.ctypes.data:
-                target[...] = own
+                target[...] = own  # which may lie in all_rows too: it is not read any more
         with _Messages(self, "rail_tokens") as messages:
             for node in self._others:
                 messages.send(node, self._header)
-                for own, _ in arrays:
-                    messages.send(node, own)
+                for _, all_rows in arrays:
+                    messages.send(node, self._rows(all_rows, world.node_index, num_tokens))
             headers = messages.headers()
             self._check(headers)
             for node in self._others:

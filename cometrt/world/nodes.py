@@ -110,6 +110,9 @@ class NodesWorld(MPIWorld):
         """This rank's copies of all ranks' control blocks; other memory is the node's."""
         return [np.zeros(nbytes, np.uint8) for _ in range(self.comm.Get_size())]
 
+    def allocate(self, nbytes: int) -> list[Any]:
+        raise CometError(f"ranks of {self.nodes} nodes share no memory: this needs one node")
+
     @functools.cached_property
     def _mirror(self) -> Mirror:
         return Mirror(self.comm, self.control_blocks)

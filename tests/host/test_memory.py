@@ -163,7 +163,7 @@ def test_bytes_of_a_token_in_the_guide(model, expected):
         ({"config": 3}, "config must be a TileConfig (got <class 'int'>)"),
         ({"training": None}, "training must be True or False (got None)"),
         ({"ranks_per_node": 3}, "ranks_per_node must divide all ranks, 4 (got 3)"),
-        ({"ranks_per_node": 0}, "ranks_per_node must be an integer >= 1 (got 0)"),
+        ({"ranks_per_node": 0}, "ranks_per_node must be an integer in [1, 64] (got 0)"),
     ],
 )
 def test_wrong_arguments(arguments, message):

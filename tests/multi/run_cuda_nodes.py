@@ -88,6 +88,13 @@ def planned(world):
     assert on_host(grads.x).tobytes() == expected.grads.x.tobytes()
     for found, alone in zip(ones, (expected.grads.w_up, expected.grads.w_down), strict=True):
         assert np.abs(on_host(found) - 1 - alone.astype(np.float32)).max() < 0.05
+    few = len(rank.x) - 1
+    x = rank.layer.buffer()[1 : 1 + few]  # another place of the buffer
+    x[...] = rank.x[:few]
+    tables = rank.ids[:few], rank.topk_weights[:few]
+    y, _ = rank.layer.forward(x, *tables, w_up, w_down)
+    rank.layer.synchronize()
+    assert on_host(y).tobytes() == expected.y[:few].tobytes()
     rank.layer.close()
 
 

@@ -78,3 +78,30 @@ def test_a_host_is_cut_into_nodes(tmp_path):
     )
     lines = [f"{rank}: {text}" for rank in range(4) for text in expected]
     assert result.stdout.splitlines() == lines
+
+
+ENDS = """
+import time
+from mpi4py import MPI
+import cometrt
+world, begin = cometrt.connect(MPI.COMM_WORLD, device="host", timeout_sec=40), time.monotonic()
+error = ""
+if world.rank != 3:
+    try:
+        world.barrier()
+    except cometrt.PeerTimeout as found:
+        assert time.monotonic() - begin < 15
+        error = str(found)
+    others = MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.Get_group().Excl([3]))
+    errors = others.gather(error)
+    if world.rank == 0:
+        print(*errors, sep="\\n", flush=True)
+"""
+
+
+def test_a_script_that_ends_without_closing_is_noticed_on_other_nodes(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMETRT_RANKS_PER_NODE", "2")
+    (tmp_path / "ends.py").write_text(ENDS)
+    result = mpirun(4, str(tmp_path / "ends.py"), timeout_sec=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("rank 3 has left the world after 0 calls; ") == 3
