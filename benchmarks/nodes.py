@@ -53,7 +53,7 @@ class Contenders:
         """
         self.layer = cometrt.MoELayer(nodes, cell.spec, "fused")
         self.whole = cometrt.MoELayer(whole, cell.spec, "fused")
-        sequential = cometrt.MoELayer(whole, cell.spec, "sequential")
+        self.planner = cometrt.MoELayer(whole, cell.spec, "sequential")
         model, ids = SHAPES[cell.model], routing(cell)
         weights = np.random.default_rng(0).random(ids.shape, np.float32) + 0.5  # of all ranks
         cp.random.seed(nodes.rank)
@@ -66,7 +66,7 @@ class Contenders:
         self.ids, self.topk_weights = cp.asarray(ids[nodes.rank]), cp.asarray(weights[nodes.rank])
         arrays = (self.x, self.topk_weights, *self.weights)
         self.y, self.grads = cp.empty_like(self.x), cometrt.Gradients(*map(cp.empty_like, arrays))
-        experts, nccl = Experts(sequential, ids, weights, self.weights), Nccl.connect(whole)
+        experts, nccl = Experts(self.planner, ids, weights, self.weights), Nccl.connect(whole)
         assert nccl is not None
         self.nccl = NcclForward(nccl, experts, whole, self.x, ids, weights)
 
@@ -142,6 +142,7 @@ class Contenders:
     def close(self) -> None:
         self.layer.close()
         self.whole.close()
+        self.planner.close()
 
 
 def time_run(world: cometrt.World, run: Run, calls: int, rounds: int) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from cometrt.cuda.executor import CudaExecutor
 from cometrt.cuda.types import DeviceArray
-from cometrt.errors import CapacityError, CometError, RoutingError
+from cometrt.errors import CallNotBegun, CapacityError, CometError, RoutingError
 from cometrt.nodes.cuda_rail import OUTCOMES, CudaRail
 from cometrt.nodes.executor import NodesExecutor
 from cometrt.plan import PlanShape
@@ -30,6 +30,7 @@ class CudaNodesExecutor(NodesExecutor):
     """Queues a layer's calls: rail, the node's layer, rail."""
 
     inner: CudaExecutor
+    known = (CallNotBegun,)  # what all ranks raise comes later
 
     def __init__(
         self, world: NodesWorld, spec: MoESpec, shape: PlanShape, layer: int, mode: str

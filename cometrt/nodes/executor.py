@@ -24,6 +24,8 @@ class NodesExecutor:
     """
 
     inner: Executor
+    # What a call raises on all ranks, or after the world has stopped.
+    known: tuple[type[BaseException], ...] = (CometError, CallNotBegun)
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class NodesExecutor:
         try:
             with self._following():
                 yield
-        except (CometError, CallNotBegun):
+        except self.known:
             raise
         except BaseException as error:
             self.stop_world(error, operation)
