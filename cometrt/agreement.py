@@ -6,7 +6,7 @@ import dataclasses
 
 from cometrt.legality import check_layer
 from cometrt.plan import TileConfig
-from cometrt.specs import MoESpec
+from cometrt.specs import MoESpec, spec_of_node
 from cometrt.tuner.cache import look_up
 from cometrt.world import World
 
@@ -32,11 +32,12 @@ def agree(
     """
     problem, config = "", TileConfig()
     try:
-        check_layer(spec, world.size, world.device, mode, given)
+        check_layer(spec, world.size, world.device, mode, given, world.nodes)
         if isinstance(given, TileConfig):
             config = given
         elif world.rank == 0:
-            config = look_up(world, spec, mode) or config
+            of_node = spec_of_node(spec, world.nodes)
+            config = look_up(world.node, of_node, mode) or config
     except ValueError as error:
         problem = str(error)
     mine = (problem, _describe(spec), repr(mode), _describe(given), config, world.num_layers)
@@ -56,7 +57,8 @@ def agree(
                     f"{_difference(other, one)} on rank {rank})"
                 )
     config = first[4]
-    return layer, check_layer(spec, world.size, world.device, mode, config), config
+    mode = check_layer(spec, world.size, world.device, mode, config, world.nodes)
+    return layer, mode, config
 
 
 def _describe(argument: object) -> _Described:

@@ -17,16 +17,15 @@ from cometrt.arguments import (
     check_tune,
     make_results,
 )
-from cometrt.arrays import HostArrays
 from cometrt.call_scope import CallScope, filling_nan
 from cometrt.executor import Executor
-from cometrt.host import HostExecutor
 from cometrt.layer_life import LayerLife
 from cometrt.memory import buffers_of, check_room
+from cometrt.nodes import make_executor
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.plan_ahead import PlanAhead, plan_specs
 from cometrt.residuals import ArraySpec, Origin, Residuals, Uses, array_specs
-from cometrt.specs import Geometry, Gradients, MoESpec, check_int
+from cometrt.specs import Geometry, Gradients, MoESpec, check_int, geometry_of_node
 from cometrt.trace import NullTracer, Tracer
 from cometrt.tuner.tune import tune
 from cometrt.types import Arrays
@@ -95,15 +94,7 @@ class MoELayer(LayerLife):
         self._num_forwards, self._uses = 0, Uses()
         self._arrays: Arrays
         self.executor: Executor  # for tests and benchmarks: it may change with any version
-        if world.device == "cuda":
-            from cometrt.cuda.arrays import CudaArrays
-            from cometrt.cuda.executor import CudaExecutor
-
-            self._arrays = CudaArrays()
-            self.executor = CudaExecutor(world, self.shape, self._layer, self.mode)
-        else:
-            self._arrays = HostArrays()
-            self.executor = HostExecutor(world, self.shape, self._layer, self.mode)
+        self._arrays, self.executor = make_executor(world, spec, self.shape, self._layer, self.mode)
         self._scope = CallScope(world)
         self._finalizer = self.executor.keep_for(self)
 
@@ -268,7 +259,8 @@ class MoELayer(LayerLife):
         return self._saved_specs
 
     def _use(self, config: TileConfig) -> None:
-        self.config, self.shape = config, PlanShape(self.geometry, config)
+        of_node = geometry_of_node(self.spec, self.world.rank, self.world.size, self.world.nodes)
+        self.config, self.shape = config, PlanShape(of_node, config)
         residuals = buffers_of(self.world.device).residuals(self.shape)
         self._saved_specs = array_specs(self.shape, residuals)
         self._plan_specs = plan_specs(self._saved_specs)
@@ -323,6 +315,8 @@ class MoELayer(LayerLife):
 
     def _tune(self, inputs: Any, training: bool, budget_sec: float) -> TileConfig:
         world = self.world
+        if world.nodes > 1:
+            raise ValueError(f"tune() needs all ranks on one node (got {world.nodes} nodes)")
         if world.device != "cuda" or self.mode != "fused":
             raise ValueError(
                 f"tune() needs device='cuda' and mode 'fused' (got {world.device!r}, {self.mode!r})"

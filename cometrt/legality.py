@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from cometrt.kernels.constants import BLOCK_M, BLOCK_N, MAX_ADDENDS, MAX_TOPK
 from cometrt.plan import PlanShape, TileConfig
-from cometrt.specs import Geometry, MoESpec, check_choice
+from cometrt.specs import Geometry, MoESpec, check_choice, geometry_of_node
 
 MODES = ("fused", "sequential", "chunked")  # in order of preference
 MAX_HIDDEN = 28672  # on "cuda": each warp of `dispatch` holds a row in shared memory
 _MAX_INT32 = 2**31 - 1  # plan tables store pair and row indices as int32
 
 
-def check_layer(spec: object, size: int, device: str, mode: object, config: object) -> str:
+def check_layer(
+    spec: object, size: int, device: str, mode: object, config: object, nodes: int = 1
+) -> str:
     """Check that a layer can run, and select its mode.
 
     Args:
         spec: a MoESpec.
         size: W, the number of ranks.
+        nodes: N, among which they are spread.
         device: "host" or "cuda".
         mode: one of MODES. None: the first of MODES that can run.
         config: a TileConfig. None: TileConfig().
@@ -38,7 +41,9 @@ def check_layer(spec: object, size: int, device: str, mode: object, config: obje
     if not isinstance(config, TileConfig):
         raise ValueError(f"config must be a TileConfig (got {type(config)!r})")
     modes = MODES if mode is None else (check_choice("mode", mode, MODES),)
-    shape = PlanShape(Geometry(spec, 0, size), config)
+    if nodes > 1:
+        _check_nodes(Geometry(spec, 0, size), nodes)
+    shape = PlanShape(geometry_of_node(spec, 0, size, nodes), config)
     broken = _broken_table_rule(shape) or _broken_device_rule(shape, device)
     if broken:
         raise ValueError(broken)
@@ -47,6 +52,15 @@ def check_layer(spec: object, size: int, device: str, mode: object, config: obje
         if not problem:
             return candidate
     raise ValueError(problems[0])
+
+
+def _check_nodes(geometry: Geometry, nodes: int) -> None:
+    tp, ranks = geometry.spec.tp, geometry.size // nodes
+    if ranks % tp:
+        raise ValueError(
+            f"tp must divide the {ranks} ranks of a node, since all shards of an expert are on one "
+            f"node (got tp={tp})"
+        )
 
 
 def _broken_table_rule(shape: PlanShape) -> str:

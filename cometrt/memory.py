@@ -12,8 +12,9 @@ from cometrt.heap import heap_table, region_bytes
 from cometrt.host import buffers as host_buffers
 from cometrt.kernels.constants import MAX_RANKS
 from cometrt.legality import check_layer
+from cometrt.nodes.buffers import rail_bytes
 from cometrt.plan import PlanShape, TileConfig
-from cometrt.specs import Geometry, MoESpec, check_choice, check_int
+from cometrt.specs import MoESpec, check_choice, check_int, geometry_of_node
 from cometrt.world import World
 from cometrt.world.control_block import control_block_dtype
 from cometrt.world.layout import device_control_block_dtype
@@ -58,23 +59,21 @@ def memory_of_layer(
     """As `MoESpec.memory`."""
     device = check_choice("device", device, ("host", "cuda"))
     maximum = MAX_RANKS if device == "cuda" else _MAX_HOST_RANKS
-    size = check_int("size", size, minimum=1, maximum=maximum)
+    most = maximum if ranks_per_node is None else _MAX_HOST_RANKS
+    size = check_int("size", size, minimum=1, maximum=most)
     training = check_bool("training", training)
-    if (
-        ranks_per_node is not None
-        and check_int("ranks_per_node", ranks_per_node, minimum=1) != size
-    ):
-        raise ValueError(
-            f"ranks_per_node must be None or all ranks, {size}: they are on one host "
-            f"(got {ranks_per_node})"
-        )
-    mode = check_layer(spec, size, device, mode, config)
-    shape = PlanShape(Geometry(spec, 0, size), config or TileConfig())
-    return memory_of(shape, device, mode, training)
+    here = size if ranks_per_node is None else ranks_per_node
+    here = check_int("ranks_per_node", here, minimum=1, maximum=maximum)
+    if size % here:
+        raise ValueError(f"ranks_per_node must divide all ranks, {size} (got {here})")
+    nodes = size // here
+    mode = check_layer(spec, size, device, mode, config, nodes)
+    shape = PlanShape(geometry_of_node(spec, 0, size, nodes), config or TileConfig())
+    return memory_of(shape, device, mode, training, nodes)
 
 
-def memory_of(shape: PlanShape, device: str, mode: str, training: bool) -> Memory:
-    """The memory of a legal layer."""
+def memory_of(shape: PlanShape, device: str, mode: str, training: bool, nodes: int = 1) -> Memory:
+    """The memory of a legal layer. `shape`: within a node."""
     buffers = buffers_of(device)
     geometry = shape.geometry
     shared = device_control_block_dtype if device == "cuda" else control_block_dtype(geometry.size)
@@ -85,7 +84,8 @@ def memory_of(shape: PlanShape, device: str, mode: str, training: bool) -> Memor
     return Memory(
         heap=sum(region_bytes(heap_table(shape)).values()) + shared.itemsize,
         residuals=total_bytes(buffers.residuals(shape)) if training else 0,
-        scratch=buffers.scratch_bytes(shape, mode, training),
+        scratch=buffers.scratch_bytes(shape, mode, training)
+        + (rail_bytes(shape, device, training) if nodes > 1 else 0),
         weights=total_bytes(weights),
     )
 
@@ -125,14 +125,15 @@ def check_room(world: World, shape: PlanShape, mode: str, caller_allocates: bool
     Raises:
         CometError: the same on all ranks, if any host or GPU has too little.
     """
-    memory = memory_of(shape, world.device, mode, training=False)
-    needed = world.regions.to_allocate(region_bytes(heap_table(shape)))
+    memory = memory_of(shape, world.device, mode, training=False, nodes=world.nodes)
+    needed = world.node.regions.to_allocate(region_bytes(heap_table(shape)))
     if world.device == "cuda":  # on the host, scratch takes a page only when a row is written
         needed += held_bytes(shape, mode) if caller_allocates else memory.scratch
         room = gpu_room()
     else:
         room = host_room()
-    ranks = world.allgather((needed, room), purpose="MoELayer")
+    owner = room.owner if world.nodes == 1 else f"{room.owner} of node {world.node_index}"
+    ranks = world.allgather((needed, room._replace(owner=owner)), purpose="MoELayer")
     spec = shape.geometry.spec
     for owner in dict.fromkeys(room.owner for _, room in ranks):  # the same order on all ranks
         there = [(needed, room) for needed, room in ranks if room.owner == owner]

@@ -113,7 +113,8 @@ class MoESpec:
             mode: as for `MoELayer`.
             config: as for `MoELayer`, but None means TileConfig().
             training: whether to count residuals and backward.
-            ranks_per_node: None or W: all ranks are on one host.
+            ranks_per_node: G, which divides W; None: all ranks are on one host. Each rank holds
+                what it needs for the tokens of W / G ranks.
 
         Raises:
             ValueError: naming the argument, or the field of the spec, its value and the rule.
@@ -197,6 +198,35 @@ class Geometry:
     def ring(self) -> list[int]:
         """All ranks in the order of their ring distance, this rank first."""
         return [(self.rank + d) % self.size for d in range(self.size)]
+
+
+def spec_of_node(spec: MoESpec, nodes: int) -> MoESpec:
+    """The spec of the layer within one of several nodes: it has the node's experts, and each rank
+    is the home of the tokens of all ranks of its rail. A rank has as much capacity as in `spec`.
+
+    Raises:
+        ValueError: if a token may choose more experts than a node has.
+    """
+    if nodes == 1:
+        return spec
+    experts = spec.num_experts // nodes
+    if spec.topk > experts:
+        raise ValueError(
+            f"topk must be at most the number of experts of a node, {spec.num_experts} / {nodes} = "
+            f"{experts} (got {spec.topk})"
+        )
+    return dataclasses.replace(
+        spec,
+        num_experts=experts,
+        max_tokens=nodes * spec.max_tokens,
+        capacity_factor=spec.capacity_factor / nodes,
+    )
+
+
+def geometry_of_node(spec: MoESpec, rank: int, size: int, nodes: int) -> Geometry:
+    """A rank's share of the layer within its node. It has the weights that it has of the whole."""
+    place = rank % (size // nodes)
+    return Geometry(spec_of_node(spec, nodes), place, size // nodes)
 
 
 class Gradients(NamedTuple):

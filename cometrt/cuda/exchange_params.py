@@ -183,21 +183,26 @@ class ExchangeParamsBuilder:
     def _fill(self) -> None:
         """What the world and the layer are."""
         world, shape, params = self._world, self._shape, self._params.fields
-        peers = np.zeros(1, world_dtype)
-        assert world.gpu is not None
-        for peer in range(world.size):
-            peers["control"][0, peer] = world.gpu.control[peer]
-            peers["data"][0, peer] = world.regions.of("data", peer)
-            peers["flags"][0, peer] = world.regions.of("flags", peer)
-            for parity in (0, 1):
-                peers["routing"][0, parity, peer] = world.regions.of(f"routing{parity}", peer)
-        peers["generation"] = world.generation
-        peers["timeout_ns"] = round(world.timeout_sec * 1e9)
-        peers["rank"], peers["size"] = world.rank, world.size
-        params["world"], params["g"] = peers, geometry_params(shape)
+        params["world"], params["g"] = world_params(world), geometry_params(shape)
         for field, name in HEAP_OFFSETS.items():
             params[field] = self._heap.table[name].offset
         params["layer"], params["spec_hash"] = self._layer, shape.geometry.spec.digest()
+
+
+def world_params(world: World) -> np.ndarray:
+    """The World of a rank, as it is now."""
+    peers = np.zeros(1, world_dtype)
+    assert world.gpu is not None
+    for peer in range(world.size):
+        peers["control"][0, peer] = world.gpu.control[peer]
+        peers["data"][0, peer] = world.regions.of("data", peer)
+        peers["flags"][0, peer] = world.regions.of("flags", peer)
+        for parity in (0, 1):
+            peers["routing"][0, parity, peer] = world.regions.of(f"routing{parity}", peer)
+    peers["generation"] = world.generation
+    peers["timeout_ns"] = round(world.timeout_sec * 1e9)
+    peers["rank"], peers["size"] = world.rank, world.size
+    return peers
 
 
 def set_fields(params: ParamStruct, **values: int) -> None:

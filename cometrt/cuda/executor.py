@@ -40,12 +40,14 @@ class CudaExecutor:
     backward_buffers: arrays that a backward allocates.
     ended: event at the end of the last call.
     captured: memory of calls in CUDA graphs, which outlives them.
+    rail: what a call over several nodes uses besides; None on one node.
     """
 
     def __init__(self, world: World, shape: PlanShape, layer: int, mode: str) -> None:
         """Collective."""
         import cupy as cp
 
+        self.rail: Any = None
         self._cp, self._world, self._shape, self._layer = cp, world, shape, layer
         self._heap = DeviceHeap(world, shape)
         self._order = CallOrder(world, shape, layer)
@@ -96,7 +98,7 @@ class CudaExecutor:
         plan: PlanAhead | None = None,
     ) -> dict[str, Any] | None:
         """Returns the residuals that backward needs, but for the weights; see `Residuals.pack`."""
-        self._check_capture("forward")
+        self.check_capture("forward")
         with self._order.guard("forward"):
             given = {"x": self._heap.out_of_heap(x, "x")}
             wanted = self.forward_buffers[training]
@@ -120,7 +122,7 @@ class CudaExecutor:
 
     def plan(self, ids: DeviceArray, weights: DeviceArray, *, tracer: Tracer) -> dict[str, Any]:
         """Returns epoch and tables; see `PlanAhead.pack`."""
-        self._check_capture("plan")
+        self.check_capture("plan")
         with self._order.guard("plan"):
             given, new = self._tables(ids, weights), self._new(self.plan_buffers)
             call = Call("plan", len(ids), addresses(given | new), ids_are_64=_are_64(ids))
@@ -185,7 +187,7 @@ class CudaExecutor:
         tracer: Tracer,
     ) -> None:
         """Fill `out`."""
-        self._check_capture("backward")
+        self.check_capture("backward")
         with self._order.guard("backward"):
             (tables,), save = saved.tables, self._shape.geometry.spec.save
             arrays = {
@@ -212,7 +214,8 @@ class CudaExecutor:
             )
             self.enqueue(call, tuple(arrays.values()))
 
-    def _check_capture(self, operation: str) -> None:
+    def check_capture(self, operation: str) -> None:
+        """Refuse a call that cannot be captured in a CUDA graph, where the stream is capturing."""
         if not self._may_capture and self._cp.cuda.get_current_stream().is_capturing():
             raise CallNotBegun(
                 ValueError(

@@ -138,6 +138,11 @@ class Report:
             text = f"ranks made different calls in epoch {epoch}: " + ", ".join(
                 f"rank {rank}: {_called(header)}" for rank, header in enumerate(headers)
             )
+            if (node := int(record["peer"])) >= 0:  # found on the rail, before the node's call
+                text = (
+                    f"ranks made different calls in epoch {epoch}: rank {int(record['waiter'])}, "
+                    f"on node {node}, and those of the same place on other nodes"
+                )
             failure = Failure("mismatch", int(record["waiter"]), text, epoch=epoch)
         else:
             wanted = WaitTarget(
@@ -151,6 +156,7 @@ class Report:
             patience = PLAN_PATIENCE if wanted.flag == "plan_step" else 1
             timeout_sec = patience * world.timeout_sec
             failure = wanted.expired(int(record["waiter"]), int(record["found"]), timeout_sec)
+        failure = failure.numbered_from(world.first_rank)
         world.stop(failure)
         return failure.error()
 

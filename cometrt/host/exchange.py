@@ -130,9 +130,10 @@ class Exchange:
         if len(set(calls)) == 1:
             return
         text = f"ranks made different calls in epoch {self.epoch}: " + ", ".join(
-            f"rank {rank}: {call_text(*call[:3])}" for rank, call in enumerate(calls)
+            f"rank {rank}: {call_text(*call[:3])}"
+            for rank, call in enumerate(calls, self.world.first_rank)
         )
-        rank = self.world.rank
+        rank = self.world.rank + self.world.first_rank
         self.world.stop(Failure(kind="mismatch", waiter=rank, text=text, epoch=self.epoch))
         raise MismatchError(text)
 

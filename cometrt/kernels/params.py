@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 
 from cometrt.activations import ACTIVATIONS
+from cometrt.kernels import rail_params
 from cometrt.kernels.constants import (
     MAX_TOPK,
     TRACE_EVENTS,
@@ -247,6 +248,10 @@ MIRRORS = {
     "TileOrderParams": ("scheduler/tile_order.cuh", tile_order_params_dtype),
     "PipelineChunk": ("scheduler/pipeline_chunk.cuh", pipeline_chunk_dtype),
     "ActivationParams": ("sequential/activation.cuh", activation_params_dtype),
+    "RailHeader": ("nodes/rail_params.cuh", rail_params.header_dtype),
+    "RailOutcome": ("nodes/rail_params.cuh", rail_params.outcome_dtype),
+    "RailReport": ("nodes/rail_params.cuh", rail_params.report_dtype),
+    "RailParams": ("nodes/rail_params.cuh", rail_params.params_dtype),
     "RouterParams": ("router/params.cuh", router_params_dtype),
     "RouterLossParams": ("router/params.cuh", router_loss_params_dtype),
     "RouterLoadParams": ("router/params.cuh", router_load_params_dtype),

@@ -25,10 +25,10 @@ class RoutingTables:
     num_tokens: np.ndarray
 
 
-def check_routing(tables: RoutingTables, spec: MoESpec) -> None:
+def check_routing(tables: RoutingTables, spec: MoESpec, first_rank: int = 0) -> None:
     """Raise a RoutingError for the first invalid pair in the order of (rank, token, k).
 
-    Every rank finds the same pair.
+    Every rank finds the same pair. `first_rank`: the number of the rank whose tables come first.
     """
     ids, weights = tables.ids, tables.weights
     used = np.arange(ids.shape[1]) < tables.num_tokens[:, None]  # [W, max_tokens]
@@ -41,7 +41,7 @@ def check_routing(tables: RoutingTables, spec: MoESpec) -> None:
     if not wrong.any():
         return
     rank, token, k = (int(index[0]) for index in np.nonzero(wrong))
-    raise wrong_pair(rank, token, k, ids[rank, token], weights[rank, token, k], spec)
+    raise wrong_pair(first_rank + rank, token, k, ids[rank, token], weights[rank, token, k], spec)
 
 
 def wrong_pair(

@@ -22,7 +22,7 @@ from cometrt.specs import check_timeout
 from cometrt.world.blas import pin_blas_threads, unpin_blas_threads
 from cometrt.world.collectives import allgather
 from cometrt.world.control_block import control_block_dtype
-from cometrt.world.failure import KINDS, Failure, WaitTarget, failure_of
+from cometrt.world.failure import Failure, WaitTarget, failure_of, recorded
 from cometrt.world.link import Link
 from cometrt.world.one_call import OneCall
 from cometrt.world.regions import Regions
@@ -45,8 +45,9 @@ class World(abc.ABC):
     leaving the child does not affect the parent.
 
     Attributes:
-        rank: this rank's number, from 0.
-        size: W, the number of ranks.
+        rank, size: this rank, and W.
+        nodes, ranks_per_node: N and G; W = N * G.
+        node_index: of this rank's node; rank = node_index * G + place in the node.
         device: "host" or "cuda".
         gpu: this rank's DeviceMemory on "cuda", else None.
         timeout_sec: the longest time that a single wait may last, in seconds.
@@ -57,6 +58,9 @@ class World(abc.ABC):
         one_call: held during each call of the world or of a layer.
         regions: the memory that peers access.
     """
+
+    nodes, node_index = 1, 0
+    first_rank = 0  # added to rank numbers in messages: of a node's world, its first rank of all
 
     def __init__(self, rank: int, size: int, device: str, timeout_sec: float) -> None:
         self.rank, self.size, self.device = rank, size, device
@@ -80,15 +84,13 @@ class World(abc.ABC):
         try:
             # Identifies this world in residuals, which may outlive it.
             self.identity = int(self.allgather(secrets.randbits(62), purpose="world")[0])
-            if device == "cuda":
+            if device == "cuda" and self.nodes == 1:
                 from cometrt.world.device import DeviceMemory
 
                 self.gpu = DeviceMemory(self)
         except BaseException as error:
             self.abandon(error)
             raise
-
-    # ---- implemented by subclasses ----------------------------------------------------------
 
     @abc.abstractmethod
     def allocate_host(self, nbytes: int) -> list[np.ndarray]:
@@ -109,8 +111,6 @@ class World(abc.ABC):
     def _leave_at_once(self) -> None:
         """Leave after an error that peers already know of, without waiting for them."""
 
-    # ---- memory -----------------------------------------------------------------------------
-
     @property
     def shares_gpu(self) -> bool:
         """Whether other ranks of this process use the same GPU."""
@@ -120,6 +120,15 @@ class World(abc.ABC):
     def shares_process(self) -> bool:
         """Whether other ranks are threads of this process."""
         return False
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.size // self.nodes
+
+    @property
+    def node(self) -> World:
+        """The world of this node's ranks: of one node, this world itself."""
+        return self
 
     @property
     def control_block(self) -> np.void:
@@ -141,8 +150,6 @@ class World(abc.ABC):
     @abc.abstractmethod
     def close_device_memory(self, pointer: int) -> None:
         """Close a peer's allocation that `share_device_memory` returned."""
-
-    # ---- waiting and stopping ---------------------------------------------------------------
 
     def wait(
         self,
@@ -179,7 +186,7 @@ class World(abc.ABC):
         with self._stop_lock:
             if int(self.control_block["failure"][self.rank]["generation"]) == self.generation:
                 return
-            _log.error("rank %d stops the world: %s", self.rank, failure.text)
+            _log.error("rank %d stops the world: %s", self.rank + self.first_rank, failure.text)
             for control_block in self.control_blocks:
                 failure.write(control_block["failure"][self.rank], self.generation)
             self.fence()
@@ -214,13 +221,9 @@ class World(abc.ABC):
         return int(self.control_block["abort"][0]) >= self.generation
 
     def _failure(self) -> Failure:
-        """The most informative record, in the order of KINDS; of equal ones this rank's own."""
-        records = [
-            Failure.read(record)
-            for record in self.control_block["failure"]
-            if int(record["generation"]) >= self.generation
-        ] or [Failure("timeout", self.rank, "a rank stopped the world without a reason")]
-        return min(records, key=lambda f: (KINDS.index(f.kind), f.waiter != self.rank, f.waiter))
+        """Why the world stopped."""
+        failures, number = self.control_block["failure"], self.rank + self.first_rank
+        return recorded(failures, self.generation, number)
 
     def reset(self) -> None:
         """Collective: make a stopped world usable again. No call may be under way on this rank.
@@ -234,8 +237,6 @@ class World(abc.ABC):
         self._check_open()
         with self.one_call.hold("world.reset"):
             reset(self)
-
-    # ---- collectives ------------------------------------------------------------------------
 
     def next_epoch(self) -> int:
         """Begin an exchange: increment the epoch, publish it to peers and return it."""
@@ -266,8 +267,6 @@ class World(abc.ABC):
         self._check_open()
         with self.one_call.hold("world.allgather", inner=True):
             return allgather(self, value, purpose)
-
-    # ---- the end ----------------------------------------------------------------------------
 
     def close(self) -> None:
         """Collective: release the world's memory. Further calls of `close` do nothing.
@@ -343,7 +342,7 @@ class World(abc.ABC):
             where: " in ..." or ""; the step that raised it.
             tile: the tile of that step, or -1.
         """
-        self.stop(failure_of(self.rank, error, where, tile, self.epoch))
+        self.stop(failure_of(self.rank + self.first_rank, error, where, tile, self.epoch))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} rank {self.rank} of {self.size}, {self.device}>"

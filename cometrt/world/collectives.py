@@ -37,9 +37,9 @@ def allgather(world: World, value: Value, purpose: str) -> list[Value]:
     purposes = [payload[0] for payload in payloads]
     if len(set(purposes)) > 1:
         text = "ranks called different collectives: " + ", ".join(
-            f"rank {rank}: {name}" for rank, name in enumerate(purposes)
+            f"rank {rank}: {name}" for rank, name in enumerate(purposes, world.first_rank)
         )
-        world.stop(Failure(kind="mismatch", waiter=world.rank, text=text))
+        world.stop(Failure(kind="mismatch", waiter=world.rank + world.first_rank, text=text))
         raise MismatchError(text)
     return [payload[1] for payload in payloads]
 

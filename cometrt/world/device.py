@@ -146,6 +146,10 @@ class DeviceMemory:
                 self._copies.ptr,
             )
 
+    def complete_abort(self) -> None:
+        """Wait until kernels on all ranks see what `abort` has written, but for no kernel."""
+        self._copies.synchronize()
+
     def drain(self) -> None:
         """Wait for all calls of this rank, on any stream, and for the copies of `abort`."""
         import cupy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 
@@ -20,6 +21,8 @@ FLAGS = (
     "reset",
     "close",
     "plan_step",
+    "rail_tokens",
+    "rail_partials",
 )
 _TEXT_BYTES = 480
 SLOW = "a rank that is only slow needs a longer timeout_sec"  # part of every timeout message
@@ -60,6 +63,15 @@ class Failure:
         text = self.text.replace("this rank", f"rank {self.waiter}")
         return dataclasses.replace(self, text=text)
 
+    def numbered_from(self, first_rank: int) -> Failure:
+        """The same with the numbers of ranks raised: those of a node become those of all nodes."""
+        if not first_rank:
+            return self
+        text = re.sub(r"\brank (\d+)", lambda m: f"rank {int(m[1]) + first_rank}", self.text)
+        raised = {name: getattr(self, name) + first_rank for name in ("waiter", "peer")}
+        raised = {name: rank for name, rank in raised.items() if rank >= first_rank}
+        return dataclasses.replace(self, text=text, **raised)
+
     def write(self, record: np.void, generation: int) -> None:
         """Write the record. The generation, which makes it valid, is written last."""
         record["kind"] = KINDS.index(self.kind)
@@ -90,6 +102,15 @@ def failure_of(rank: int, error: BaseException, where: str, tile: int, epoch: in
         detail = f": {error}" if str(error) else ""
         text = f"rank {rank} exited ({type(error).__name__}{detail})"
     return Failure("raised", rank, text, peer=rank, tile=tile, epoch=epoch)
+
+
+def recorded(records: np.ndarray, generation: int, rank: int) -> Failure:
+    """The most informative record of a generation, in the order of KINDS; of equal ones `rank`'s
+    own."""
+    failures = [
+        Failure.read(record) for record in records if int(record["generation"]) >= generation
+    ] or [Failure("timeout", rank, "a rank stopped the world without a reason")]
+    return min(failures, key=lambda f: (KINDS.index(f.kind), f.waiter != rank, f.waiter))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,5 +78,5 @@ def end_device_waits(world: World, did: str) -> None:
                 f"rank {peer} is in its {ordinal(epoch)} call"
             )
             target = WaitTarget("source_ready", world.rank, calls + 1, calls + 1)
-            world.stop(target.lost(peer, calls, reason))
+            world.stop(target.lost(peer, calls, reason).numbered_from(world.first_rank))
             return

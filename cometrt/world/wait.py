@@ -44,6 +44,7 @@ def wait(
             if not even_if_stopped:
                 world.check_running()
         if failure:
+            failure = failure.numbered_from(world.first_rank)
             if not even_if_stopped:
                 world.stop(failure.for_peers())
             raise failure.error()

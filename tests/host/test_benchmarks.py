@@ -57,7 +57,7 @@ def cupy(monkeypatch):
 
 def forget_those_with_cupy():
     for package, names in (
-        (benchmarks, ("peers", "layer", "latency", "engine", "defaults", *ENGINE)),
+        (benchmarks, ("peers", "nodes", "layer", "latency", "engine", "defaults", *ENGINE)),
         (bench, ("contenders", "nccl", "step_memory")),
     ):
         for name in names:
@@ -71,8 +71,8 @@ def forget_those_with_cupy():
 @pytest.mark.parametrize(
     "module",
     [
-        *"engine layer peers end_to_end link latency host_time router tables defaults".split(),
-        *"rivals_torch rivals_jax".split(),
+        *"engine layer nodes peers end_to_end link latency host_time router tables".split(),
+        *"defaults rivals_torch rivals_jax".split(),
     ],
 )
 def test_a_benchmark_says_how_to_use_it(module):

@@ -11,7 +11,7 @@ import pytest
 import cometrt
 from cometrt.cuda.arrays import CudaArrays, is_writable
 from cometrt.layer import MoELayer
-from cometrt.world.mpi import rank_on_host
+from cometrt.world.connection import rank_on_host
 from cometrt.world.partitions import check_gpu
 from tests.launch import mpirun
 
@@ -59,11 +59,11 @@ GROUPS = (
     + """
 from mpi4py import MPI
 import cometrt
-from cometrt.world import mpi
+from cometrt.world import connection
 comm = MPI.COMM_WORLD
 class Stop(Exception): pass
 def stop(*_): raise Stop
-mpi.MPIWorld = stop  # which GPU a rank takes is all that is looked at
+connection.MPIWorld = stop  # which GPU a rank takes is all that is looked at
 def used(comm, **more):
     Device.used = -1
     try: cometrt.connect(comm, "cuda", timeout_sec=20, **more)

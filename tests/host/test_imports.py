@@ -23,6 +23,7 @@ LAYERS = (
     {"kernels", "trace", "heap", "buffers", "residuals", "plan_ahead", "legality"},
     {"arguments", "executor", "call_scope", "router"},
     {"host", "cuda"},
+    {"nodes"},
     {"memory", "tuner"},
     {"agreement", "layer_life"},
     {"layer"},
@@ -37,7 +38,8 @@ ALLOWED = {
     ("specs", "plan"): "the type of an argument of MoESpec.memory",
 }
 # Within world/ helpers name the type of the World that calls them.
-TYPES_ONLY = {("world.collectives", "world.base"), ("world.device", "world.base"),
+TYPES_ONLY = {("world.nccl", "world.nodes"),
+              ("world.collectives", "world.base"), ("world.device", "world.base"),
               ("world.regions", "world.base"), ("world.reset", "world.base"),
               ("world.peer_status", "world.base"), ("world.wait", "world.base")}  # fmt: skip
 

@@ -20,6 +20,7 @@ FOLDERS: dict[str, set[str]] = {
     "plan": {"hopper", "common", "scheduler", "protocol"},
     "sequential": {"hopper", "common", "scheduler", "protocol", "plan"},
     "fused": {"hopper", "common", "scheduler", "gemm", "protocol", "plan"},
+    "nodes": {"common", "protocol"},
     "router": {"hopper"},
 }
 MAX_LINES = 350

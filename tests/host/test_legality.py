@@ -97,7 +97,12 @@ def test_the_best_mode_can_run(device, size, config, best):
 def test_the_layer_uses_the_same_rules():
     """Its construction on "cuda", as far as it goes without a GPU."""
     world = types.SimpleNamespace(
-        device="cuda", rank=0, size=1, num_layers=0, allgather=lambda value, purpose: [value]
+        nodes=1,
+        device="cuda",
+        rank=0,
+        size=1,
+        num_layers=0,
+        allgather=lambda value, purpose: [value],
     )
     config = TileConfig(gemm="cublas")
     assert agree(world, SPEC, None, config) == (0, "sequential", config)

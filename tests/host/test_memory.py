@@ -162,11 +162,8 @@ def test_bytes_of_a_token_in_the_guide(model, expected):
         ({"mode": "fast"}, "mode must be one of fused, sequential, chunked (got 'fast')"),
         ({"config": 3}, "config must be a TileConfig (got <class 'int'>)"),
         ({"training": None}, "training must be True or False (got None)"),
-        (
-            {"ranks_per_node": 2},
-            "ranks_per_node must be None or all ranks, 4: they are on one host",
-        ),
-        ({"ranks_per_node": 0}, "ranks_per_node must be an integer >= 1 (got 0)"),
+        ({"ranks_per_node": 3}, "ranks_per_node must divide all ranks, 4 (got 3)"),
+        ({"ranks_per_node": 0}, "ranks_per_node must be an integer in [1, 64] (got 0)"),
     ],
 )
 def test_wrong_arguments(arguments, message):
@@ -193,8 +190,15 @@ def test_errors_name_the_field(change, field):
         spec.memory(4)
 
 
-def test_all_ranks_are_on_one_host():
+def test_a_home_holds_the_tokens_of_its_rail():
     assert SPEC.memory(4, ranks_per_node=4) == SPEC.memory(4)
+    two, one = (SPEC.memory(4, ranks_per_node=n) for n in (2, 1))
+    assert SPEC.memory(4).weights == two.weights == one.weights
+    assert two.heap > SPEC.memory(4).heap
+    rail = SPEC.max_tokens * SPEC.hidden * 2  # bytes of the tokens of one rank
+    assert one.heap - two.heap > 2 * rail  # x and dy of two more ranks, less what stays inside
+    wide = dataclasses.replace(SPEC, num_experts=128)
+    assert wide.memory(128, ranks_per_node=8).total > 0
 
 
 # ---- what there is ------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from cometrt.interop.jax.bootstrap import DistributedStore, LocalStore, Store, S
 from cometrt.specs import check_timeout
 from cometrt.world import World
 from cometrt.world import connect as connect_by_mpi
-from cometrt.world.mpi import MPIWorld, use_gpu
+from cometrt.world.connection import use_gpu
+from cometrt.world.mpi import MPIWorld
 from cometrt.world.threads import check_device
 
 Key = TypeVar("Key")

@@ -1,0 +1,124 @@
+"""`NodesExecutor`: what the executors over several nodes have in common on both devices."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from cometrt.errors import CallNotBegun, CometError
+from cometrt.executor import Executor
+from cometrt.plan import PlanShape
+from cometrt.specs import MoESpec
+from cometrt.stats import LayerStats
+from cometrt.trace import Recording
+from cometrt.world.nodes import NodesWorld
+
+
+class NodesExecutor:
+    """A layer on one rank of several nodes.
+
+    Attributes:
+        inner: the executor of the layer within the node.
+        captured: memory of calls in CUDA graphs.
+    """
+
+    inner: Executor
+    # What a call raises on all ranks, or after the world has stopped.
+    known: tuple[type[BaseException], ...] = (CometError, CallNotBegun)
+
+    def __init__(
+        self,
+        world: NodesWorld,
+        spec: MoESpec,
+        shape: PlanShape,
+        layer: int,
+        make: Callable[[], Executor],
+    ) -> None:
+        """Collective.
+
+        Args:
+            spec: of the layer.
+            shape: of the layer within the node.
+            make: makes the executor of that layer.
+        """
+        self._world, self._spec, self._shape, self._layer = world, spec, shape, layer
+        own = world.node_index * spec.max_tokens
+        self._own = slice(own, own + spec.max_tokens)  # of this rank's tokens among its rail's
+        with self._following():
+            self.inner = make()
+        self.captured = self.inner.captured
+        world.barrier()
+
+    @contextlib.contextmanager
+    def _following(self) -> Iterator[None]:
+        """A failure of the node stops the world."""
+        try:
+            yield
+        except BaseException:
+            self._world.follow()
+            raise
+
+    @contextlib.contextmanager
+    def _guard(self, operation: str) -> Iterator[None]:
+        """Around a call: what this rank raises stops the world, unless all ranks raise it."""
+        try:
+            with self._following():
+                yield
+        except self.known:
+            raise
+        except BaseException as error:
+            self.stop_world(error, operation)
+            raise
+
+    @property
+    def generation(self) -> int:
+        return self.inner.generation
+
+    def buffer(self) -> Any:
+        """This rank's tokens among those of its rail."""
+        return self.inner.buffer()[self._own]
+
+    def buffer_range(self) -> tuple[int, int]:
+        """Addresses from the begin of `buffer` to the end of its region."""
+        begin, end = self.inner.buffer_range()
+        row_bytes = self._spec.hidden * self._spec.numpy_dtype.itemsize
+        return begin + self._own.start * row_bytes, end
+
+    def keep_until_done(self, arrays: list[Any]) -> None:
+        self.inner.keep_until_done(arrays)
+
+    def keep_for(self, layer: Any) -> Any:
+        return self.inner.keep_for(layer)
+
+    def recorded_by(self, recording: Recording) -> contextlib.AbstractContextManager[None]:
+        return self.inner.recorded_by(recording)
+
+    def stats(self) -> LayerStats | None:
+        return self.inner.stats()
+
+    def synchronize(self) -> None:
+        with self._following():
+            self.inner.synchronize()
+
+    def raise_pending(self) -> None:
+        with self._following():
+            self.inner.raise_pending()
+
+    def check_running(self, prefix: str = "") -> None:
+        self._world.check_running(prefix)
+        with self._following():
+            self.inner.check_running(prefix)
+
+    def stop_world(self, error: BaseException, operation: str) -> None:
+        if not self._world.is_stopped:
+            self._world.stop_for(error, f" in a {operation} of layer {self._layer}")
+
+    def close(self) -> None:
+        try:
+            self.synchronize()
+        finally:
+            self.give_up()
+
+    def give_up(self) -> None:
+        self.inner.give_up()

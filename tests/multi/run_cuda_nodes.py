@@ -1,0 +1,313 @@
+"""The rank side of tests/device/test_nodes.py: layers over several nodes on GPUs, under mpirun.
+
+COMETRT_RANKS_PER_NODE=2 mpirun -n 4 python -m tests.multi.run_cuda_nodes [parts] [--soak 2000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+import time
+import traceback
+
+import cupy
+import numpy as np
+from mpi4py import MPI
+
+import cometrt
+from tests.cases import Case, Output, make_inputs, on_device, on_host, run_case
+from tests.device.test_failures import Rank
+from tests.device.test_orders import Rank as OrdersRank
+from tests.host.test_failures import caught
+from tests.host.test_orders import batches_of
+from tests.multi.run_cases import checked
+from tests.multi.run_nodes import cases, together
+
+MODES = (("fused", "engine"), ("sequential", "engine"), ("fused", "engine"), ("chunked", "engine"))
+
+
+def rank_of(world, case, inputs):
+    return Rank(world, inputs, case.spec, case.config, case.mode)
+
+
+def case_of(world, **more) -> Case:
+    return Case((world.size, 1), **({"mode": "fused", "gemm": "engine"} | more))
+
+
+def recovers(world, rank, case, inputs):
+    world.reset()
+    checked(world, case, inputs, rank.step())
+
+
+def every_case(world):
+    """Every routing with every `save`; bits repeat."""
+    for case, (mode, gemm) in zip(cases(world.size), itertools.cycle(MODES), strict=False):
+        case = dataclasses.replace(case, dtype="bfloat16", mode=mode, gemm=gemm)
+        inputs = make_inputs(case)
+        checked(world, case, inputs, run_case(world, case, inputs))
+    case = case_of(world, mode="sequential", gemm="cublas")
+    inputs = make_inputs(case)
+    checked(world, case, inputs, run_case(world, case, inputs))
+
+
+def orders(world):
+    """Calls in a row, with different numbers of tokens, that a rank comes to late."""
+    for save in ("rows", "nothing"):
+        case = case_of(world, save=save)
+        batches = batches_of(case, 4, ("uniform", "at_home", "one_token", "empty_rank"))
+        rank = OrdersRank(world, case, batches, 0.02 if world.rank == 1 else 0.0)
+        for batch in range(4):
+            rank.forward(batch)
+        for batch in (1, 0, 2, 3):
+            grads = rank.backward(batch)
+            rank.layer.synchronize()
+            arrays = map(on_host, (rank.y[batch], *grads))
+            output = Output(next(arrays), cometrt.Gradients(*arrays))
+            checked(world, case, batches[batch], output)
+        rank.layer.close()
+
+
+def planned(world):
+    """A plan made ahead, the buffer as x, the result over x, gradients that are accumulated."""
+    case = case_of(world, save="z")
+    inputs = make_inputs(case)
+    rank = rank_of(world, case, inputs)
+    expected = rank.step()
+    plan = rank.layer.plan(rank.ids, rank.topk_weights)
+    x = rank.layer.buffer()[: len(rank.x)]
+    x[...] = rank.x
+    w_up, w_down = rank.weights
+    y, saved = rank.layer.forward(x, plan=plan, w_up=w_up, w_down=w_down, out=x)
+    ones = [cupy.full(w.shape, 1, np.float32) for w in rank.weights]
+    out = cometrt.Gradients(None, None, *ones)
+    grads = rank.layer.backward(rank.dy, saved, out=out, accumulate=True)
+    rank.layer.synchronize()
+    assert on_host(y).tobytes() == expected.y.tobytes()
+    assert on_host(grads.x).tobytes() == expected.grads.x.tobytes()
+    for found, alone in zip(ones, (expected.grads.w_up, expected.grads.w_down), strict=True):
+        assert np.abs(on_host(found) - 1 - alone.astype(np.float32)).max() < 0.05
+    few = len(rank.x) - 1
+    x = rank.layer.buffer()[1 : 1 + few]  # another place of the buffer
+    x[...] = rank.x[:few]
+    tables = rank.ids[:few], rank.topk_weights[:few]
+    y, _ = rank.layer.forward(x, *tables, w_up, w_down)
+    rank.layer.synchronize()
+    assert on_host(y).tobytes() == expected.y[:few].tobytes()
+    rank.layer.close()
+
+
+def captured(world):
+    """A step in a CUDA graph of the caller's, replayed with other tokens."""
+    case = case_of(world)
+    batches = batches_of(case, 2)
+    rank = rank_of(world, case, batches[0])
+    count = min(len(of[world.rank]) for of in (batches[0].x, batches[1].x))
+    first = rank.step(count)
+    move, r = on_device(world), world.rank
+    other = move(batches[1].x[r][:count])
+    stream = cupy.cuda.Stream(non_blocking=True)
+    world.barrier()
+    with stream:
+        stream.begin_capture()
+        y, saved = rank.forward(count)
+        grads = rank.layer.backward(rank.dy[:count], saved)
+        graph = stream.end_capture()
+    for _ in range(3):
+        world.barrier()
+        graph.launch(stream)
+        stream.synchronize()
+        assert on_host(y).tobytes() == first.y.tobytes()
+        assert on_host(grads.x).tobytes() == first.grads.x.tobytes()
+    rank.x[:count] = other
+    cupy.cuda.get_current_stream().synchronize()
+    world.barrier()
+    graph.launch(stream)
+    stream.synchronize()
+    again, _ = rank.forward(count)
+    rank.layer.synchronize()
+    assert on_host(y).tobytes() == on_host(again).tobytes() != first.y.tobytes()
+    rank.layer.close()
+
+
+def wrong_tables(world):
+    """All ranks raise, and the layer goes on."""
+    case = case_of(world)
+    inputs = make_inputs(case)
+    rank = rank_of(world, case, inputs)
+    expected = rank.step()
+    good, last = rank.ids.copy(), world.size - 1
+    for value in (case.spec.num_experts, -7):
+        if world.rank == last:
+            rank.ids[2, 1] = value
+        y, _ = rank.forward()
+        error = caught(rank.layer.synchronize)
+        assert isinstance(error, cometrt.RoutingError), error
+        assert f"of rank {last}, token 2, k 1 break a rule" in str(error), error
+        assert np.isnan(on_host(y).astype(np.float32)).all()
+        rank.ids[...] = good
+        together(world)
+        assert rank.step().digest() == expected.digest()
+    rank.layer.close()
+
+
+def too_many_rows(world):
+    """One node has too few rows; the ranks of all nodes raise, and say which rank."""
+    case = case_of(world)
+    spec = dataclasses.replace(case.spec, capacity_factor=0.25)
+    inputs, r = make_inputs(case), world.rank
+    tokens, topk = spec.max_tokens, spec.topk
+    ids = np.tile(np.arange(topk, dtype=np.int32), (tokens, 1))  # all on rank 0
+    spread = (ids + 4 * np.arange(tokens)[:, None]) % spec.num_experts
+    move = on_device(world)
+    x, gates = move(np.ones((tokens, spec.hidden), spec.numpy_dtype)), move(np.ones(ids.shape, "f"))
+    shards = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, world.size, spec)
+    weights = [move(w) for w in shards]
+    with cometrt.MoELayer(world, spec, config=case.config) as layer:
+        for call in ("forward", "plan"):
+            if call == "forward":
+                y, _ = layer.forward(x, move(ids), gates, *weights)
+            else:
+                layer.plan(move(ids), gates)
+            error = caught(layer.synchronize)
+            assert isinstance(error, cometrt.CapacityError), error
+            assert error.rank == 0, error
+            assert len(set(world.allgather(str(error)))) == 1, error
+        assert np.isnan(on_host(y).astype(np.float32)).all()
+        together(world)
+        y, _ = layer.forward(x, move(spread.astype(np.int32)), gates, *weights)
+        error = caught(layer.synchronize)
+        assert error is None or isinstance(error, cometrt.CapacityError)
+
+
+def mismatched(world):
+    case = case_of(world)
+    inputs = make_inputs(case)
+    rank = rank_of(world, case, inputs)
+    _, saved = rank.forward()
+    rank.layer.synchronize()
+    together(world)
+    last = world.ranks_per_node * (world.nodes - 1)
+    if world.rank >= last:  # all of the last node
+        rank.layer.backward(rank.dy, saved)
+    else:
+        rank.forward()
+    error = caught(rank.layer.synchronize)
+    assert isinstance(error, cometrt.MismatchError), error
+    assert "ranks made different calls in epoch" in str(error), error
+    recovers(world, rank, case, inputs)
+
+
+def stalled(world):
+    """All ranks of a node sleep through the deadline: before a call, and in the middle of one."""
+    case = case_of(world)
+    inputs = make_inputs(case)
+    rank = rank_of(world, case, inputs)
+    rank.step()
+    for node, in_call in ((world.nodes - 1, False), (0, False), (world.nodes - 1, True)):
+        world.timeout_sec = 1.0
+        sleeps = world.node_index == node
+        together(world)
+        begin = time.monotonic()
+        if sleeps and not in_call:
+            time.sleep(3.0)
+        if sleeps and in_call:
+            inner = rank.layer.executor.inner
+            launch = inner.kernels["finish"]
+
+            def late(*arguments, launch=launch):
+                time.sleep(3.0)
+                launch(*arguments)
+
+            inner.kernels["finish"], inner.graphs.enabled = late, False
+        error = caught(lambda: rank.forward()) or caught(rank.layer.synchronize)
+        assert isinstance(error, cometrt.PeerTimeout), error
+        if not sleeps:
+            assert 0.5 < time.monotonic() - begin < 2.5 + 1.0, time.monotonic() - begin
+            assert error.peer // world.ranks_per_node == node, error
+        if sleeps and in_call:
+            inner.kernels["finish"], inner.graphs.enabled = launch, True
+        world.timeout_sec = 30.0
+        recovers(world, rank, case, inputs)
+    rank.layer.close()
+
+
+def hidden_by_the_caller(world):
+    """A caller that waits for its stream alone, and not by `synchronize`, waits no longer either;
+    what it finds is NaN."""
+    case = case_of(world)
+    inputs = make_inputs(case)
+    rank = rank_of(world, case, inputs)
+    rank.step()
+    world.timeout_sec = 1.0
+    together(world)
+    if world.node_index == 0:
+        time.sleep(3.0)
+    else:
+        y, _ = rank.forward()
+        begin = time.monotonic()
+        cupy.cuda.get_current_stream().synchronize()
+        assert time.monotonic() - begin < 3.0
+        assert np.isnan(on_host(y).astype(np.float32)).all()
+    world.timeout_sec = 30.0
+    recovers(world, rank, case, inputs)
+
+
+def soak(world, calls: int):
+    """Steps of layers of every `save` by turns; bits must repeat."""
+    ranks, expected = [], []
+    for save, tp in (("rows", 1), ("z", 2), ("nothing", 1)):
+        case = Case((world.size, tp), save=save, mode="fused", gemm="engine")
+        inputs = make_inputs(case)
+        rank = rank_of(world, case, inputs)
+        ranks.append(rank)
+        expected.append(rank.step().digest())
+    begin = time.monotonic()
+    for call in range(calls):
+        which = call % len(ranks)
+        if call % 97 == 13 * world.rank % 97:
+            time.sleep(0.01)
+        if call % 10 == 9:
+            assert ranks[which].step().digest() == expected[which], call
+        else:
+            _, saved = ranks[which].forward()
+            ranks[which].layer.backward(ranks[which].dy, saved)
+        if world.rank == 0 and call % 500 == 499:
+            print(f"{call + 1} steps, {time.monotonic() - begin:.0f} s", flush=True)
+    for rank in ranks:
+        rank.layer.close()
+
+
+PARTS = (
+    every_case, orders, planned, captured, wrong_tables, too_many_rows, mismatched, stalled,
+    hidden_by_the_caller,
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("parts", nargs="*", choices=[[], *(part.__name__ for part in PARTS)])
+    parser.add_argument("--soak", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        with cometrt.connect(MPI.COMM_WORLD, device="cuda", timeout_sec=30) as world:
+            assert world.nodes > 1, "needs COMETRT_RANKS_PER_NODE"
+            for part in PARTS:
+                if args.soak and not args.parts:
+                    continue
+                if not args.parts or part.__name__ in args.parts:
+                    if world.rank == 0:
+                        print(f"{part.__name__} ...", flush=True)
+                    part(world)
+            if args.soak:
+                soak(world, args.soak)
+        print("all parts passed", flush=True)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,516 @@
+"""The rank side of test_nodes.py: the host's part of calls over several nodes on CUDA, on the CPU.
+
+Arrays are in the host's memory, MPI stands for NCCL, and the kernels of nodes/rail.cu are written
+out in NumPy, over the addresses that they are launched with. A node's layer is that of the host.
+Everything else is what runs on GPUs: addresses and sizes of transfers, their order, reports, the
+thread that watches them, `reset`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import sys
+import time
+import traceback
+import types
+
+import numpy as np
+from mpi4py import MPI
+
+import cometrt
+from cometrt.errors import CapacityError, RoutingError
+from cometrt.host import HostExecutor
+from cometrt.kernels.params import exchange_state_dtype, plan_progress_dtype
+from cometrt.kernels.rail_params import header_dtype, outcome_dtype, report_dtype
+from cometrt.world.failure import Failure
+from cometrt.world.layout import world_dtype
+from tests.cases import Case, Output, make_inputs
+from tests.host.test_failures import caught
+from tests.multi.run_cases import checked
+from tests.multi.run_nodes import cases, together
+
+# ---- a stand-in for CuPy and NCCL ---------------------------------------------------------------
+
+
+class ndarray(np.ndarray):
+    @property
+    def data(self):
+        return types.SimpleNamespace(device_id=0, ptr=self.ctypes.data if self.size else 0)
+
+    def get(self):
+        return np.array(self.view(np.ndarray))
+
+
+class Stream:
+    ptr = 5
+
+    def __init__(self, non_blocking=False):
+        pass
+
+    def is_capturing(self):
+        return False
+
+    def wait_event(self, event):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+class NcclCommunicator:
+    """MPI among the ranks of a rail. A transfer blocks until it is complete or aborted."""
+
+    made = 0
+
+    def __init__(self, size, unique_id, rank):
+        NcclCommunicator.made += 1
+        self.aborted, self.failed = False, False
+        self.tag = 40_000 + NcclCommunicator.made
+        self.peers = {node: world_rank(node) for node in range(size)}
+        self.requests = []
+        COMMS.append(self)
+
+    def send(self, address, nbytes, datatype, node, stream):
+        self.queue(MPI.COMM_WORLD.Isend, address, nbytes, node)
+
+    def recv(self, address, nbytes, datatype, node, stream):
+        self.queue(MPI.COMM_WORLD.Irecv, address, nbytes, node)
+
+    def queue(self, call, address, nbytes, node):
+        if self.aborted:
+            raise RuntimeError("of NCCL: the communicator was aborted")
+        memory = at(address, nbytes, np.uint8)
+        self.requests.append(call([memory, MPI.BYTE], self.peers[node], self.tag))
+        grouped.add(self)
+
+    def complete(self):
+        while self.requests and not self.aborted:
+            self.requests = [request for request in self.requests if not request.Test()]
+            time.sleep(1e-4)
+        for request in self.requests:
+            request.Cancel()
+
+    def check_async_error(self):
+        if self.failed:
+            raise RuntimeError("of NCCL")
+
+    def abort(self):
+        self.aborted = True
+
+
+COMMS: list[NcclCommunicator] = []
+grouped: set[NcclCommunicator] = set()
+
+
+def group_end():
+    for comm in list(grouped):
+        grouped.discard(comm)
+        comm.complete()
+
+
+def world_rank(node):
+    """The rank of this rank's rail on that node, with two ranks a node."""
+    return 2 * node + MPI.COMM_WORLD.rank % 2
+
+
+def at(address, count, dtype):
+    """An array over an address."""
+    nbytes = count * np.dtype(dtype).itemsize
+    if not nbytes:
+        return np.empty(0, dtype)
+    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(int(address)), dtype)
+
+
+def stand_in() -> types.ModuleType:
+    cupy, cuda = types.ModuleType("cupy"), types.ModuleType("cupy.cuda")
+    nccl = types.ModuleType("cupy.cuda.nccl")
+    nccl.available, nccl.NCCL_INT8, nccl.NcclCommunicator = True, 0, NcclCommunicator
+    nccl.get_unique_id = lambda: (MPI.COMM_WORLD.rank,) * 128
+    nccl.groupStart, nccl.groupEnd = lambda: None, group_end
+    cuda.nccl, cuda.Stream = nccl, Stream
+    cuda.Device = lambda *_: types.SimpleNamespace(id=0, use=lambda: None)
+    cuda.get_current_stream = Stream
+    cuda.alloc_pinned_memory = lambda nbytes: bytearray(nbytes)
+    kept = []
+
+    def alloc(nbytes):
+        kept.append(np.zeros(nbytes, np.uint8))
+        return types.SimpleNamespace(ptr=kept[-1].ctypes.data)
+
+    cuda.alloc = alloc
+    cupy.cuda, cupy.ndarray = cuda, lambda shape, dtype: np.full(shape, 77, dtype).view(ndarray)
+    cupy.zeros = lambda shape, dtype: np.zeros(shape, dtype).view(ndarray)
+    cupy.uint8, cupy.int32, cupy.float32 = np.uint8, np.int32, np.float32
+    sys.modules |= {"cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.nccl": nccl}
+    return cupy
+
+
+# ---- the kernels of nodes/rail.cu ---------------------------------------------------------------
+
+
+class Kernels:
+    """Of one rank. `inner` is the executor whose state they read."""
+
+    def __init__(self, world):
+        self.world, self.inner = world, None
+
+    def load(self, source, *names):
+        assert source == "nodes/rail.cu"
+        return [
+            lambda stream, ctas, params, name=name: getattr(self, name)(params.fields[0].copy())
+            for name in names
+        ]
+
+    def message(self, p, node):
+        pairs = int(p["max_tokens"] * p["topk"])
+        begin = int(p["messages"]) + node * int(p["message_bytes"])
+        ids = begin + header_dtype.itemsize
+        shape = int(p["max_tokens"]), int(p["topk"])
+        return (
+            at(begin, 1, header_dtype)[0],
+            at(ids, pairs, np.int32).reshape(shape),
+            at(ids + 4 * pairs, pairs, np.float32).reshape(shape),
+        )
+
+    def rail_pack(self, p):
+        count, topk, hidden = int(p["num_tokens"]), int(p["topk"]), int(p["hidden"])
+        first = int(p["node"]) * int(p["max_tokens"]) * hidden * 2
+        if p["rows"]:
+            source = at(p["rows"], count * hidden, np.uint16)
+            at(p["all_rows"] + np.uint64(first), count * hidden, np.uint16)[:] = source
+        header, ids, weights = self.message(p, int(p["node"]))
+        if p["id_bytes"]:
+            dtype = {4: np.int32, 8: np.int64}[int(p["id_bytes"])]
+            limits = np.iinfo(np.int32)
+            given = at(p["ids"], count * topk, dtype).reshape(count, topk)
+            ids[:], weights[:] = -1, 0
+            ids[:count] = np.clip(given, limits.min, limits.max)
+            weights[:count] = at(p["weights"], count * topk, np.float32).reshape(count, topk)
+        for name in ("operation", "layer", "spec_hash"):
+            header[name] = p[name]
+        header["forward_epoch"] = 0
+        if p["forward_epoch"]:
+            header["forward_epoch"] = at(p["forward_epoch"], 1, np.int64)[0]
+        at(p["steps"], 2, np.uint64)[0] += 1
+
+    def rail_localize(self, p):
+        nodes, tokens = int(p["nodes"]), int(p["max_tokens"])
+        shape = nodes * tokens, int(p["topk"])
+        pairs, all_experts = shape[0] * shape[1], int(p["num_experts"])
+        experts = all_experts // nodes
+        first = int(p["node"]) * experts
+        messages = [self.message(p, node) for node in range(nodes)]
+        if p["id_bytes"]:
+            ids = np.concatenate([ids for _, ids, _ in messages])
+            here = (ids >= first) & (ids < first + experts)
+            local = np.where(here, ids - first, -1)
+            wrong = (ids < -1) | (ids >= all_experts)
+            for k in range(1, shape[1]):
+                same = (ids[:, :k] == ids[:, k : k + 1]) & (ids[:, k : k + 1] >= 0)
+                wrong[:, k] |= same.any(axis=1)
+            local[wrong] = experts
+            at(p["all_ids"], pairs, np.int32)[:] = local.ravel()
+            weights = np.concatenate([weights for *_, weights in messages])
+            at(p["all_weights"], pairs, np.float32)[:] = weights.ravel()
+        calls = [
+            tuple(int(header[name]) for name in ("operation", "layer", "spec_hash"))
+            for header, *_ in messages
+        ]
+        self.inner.different = len(set(calls)) > 1
+        at(p["steps"], 2, np.uint64)[1] += 1
+
+    def rail_outcome(self, p):
+        nodes = int(p["nodes"])
+        outcomes = at(p["outcomes"], nodes, outcome_dtype)
+        own = outcomes[int(p["node"])]
+        own["kind"], own["largest_need"], own["wrong_pair"] = self.inner.outcome
+        assert p["progress"] or not own["largest_need"]
+        at(p["steps"], 2, np.uint64)[0] += 1
+
+    def rail_add(self, p):
+        nodes, node, count = int(p["nodes"]), int(p["node"]), int(p["num_tokens"])
+        outcomes, tokens = at(p["outcomes"], nodes, outcome_dtype), int(p["max_tokens"])
+        failed = self.world.is_stopped or (outcomes["kind"] != 0).any()
+        bf16 = np.dtype("bfloat16")
+        for out, own, other, columns, dtype in (
+            ("out", "partials", "returned", "hidden", bf16),
+            ("out_dweight", "dweight_partials", "returned_dweight", "topk", np.float32),
+        ):
+            width = int(p[columns])
+            if not p[out]:
+                continue
+            sums = np.zeros((count, width), np.float32)
+            for of in range(nodes):
+                rows = at(p[own if of == node else other], nodes * tokens * width, dtype)
+                sums += rows.reshape(nodes, tokens, width)[of, :count].astype(np.float32)
+            sums[:] = np.nan if failed else sums
+            at(p[out], count * width, dtype)[:] = sums.astype(dtype).ravel()
+        report = at(p["report"], 1, report_dtype)[0]
+        wrong = [n for n in range(nodes) if outcomes["kind"][n] > 1]
+        if wrong and outcomes["kind"][node] == 0 and report["kind"] == 0:
+            report["node"] = wrong[0]
+            for name in ("largest_need", "wrong_pair", "kind"):
+                report[name] = outcomes[wrong[0]][name]
+        at(p["steps"], 2, np.uint64)[1] += 1
+
+
+# ---- a rank -------------------------------------------------------------------------------------
+
+
+class Inner:
+    """The host's executor as that of a device: errors come later, results are NaN meanwhile."""
+
+    def __init__(self, world, shape, layer, mode):
+        self.host = HostExecutor(world, shape, layer, mode)
+        self.captured, self.generation, self.found, self.outcome = [], 0, None, (0, 0, 0)
+        self.different, self.ended = False, types.SimpleNamespace(record=lambda stream: None)
+        state = np.zeros(exchange_state_dtype.itemsize, np.uint8).view(ndarray)
+        progress = np.zeros(plan_progress_dtype.itemsize, np.uint8).view(ndarray)
+        self.queue = types.SimpleNamespace(
+            state=state, planner=types.SimpleNamespace(progress=progress)
+        )
+        self._world, self._of = world, world.generation
+
+    def buffer(self):
+        return self.host.buffer().view(ndarray)
+
+    def check_capture(self, operation):
+        pass
+
+    def _call(self, name, results, *arguments, **more):
+        try:
+            if self.different:
+                text = "ranks made different calls in epoch"
+                self._world.stop(Failure("mismatch", self._world.first_rank, text))
+                raise cometrt.MismatchError(text)
+            self.outcome = (0, 0, 0)
+            kept = getattr(self.host, name)(*arguments, **more)
+            if kept:
+                kept["epoch"] = kept["epoch"].view(ndarray)
+            return kept
+        except (RoutingError, CapacityError, cometrt.PeerTimeout, cometrt.MismatchError) as error:
+            self.found = self.found or error
+            for result in results:
+                result.fill(np.nan)
+            need = (error.need << 16 | 0xFFFF - error.rank) if hasattr(error, "need") else 2**64 - 1
+            kind = 2 if isinstance(error, (RoutingError, CapacityError)) else 3
+            self.outcome = (kind, need if kind == 2 else 0, 0)
+            epoch = np.zeros(1, np.int64).view(ndarray)
+            kept = {"epoch": epoch, "tables": ()}
+            return kept if name == "plan" else kept | {"x": None, "z": None}
+
+    def forward(self, *arguments, out, **more):
+        return self._call("forward", [out], *arguments, out=out, **more)
+
+    def plan(self, *arguments, **more):
+        return self._call("plan", [], *arguments, **more)
+
+    def backward(self, *arguments, out, **more):
+        return self._call("backward", out[:2], *arguments, out=out, **more)
+
+    def raise_pending(self):
+        if self._of != self._world.generation:  # what was found before a reset
+            self._of, self.found = self._world.generation, None
+        error, self.found = self.found, None
+        if error is not None:
+            raise error
+
+    def synchronize(self):
+        self.raise_pending()
+
+    def __getattr__(self, name):
+        return getattr(self.host, name)
+
+
+class Gpu:
+    """Stands for the memory of the node's world on the device."""
+
+    last_call, captured = None, False
+
+    def abort(self, generation):
+        pass
+
+    def complete_abort(self):
+        pass
+
+
+class Tight(Case):
+    """A case with little room."""
+
+    @property
+    def spec(self):
+        return dataclasses.replace(super().spec, capacity_factor=0.7)
+
+
+class Rank:
+    """A layer whose executor is that of CUDA."""
+
+    def __init__(self, world, kernels, case):
+        from cometrt.nodes import cuda, cuda_rail
+
+        cuda_rail.load_kernels, cuda_rail.num_sms = kernels.load, lambda: 1
+        cuda_rail.world_params = lambda node: np.zeros(1, world_dtype)
+        cuda_rail.pinned = lambda dtype, count=1: np.zeros(count, dtype)
+        cuda.CudaExecutor = Inner
+        self.world, self.case, self.inputs, self.kernels = world, case, make_inputs(case), kernels
+        self.layer = cometrt.MoELayer(world, case.spec, config=case.config)
+        shape = self.layer.shape
+        self.executor = cuda.CudaNodesExecutor(world, case.spec, shape, 0, self.layer.mode)
+        self.layer.executor = self.executor
+        kernels.inner = self.executor.inner
+        r, inputs = world.rank, self.inputs
+        self.weights = [
+            w.view(ndarray)
+            for w in cometrt.shard_weights(inputs.w_up, inputs.w_down, r, world.size, case.spec)
+        ]
+        self.x, self.dy, self.ids, self.gates = (
+            part[r].view(ndarray) for part in (inputs.x, inputs.dy, inputs.ids, inputs.weights)
+        )
+
+    @contextlib.contextmanager
+    def device(self):
+        """The node has a GPU while a call is queued, but not while the world meets."""
+        self.kernels.inner = self.executor.inner
+        self.world.node.gpu = Gpu()
+        try:
+            yield
+        finally:
+            self.world.node.gpu = None
+
+    def forward(self, plan=None):
+        with self.device():
+            y = np.full(self.x.shape, np.nan, self.x.dtype).view(ndarray)
+            tables = (None, None) if plan else (self.ids, self.gates)
+            w_up, w_down = self.weights
+            given = {"plan": plan, "w_up": w_up, "w_down": w_down, "out": y}
+            return self.layer.forward(self.x, *tables, **given)
+
+    def plan(self):
+        with self.device():
+            return self.layer.plan(self.ids, self.gates)
+
+    def backward(self, saved):
+        out = [np.full_like(w, 0, np.float32).view(ndarray) for w in self.weights]
+        x = np.full(self.x.shape, np.nan, self.x.dtype).view(ndarray)
+        gates = np.full(self.gates.shape, np.nan, np.float32).view(ndarray)
+        with self.device():
+            return self.layer.backward(self.dy, saved, out=cometrt.Gradients(x, gates, *out))
+
+    def check(self, y, grads):
+        self.layer.synchronize()
+        arrays = [array.get() for array in (y, *grads)]
+        output = Output(arrays[0], cometrt.Gradients(*arrays[1:]))
+        checked(self.world, self.case, self.inputs, output)
+
+    def step(self):
+        y, saved = self.forward()
+        self.check(y, self.backward(saved))
+
+
+def steps(world, kernels):
+    for case in cases(world.size):
+        if case.dtype == "bfloat16":
+            rank = Rank(world, kernels, case)
+            rank.step()
+            y, saved = rank.forward(rank.plan())
+            rank.check(y, rank.backward(saved))
+
+
+def failures(world, kernels):
+    """Wrong tables on one rank, too many rows on one node: all ranks raise when they ask."""
+    rank, last = Rank(world, kernels, Case((world.size, 1))), world.size - 1
+    good = rank.ids.copy()
+    if world.rank == last:
+        rank.ids[2, 1] = rank.case.spec.num_experts
+    y, _ = rank.forward()
+    error = caught(rank.layer.synchronize)
+    assert isinstance(error, cometrt.RoutingError), error
+    assert f"of rank {last}, token 2, k 1 break a rule" in str(error), error
+    assert np.isnan(y.astype(np.float32)).all()
+    rank.ids[...] = good
+    rank.step()
+
+    tight = Rank(world, kernels, Tight((world.size, 1)))
+    tight.ids[...] = [0, 1, 2]
+    for call in (tight.forward, tight.plan):
+        call()
+        error = caught(tight.layer.synchronize)
+        assert isinstance(error, cometrt.CapacityError), error
+        assert error.rank == 0, error
+        assert len(set(world.allgather(str(error)))) == 1, error
+
+
+def mismatched(world, kernels):
+    rank = Rank(world, kernels, Case((world.size, 1)))
+    _, saved = rank.forward()
+    rank.layer.synchronize()
+    together(world)
+    error = caught(rank.backward, saved) if world.node_index else caught(rank.forward)
+    error = error or caught(rank.layer.synchronize)
+    assert isinstance(error, cometrt.MismatchError), error
+    world.reset()
+    rank.step()
+
+
+def stalled(world, kernels):
+    """A node comes too late; all ranks raise in time, and a reset makes new communicators."""
+    rank = Rank(world, kernels, Case((world.size, 1)))
+    rank.step()
+    for node in range(world.nodes):
+        made = NcclCommunicator.made
+        world.timeout_sec = 0.5
+        together(world)
+        begin = time.monotonic()
+        if world.node_index == node:
+            time.sleep(1.5)
+        error = caught(rank.forward) or caught(rank.layer.synchronize)
+        assert isinstance(error, cometrt.PeerTimeout), error
+        if world.node_index != node:
+            assert time.monotonic() - begin < 1.4
+            assert world.nodes > 2 or error.peer // 2 == node, error
+            assert "for rail_tokens from rank" in str(error), error
+        world.timeout_sec = 30.0
+        world.reset()
+        assert NcclCommunicator.made == made + 1
+        rank.step()
+
+
+def failing(world, kernels):
+    """NCCL reports an error on one rank, between calls: all ranks are told."""
+    rank = Rank(world, kernels, Case((world.size, 1)))
+    rank.step()
+    together(world)
+    if world.rank == 1:
+        COMMS[-1].failed = True
+    begin = time.monotonic()
+    while not world.is_stopped:
+        assert time.monotonic() - begin < 5
+        time.sleep(1e-3)
+    error = caught(rank.forward)
+    assert "rank 1 cannot wait for" in str(error), error
+    assert "NCCL failed: RuntimeError('of NCCL')" in str(error), error
+    world.reset()
+    rank.step()
+
+
+def main() -> None:
+    try:
+        with cometrt.connect(MPI.COMM_WORLD, device="host", timeout_sec=30) as world:
+            stand_in()
+            from cometrt.world.nccl import NcclRail
+
+            world.nccl = NcclRail(world)
+            kernels = Kernels(world)
+            for part in (steps, failures, mismatched, stalled, failing):
+                part(world, kernels)
+        print("all parts passed", flush=True)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
+
+
+if __name__ == "__main__":
+    main()
