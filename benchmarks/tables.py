@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import stacks
-from cometrt.bench.records import best, figures, medians, read, step_gb, tflops
+from cometrt.bench.records import best, figures, read, step_gb, tflops
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,8 +28,8 @@ BESIDE = {  # columns of contenders
     "jax ragged": "JAX",
     "gemms": "GEMMs alone",
 }
+SHORT_FILE = "passes_4_h100.json"
 SHORT_MODELS, SHORT_TOKENS = ("qwen3-30b-a3b", "mixtral-8x7b"), 8192
-RIVALS = {"chunked": "chunked", "nccl": "NCCL", "torch": "PyTorch", "jax": "JAX"}  # by beginning
 _STEP_MEMORY = "peak memory of a step, GB: fused, sequential"
 PARTS = ("gemms", "planning")  # of a layer: not what it is compared with
 
@@ -151,20 +151,38 @@ def overlap_table() -> list[str]:
 
 
 def short_table() -> list[str]:
-    """For the README: two models' forwards on as many GPUs as were measured."""
-    entries = {name: entry for name, _, entry in peers("forward")}
-    most = max(entry["cell"]["ranks"] for entry in entries.values())
-    shown = [entries.get(f"{model} W={most} T={SHORT_TOKENS}") for model in SHORT_MODELS]
-    lines = heading(["layer", "sequential", "fused", "best rival"])
-    for entry in filter(None, shown):
-        ms = {name: t for name, t in medians(entry).items() if name.startswith(tuple(RIVALS))}
-        rival = min(ms, key=ms.__getitem__)
-        name = next(shown for start, shown in RIVALS.items() if rival.startswith(start))
-        rates = [f"{tflops(entry, one):.0f}" for one in ("sequential", "fused", rival)]
-        lines.append(row([entry["cell"]["model"], *rates[:2], f"{rates[2]} ({name})"]))
-    machine = next(filter(None, shown))["machine"]
-    text = f"{most} x {machine['gpu']}, {machine['date']}, at {machine['commit']}; {SHORT_TOKENS}"
-    return [*lines, "", f"{text} tokens a GPU, bfloat16, the slowest GPU counts."]
+    """For the README: both passes of two models on four GPUs, and a step of Transformer layers
+    beside JAX's own MoE layer."""
+    passes = read(RESULTS / SHORT_FILE)["cells"]
+    stacks_by_model = {
+        entry["stack"]["model"]: entry
+        for entry in read(RESULTS / "end_to_end.json").get("cells", {}).values()
+    }
+    pair = "sequential, fused"
+    lines = heading(
+        ["layer", f"forward: {pair}", f"backward: {pair}", "Transformer step, ms: JAX, fused"]
+    )
+    machines = []
+    for model in SHORT_MODELS:
+        of_model = passes[f"{model} W=4 T={SHORT_TOKENS}"]
+        cells = [
+            ", ".join(f"{tflops(of_model[which], one):.0f}" for one in ("sequential", "fused"))
+            for which in ("forward", "backward")
+        ]
+        stack = stacks_by_model.get(model)
+        found = (
+            {name: stacks.figures(stack, name) for name in (*stacks.RIVALS, "fused")}
+            if stack
+            else {}
+        )
+        ms = {name: one["ms"] for name, one in found.items() if one}
+        jax = min((ms[name] for name in stacks.RIVALS if name in ms), default=None)
+        cells.append(f"{jax:.1f}, {ms['fused']:.1f}" if jax and "fused" in ms else "-")
+        lines.append(row([model, *cells]))
+        machines += [of_model[which]["machine"] for which in ("forward", "backward")]
+    commits = ", ".join(dict.fromkeys(machine["commit"] for machine in machines))
+    text = f"4 x {machines[0]['gpu']}, {machines[0]['date']}, at {commits}; {SHORT_TOKENS}"
+    return [*lines, "", f"{text} tokens a GPU, bfloat16, TFLOP/s per GPU; the slowest GPU counts."]
 
 
 def passes_table() -> list[str]:

@@ -1,6 +1,7 @@
 """Benchmarks: their command lines, cells, figures, result files and tables. CuPy is a stand-in."""
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 import benchmarks
 import cometrt
-from benchmarks import all_gpus, rivals, tables
+from benchmarks import all_gpus, rivals, stacks, tables
 from cometrt import bench
 from cometrt.bench import records, timing, workloads
 from cometrt.bench.timing import WARM_UP, Call, Method, measure, slowest
@@ -723,15 +724,29 @@ def test_the_table_of_passes(results):
 
 
 def test_the_short_table(results):
-    cell = Cell("qwen3-30b-a3b", ranks=4)
-    found = entry(cell, MS | {"nccl": 20.0, "torch dedup": 11.0})
-    results("peers_4.json", {"cells": {str(cell): {"forward": found}}})
+    cells = {
+        f"{model} W=4 T=8192": {
+            which: entry(Cell(model, ranks=4), MS) for which in ("forward", "backward")
+        }
+        for model in tables.SHORT_MODELS
+    }
+    results(tables.SHORT_FILE, {"cells": cells})
+    shape = stacks.Stack("qwen3-30b-a3b", 4, 2, 4096, 2)
+    times = {
+        name: {"ms": {"median": ms}, "without_ms": 1.0, "losses": [1.0]}
+        for name, ms in (("fused", 10.0), ("jax batched", 12.5))
+    }
+    stack = {"stack": dataclasses.asdict(shape), "times": times, "machine": MACHINE}
+    results("end_to_end.json", {"cells": {"a": stack}})
     assert tables.short_table() == [
-        "| layer | sequential | fused | best rival |",
+        "| layer | forward: sequential, fused | backward: sequential, fused "
+        "| Transformer step, ms: JAX, fused |",
         "|---|---|---|---|",
-        "| qwen3-30b-a3b | 333 | 500 | 455 (PyTorch) |",
+        "| qwen3-30b-a3b | 333, 500 | 333, 500 | 12.5, 10.0 |",
+        "| mixtral-8x7b | 333, 500 | 333, 500 | - |",
         "",
-        "4 x A GPU, 2026-01-01, at abc; 8192 tokens a GPU, bfloat16, the slowest GPU counts.",
+        "4 x A GPU, 2026-01-01, at abc; 8192 tokens a GPU, bfloat16, TFLOP/s per GPU; the slowest "
+        "GPU counts.",
     ]
 
 
