@@ -846,7 +846,7 @@ def test_the_table_of_the_engines_backward(tmp_path, monkeypatch):
 
 
 def test_every_result_file_is_in_a_table():
-    known = ("engine.json", "layer.json", "link.json")
+    known = ("engine.json", "layer.json", "link.json", "end_to_end.json")
     known += ("peers_", "passes_", "link_emulation_", "latency_")
     for path in tables.RESULTS.iterdir():
         assert path.name.startswith(known), path

@@ -22,6 +22,7 @@ NEEDS = ("mpi4py", "jax", "safetensors", "matplotlib")
 OTHERS = (
     "cd . export echo nvidia-cuda-mps-control git twine pre-commit pytest ruff mypy clang-format"
 ).split()
+STARTED = ("python", "python3", "cometrt")  # on ranks
 QUICK = ("memory", "bench", "trace")  # commands of cometrt that run here, where a page has them
 
 
@@ -73,9 +74,8 @@ def commands_of(block):
             command, words = words[:end], words[end + 1 :]
             while command and re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", command[0]):
                 del command[0]
-            if command[:2] == ["mpirun", "-n"]:
-                assert int(command[2]) > 0
-                del command[:3]
+            if command[:1] in (["mpirun"], ["srun"]):
+                del command[: next(i for i, word in enumerate(command) if word in STARTED)]
             if command[:1] in (["python"], ["python3"]) and command[1:3] == ["-m", "mpi4py"]:
                 del command[1:3]
             if command:
