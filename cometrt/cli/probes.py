@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cometrt.cli.ranks import RANKS
+
 DEADLINE_SEC = 120.0
 _MPI_VARIABLES = ("OMPI_", "PMI", "PMIX_", "MPI_LOCAL", "HYDRA_", "MPIR_")
 
@@ -53,7 +55,7 @@ def run(command: list[str], timeout_sec: float) -> str:
     Raises:
         ProbeFailed: if it cannot be started, fails, or does not end in time.
     """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_MPI_VARIABLES)}
+    environment = _without_launcher()
     package = str(Path(__file__).resolve().parent.parent.parent)
     paths = [package, *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
@@ -81,6 +83,16 @@ def run(command: list[str], timeout_sec: float) -> str:
     if code:
         raise ProbeFailed(f"exit status {code}: {_problem(problem or said)}")
     return said
+
+
+def _without_launcher() -> dict[str, str]:
+    """The environment, without what a launcher of MPI tells its processes. What the user tells
+    MPI, such as OMPI_MCA_plm_rsh_agent, has the same prefixes: it stays where nothing was launched.
+    """
+    environment = dict(os.environ)
+    if any(name in environment for name in RANKS):
+        environment = {k: v for k, v in environment.items() if not k.startswith(_MPI_VARIABLES)}
+    return environment
 
 
 def _end(process: subprocess.Popen[str]) -> None:

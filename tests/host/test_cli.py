@@ -196,6 +196,18 @@ def test_trace_without_matplotlib_still_writes_the_file(cli, tmp_path, monkeypat
 # ---- doctor --------------------------------------------------------------------------------------
 
 
+def test_a_probe_keeps_what_the_user_tells_mpi_but_not_what_a_launcher_does(monkeypatch):
+    for name in ranks.RANKS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMPI_MCA_plm_rsh_agent", "sh")
+    code = "import os; print(sorted(n for n in os.environ if n.startswith('OMPI_')))"
+    allowed = ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"]
+    kept = probes.run([sys.executable, "-c", code], 60)
+    assert kept.strip() == str([*allowed, "OMPI_MCA_plm_rsh_agent"])
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    assert probes.run([sys.executable, "-c", code], 60).strip() == str(allowed)
+
+
 def test_doctor_of_this_machine(cli):
     status, printed, said = cli("doctor --json")
     found = json.loads(printed)
