@@ -3,7 +3,7 @@
 #   make demo      real text through a MoE layer on four ranks, checked, with its timeline
 #   make test      the tests that CI runs (no GPU needed)
 #   make test-all  also the full product of parameters (minutes more)
-#   make gpu-test  the tests that need an NVIDIA GPU
+#   make gpu-test  the tests that need an NVIDIA GPU, on all GPUs of this host at once
 #   make docs      the site of docs/, in out/site
 #   make dist-test the wheel and the sdist, each in a clean environment
 #   make lint      formatter, linter, types
@@ -57,7 +57,7 @@ dist-test: venv
 
 # Where CuPy is installed already, it is used as it is: make gpu-test RUN=python3
 gpu-test: $(if $(filter $(VENV)/%,$(RUN)),venv)
-	$(RUN) -m pytest -q tests/device --gpu
+	$(RUN) -m tests.gpu
 
 # Pure refactoring: every kernel has the machine code that it has in that commit.
 machine-code: venv

@@ -16,8 +16,9 @@ if "--gpus" in sys.argv:  # how many this host has; before JAX starts
     # This rank's GPU comes first: JAX compiles for a GPU of another number only where
     # jax.distributed runs ("Device id 1 is out of range").
     num_gpus = int(sys.argv[sys.argv.index("--gpus") + 1])
-    order = [(COMM.Get_rank() + i) % num_gpus for i in range(num_gpus)]
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, order))
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_gpus)))
+    seen, own = seen.split(","), COMM.Get_rank() % num_gpus
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seen[own:] + seen[:own])
     jax.config.update("jax_cuda_visible_devices", "0")
 
 import cometrt  # noqa: E402
