@@ -247,13 +247,15 @@ def check_case(case: Case, inputs: Inputs, outputs: list[Output]) -> None:
         assert error < few * tolerance(case.dtype), f"{name}: relative error {error:.2e} in {case}"
 
 
-def spawn_case(case: Case, repeats: int = 2, device: str = "host") -> list[Output]:
+def spawn_case(
+    case: Case, repeats: int = 2, device: str = "host", timeout_sec: float | None = None
+) -> list[Output]:
     inputs = make_inputs(case)
     outputs = cometrt.spawn(
         lambda world: run_case(world, case, inputs, repeats),
         case.size,
         device,
-        timeout_sec=60 if device == "host" else 10,
+        timeout_sec=timeout_sec or (60 if device == "host" else 10),
     )
     check_case(case, inputs, outputs)
     return outputs
