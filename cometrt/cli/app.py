@@ -15,6 +15,7 @@ from cometrt.cli.inputs import pick_device
 from cometrt.cli.output import Output, Say, Show
 from cometrt.cli.ranks import Processes, Threads, all_ranks, is_first, is_under_mpi
 from cometrt.models import MODELS
+from cometrt.world.threads import check_device
 
 app = typer.Typer(
     help="Mixture-of-Experts layers whose token exchange hides under the expert GEMMs.",
@@ -34,7 +35,15 @@ Ranks = Annotated[
     int | None,
     typer.Option(min=1, help="Threads that are ranks; default: one for each GPU, or four."),
 ]
-Model = Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")]
+
+
+def _known_model(name: str) -> str:
+    if name not in MODELS:
+        raise typer.BadParameter(f"must be one of {', '.join(MODELS)} (got {name!r})")
+    return name
+
+
+Model = Annotated[str, typer.Option(callback=_known_model, help=f"One of {', '.join(MODELS)}.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of each rank.")]
 Tp = Annotated[int, typer.Option(min=1, help="Shards of each expert.")]
 Scale = Annotated[
@@ -104,6 +113,7 @@ def on_ranks(
 
     def together(output: Output) -> None:
         here = pick_device(device)
+        check_device(here)
         found = all_ranks(ranks, here)
         if needs_gpu and here == "host":
             if device == "host":
