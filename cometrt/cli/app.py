@@ -19,8 +19,9 @@ from cometrt.world.threads import check_device
 
 app = typer.Typer(
     help="Mixture-of-Experts layers whose token exchange hides under the expert GEMMs.",
-    epilog="Without mpirun, ranks are threads: one for each GPU. Under mpirun -n N cometrt ..., "
-    "ranks are its processes. Exit status: 0 done, 1 something failed, 2 wrong arguments.",
+    epilog="Without mpirun, ranks are threads: one for each GPU, or four. Under mpirun -n N "
+    "cometrt ..., ranks are its processes. Exit status: 0 done, 1 something failed, "
+    "2 wrong arguments.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
