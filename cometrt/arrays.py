@@ -84,6 +84,8 @@ def check_form(
     found = array.shape
     if found != shape and (shape[0] is not None or not found or found[1:] != shape[1:]):
         rule = ", ".join("T" if length is None else str(length) for length in shape)
-        raise ValueError(f"{name} must have shape ({rule}) (got {array.shape})")
+        hint = ": the experts of this rank, as shard_weights returns them"
+        hint = hint if name in ("w_up", "w_down") else ""
+        raise ValueError(f"{name} must have shape ({rule}) (got {array.shape}){hint}")
     if not array.flags.c_contiguous:
         raise ValueError(f"{name} must be C-contiguous (got strides {array.strides})")

@@ -154,8 +154,8 @@ class Geometry:
             raise ValueError(f"tp must divide the number of ranks {self.size} (got tp={spec.tp})")
         if spec.num_experts % self.ep:
             raise ValueError(
-                f"num_experts must be divisible by the number of expert groups "
-                f"{self.size} / {spec.tp} = {self.ep} (got {spec.num_experts})"
+                f"num_experts must be divisible by the number of expert groups, "
+                f"ranks / tp = {self.size} / {spec.tp} = {self.ep} (got {spec.num_experts})"
             )
 
     @property
@@ -275,7 +275,10 @@ def check_unmasked(name: str, array: object) -> None:
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     """`value` as a str. Raise a ValueError if it is none of the choices."""
-    if not isinstance(value, str) or value not in choices:
+    if not isinstance(value, str):
+        quoted = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of the strings {quoted} (got {value!r})")
+    if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)} (got {value!r})")
     return value
 

@@ -1,7 +1,7 @@
 """Train a JAX model with a Mixture-of-Experts layer: router, layer, loss and update in one jit.
 
     python examples/jax_moe.py                        # four ranks on one CPU, or one GPU
-    mpirun -n 4 python -m mpi4py examples/jax_moe.py  # a process for each rank, with a GPU each
+    mpirun -n 4 python -m mpi4py examples/jax_moe.py  # a process for each rank
 
 Ranks are the devices of a mesh. Tokens and experts are sharded over its axis "expert".
 """

@@ -1,7 +1,7 @@
 """Train a Transformer language model with Mixture-of-Experts layers in JAX, on several ranks.
 
     python examples/train_lm.py --tiny                        # four ranks on one CPU, or one GPU
-    mpirun -n 4 python -m mpi4py examples/train_lm.py --tiny  # a process for each rank, a GPU each
+    mpirun -n 4 python -m mpi4py examples/train_lm.py --tiny  # a process for each rank
     python examples/train_lm.py --tiny --processes 2 --process 0 --port 4000
     python examples/train_lm.py --tiny --data 2               # two groups of ranks with all experts
 

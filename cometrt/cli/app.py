@@ -15,11 +15,13 @@ from cometrt.cli.inputs import pick_device
 from cometrt.cli.output import Output, Say, Show
 from cometrt.cli.ranks import Processes, Threads, all_ranks, is_first, is_under_mpi
 from cometrt.models import MODELS
+from cometrt.world.threads import check_device
 
 app = typer.Typer(
     help="Mixture-of-Experts layers whose token exchange hides under the expert GEMMs.",
-    epilog="Without mpirun, ranks are threads: one for each GPU. Under mpirun -n N cometrt ..., "
-    "ranks are its processes. Exit status: 0 done, 1 something failed, 2 wrong arguments.",
+    epilog="Without mpirun, ranks are threads: one for each GPU, or four. Under mpirun -n N "
+    "cometrt ..., ranks are its processes. Exit status: 0 done, 1 something failed, "
+    "2 wrong arguments.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,7 +36,15 @@ Ranks = Annotated[
     int | None,
     typer.Option(min=1, help="Threads that are ranks; default: one for each GPU, or four."),
 ]
-Model = Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")]
+
+
+def _known_model(name: str) -> str:
+    if name not in MODELS:
+        raise typer.BadParameter(f"must be one of {', '.join(MODELS)} (got {name!r})")
+    return name
+
+
+Model = Annotated[str, typer.Option(callback=_known_model, help=f"One of {', '.join(MODELS)}.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of each rank.")]
 Tp = Annotated[int, typer.Option(min=1, help="Shards of each expert.")]
 Scale = Annotated[
@@ -104,6 +114,7 @@ def on_ranks(
 
     def together(output: Output) -> None:
         here = pick_device(device)
+        check_device(here)
         found = all_ranks(ranks, here)
         if needs_gpu and here == "host":
             if device == "host":

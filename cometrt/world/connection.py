@@ -100,18 +100,28 @@ _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_S
 _OTHER_SIZES = ("SLURM_STEP_NUM_TASKS", "WORLD_SIZE")
 
 
-def _check_launched_alone(library: str) -> None:
-    """Raise a ValueError if the launcher started several processes and MPI sees only this one."""
+def launched() -> tuple[str, int] | None:
+    """The environment variable by which a launcher says that it started several processes, and
+    their number. None: no launcher says so."""
     sizes = {name: os.environ.get(name, "") for name in (*_MPI_SIZES, *_OTHER_SIZES)}
     if "1" in [sizes[name] for name in _MPI_SIZES]:
-        return  # an inner launcher started one process; other variables are of an outer launcher
+        return None  # an inner launcher started one process; other variables are of an outer one
     for name, size in sizes.items():
         if size.isdigit() and int(size) > 1:
-            raise ValueError(
-                f"comm must hold the ranks of the launcher: it started {size}, MPI.COMM_WORLD has "
-                f"1; the launcher ({name}) and mpi4py use different MPI libraries. Use the mpirun "
-                f"of mpi4py's library ({library}), or the srun --mpi=... that it supports"
-            )
+            return name, int(size)
+    return None
+
+
+def _check_launched_alone(library: str) -> None:
+    """Raise a ValueError if the launcher started several processes and MPI sees only this one."""
+    found = launched()
+    if found is not None:
+        name, size = found
+        raise ValueError(
+            f"comm must hold the ranks of the launcher: it started {size}, MPI.COMM_WORLD has "
+            f"1; the launcher ({name}) and mpi4py use different MPI libraries. Use the mpirun "
+            f"of mpi4py's library ({library}), or the srun --mpi=... that it supports"
+        )
 
 
 def use_gpu(device: str, gpu: Any, comm_world: Any) -> str:

@@ -32,6 +32,7 @@ SPEC = {"hidden": 64, "intermediate": 96, "num_experts": 8, "topk": 2, "max_toke
         ({"activation": "tanh"}, "activation must be one of swiglu, geglu, silu, gelu, relu"),
         ({"activation": None}, "activation must be one of"),
         ({"dtype": "float16"}, "dtype must be one of bfloat16, float32 (got 'float16')"),
+        ({"dtype": np.float32}, "dtype must be one of the strings 'bfloat16', 'float32' (got <cl"),
         ({"save": "all"}, "save must be one of rows, z, nothing (got 'all')"),
         ({"capacity_factor": 0}, "capacity_factor must be a finite number > 0 (got 0)"),
         ({"capacity_factor": float("nan")}, "capacity_factor must be a finite number > 0"),
@@ -147,7 +148,10 @@ def test_connect_notices_a_launcher_of_another_mpi(monkeypatch):
     [
         ({"rank": 4}, "rank must be an integer in [0, 3] (got 4)"),
         ({"rank": -1}, "rank must be an integer in [0, 3] (got -1)"),
-        ({"size": 3}, "num_experts must be divisible by the number of expert groups 3 / 1 = 3"),
+        (
+            {"size": 3},
+            "num_experts must be divisible by the number of expert groups, ranks / tp = 3 / 1 = 3",
+        ),
         ({"size": 0}, "size must be an integer >= 1 (got 0)"),
         ({"spec": "spec"}, "spec must be a cometrt.MoESpec"),
         ({"w_up_all": np.zeros((8, 96, 64))}, "w_up_all must have shape (8, 192, 64)"),
@@ -216,7 +220,11 @@ def test_construction_raises_on_all_ranks(arguments_of_rank_1, message):
     ("change", "ranks", "message"),
     [
         ({"tp": 2}, 3, "tp must divide the number of ranks 3 (got tp=2)"),
-        ({}, 3, "num_experts must be divisible by the number of expert groups 3 / 1 = 3 (got 8)"),
+        (
+            {},
+            3,
+            "divisible by the number of expert groups, ranks / tp = 3 / 1 = 3 (got 8)",
+        ),
     ],
 )
 def test_specs_that_do_not_fit_the_world(change, ranks, message):

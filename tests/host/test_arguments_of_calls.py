@@ -41,7 +41,11 @@ def bad_forward(name, change):
         ("topk_ids", lambda a: a[:, :2], "topk_ids must have shape ("),
         ("topk_weights", lambda a: a.astype(float), "topk_weights must have dtype float32"),
         ("topk_weights", lambda a: a[:, ::-1], "topk_weights must be C-contiguous"),
-        ("w_up", lambda a: a[:1], "w_up must have shape (4, 96, 48) (got (1, 96, 48))"),
+        (
+            "w_up",
+            lambda a: a[:1],
+            "w_up must have shape (4, 96, 48) (got (1, 96, 48)): the experts of this rank",
+        ),
         ("w_up", lambda a: a.astype(np.float32), "w_up must have dtype bfloat16"),
         ("w_down", lambda a: a[:, :32], "w_down must have shape (4, 48, 48)"),
         ("training", lambda a: 1, "training must be True or False (got 1)"),

@@ -72,6 +72,19 @@ def test_wrong_arguments_have_status_2(cli, line, no_gpu):
     assert "rror" in problem
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("bench --model mixtral", ("--model", "mixtral-8x7b", "(got 'mixtral')")),
+        ("bench --device cuda", ("needs an NVIDIA GPU", "cuda13")),
+    ],
+)
+def test_errors_say_what_to_write_instead(cli, line, words, no_gpu):
+    status, _, problem = cli(line)
+    assert status == 2
+    assert all(word in problem for word in words), problem
+
+
 # ---- memory ------------------------------------------------------------------------------------
 
 

@@ -341,6 +341,13 @@ def test_several_gpus_of_one_process_are_refused(monkeypatch):
         cometrt_jax.connect()
 
 
+def test_a_process_that_is_alone_under_a_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("PMI_SIZE", "4")
+    for mesh in (mesh_of(), None):
+        with pytest.raises(ValueError, match=r"it started 4 \(PMI_SIZE\).*jax.distributed"):
+            cometrt_jax.connect(mesh)
+
+
 def test_a_rank_that_does_not_come_ends_the_wait():
     from cometrt.interop.jax.bootstrap import LocalStore, StoreComm
 
@@ -357,6 +364,24 @@ def test_jit_in_each_process_under_mpirun(monkeypatch):
     result = mpirun(2, "-m", "mpi4py", "-m", "tests.multi.run_jax", timeout_sec=150)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("all is well") == 2, result.stdout + result.stderr
+
+
+SEVERAL_NODES = """
+from mpi4py import MPI
+from cometrt.interop import jax
+try:
+    jax.connect(comm=MPI.COMM_WORLD)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_several_nodes_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("COMETRT_RANKS_PER_NODE", "1")
+    (tmp_path / "nodes.py").write_text(SEVERAL_NODES)
+    result = mpirun(2, str(tmp_path / "nodes.py"), timeout_sec=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("needs all ranks on one host (got 2 nodes)") == 2
 
 
 def run_processes(count: int, *arguments: str) -> list[str]:

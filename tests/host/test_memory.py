@@ -157,7 +157,10 @@ def test_bytes_of_a_token_in_the_guide(model, expected):
     [
         ({"size": 0}, "size must be an integer in [1, 64] (got 0)"),
         ({"size": 65}, "size must be an integer in [1, 64] (got 65)"),
-        ({"size": 3}, "num_experts must be divisible by the number of expert groups 3 / 1 = 3"),
+        (
+            {"size": 3},
+            "num_experts must be divisible by the number of expert groups, ranks / tp = 3 / 1 = 3",
+        ),
         ({"device": "gpu"}, "device must be one of host, cuda (got 'gpu')"),
         ({"mode": "fast"}, "mode must be one of fused, sequential, chunked (got 'fast')"),
         ({"config": 3}, "config must be a TileConfig (got <class 'int'>)"),

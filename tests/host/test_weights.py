@@ -124,7 +124,10 @@ def replace(rank, index, change):
         (lambda s: tuple(s[0]), "shards[0] must be a pair (w_up, w_down) (got <class 'numpy.ndar"),
         (lambda s: s[:3], "tp must divide the number of ranks 3 (got tp=2)"),
         (lambda s: s[:2], "w_up of rank 0 must have shape (8, 96, 48) (got (4, 96, 48))"),
-        (lambda s: s + s[:2], "num_experts must be divisible by the number of expert groups 6 / 2"),
+        (
+            lambda s: s + s[:2],
+            "num_experts must be divisible by the number of expert groups, ranks / tp = 6 / 2",
+        ),
         (lambda s: [], "shards must be a list of one pair (w_up, w_down) per rank (got [])"),
         (lambda s: None, "shards must be a list of one pair (w_up, w_down) per rank (got None)"),
         (lambda s: iter(s), "shards must be a list of one pair (w_up, w_down) per rank (got <"),

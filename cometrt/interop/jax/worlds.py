@@ -19,7 +19,7 @@ from cometrt.interop.jax.bootstrap import DistributedStore, LocalStore, Store, S
 from cometrt.specs import check_timeout
 from cometrt.world import World
 from cometrt.world import connect as connect_by_mpi
-from cometrt.world.connection import use_gpu
+from cometrt.world.connection import launched, use_gpu
 from cometrt.world.mpi import MPIWorld
 from cometrt.world.threads import check_device
 
@@ -129,7 +129,8 @@ def connect(
 
     Raises:
         ValueError: for a wrong argument; for several GPUs of one process; for ranks on several
-            hosts; and as `cometrt.connect`.
+            hosts; for a process that a launcher started beside others, but that neither
+            `jax.distributed` nor comm brings together with them; and as `cometrt.connect`.
         PeerTimeout: if a rank does not call it within timeout_sec.
     """
     timeout_sec = check_timeout(timeout_sec)
@@ -155,6 +156,9 @@ def connect(
         finally:
             if row is not comm:
                 row.Free()
+        if world.nodes > 1:
+            world.close()
+            raise ValueError(f"connect needs all ranks on one host (got {world.nodes} nodes)")
         worlds: dict[int, World] = {place.mesh_index: world}
     else:
         store, names = _store(), _new_names({place.group for place in places})
@@ -223,7 +227,17 @@ def _store() -> Store:
     from jax._src import distributed  # JAX has no public name for its key-value store
 
     client = distributed.global_state.client
-    return LocalStore() if client is None else DistributedStore(client)
+    if client is not None:
+        return DistributedStore(client)
+    found = launched()
+    if found is not None:
+        name, size = found
+        raise ValueError(
+            f"connect must find the ranks of the launcher: it started {size} ({name}), but without "
+            "jax.distributed this process is alone. Call jax.distributed.initialize("
+            "cluster_detection_method='mpi4py') before JAX is used, or pass comm=MPI.COMM_WORLD"
+        )
+    return LocalStore()
 
 
 def _new_names(groups: set[str]) -> dict[str, str]:
