@@ -23,7 +23,9 @@ struct Memory {
 };
 static_assert(sizeof(Memory) <= kMaxSharedBytes, "shared memory of a CTA");
 
-// Padding rows have to be finite where a backward multiplies them by zeros.
+// Padding rows have to be finite where a backward multiplies them by zeros. Zeroed rows end at a
+// multiple of BLOCK_K, and a warpgroup whose rows are all padding stores zeros.
+static_assert(kHalfM == BLOCK_K, "a warpgroup reads rows that nobody has zeroed");
 using Math = Forward<ACTIVATION, WRITE_Z, WRITE_Z>;
 
 struct Roles {

@@ -1,8 +1,8 @@
-// Zeroes padding rows. `prepare`, `prepare_planned` and `prepare_backward` do it for the fused
-// kernels, and `dispatch` for the other modes.
+// Zeroes padding rows. `prepare`, `prepare_planned`, `pad` and `prepare_backward` do it for the
+// fused kernels, and `dispatch` for the other modes, in inference too.
 // Weight gradients multiply an expert's rows up to a multiple of BLOCK_K; cuBLAS's, up to a
 // multiple of block_m. Padding must be zero there in every pass, since 0 * NaN would be NaN.
-// Nothing else reads it, so inference leaves it as it is.
+// Nothing else reads it, so fused inference leaves it as it is.
 #pragma once
 
 #include "protocol/exchange_params.cuh"
