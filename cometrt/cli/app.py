@@ -56,6 +56,22 @@ Out = Annotated[Path, typer.Option(help="Folder for the timeline.")]
 NO_GPU = {"skipped": "no GPU"}
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cometrt {cometrt.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    """Options that need no command."""
+
+
 def run(arguments: Sequence[str] | None) -> None:
     """Run a command, and exit."""
     if not is_under_mpi():

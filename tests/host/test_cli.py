@@ -209,6 +209,10 @@ def test_trace_without_matplotlib_still_writes_the_file(cli, tmp_path, monkeypat
 # ---- doctor --------------------------------------------------------------------------------------
 
 
+def test_the_version_is_printed(cli):
+    assert cli("--version")[:2] == (0, f"cometrt {cometrt.__version__}\n")
+
+
 def test_a_probe_keeps_what_the_user_tells_mpi_but_not_what_a_launcher_does(monkeypatch):
     for name in ranks.RANKS:
         monkeypatch.delenv(name, raising=False)
