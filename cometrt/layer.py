@@ -297,7 +297,8 @@ class MoELayer(LayerLife):
                 rows for every expert, which take as much memory as the layer's weights.
             training: True: tune both passes, with a random dy; gradients take as much memory as
                 the weights. False: tune forwards that keep nothing, and make no backward.
-            budget_sec: seconds after which no trial begins. What has been tried by then counts.
+            budget_sec: seconds after which nothing more is tried. The fastest configs found by
+                then take turns once more.
 
         Returns:
             the config, equal on all ranks. It may differ from the last one in what `saved` and

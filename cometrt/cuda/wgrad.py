@@ -217,24 +217,6 @@ class GroupedWgrad:
         self._kernel, order = load_kernels("gemm/grouped_wgrad.cu", "grouped_wgrad", "wgrad_order")
         self._order = order.with_shared(0)
 
-    def __call__(
-        self,
-        wgrads: Sequence[Wgrad],
-        tiles: ExpertRows,
-        order: WgradOrder | None = None,
-        *,
-        accumulate: bool = False,
-        raster_group: int | None = None,
-        sms: int | None = None,
-    ) -> None:
-        """Queue two launches on the current stream: the tile order, then the GEMMs.
-
-        Arguments as for `ordered`.
-        """
-        self.ordered(
-            wgrads, tiles, order, accumulate=accumulate, raster_group=raster_group, sms=sms
-        )()
-
     def ordered(
         self,
         wgrads: Sequence[Wgrad],

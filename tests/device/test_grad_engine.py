@@ -270,7 +270,7 @@ class WgradProblems:
             else:
                 out.fill(np.nan)
             wgrads.append(Wgrad(a, b, out[:-1]))
-        GroupedWgrad()(wgrads, on_gpu(self.tiles), accumulate=accumulate, **how)
+        GroupedWgrad().ordered(wgrads, on_gpu(self.tiles), accumulate=accumulate, **how)()
         return [out.get() for out in self.outs]
 
     def check(self, **how):
@@ -408,7 +408,7 @@ def test_the_order_of_wgrads(shapes, group):
     wgrads = [
         Wgrad(a, b, o[:-1]) for (a, b), o in zip(problems.operands, problems.outs, strict=True)
     ]
-    GroupedWgrad()(wgrads, on_gpu(problems.tiles), order, raster_group=group)
+    GroupedWgrad().ordered(wgrads, on_gpu(problems.tiles), order, raster_group=group)()
     assert cp.asnumpy(order.counts).tolist() == [len(expected), 0, 0]
     assert (order.tiles() == expected).all()
 
