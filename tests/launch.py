@@ -13,9 +13,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def python_path() -> str:
+    """This checkout, before the folders that PYTHONPATH names."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def environment() -> dict[str, str]:
     """Of a script that imports the package of this checkout, whatever its folder."""
-    return os.environ | {"PYTHONPATH": str(ROOT)}
+    return os.environ | {"PYTHONPATH": python_path()}
 
 
 def mpirun(ranks: int, *arguments: str, timeout_sec: float = 240, cwd: Path = ROOT):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import cometrt
-from tests.launch import ROOT, mpirun
+from tests.launch import ROOT, mpirun, python_path
 
 jax = pytest.importorskip("jax", reason="needs JAX")
 
@@ -384,7 +384,7 @@ def test_several_nodes_are_refused(monkeypatch, tmp_path):
     assert result.stdout.count("needs all ranks on one host (got 2 nodes)") == 2
 
 
-def run_processes(count: int, *arguments: str) -> list[str]:
+def run_processes(count: int, *arguments: str, timeout_sec: float = 150) -> list[str]:
     """Run ``python arguments... --process i --port p`` for each process; what they printed."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -396,11 +396,11 @@ def run_processes(count: int, *arguments: str) -> list[str]:
             stderr=subprocess.STDOUT,
             text=True,
             cwd=ROOT,
-            env=environment() | {"PYTHONPATH": str(ROOT)},
+            env=environment() | {"PYTHONPATH": python_path()},
         )
         for i in range(count)
     ]
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + timeout_sec
     try:
         outputs = [
             process.communicate(timeout=max(1, deadline - time.monotonic()))[0]
@@ -420,7 +420,7 @@ def test_processes_without_mpi():
 
 def test_example(monkeypatch):
     command = [sys.executable, str(ROOT / "examples/jax_moe.py")]
-    env = environment() | {"PYTHONPATH": str(ROOT)}
+    env = environment() | {"PYTHONPATH": python_path()}
     result = subprocess.run(command, capture_output=True, text=True, timeout=150, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
     first, *_, last = (
