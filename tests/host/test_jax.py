@@ -19,6 +19,7 @@ jax = pytest.importorskip("jax", reason="needs JAX")
 import jax.numpy as jnp  # noqa: E402
 
 from cometrt.interop import jax as cometrt_jax  # noqa: E402
+from cometrt.interop.jax import primitive  # noqa: E402
 from tests.jax_cases import (  # noqa: E402
     DEVICES,
     SHARDED,
@@ -339,6 +340,36 @@ def test_several_gpus_of_one_process_are_refused(monkeypatch):
         cometrt_jax.connect(mesh_of())
     with pytest.raises(ValueError, match=r"needs one process for each GPU.*visible_devices"):
         cometrt_jax.connect()
+
+
+def test_programs_on_a_gpu_wait_for_no_token_of_an_earlier_one(monkeypatch):
+    """Here on a CPU that is said to be a GPU: no token is kept, and the barrier waits all the
+    same."""
+    from jax._src import dispatch
+
+    ran = []
+
+    def run(context, results, x):
+        time.sleep(0.05)
+        ran.append(np.asarray(x)[0])
+
+    form = jax.ShapeDtypeStruct((2,), jnp.float32)
+    program = jax.jit(lambda x: primitive.buffer_call(run, [form], x)[0])
+
+    def kept():
+        tokens = dispatch.runtime_tokens.current_tokens
+        return [effect for effect in tokens if isinstance(effect, primitive.CallEffect)]
+
+    jax.effects_barrier()
+    program(jnp.ones(2))
+    assert kept()
+    jax.effects_barrier()
+    monkeypatch.setattr(primitive, "_is_on_gpu", lambda token: True)
+    for number in range(3):
+        program(jnp.full(2, float(number)))
+    assert not kept()
+    jax.effects_barrier()
+    assert ran == [1, 0, 1, 2]
 
 
 def test_a_process_that_is_alone_under_a_launcher_is_refused(monkeypatch):

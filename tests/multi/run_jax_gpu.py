@@ -68,6 +68,16 @@ def test_independent_calls_keep_their_order():
         assert log == [0, 1, 2, 3], (sizes, log)
 
 
+def test_a_program_does_not_wait_for_the_one_before(moe, arrays):
+    step, dy, square = step_of(moe), jnp.sin(arrays[0]), jnp.ones((8192, 8192), jnp.bfloat16)
+    busy = jax.jit(lambda a: jax.lax.fori_loop(0, 50, lambda _, b: (a @ b) * 1e-4, a))
+    jax.block_until_ready([busy(square), step(dy, *arrays)])
+    first = busy(square)  # tens of milliseconds
+    results = [step(dy, *arrays) for _ in range(3)]
+    assert not first.is_ready()
+    jax.block_until_ready(results)
+
+
 def test_no_memory_is_taken_in_a_loop(moe, arrays):
     import cupy
 
@@ -131,6 +141,7 @@ def main() -> None:
             test_independent_calls_keep_their_order()
             test_programs(moe, arrays)
             test_bits(moe, arrays, next(iter(world.ranks.values())))
+            test_a_program_does_not_wait_for_the_one_before(moe, arrays)
             test_no_memory_is_taken_in_a_loop(moe, arrays)
         print(f"on {world.device}: all is well", flush=True)
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import jax
 from jax import tree_util
-from jax._src import buffer_callback, core, effects
+from jax._src import buffer_callback, core, dispatch, effects
 from jax._src.interpreters import partial_eval
 from jax._src.lib.mlir.dialects import hlo
 from jax.extend.core import Primitive
@@ -39,6 +39,29 @@ for _allowing in (
     _allowing.add_type(CallEffect)
 
 _EFFECT = CallEffect()
+
+
+def _let_programs_run_ahead() -> None:
+    """JAX keeps the token that a program returns for an ordered effect, and the next program with
+    the effect does not start before it is ready. On a GPU that wait only costs time: programs
+    follow each other on XLA's stream. So tokens of this effect on GPUs are not kept."""
+    keep = dispatch.RuntimeTokenSet.set_token_result
+
+    def set_token_result(tokens: Any, effect: Any, token: Any) -> None:
+        if effect == _EFFECT and _is_on_gpu(token):
+            tokens.current_tokens.pop(effect, None)
+        else:
+            keep(tokens, effect, token)
+
+    dispatch.RuntimeTokenSet.set_token_result = set_token_result
+
+
+def _is_on_gpu(token: Any) -> bool:
+    return all(device.platform == "gpu" for device in token._buf.devices())
+
+
+_let_programs_run_ahead()
+
 _call = Primitive("cometrt_call")
 _call.multiple_results = True
 
