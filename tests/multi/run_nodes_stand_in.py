@@ -428,6 +428,7 @@ def failures(world, kernels):
     error = caught(rank.layer.synchronize)
     assert isinstance(error, cometrt.RoutingError), error
     assert f"of rank {last}, token 2, k 1 break a rule" in str(error), error
+    assert (error.rank, error.token, error.k) == (last, 2, 1), vars(error)
     assert np.isnan(y.astype(np.float32)).all()
     rank.ids[...] = good
     rank.step()
