@@ -263,6 +263,22 @@ def test_balanced_routing_fits_a_capacity_factor_of_one():
         assert make_plan(tables, shape).expert_rows.sum() == 64
 
 
+@pytest.mark.parametrize("max_tokens", [128, 256])
+def test_the_room_for_padding_takes_the_skew_of_small_layers(max_tokens):
+    """README and guide say so. All tokens of four ranks choose the experts of rank 0."""
+    spec = MoESpec(16, 16, num_experts=128, topk=8, max_tokens=max_tokens)
+    ids = np.tile(np.arange(8, dtype=np.int32), (4, max_tokens, 1))
+    num_tokens = np.full(4, max_tokens, np.int32)
+    tables = RoutingTables(ids, np.ones(ids.shape, np.float32), num_tokens)
+    shape = PlanShape(Geometry(spec, 0, 4), TileConfig())
+    assert 4 * max_tokens * 8 > spec.capacity_factor * shape.balanced_rows
+    if max_tokens == 128:
+        assert make_plan(tables, shape).expert_rows.sum() == 4 * max_tokens * 8
+    else:
+        with pytest.raises(cometrt.CapacityError):
+            make_plan(tables, shape)
+
+
 @pytest.mark.parametrize(("order", "chunks"), [("phases", 1), ("columns", 3)])
 def test_chunks_and_n_tiles_cover_all_columns_once(order, chunks):
     config = TileConfig(block_n=32, n_chunk=64, order=order)
