@@ -2,43 +2,68 @@
 happens where none does."""
 
 import collections
+import sys
+import types
 
+import numpy as np
 import pytest
 
-from cometrt.cuda import queue
+from cometrt.cuda import planner, queue
 from cometrt.cuda.exchange_params import Call
-from cometrt.cuda.planner import DevicePlanner
-from cometrt.kernels.params import planned_tiles_dtype
+from cometrt.kernels.params import ParamStruct, exchange_params_dtype, tile_order_params_dtype
+from cometrt.plan import PlanShape, TileConfig
+from cometrt.specs import Geometry, MoESpec
 
-ORDERS, STREAM, PARAMS, LINK = ("up", "down"), 7, "params", "link"
+STREAM, PARAMS, LINK = 7, ParamStruct(exchange_params_dtype), "link"
+SHAPE = PlanShape(
+    Geometry(MoESpec(64, 64, num_experts=4, topk=2, max_tokens=8), 0, 2), TileConfig()
+)
 
 
-class Launches(dict):
-    """Kernels by name, and what they have been launched with."""
+class DeviceArray(np.ndarray):
+    """Stands for cupy.ndarray."""
+
+    @property
+    def data(self):
+        return types.SimpleNamespace(ptr=64)
+
+
+def empty(shape, dtype):
+    return np.zeros(shape, dtype).view(DeviceArray)
+
+
+class Launches:
+    """Names of the kernels that have been launched, and their last arguments."""
 
     def __init__(self):
         self.made = []
 
-    def __missing__(self, name):
-        return lambda stream, grid, *arguments: self.made.append((name, arguments[-1]))
+    def load(self, source, *names, macros=()):
+        return [Kernel(name, self.made) for name in names]
+
+
+class Kernel:
+    def __init__(self, name, made):
+        self.name, self.made = name, made
+
+    def with_shared(self, shared_bytes):
+        return self
+
+    def __call__(self, stream, grid, *arguments):
+        self.made.append((self.name, arguments[-1]))
 
 
 @pytest.fixture
 def launches(monkeypatch):
     found = Launches()
-    monkeypatch.setattr(queue, "num_sms", lambda: 4)
-    monkeypatch.setattr(
-        queue, "load_kernels", lambda source, *names, macros=(): [found[name] for name in names]
-    )
+    cupy = types.ModuleType("cupy")
+    cupy.empty = cupy.zeros = empty
+    cupy.int32, cupy.uint8, cupy.float32 = np.int32, np.uint8, np.float32
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    for module in (planner, queue):
+        monkeypatch.setattr(module, "num_sms", lambda: 4)
+        monkeypatch.setattr(module, "load_kernels", found.load)
     return found
-
-
-def planner(launches, small):
-    made = object.__new__(DevicePlanner)
-    made._small, made._grid, made._kernels, made._params = small, 4, launches, "plan params"
-    made._point_to = lambda tables: None
-    made.table_offsets = dict.fromkeys(planned_tiles_dtype.names, 0)
-    return made
 
 
 def zeroing(launches):
@@ -62,9 +87,12 @@ def zeroing(launches):
     ],
 )
 def test_padding_rows_are_zeroed_where_a_backward_reads_them(launches, small, mode, save, padded):
+    counters = empty(planner.planner_counters(SHAPE), np.uint32)
+    made = planner.DevicePlanner(SHAPE, counters, small=small)
+    orders = (ParamStruct(tile_order_params_dtype),) * 2
     kernels, links = {}, collections.namedtuple("Links", "dispatch")(LINK)
     pads = queue.forwards_pad(mode, save == "nothing")
-    queue.ProtocolKernels(planner(launches, small), ORDERS, links, kernels, pads=pads)
+    queue.ProtocolKernels(made, orders, links, kernels, pads=pads)
     for training in (True, False):
         at = {"tables": 64} | ({"epoch": 128} if training else {})
         kernels["prepare"](STREAM, PARAMS, Call("forward", 3, at))
