@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 import time
-import traceback
 
 import numpy as np
 from mpi4py import MPI
@@ -16,6 +14,7 @@ from tests.cases import ROUTINGS, Case, make_inputs, run_case
 from tests.faults import at, jitter, slow
 from tests.host.test_failures import caught
 from tests.host.test_orders import Rank, batches_of
+from tests.multi.aborting import aborting
 from tests.multi.run_cases import checked
 
 ACTIVATIONS = itertools.cycle(["swiglu", "gelu", "geglu", "relu2", "silu"])
@@ -315,7 +314,7 @@ def connect(timeout_sec=60.0):
 
 
 def main() -> None:
-    try:
+    with aborting():
         with connect() as world:
             assert (world.size, world.ranks_per_node) == (MPI.COMM_WORLD.size, 2)
             assert world.nodes == world.size // 2
@@ -341,10 +340,6 @@ def main() -> None:
             inputs = make_inputs(case)
             checked(world, case, inputs, run_case(world, case, inputs))
         print("all parts passed", flush=True)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(1)
 
 
 if __name__ == "__main__":
