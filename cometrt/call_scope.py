@@ -48,19 +48,25 @@ class CallScope:
         self, name: str, arrays: Arrays, executor: Executor, stream: Any
     ) -> Iterator[None]:
         """Around a call that exchanges: on that stream, in a running world. The memory of arrays of
-        other libraries is kept until the device has used it."""
-        outer = self._world.one_call.begin(name)  # `call`, with less time on the host
+        other libraries is kept until the device has used it. A ValueError names this rank."""
         try:
-            self.check_open()
-            with arrays.stream(stream):
-                executor.raise_pending()
-                executor.check_running(STOPPED)
-                try:
-                    yield
-                finally:
-                    executor.keep_until_done(arrays.take_imported())
-        finally:
-            self._world.one_call.end(outer)
+            outer = self._world.one_call.begin(name)  # `call`, with less time on the host
+            try:
+                self.check_open()
+                with arrays.stream(stream):
+                    executor.raise_pending()
+                    executor.check_running(STOPPED)
+                    try:
+                        yield
+                    finally:
+                        executor.keep_until_done(arrays.take_imported())
+            finally:
+                self._world.one_call.end(outer)
+        except ValueError as error:
+            # Only a plain one: others, such as UnicodeError, make their text of several arguments.
+            if self._world.size > 1 and type(error) is ValueError:
+                error.args = (f"{error} [rank {self._world.rank}]",)
+            raise
 
 
 @contextlib.contextmanager

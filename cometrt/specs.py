@@ -38,7 +38,10 @@ class MoESpec:
         intermediate: I, the hidden columns of one expert; I / tp must be a multiple of 16.
         num_experts: E, the experts of all ranks together; divisible by EP.
         topk: K, the experts of one token; 1 <= K <= E.
-        max_tokens: the most tokens that a rank passes to one call.
+        max_tokens: the most tokens that a rank passes to one call. On "cuda" the planner, the use
+            of the L2 cache and the config follow it, not the tokens of a call: no host knows those
+            of other ranks. So make one layer for each bucket of batch sizes. They share the
+            world's heap, and may share weights.
         tp: shards per expert (tensor parallelism); divides W.
         activation: "swiglu" or "geglu" (gated), "silu", "gelu" (tanh form), "relu" or "relu2".
         dtype: of x, y and the weights: "bfloat16", or "float32" (device="host" only).
@@ -48,7 +51,8 @@ class MoESpec:
             the same bits.
         capacity_factor: limits the rows that a rank can hold, to min(capacity_factor * W *
             max_tokens * K / EP, W * max_tokens * min(K, E_l)), plus up to block_m - 1 padding
-            rows per local expert. A call that needs more raises CapacityError. EP suffices always.
+            rows per local expert. A call that needs more raises CapacityError: its padding rows
+            count, and rows may use the room that padding leaves. EP suffices always.
 
     Raises:
         ValueError: naming the argument, its value and the rule.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +22,6 @@ from cometrt.world.failure import Failure
 from cometrt.world.nodes import NodesWorld
 
 _NEWS_SEC = 1.0  # the time in which another node's failure becomes known here
-_PLACE = re.compile(r"of rank (\d+), token (\d+), k (\d+)")
 
 
 class CudaNodesExecutor(NodesExecutor):
@@ -176,15 +174,14 @@ class CudaNodesExecutor(NodesExecutor):
                 self._world.node.first_rank + error.rank, error.need
             ) from None
         except RoutingError as error:
-            place = _PLACE.search(str(error))
-            if place is None:
-                raise
-            rank, token, k = map(int, place.groups())
-            node, token = divmod(token, self._spec.max_tokens)
-            raise RoutingError(
-                f"topk_ids and topk_weights of rank {node * self._world.ranks_per_node + rank}, "
-                f"token {token}, k {k} break a rule: ids must be in [-1, {self._spec.num_experts}) "
-                f"and distinct within the token, weights finite"
+            node, token = divmod(error.token, self._spec.max_tokens)
+            raise RoutingError.build(
+                "topk_ids and topk_weights",
+                f"break a rule: ids must be in [-1, {self._spec.num_experts}) and distinct within "
+                f"the token, weights finite",
+                rank=node * self._world.ranks_per_node + error.rank,
+                token=token,
+                k=error.k,
             ) from None
 
     def _too_many_rows(self, rank: int, rows: int) -> CapacityError:

@@ -13,11 +13,11 @@ import os
 import secrets
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsInt, TypeVar
 
 import numpy as np
 
+from cometrt.closing import Closing
 from cometrt.specs import check_timeout
 from cometrt.world.blas import pin_blas_threads, unpin_blas_threads
 from cometrt.world.collectives import allgather
@@ -37,7 +37,7 @@ _log = logging.getLogger("cometrt")
 Value = TypeVar("Value")
 
 
-class World(abc.ABC):
+class World(Closing):
     """A group of W ranks, made by ``cometrt.connect`` or ``cometrt.spawn``.
 
     A rank may call the world and its layers from any thread, but only from one at a time: a call
@@ -292,20 +292,6 @@ class World(abc.ABC):
                 raise
             finally:
                 self.regions.clear()
-
-    def __enter__(self) -> World:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self.abandon(error)
 
     def abandon(self, error: BaseException) -> None:
         """Leave because of `error`: end the peers' waits without waiting for them.

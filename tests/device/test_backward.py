@@ -22,7 +22,7 @@ from tests.cases import (
 )
 from tests.device.pauses import Pauses
 from tests.device.test_failures import Rank
-from tests.device.test_orders import Rank as OrdersRank
+from tests.device.test_orders import run_orders
 from tests.host.test_failures import caught
 from tests.host.test_orders import batches_of
 
@@ -205,24 +205,7 @@ def test_gradients_are_added_to_what_is_there(ranks, wide):
 def test_micro_batches_in_any_order_with_a_slow_rank(ranks, order, save):
     case = Case(ranks, save=save, mode="fused", gemm="engine")
     batches = batches_of(case, 3, ("uniform", "one_token", "skewed"))
-
-    def fn(world):
-        rank = OrdersRank(world, case, batches, 0.02 if world.rank == 2 else 0.0)
-        grads = {}
-        for step in order.split():
-            if step[0] == "f":
-                rank.forward(int(step[1:]))
-            else:
-                grads[int(step[1:])] = rank.backward(int(step[1:]))
-        rank.layer.synchronize()
-        return {
-            b: Output(on_host(rank.y[b]), cometrt.Gradients(*map(on_host, g)))
-            for b, g in grads.items()
-        }
-
-    results = cometrt.spawn(fn, case.size, "cuda", timeout_sec=10)
-    for batch in results[0]:
-        check_case(case, batches[batch], [outputs[batch] for outputs in results])
+    run_orders(case, batches, order)
 
 
 # publish, prepare, the launches of `FusedBackward`, finish

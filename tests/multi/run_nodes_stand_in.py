@@ -13,7 +13,6 @@ import ctypes
 import dataclasses
 import sys
 import time
-import traceback
 import types
 
 import numpy as np
@@ -28,6 +27,7 @@ from cometrt.world.failure import Failure
 from cometrt.world.layout import world_dtype
 from tests.cases import Case, Output, make_inputs
 from tests.host.test_failures import caught
+from tests.multi.aborting import aborting
 from tests.multi.run_cases import checked
 from tests.multi.run_nodes import cases, together
 
@@ -428,6 +428,7 @@ def failures(world, kernels):
     error = caught(rank.layer.synchronize)
     assert isinstance(error, cometrt.RoutingError), error
     assert f"of rank {last}, token 2, k 1 break a rule" in str(error), error
+    assert (error.rank, error.token, error.k) == (last, 2, 1), vars(error)
     assert np.isnan(y.astype(np.float32)).all()
     rank.ids[...] = good
     rank.step()
@@ -496,7 +497,7 @@ def failing(world, kernels):
 
 
 def main() -> None:
-    try:
+    with aborting():
         with cometrt.connect(MPI.COMM_WORLD, device="host", timeout_sec=30) as world:
             stand_in()
             from cometrt.world.nccl import NcclRail
@@ -506,10 +507,6 @@ def main() -> None:
             for part in (steps, failures, mismatched, stalled, failing):
                 part(world, kernels)
         print("all parts passed", flush=True)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(1)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from cometrt.closing import Closing
 from cometrt.errors import first_original
 from cometrt.interop.jax.calls import BufferLayer, HostLayer, Rank, struct, structs
 from cometrt.interop.jax.primitive import buffer_call
@@ -32,7 +32,7 @@ def save_residuals() -> Any:
     return jax.checkpoint_policies.save_only_these_names(RESIDUALS)
 
 
-class MoE:
+class MoE(Closing):
     """One Mixture-of-Experts layer in JAX programs.
 
     Construction is collective. So is each call when the program runs: all ranks run the same
@@ -142,21 +142,11 @@ class MoE:
         if errors:
             raise first_original(errors)
 
-    def __enter__(self) -> MoE:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.close()
-            return
+    def abandon(self, error: BaseException) -> None:
+        """As `close`, because of `error`: it neither waits nor raises."""
         for rank in self._ranks.values():
             with rank.layer.on_gpu():
-                rank.layer.__exit__(kind, error, traceback)
+                rank.layer.abandon(error)
 
     def __repr__(self) -> str:
         return f"<MoE of {self.world!r}, mode={self.mode!r}, {self.spec}>"

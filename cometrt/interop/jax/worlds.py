@@ -8,12 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
+from cometrt.closing import Closing
 from cometrt.errors import first_original
 from cometrt.interop.jax.bootstrap import DistributedStore, LocalStore, Store, StoreComm
 from cometrt.specs import check_timeout
@@ -49,7 +49,7 @@ class Place(NamedTuple):
     row: int = 0
 
 
-class JaxWorld:
+class JaxWorld(Closing):
     """This process's ranks in the worlds of a JAX program; made by `connect`.
 
     Attributes:
@@ -89,20 +89,10 @@ class JaxWorld:
         jax.effects_barrier()
         on_ranks({index: world.close for index, world in self.ranks.items()})
 
-    def __enter__(self) -> JaxWorld:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            for world in self.ranks.values():
-                world.abandon(error)
+    def abandon(self, error: BaseException) -> None:
+        """As `World.abandon`, on all ranks of this process."""
+        for world in self.ranks.values():
+            world.abandon(error)
 
     def __repr__(self) -> str:
         ranks = [world.rank for world in self.ranks.values()]
