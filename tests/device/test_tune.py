@@ -164,8 +164,8 @@ def test_backward_fields_are_tried_on_few_executors(save, monkeypatch):
     inputs, timed, made = make_inputs(case), [], []
     time, executor = Trials.time, Trials.executor
 
-    def watched_time(self, config, which):
-        ms = time(self, config, which)
+    def watched_time(self, config, which, counts=None):
+        ms = time(self, config, which, counts)
         if self._world.rank == 0:
             timed.append((which, config, ms))
         return ms
@@ -228,6 +228,7 @@ def choose(monkeypatch, config):
         return Found(config, ms, ms)
 
     monkeypatch.setattr("cometrt.tuner.tune.search", search)
+    monkeypatch.setattr("cometrt.tuner.tune.sweep", lambda found, *_: found)
 
 
 def test_what_forward_saved_before_is_refused(monkeypatch):
