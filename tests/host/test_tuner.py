@@ -525,6 +525,16 @@ def test_without_training_the_forward_alone_is_tuned(tuned):
     assert config == cometrt.TileConfig(order="columns", n_chunk=512)
 
 
+def test_one_config_can_be_chosen_for_tests_of_layers(tuned, monkeypatch):
+    """As tests on GPUs do."""
+    from tests.device.test_tune import COLUMNS, choose
+
+    choose(monkeypatch, COLUMNS)
+    config, _ = tuned()
+    assert config == COLUMNS
+    assert FakeTrials.made[0].timed == ["forward", "backward"]
+
+
 def test_the_budget_ends_the_search(tuned):
     tuned(budget_sec=5.0)
     of_base, orders, group = ["forward", "backward"], 2 * ["forward"], ["forward", "backward"]
