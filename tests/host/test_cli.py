@@ -298,6 +298,14 @@ def test_what_is_wrong_with_gpus_fails_and_says_what_to_do(check, machine, name,
     assert advice in line.advice
 
 
+@pytest.mark.parametrize(("visible", "runs"), [("1", True), ("1", False), ("", True)])
+def test_gpus_that_the_service_numbers_anew(visible, runs, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(checks, "_runs", lambda program: runs)
+    line = states(checks.check_gpus, Gpus(count=0))["GPU"]
+    assert ("its daemon saw from 0" in line.advice) == (runs and visible == "1")
+
+
 def test_good_gpus_pass():
     found = states(checks.check_gpus, Gpus()) | states(checks.check_peers, Gpus())
     assert {line.state for line in found.values()} == {"ok"}
