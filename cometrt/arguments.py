@@ -173,6 +173,7 @@ def check_tune(
     inputs: Any,
     training: object,
     budget_sec: object,
+    progress: object,
     captured: object,
 ) -> tuple[tuple[Array, ...] | None, bool, float, str]:
     """Arguments of `layer.tune`: (inputs, training, budget_sec, ""), or with an error's message.
@@ -189,6 +190,8 @@ def check_tune(
             check_bool("training", training),
             check_positive("budget_sec", budget_sec),
         )
+        if progress is not None and not callable(progress):
+            raise ValueError(f"progress must be a function or None (got {progress!r})")
         if captured:
             raise ValueError("layer must not be in a CUDA graph when it is tuned")
     except ValueError as error:

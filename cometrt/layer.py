@@ -27,7 +27,7 @@ from cometrt.plan_ahead import PlanAhead, plan_specs
 from cometrt.residuals import ArraySpec, Origin, Residuals, Uses, array_specs
 from cometrt.specs import Geometry, Gradients, MoESpec, check_int, geometry_of_node
 from cometrt.trace import NullTracer, Tracer
-from cometrt.tuner.tune import tune
+from cometrt.tuner.tune import Progress, tune
 from cometrt.types import Arrays
 from cometrt.world import World
 
@@ -286,6 +286,7 @@ class MoELayer(LayerLife):
         *,
         training: bool = True,
         budget_sec: float = 45.0,
+        progress: Progress | None = None,
     ) -> TileConfig:
         """Find the fastest config for this layer's shape on this machine, by trials, use it from
         now on, and keep it for layers made later (``$COMETRT_CACHE_DIR/tuned.json``, or in the
@@ -299,6 +300,8 @@ class MoELayer(LayerLife):
                 the weights. False: tune forwards that keep nothing, and make no backward.
             budget_sec: seconds after which nothing more is tried. The fastest configs found by
                 then take turns once more.
+            progress: a function that rank 0 calls after each trial, with the number of trials so
+                far, and the shortest milliseconds of any of them by pass, a dict.
 
         Returns:
             the config, equal on all ranks. It may differ from the last one in what `saved` and
@@ -312,9 +315,11 @@ class MoELayer(LayerLife):
                 layer keeps its config then.
         """
         with self._scope.call("layer.tune"):
-            return self._tune(inputs, training, budget_sec)
+            return self._tune(inputs, training, budget_sec, progress)
 
-    def _tune(self, inputs: Any, training: bool, budget_sec: float) -> TileConfig:
+    def _tune(
+        self, inputs: Any, training: bool, budget_sec: float, progress: Progress | None
+    ) -> TileConfig:
         world = self.world
         if world.nodes > 1:
             raise ValueError(f"tune() needs all ranks on one node (got {world.nodes} nodes)")
@@ -323,9 +328,9 @@ class MoELayer(LayerLife):
                 f"tune() needs device='cuda' and mode 'fused' (got {world.device!r}, {self.mode!r})"
             )
         self._synchronize()
-        given = inputs, training, budget_sec, self.executor.captured
+        given = inputs, training, budget_sec, progress, self.executor.captured
         checked = check_tune(self._arrays, self.geometry, *given)
-        config, executor = tune(world, self.geometry, self._layer, self.config, *checked)
+        config, executor = tune(world, self.geometry, self._layer, self.config, *checked, progress)
         if executor is not None:
             if self._finalizer is not None:
                 self._finalizer.detach()

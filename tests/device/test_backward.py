@@ -1,6 +1,7 @@
 """The fused backward gives the bits of the sequential one, since both sum in the same order."""
 
 import dataclasses
+import functools
 import itertools
 import zlib
 
@@ -94,11 +95,20 @@ class Wide(Case):
         return cometrt.TileConfig(**dict(self.changes))
 
 
-def wide_inputs(case, tokens=400):
-    rng = np.random.default_rng(zlib.crc32(str(case).encode()))
+def wide_inputs(case):
+    """One of two draws for the case's shape, which cases share: references take long."""
+    return shared_inputs(
+        Wide(case.ranks, activation=case.activation, shard_columns=case.shard_columns),
+        zlib.crc32(str(case).encode()) % 2,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def shared_inputs(case, seed):
+    rng = np.random.default_rng((seed, zlib.crc32(str(case).encode())))
     scores = rng.normal(size=case.spec.num_experts)
     ids = [
-        distinct_experts(rng, (tokens - 37 * rank,), scores, case.spec.topk)
+        distinct_experts(rng, (400 - 37 * rank,), scores, case.spec.topk)
         for rank in range(case.size)
     ]
     return random_inputs(case.spec, ids, rng)

@@ -453,11 +453,20 @@ def test_example(monkeypatch):
     command = [sys.executable, str(ROOT / "examples/jax_moe.py")]
     env = environment() | {"PYTHONPATH": python_path()}
     result = subprocess.run(command, capture_output=True, text=True, timeout=150, env=env)
+    check_example(result)
+
+
+def test_example_under_mpirun(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device in each process
+    check_example(mpirun(2, "-m", "mpi4py", "examples/jax_moe.py", timeout_sec=150))
+
+
+def check_example(result):
     assert result.returncode == 0, result.stdout + result.stderr
-    first, *_, last = (
-        float(line.split("loss ")[1]) for line in result.stdout.splitlines() if "loss " in line
-    )
-    assert last < 0.5 * first
+    losses = [float(text) for text in re.findall(r"^step \d+: loss (\S+)$", result.stdout, re.M)]
+    assert len(losses) == 5  # one process prints them
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_readme_code():

@@ -504,9 +504,9 @@ def tuned(monkeypatch):
     one |= {"allgather": lambda value, purpose: [value], "barrier": lambda: None}
     world = fake_world(**one)
 
-    def run(training=True, budget_sec=45.0, problem=""):
+    def run(training=True, budget_sec=45.0, problem="", progress=None):
         geometry, base = Geometry(SPEC, 0, 1), cometrt.TileConfig()
-        given = (None, training, budget_sec, problem)
+        given = (None, training, budget_sec, problem, progress)
         return tune.tune(world, geometry, 0, base, *given)
 
     return run
@@ -526,6 +526,16 @@ def test_both_passes_are_tuned_and_stored(tuned):
     assert FakeTrials.made[0].closed
 
 
+def test_progress_is_told_after_each_trial(tuned):
+    told = []
+    tuned(progress=lambda count, best_ms: told.append((count, best_ms)))
+    (trials,) = FakeTrials.made
+    assert [count for count, _ in told] == list(range(1, len(trials.timed) + 1))
+    assert told[0] == (1, {"forward": 2.0})
+    assert told[1] == (2, {"forward": 2.0, "backward": 4.0})
+    assert told[-1][1] == {"forward": 1.0, "backward": 3.0}
+
+
 def test_without_training_the_forward_alone_is_tuned(tuned):
     config, _ = tuned(training=False)
     (trials,) = FakeTrials.made
@@ -534,6 +544,16 @@ def test_without_training_the_forward_alone_is_tuned(tuned):
     (entry,) = cache.read_entries(cache.cache_file()).values()
     assert entry["ms"] == {"forward": 1.0}
     assert config == cometrt.TileConfig(order="columns", n_chunk=512)
+
+
+def test_one_config_can_be_chosen_for_tests_of_layers(tuned, monkeypatch):
+    """As tests on GPUs do."""
+    from tests.device.test_tune import COLUMNS, choose
+
+    choose(monkeypatch, COLUMNS)
+    config, _ = tuned()
+    assert config == COLUMNS
+    assert FakeTrials.made[0].timed == ["forward", "backward"]
 
 
 def test_the_budget_ends_the_search(tuned):
