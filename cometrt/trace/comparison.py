@@ -25,15 +25,15 @@ class Comparison:
     def save_png(
         self, path: str | os.PathLike[str], title: str = "", *, rank: int | None = None
     ) -> None:
-        """Draw the timelines below each other, with one time axis, as `Timeline.save_png` does. The
-        title says how long each took, and the hidden share of the last one.
+        """Draw the timelines below each other, with one time axis, as `Timeline.save_png` does. Each
+        has its time beside its name. The title says what share of the communication the last hides.
         """
-        times = [f"{name} {milliseconds(of.span_sec * 1e9)}" for name, of in self.timelines.items()]
-        title += (": " if title else "") + ", ".join(times)
         if self.timelines:
-            share = list(self.timelines.values())[-1].hidden_share
-            title += hidden(" with ", share, " of the communication hidden")
+            name, last = list(self.timelines.items())[-1]
+            hides = f"{': ' if title else ''}{name} hides "
+            title += hidden(hides, last.hidden_share, " of the communication")
         sections = [
-            picture.Section(name, of.passes, of.notes) for name, of in self.timelines.items()
+            picture.Section(name, of.passes, of.notes, milliseconds(of.span_sec * 1e9))
+            for name, of in self.timelines.items()
         ]
         picture.save_png(path, sections, title, rank)

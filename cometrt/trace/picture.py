@@ -44,11 +44,13 @@ class Section(NamedTuple):
         name: is drawn above its ranks.
         passes: of the timeline.
         notes: of each pass, drawn above it.
+        time: is drawn below the name.
     """
 
     name: str
     passes: list[Pass]
     notes: list[str]
+    time: str = ""
 
     @property
     def begin_ns(self) -> int:
@@ -83,8 +85,9 @@ def save_png(
         bottom -= _ABOVE + inch
         axes = figure.add_axes((0.09, bottom / height, 0.898, inch / height))
         _draw_section(axes, section, lanes, longest, is_last=section is sections[-1])
-        name_at = (bottom + inch + 0.2) / height
-        figure.text(0.012, name_at, section.name, fontsize=11, **_BOLD)
+        top = bottom + inch
+        figure.text(0.012, (top + 0.26) / height, section.name, fontsize=11, **_BOLD)
+        figure.text(0.012, (top + 0.05) / height, section.time, fontsize=9, color=_QUIET)
     figure.text(0.012, 1 - 0.22 / height, title, fontsize=13, **_BOLD)
     passes, is_stacked = [one for of in sections for one in of.passes], rank is None
     _draw_legend(figure.add_axes((0.012, 0.0, 0.976, 1.2 / height)), passes, is_stacked)
@@ -174,7 +177,7 @@ def _worker_lanes(passes: list[Pass], rank: int) -> _Lanes:
     for one in passes:
         for event in one.of_rank(rank):
             workers.setdefault((event.role, event.worker), []).append(event)
-    step = max(1, len(workers) // 150)  # names that still can be read
+    step = max(1, -(-len(workers) // 110))  # names that still can be read
     for role, _ in _ROLES:
         for key in sorted(key for key in workers if key[0] == role):
             cta, thread = key[1]
@@ -276,7 +279,7 @@ def _draw_legend(axes: Any, passes: list[Pass], is_stacked: bool) -> None:
             box = Rectangle((x, y - 0.065), 0.24, 0.13, facecolor=colors[label], linewidth=0)
             axes.add_patch(box)
             axes.text(x + 0.32, y, label, fontsize=9, color=_INK, va="center")
-        x += 2.0
+        x += 1.75
     texts = {"white": WHITE}
     if is_stacked and any(event.cta >= 0 for one in passes for event in one.events):
         texts["height"] = HEIGHT
