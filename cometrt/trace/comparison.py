@@ -25,8 +25,10 @@ class Comparison:
     def save_png(
         self, path: str | os.PathLike[str], title: str = "", *, rank: int | None = None
     ) -> None:
-        """Draw the timelines below each other, with one time axis, as `Timeline.save_png` does. Each
-        has its time beside its name. The title says what share of the communication the last hides.
+        """Draw the timelines below each other, with one time axis, as `Timeline.save_png` does.
+
+        Each has its time below its name. The title says what share of the communication the last
+        one hides.
         """
         if self.timelines:
             name, last = list(self.timelines.items())[-1]
