@@ -235,11 +235,13 @@ def trace(
     tp: Tp = 1,
     scale: Scale = None,
     mode: Annotated[
-        Literal["fused", "sequential"] | None, typer.Option(help="Default: the best.")
+        Literal["fused", "sequential", "both"] | None,
+        typer.Option(help="Default: the best; both: sequential above fused, on one scale."),
     ] = None,
     rank: Annotated[
         int | None, typer.Option(min=0, help="Draw a lane for each CTA of this rank alone.")
     ] = None,
+    title: Annotated[str | None, typer.Option(help="Of the picture.")] = None,
     out: Out = Path("out"),
     ranks: Ranks = None,
     device: Device = "auto",
@@ -258,7 +260,7 @@ def trace(
         name = model if scale in (1, None) and here == "cuda" else f"{model} / {scale or 16}"
 
         def record(world: cometrt.World) -> dict[str, Any]:
-            return trace.run(world, name, spec, mode, rank, out, first(world, say))
+            return trace.run(world, name, spec, mode, rank, out, first(world, say), title)
 
         return found.run(record, here)
 

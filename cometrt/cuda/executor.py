@@ -49,6 +49,7 @@ class CudaExecutor:
 
         self.rail: Any = None
         self._cp, self._world, self._shape, self._layer = cp, world, shape, layer
+        self._mode = mode
         self._heap = DeviceHeap(world, shape)
         self._order = CallOrder(world, shape, layer)
         self.ended, self.captured = self._order.ended, self._order.captured
@@ -246,14 +247,16 @@ class CudaExecutor:
 
     @contextlib.contextmanager
     def recorded_by(self, recording: Recording) -> Iterator[None]:
-        """Within it the fused kernels record themselves."""
-        fused = self.queue.fused
-        if not fused:
+        """Within it calls are recorded, except those of mode "chunked", which use two streams."""
+        if self._mode == "chunked":
             yield
             return
-        self.graphs.enabled, before = False, self.graphs.enabled  # they have other kernels
+        queue, geometry = self.queue, self._shape.geometry
+        self.graphs.enabled, before = False, self.graphs.enabled  # they have other launches
         try:
-            with recorded_by(recording, fused, self.queue.state, self.ended):
+            with recorded_by(
+                recording, queue.fused, queue.kernels, geometry, queue.state, self.ended
+            ):
                 yield
         finally:
             self.graphs.enabled = before

@@ -8,7 +8,6 @@ its mode does between them and `finish`. A plan made ahead has no path; a planne
     fused       dispatch_gemm, gemm_combine
     sequential  dispatch, up, down, push, home_reduce
     chunked     the same for each pipeline chunk, on two streams
-    cublas      dispatch, cublas_forward, push, home_reduce
 
 and of a backward:
 
@@ -16,9 +15,9 @@ and of a backward:
                 save="nothing", for z
     others      backward_order, dispatch, down_dgrad, up_dgrad, push, wgrad, home_reduce; with
                 save="nothing" dispatch of x and up before down_dgrad
-    cublas      dispatch, cublas_dgrad, push, cublas_wgrad, home_reduce
 
-A fused backward has `prepare_backward` in the place of `agree`: it also orders tiles.
+With gemm="cublas" the GEMMs are cuBLAS's, and nothing orders tiles. A fused backward has
+`prepare_backward` in the place of `agree`: it also orders tiles.
 """
 
 from __future__ import annotations
@@ -233,7 +232,10 @@ class CallQueue:
         elif shape.config.gemm == "cublas":
             cublas = CublasExperts(shape, fixed["state"], offsets, meet, kernels)
             orders = _NO_ORDER, _NO_ORDER
-            forward, backward = CublasForward(cublas), CublasBackward(cublas, self._params)
+            forward, backward = (
+                CublasForward(cublas),
+                CublasBackward(cublas, self._params, recomputes),
+            )
         else:
             orders = ExpertGemms(shape, ok, kernels, chunks).orders
             recompute = orders[0] if recomputes else _NO_ORDER

@@ -26,9 +26,12 @@ class RowsReady {
     if (stopped_) return;
     const u32* filled = &params_.tile_filled[tile.m_tile];
     recorder_.begin_wait();
-    stopped_ = !wait_until(params_.world, {kTileFilled, params_.world.rank, tile.m_tile, -1},
-                           params_.world.epoch(), tile.rows * Shape::chunks_of_row(params_.g),
-                           [&] { return load_acquire_gpu(filled); });
+    stopped_ = !wait_until(
+        params_.world, {kTileFilled, params_.world.rank, tile.m_tile, -1}, params_.world.epoch(),
+        tile.rows * Shape::chunks_of_row(params_.g), [&] { return load_acquire_gpu(filled); }, 1,
+        [&](u64 begin_ns) {
+          atomicAdd(&params_.state->rows_waited_ns, global_timer_ns() - begin_ns);
+        });
     recorder_.end_wait(kWaitTileFilled, tile.m_tile, tile.n_tile);
     fence_proxy_async();  // tensor loads read the rows
   }

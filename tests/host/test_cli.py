@@ -204,6 +204,22 @@ def test_trace_writes_a_picture_and_a_file_for_perfetto(cli, tmp_path):
     assert "hidden share:" in printed
 
 
+def test_trace_of_both_modes(cli, tmp_path):
+    line = "trace --device host --ranks 2 --scale 64 --tokens 16 --mode both --title two"
+    status, printed, _ = cli(line + " --json")
+    assert status == 0
+    found = json.loads(printed)
+    assert list(found["modes"]) == ["sequential", "fused"]
+    assert found["modes"]["sequential"]["hidden_share"] == 0
+    assert all(of["milliseconds"] > 0 and of["events"] > 10 for of in found["modes"].values())
+    events = json.loads((tmp_path / found["perfetto"]).read_text())["traceEvents"]
+    processes = {e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert processes == {f"{mode} rank {rank}" for mode in found["modes"] for rank in (0, 1)}
+    status, printed, _ = cli(line)
+    assert status == 0
+    assert printed.count("hidden share:") == 2
+
+
 def test_trace_without_matplotlib_still_writes_the_file(cli, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, printed, _ = cli("trace --device host --ranks 2 --scale 64 --tokens 16")
