@@ -69,6 +69,8 @@ def check_tables(
 
 def check_one_of_tables_and_plan(topk_ids: object, topk_weights: object, plan: object) -> None:
     """Raise a ValueError unless a forward has either its tables or a plan."""
+    if topk_ids is not None and topk_weights is not None and plan is None:
+        return
     given = {"topk_ids": topk_ids, "topk_weights": topk_weights, "plan": plan}
     names = [name for name, value in given.items() if value is not None]
     if names not in (["topk_ids", "topk_weights"], ["plan"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from cometrt.errors import CallNotBegun
 from cometrt.executor import Executor
 from cometrt.types import Arrays
 from cometrt.world import World
+from cometrt.world.one_call import OneCall
 
 STOPPED = "the world is stopped until world.reset(): "
 
@@ -43,36 +45,69 @@ class CallScope:
         if self.closed:
             raise ValueError("layer must be open (it was closed)")
 
-    @contextlib.contextmanager
-    def exchange(
-        self, name: str, arrays: Arrays, executor: Executor, stream: Any
-    ) -> Iterator[None]:
+    def exchange(self, name: str, arrays: Arrays, executor: Executor, stream: Any) -> Exchange:
         """Around a call that exchanges: on that stream, in a running world. The memory of arrays of
         other libraries is kept until the device has used it."""
-        outer = self._world.one_call.begin(name)  # `call`, with less time on the host
+        return Exchange(self, self._world.one_call, name, arrays, executor, stream)
+
+
+class Exchange:
+    """The context of `CallScope.exchange`. Like the others around each call it is a class: a
+    generator takes the host a microsecond more."""
+
+    def __init__(
+        self,
+        scope: CallScope,
+        one_call: OneCall,
+        name: str,
+        arrays: Arrays,
+        executor: Executor,
+        stream: Any,
+    ) -> None:
+        self._scope, self._one_call, self._name = scope, one_call, name
+        self._arrays, self._executor, self._stream = arrays, executor, stream
+
+    def __enter__(self) -> None:
+        self._outer = self._one_call.begin(self._name)
         try:
-            self.check_open()
-            with arrays.stream(stream):
-                executor.raise_pending()
-                executor.check_running(STOPPED)
-                try:
-                    yield
-                finally:
-                    executor.keep_until_done(arrays.take_imported())
+            self._scope.check_open()
+            self._on_stream = self._arrays.stream(self._stream)
+            self._on_stream.__enter__()
+            try:
+                self._executor.raise_pending()
+                self._executor.check_running(STOPPED)
+            except BaseException:
+                self._on_stream.__exit__(*sys.exc_info())
+                raise
+        except BaseException:
+            self._one_call.end(self._outer)
+            raise
+
+    def __exit__(self, *raised: Any) -> None:
+        try:
+            self._executor.keep_until_done(self._arrays.take_imported())
         finally:
-            self._world.one_call.end(outer)
+            try:
+                self._on_stream.__exit__(*raised)
+            finally:
+                self._one_call.end(self._outer)
 
 
-@contextlib.contextmanager
-def filling_nan(*results: Any) -> Iterator[None]:
+class FillingNaN:
     """Around a call: if it raises after it has begun, its results become NaN."""
-    try:
-        yield
-    except CallNotBegun as error:
-        raise error.reason from None
-    except BaseException:
-        for result in results:
+
+    def __init__(self, *results: Any) -> None:
+        self._results = results
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
+        if error is None:
+            return
+        if isinstance(error, CallNotBegun):
+            raise error.reason from None
+        for result in self._results:
             # The device may be broken; the first error says why.
             with contextlib.suppress(Exception):
                 result.fill(np.nan)
-        raise
