@@ -45,13 +45,13 @@ class CallScope:
         if self.closed:
             raise ValueError("layer must be open (it was closed)")
 
-    def exchange(self, name: str, arrays: Arrays, executor: Executor, stream: Any) -> Exchange:
+    def exchange(self, name: str, arrays: Arrays, executor: Executor, stream: Any) -> ExchangeScope:
         """Around a call that exchanges: on that stream, in a running world. The memory of arrays of
         other libraries is kept until the device has used it."""
-        return Exchange(self, self._world.one_call, name, arrays, executor, stream)
+        return ExchangeScope(self, self._world.one_call, name, arrays, executor, stream)
 
 
-class Exchange:
+class ExchangeScope:
     """The context of `CallScope.exchange`. Like the others around each call it is a class: a
     generator takes the host a microsecond more."""
 

@@ -264,13 +264,8 @@ class MoELayer(LayerLife):
         return self._scope.exchange(name, self._arrays, self.executor, stream)
 
     def _origin(self) -> Origin:
-        return Origin(
-            world=self.world.identity,
-            layer=self._layer,
-            shape=self.shape.digest,
-            rank=self.geometry.rank,
-            generation=self.executor.generation,
-        )
+        identity, generation = self.world.identity, self.executor.generation
+        return Origin(identity, self._layer, self.shape.digest, self.geometry.rank, generation)
 
     def _plan_origin(self) -> Origin:
         return self._origin()._replace(generation=self.world.generation)

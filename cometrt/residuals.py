@@ -19,6 +19,7 @@ from cometrt.plan import PlanShape
 from cometrt.types import Arrays
 
 _HINTS = {"shape": "; tune() may change it", "generation": "; reset() changes it"}
+_INT64 = np.dtype(np.int64)
 _REMEMBERED_USES = 65_536
 
 
@@ -111,7 +112,7 @@ def unpack_arrays(
         call = "forward(training=True)" if source == "forward" else source
         raise ValueError(f"{name} must be the tuple of {length} that {call} returned (got {what})")
     meta = values[0]
-    is_meta = isinstance(meta, np.ndarray) and meta.dtype == np.int64
+    is_meta = isinstance(meta, np.ndarray) and meta.dtype == _INT64
     if not is_meta or meta.shape != specs[0].shape:
         raise ValueError(f"{name} must begin with {source}'s meta array (got something else)")
     numbers = meta.tolist()

@@ -88,7 +88,7 @@ class MoESpec:
         factor = check_positive("capacity_factor", self.capacity_factor)
         object.__setattr__(self, "capacity_factor", factor)
 
-    @property
+    @functools.cached_property
     def numpy_dtype(self) -> np.dtype:
         return DTYPES[self.dtype]
 

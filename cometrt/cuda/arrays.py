@@ -97,9 +97,9 @@ class CudaArrays:
         if (
             array.dtype not in dtypes
             or array.shape != shape
-            or not array.flags.c_contiguous
+            or not array._c_contiguous  # CuPy makes an object for `flags`
             or data.ptr % _ALIGNMENT
-        ):  # as it should be, or not: these look more closely
+        ):  # these look more closely, and may find nothing wrong
             check_form(name, array, shape, dtypes)
             _check_alignment(name, array)
         return array
@@ -144,7 +144,7 @@ class CudaArrays:
 def _check_alignment(name: str, array: Any) -> None:
     """Rows, weights and their gradients are moved by 16 bytes; tables element by element."""
     itemsize = array.dtype.itemsize
-    wanted = _ALIGNMENT if itemsize == 2 or array.ndim == 3 else itemsize
+    wanted = _ALIGNMENT if itemsize == 2 or len(array.shape) == 3 else itemsize
     if array.size and array.data.ptr % wanted:
         raise ValueError(
             f"{name} must begin at a multiple of {wanted} bytes (got address "

@@ -34,8 +34,8 @@ class Call(NamedTuple):
             Results: out [T, H]; of backward also out_dweight, dw_up, dw_down; of a plan epoch and
             tables.
             Residuals: epoch, saved_x or x_rows, z unless save="nothing", tables.
-            Scratch: all other arrays of `cometrt.cuda.buffers`. In their place `CudaExecutor` has
-            "scratch", which holds them, until it launches the call.
+            Scratch: all other arrays of `cometrt.cuda.buffers`. "scratch", the memory that holds
+            them, stands for them until the call is launched.
         ids_are_64: whether ids are int64.
         accumulate: whether weight gradients are added to what is there.
         float32_gradients: whether dw_up and dw_down are float32.

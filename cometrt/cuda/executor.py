@@ -176,10 +176,10 @@ class CudaExecutor:
         return True
 
     def enqueue(self, call: Call, arrays: Any = ()) -> None:
-        """Queue a call on CuPy's current stream, by launches or as a graph.
+        """Queue a call on CuPy's current stream, by launches or as a graph. A replayed call
+        needs the address of "scratch" alone.
 
         Args:
-            call: with "scratch".
             arrays: whose memory a graph of the caller needs as long as it may be replayed.
         """
         stream = self._cp.cuda.get_current_stream()

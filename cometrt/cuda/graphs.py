@@ -26,7 +26,7 @@ class CallGraphs:
     """
 
     def __init__(self) -> None:
-        self._calls: dict[Hashable, _Call] = {}
+        self._calls: dict[Hashable, _Remembered] = {}
         self._num_calls = 0
         self.enabled = True
 
@@ -51,7 +51,7 @@ class CallGraphs:
         if call is None:
             if len(calls) == MAX_GRAPHS:
                 del calls[min(calls, key=lambda key: calls[key].last_use)]
-            calls[key] = _Call(self._num_calls)
+            calls[key] = _Remembered(self._num_calls)
             return None
         call.last_use = self._num_calls
         if call.graph is None:
@@ -63,7 +63,7 @@ class CallGraphs:
         return call.graph
 
 
-class _Call:
+class _Remembered:
     """A call that is remembered: its graph once it has come again, and when it came last."""
 
     def __init__(self, last_use: int) -> None:
