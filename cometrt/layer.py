@@ -17,7 +17,7 @@ from cometrt.arguments import (
     check_tune,
     make_results,
 )
-from cometrt.call_scope import CallScope, filling_nan
+from cometrt.call_scope import CallScope, FillingNaN
 from cometrt.executor import Executor
 from cometrt.layer_life import LayerLife
 from cometrt.memory import buffers_of, check_room
@@ -155,20 +155,15 @@ class MoELayer(LayerLife):
             check_bool("training", training)
             wanted: WantedResults = {"out": (out, inputs[0].shape, dtypes)}
             (y,) = make_results(arrays, self.executor, "forward", wanted)
-            with filling_nan(y):
+            with FillingNaN(y):
                 kept = self.executor.forward(
                     *inputs, plan=ahead, training=bool(training), out=y, tracer=self.tracer
                 )
             if kept is None:
                 return y, None
             self._num_forwards += 1
-            saved = Residuals(
-                serial=self._num_forwards,
-                num_tokens=len(y),
-                w_up=inputs[3],
-                w_down=inputs[4],
-                **kept,
-            )
+            *_, w_up, w_down = inputs
+            saved = Residuals(self._num_forwards, len(y), w_up=w_up, w_down=w_down, **kept)
             return y, saved.pack(self._origin())
 
     def backward(
@@ -210,7 +205,7 @@ class MoELayer(LayerLife):
             self._uses.check(kept)
             dy, wanted = check_backward(self._arrays, self.geometry, dy, kept, out, accumulate)
             grads = Gradients(*make_results(self._arrays, self.executor, "backward", wanted))
-            with filling_nan(grads.x, grads.topk_weights):
+            with FillingNaN(grads.x, grads.topk_weights):
                 self.executor.backward(
                     dy, kept, out=grads, accumulate=bool(accumulate), tracer=self.tracer
                 )
@@ -239,7 +234,7 @@ class MoELayer(LayerLife):
             RoutingError, CapacityError: on every rank; there is no plan.
             PeerTimeout, MismatchError: until ``world.reset()``.
         """
-        with self._exchange("layer.plan", stream), filling_nan():
+        with self._exchange("layer.plan", stream), FillingNaN():
             tables = check_tables(self._arrays, self.geometry, topk_ids, topk_weights)
             made = self.executor.plan(*tables, tracer=self.tracer)
             return PlanAhead(num_tokens=len(tables[0]), **made).pack(self._plan_origin())
@@ -269,13 +264,8 @@ class MoELayer(LayerLife):
         return self._scope.exchange(name, self._arrays, self.executor, stream)
 
     def _origin(self) -> Origin:
-        return Origin(
-            world=self.world.identity,
-            layer=self._layer,
-            shape=self.shape.digest,
-            rank=self.geometry.rank,
-            generation=self.executor.generation,
-        )
+        identity, generation = self.world.identity, self.executor.generation
+        return Origin(identity, self._layer, self.shape.digest, self.geometry.rank, generation)
 
     def _plan_origin(self) -> Origin:
         return self._origin()._replace(generation=self.world.generation)

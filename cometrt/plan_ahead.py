@@ -49,8 +49,9 @@ class PlanAhead:
         Raises:
             ValueError: if it is not of that origin, or an array is not as its spec says.
         """
-        (num_tokens,), kept = unpack_arrays(plan, "plan", "plan", origin, specs, arrays)
-        return PlanAhead(num_tokens, kept.pop("epoch"), tuple(kept.values()))
+        numbers, kept = unpack_arrays(plan, "plan", "plan", origin, specs, arrays)
+        (num_tokens,), (epoch, *tables) = numbers, kept
+        return PlanAhead(num_tokens, epoch, tuple(tables))
 
 
 def plan_specs(saved: tuple[ArraySpec, ...]) -> tuple[ArraySpec, ...]:

@@ -19,6 +19,7 @@ from cometrt.plan import PlanShape
 from cometrt.types import Arrays
 
 _HINTS = {"shape": "; tune() may change it", "generation": "; reset() changes it"}
+_INT64 = np.dtype(np.int64)
 _REMEMBERED_USES = 65_536
 
 
@@ -37,11 +38,11 @@ class Origin(NamedTuple):
     generation: int
 
 
+_Z = 3  # place of z in `saved`, if it is there
 META_SHAPE = (len(Origin._fields) + 2,)  # num_tokens and serial come behind
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Residuals:
+class Residuals(NamedTuple):
     """`saved` with names.
 
     Attributes:
@@ -79,10 +80,10 @@ class Residuals:
         Raises:
             ValueError: if it is not of that origin, or an array is not as its spec says.
         """
-        (num_tokens, serial), kept = unpack_arrays(saved, "saved", "forward", origin, specs, arrays)
-        named = {name: kept.pop(name) for name in ("epoch", "x", "w_up", "w_down")}
-        z, tables = kept.pop("z", None), tuple(kept.values())
-        return Residuals(serial, num_tokens, z=z, tables=tables, **named)
+        numbers, kept = unpack_arrays(saved, "saved", "forward", origin, specs, arrays)
+        (num_tokens, serial), (epoch, x, *others, w_up, w_down) = numbers, kept
+        z = others.pop(0) if specs[_Z].name == "z" else None
+        return Residuals(serial, num_tokens, epoch, x, z, tuple(others), w_up, w_down)
 
 
 def unpack_arrays(
@@ -92,7 +93,7 @@ def unpack_arrays(
     origin: Origin,
     specs: tuple[ArraySpec, ...],
     arrays: Arrays,
-) -> tuple[list[int], dict[str, Any]]:
+) -> tuple[list[int], list[Any]]:
     """Take a tuple of arrays apart that a layer has returned, and check it.
 
     Args:
@@ -100,7 +101,7 @@ def unpack_arrays(
         specs: of all its arrays; first comes meta, which begins with the origin.
 
     Returns:
-        (the numbers of meta behind the origin, the other arrays by name).
+        (the numbers of meta behind the origin, the other arrays).
 
     Raises:
         ValueError: if it is not of that origin, or an array is not as its spec says.
@@ -111,21 +112,26 @@ def unpack_arrays(
         call = "forward(training=True)" if source == "forward" else source
         raise ValueError(f"{name} must be the tuple of {length} that {call} returned (got {what})")
     meta = values[0]
-    is_meta = isinstance(meta, np.ndarray) and meta.dtype == np.int64
+    is_meta = isinstance(meta, np.ndarray) and meta.dtype == _INT64
     if not is_meta or meta.shape != specs[0].shape:
         raise ValueError(f"{name} must begin with {source}'s meta array (got something else)")
-    numbers = [int(number) for number in meta.tolist()]
+    numbers = meta.tolist()
+    if numbers[: len(origin)] != [*origin]:
+        _raise_wrong_origin(name, source, origin, numbers)
+    check, checked = arrays.check, []
+    for index in range(1, length):
+        of = specs[index]
+        checked.append(check(of.argument, values[index], of.shape, of.dtypes))
+    return numbers[len(origin) :], checked
+
+
+def _raise_wrong_origin(name: str, source: str, origin: Origin, numbers: list[int]) -> None:
     for field, expected, got in zip(Origin._fields, origin, numbers, strict=False):
         if got != expected:
             raise ValueError(
                 f"{name} must come from this layer's {source} "
                 f"({field} is {expected}, got {got}{_HINTS.get(field, '')})"
             )
-    checked = {
-        of.name: arrays.check(of.argument, array, of.shape, of.dtypes)
-        for of, array in zip(specs[1:], values[1:], strict=True)
-    }
-    return numbers[len(origin) :], checked
 
 
 class Uses:

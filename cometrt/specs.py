@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import numbers
@@ -91,7 +92,7 @@ class MoESpec:
         factor = check_positive("capacity_factor", self.capacity_factor)
         object.__setattr__(self, "capacity_factor", factor)
 
-    @property
+    @functools.cached_property
     def numpy_dtype(self) -> np.dtype:
         return DTYPES[self.dtype]
 
@@ -162,7 +163,7 @@ class Geometry:
                 f"ranks / tp = {self.size} / {spec.tp} = {self.ep} (got {spec.num_experts})"
             )
 
-    @property
+    @functools.cached_property
     def ep(self) -> int:
         return self.size // self.spec.tp
 
@@ -174,24 +175,24 @@ class Geometry:
     def shard(self) -> int:
         return self.rank % self.spec.tp
 
-    @property
+    @functools.cached_property
     def local_experts(self) -> int:
         return self.spec.num_experts // self.ep
 
-    @property
+    @functools.cached_property
     def local_intermediate(self) -> int:
         return self.spec.intermediate // self.spec.tp
 
-    @property
+    @functools.cached_property
     def up_columns(self) -> int:
         """Rows of w_up and columns of z: 2 * I_s (gate, then up) if gated, else I_s."""
         return (2 if self.spec.gated else 1) * self.local_intermediate
 
-    @property
+    @functools.cached_property
     def w_up_shape(self) -> tuple[int, int, int]:
         return (self.local_experts, self.up_columns, self.spec.hidden)
 
-    @property
+    @functools.cached_property
     def w_down_shape(self) -> tuple[int, int, int]:
         return (self.local_experts, self.spec.hidden, self.local_intermediate)
 

@@ -80,6 +80,7 @@ class World(Closing):
             memory.view(dtype)[0] for memory in self.allocate_host(dtype.itemsize)
         ]
         self.control_block["generation"][0] = self.generation
+        self._abort = self.control_block["abort"]  # a view: each call looks at it
         pin_blas_threads()
         try:
             # Identifies this world in residuals, which may outlive it.
@@ -218,7 +219,7 @@ class World(Closing):
     @property
     def stopped(self) -> bool:
         """Whether a rank has stopped the world since the last reset, as far as the host knows."""
-        return int(self.control_block["abort"][0]) >= self.generation
+        return int(self._abort.item()) >= self.generation
 
     def _failure(self) -> Failure:
         """Why the world stopped."""

@@ -105,7 +105,8 @@ def test_unknown_names_are_refused(options, wrong):
     [
         ("engine", ["--pass", "forward,both"]),
         ("engine", ["--models", "mixtral"]),
-        ("host_time", ["--pass", "both"]),
+        ("host_time", ["--pass", "forth"]),
+        ("host_time", ["--mode", "cublas"]),
     ],
 )
 def test_passes_and_models_must_be_known(module, wrong):

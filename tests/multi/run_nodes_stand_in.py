@@ -36,6 +36,10 @@ from tests.multi.run_nodes import cases, together
 
 class ndarray(np.ndarray):
     @property
+    def _c_contiguous(self):
+        return self.flags.c_contiguous
+
+    @property
     def data(self):
         return types.SimpleNamespace(device_id=0, ptr=self.ctypes.data if self.size else 0)
 

@@ -81,7 +81,6 @@ class CudaLayer(BufferLayer):
         wide = ids.dtype.itemsize == 8
         with self._on(context):
             at = self._addresses(self._forward_names[bool(kept)], [*arguments, y, *kept, *scratch])
-            at = self.executor.with_scratch("forward", at)
             self._enqueue(Call("forward", x.shape[0], at, ids_are_64=wide))
 
     def backward_into(
@@ -96,7 +95,6 @@ class CudaLayer(BufferLayer):
         buffers = [dy, *kept, *weights, *results, *scratch]
         with self._on(context):
             at = self._addresses(self._backward_names, buffers)
-            at = self.executor.with_scratch("backward", at)
             self._enqueue(Call("backward", dy.shape[0], at))
 
     def _enqueue(self, call: Call) -> None:
