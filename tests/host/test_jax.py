@@ -262,6 +262,50 @@ def test_a_world_of_processes_is_refused_on_several_devices_of_one():
         )
 
 
+def test_other_devices_than_the_worlds_are_refused_when_compiled():
+    """In one process results would be right; in several each rank would get another's experts."""
+    mesh, spec = mesh_of((2, 2), ("data", "expert")), small_spec()
+    arrays = arrays_of(spec, DEVICES * spec.max_tokens)
+    axes = ("data", "expert")
+
+    def transposed(devices):
+        return jax.sharding.Mesh(devices.T, ("expert", "data"))
+
+    with making(spec, mesh) as moe:
+        before = epoch_of(moe.world)
+        swapped = mesh.devices[:, ::-1]
+        wrong = [jax.sharding.Mesh(swapped, axes), transposed(swapped)]
+        for other in wrong:
+            order = "cpu:0, cpu:1, cpu:2, cpu:3.*got cpu:1, cpu:0, cpu:3, cpu:2"
+            for function in (jax.jit(mapped(moe, other, axes)), mapped(moe, other, axes)):
+                with pytest.raises(ValueError, match=order):
+                    function(*arrays)
+            with pytest.raises(ValueError, match="mesh of jax.shard_map must have the devices"):
+                gradients(mapped(jax.checkpoint(moe), other, axes), arrays)
+        with pytest.raises(ValueError, match="must be known"):
+            jax.jit(mapped(moe, mesh.abstract_mesh, axes))(
+                *(jax.device_put(a, jax.NamedSharding(mesh, jax.P())) for a in arrays)
+            )
+        moe.check()
+        assert epoch_of(moe.world) == before
+        check_equal(
+            [jax.jit(mapped(moe, transposed(mesh.devices), axes))(*arrays)], [dense(*arrays)]
+        )
+        moe.check()
+
+
+def test_several_devices_without_a_shard_map_are_refused_when_compiled():
+    mesh, spec = mesh_of(), small_spec()
+    sharding = jax.NamedSharding(mesh, SHARDED)
+    arrays = [jax.device_put(array, sharding) for array in arrays_of(spec, spec.max_tokens)]
+    with making(spec) as moe:
+        for call in (moe, jax.jit(moe)):
+            with pytest.raises(ValueError, match=r"inside jax\.shard_map.*this one runs on 4"):
+                call(*arrays)
+        moe.check()
+        assert epoch_of(moe.world) == 0
+
+
 def test_vmap_and_second_derivatives_are_refused():
     spec = small_spec()
     x, *rest = arrays_of(spec, 4)
@@ -285,8 +329,7 @@ def test_a_routing_error_comes_at_check_and_at_the_next_call():
             assert bool(jnp.isnan(jax.block_until_ready(step(x, wrong, *rest))).all())
             with pytest.raises(cometrt.RoutingError, match="rank 0"):
                 ask()
-            with contextlib.suppress(cometrt.RoutingError):  # of the other ranks
-                moe.check()
+            moe.check()  # it has been raised for all ranks of the process
         found = gradients(program, (x, wrong, *rest))
         assert all(bool(jnp.isnan(array).all()) for array in found)
         with pytest.raises(cometrt.RoutingError):
@@ -310,6 +353,23 @@ def test_after_close_every_use_is_refused():
         jax.jit(moe)(arrays[0], arrays[1] + 9, *arrays[2:])  # runs before close gives up the layer
     with making(spec) as moe:  # programs of other layers still run
         check_equal([jax.jit(moe)(*arrays)], [dense(*arrays)])
+
+
+def test_after_its_world_has_closed_every_use_is_refused():
+    spec = small_spec()
+    arrays = arrays_of(spec, 4)
+    world = cometrt_jax.connect()
+    moe = cometrt_jax.MoE(world, spec)
+    step = jax.jit(moe)
+    step(*arrays)
+    world.close()
+    for use in (lambda: moe(*arrays), moe.check):
+        with pytest.raises(ValueError, match="world must be open"):
+            use()
+    assert bool(jnp.isnan(step(*arrays)).all())
+    with pytest.raises(ValueError, match="world must be open"):
+        moe.close()
+    moe.close()
 
 
 def test_wrong_worlds():
