@@ -23,6 +23,7 @@ from tests.jax_cases import (  # noqa: E402
     DEVICES,
     SHARDED,
     arrays_of,
+    bits,
     check_equal,
     dense,
     environment,
@@ -170,6 +171,28 @@ def test_many_steps_with_collectives_around_the_layer(layer):
     assert bool(jnp.isfinite(given).all())
 
 
+def test_donated_arguments_give_the_same_bits(layer):
+    """A training step that replaces tokens, tables and weights."""
+    moe, mesh, arrays = layer
+    function = mapped(moe, mesh)
+
+    def step(x, ids, weights, w_up, w_down):
+        def loss(x, weights, w_up, w_down):
+            return jnp.square(function(x, ids, weights, w_up, w_down)).sum()
+
+        before = x, weights, w_up, w_down
+        value, found = jax.value_and_grad(loss, (0, 1, 2, 3))(*before)
+        x, *others = (array - 0.1 * grad for array, grad in zip(before, found, strict=True))
+        return [x, (ids + 1) % moe.spec.num_experts, *others, value]
+
+    expected = bits(jax.jit(step)(*arrays))
+    given = [jax.device_put(a.copy(), jax.NamedSharding(mesh, SHARDED)) for a in arrays]
+    found = jax.jit(step, donate_argnums=range(5))(*given)
+    moe.check()
+    assert all(array.is_deleted() for array in given)
+    assert bits(found) == expected
+
+
 def test_one_process_alone_jitted_and_not():
     spec = small_spec()
     arrays = arrays_of(spec, 5)
@@ -280,7 +303,7 @@ def test_other_devices_than_the_worlds_are_refused_when_compiled():
             for function in (jax.jit(mapped(moe, other, axes)), mapped(moe, other, axes)):
                 with pytest.raises(ValueError, match=order):
                     function(*arrays)
-            with pytest.raises(ValueError, match="mesh of jax.shard_map must have the devices"):
+            with pytest.raises(ValueError, match="must have the devices of the world"):
                 gradients(mapped(jax.checkpoint(moe), other, axes), arrays)
         with pytest.raises(ValueError, match="must be known"):
             jax.jit(mapped(moe, mesh.abstract_mesh, axes))(
@@ -332,9 +355,10 @@ def test_a_routing_error_comes_at_check_and_at_the_next_call():
             moe.check()  # it has been raised for all ranks of the process
         found = gradients(program, (x, wrong, *rest))
         assert all(bool(jnp.isnan(array).all()) for array in found)
+        # A program that is compiled already runs on the CPU before anybody has asked.
+        check_equal([step(x, ids, *rest)], [dense(x, ids, *rest)])
         with pytest.raises(cometrt.RoutingError):
             moe.check()
-        check_equal([step(x, ids, *rest)], [dense(x, ids, *rest)])
         moe.check()
 
 
@@ -507,16 +531,29 @@ def test_readme_code():
 
 
 class Buffer:
-    """As XLA's, at an address of its own. Like XLA's it may not know an interface for bfloat16."""
+    """Stands for XLA's, at an address of its own."""
 
     def __init__(self, address, shape, dtype):
         self.address, self.shape, self.dtype = address, shape, np.dtype(dtype)
 
-    @property
-    def __cuda_array_interface__(self):
-        if self.dtype.kind == "V":
-            raise RuntimeError("of a dtype without an interface")
-        return {"data": (self.address, False)}
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int32"])
+def test_the_address_of_a_buffer_of_xla(dtype):
+    from cometrt.interop.jax.cuda_calls import address_of
+    from cometrt.interop.jax.primitive import buffer_call
+
+    found = []
+
+    def note(context, results, *operands):
+        for buffer in (*results, *operands):
+            found.append((address_of(buffer), np.asarray(buffer).ctypes.data))
+
+    x = jnp.ones((4, 3), dtype)
+    form = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    jax.block_until_ready(jax.jit(lambda *arrays: buffer_call(note, [form], *arrays))(x, x[:, :1]))
+    assert len(found) == 3
+    assert len({address for address, _ in found}) == 3
+    assert all(address == expected for address, expected in found)
 
 
 class Device(contextlib.nullcontext):
@@ -543,9 +580,9 @@ def cuda_layer(monkeypatch, spec, calls, memsets):
             ),
             runtime=data(memsetAsync=lambda *arguments: memsets.append(arguments)),
         ),
-        from_dlpack=lambda buffer: data(data=data(ptr=buffer.address)),
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(cuda_calls, "address_of", lambda buffer: buffer.address)
 
     def made(layer, world, spec, mode):
         layer.config, layer.spec = shape.config, spec
