@@ -25,7 +25,8 @@ class _VersionedTensor(ctypes.Structure):
 _ALIGNMENT = 16  # bytes
 _ON_CURRENT_STREAM = contextlib.nullcontext()
 _VERSIONED, _READ_ONLY = b"dltensor_versioned", 1
-_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+# (capsule, its name) -> the pointer in it.
+capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
 
@@ -42,7 +43,7 @@ def is_writable(array: Any) -> bool:
         except Exception:  # of an older DLPack
             capsule = None
     try:
-        tensor = _VersionedTensor.from_address(_capsule_pointer(capsule, _VERSIONED))
+        tensor = _VersionedTensor.from_address(capsule_pointer(capsule, _VERSIONED))
     except ValueError:  # no capsule of that name
         return False
     return not tensor.flags & _READ_ONLY

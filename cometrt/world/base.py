@@ -198,14 +198,15 @@ class World(Closing):
 
     def check_running(self, prefix: str = "") -> None:
         """Raise the failure that stopped the world, with a prefix; return if the world runs."""
-        self._check_open()
+        self.check_open()
         if self.stopped:
             self.fence()
             error = self._failure().error(prefix)
             error.relayed = True
             raise error
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise a ValueError if the world is closed, or of another process."""
         if self._is_forked():
             raise ValueError(
                 "world must be used by the process that made it (this is a child of os.fork())"
@@ -235,7 +236,7 @@ class World(Closing):
             PeerTimeout: if a rank does not call it within timeout_sec; reset may be tried again.
                 At once if a rank has closed or left the world.
         """
-        self._check_open()
+        self.check_open()
         with self.one_call.hold("world.reset"):
             reset(self)
 
@@ -265,7 +266,7 @@ class World(Closing):
             PeerTimeout: if a rank does not call it within timeout_sec.
             MismatchError: if a rank made another call, or passed another purpose.
         """
-        self._check_open()
+        self.check_open()
         with self.one_call.hold("world.allgather", inner=True):
             return allgather(self, value, purpose)
 

@@ -24,6 +24,7 @@ from tests.jax_cases import (  # noqa: E402
     DEVICES,
     SHARDED,
     arrays_of,
+    bits,
     check_equal,
     dense,
     environment,
@@ -171,6 +172,28 @@ def test_many_steps_with_collectives_around_the_layer(layer):
     assert bool(jnp.isfinite(given).all())
 
 
+def test_donated_arguments_give_the_same_bits(layer):
+    """A training step that replaces tokens, tables and weights."""
+    moe, mesh, arrays = layer
+    function = mapped(moe, mesh)
+
+    def step(x, ids, weights, w_up, w_down):
+        def loss(x, weights, w_up, w_down):
+            return jnp.square(function(x, ids, weights, w_up, w_down)).sum()
+
+        before = x, weights, w_up, w_down
+        value, found = jax.value_and_grad(loss, (0, 1, 2, 3))(*before)
+        x, *others = (array - 0.1 * grad for array, grad in zip(before, found, strict=True))
+        return [x, (ids + 1) % moe.spec.num_experts, *others, value]
+
+    expected = bits(jax.jit(step)(*arrays))
+    given = [jax.device_put(a.copy(), jax.NamedSharding(mesh, SHARDED)) for a in arrays]
+    found = jax.jit(step, donate_argnums=range(5))(*given)
+    moe.check()
+    assert all(array.is_deleted() for array in given)
+    assert bits(found) == expected
+
+
 def test_one_process_alone_jitted_and_not():
     spec = small_spec()
     arrays = arrays_of(spec, 5)
@@ -263,6 +286,50 @@ def test_a_world_of_processes_is_refused_on_several_devices_of_one():
         )
 
 
+def test_other_devices_than_the_worlds_are_refused_when_compiled():
+    """In one process results would be right; in several each rank would get another's experts."""
+    mesh, spec = mesh_of((2, 2), ("data", "expert")), small_spec()
+    arrays = arrays_of(spec, DEVICES * spec.max_tokens)
+    axes = ("data", "expert")
+
+    def transposed(devices):
+        return jax.sharding.Mesh(devices.T, ("expert", "data"))
+
+    with making(spec, mesh) as moe:
+        before = epoch_of(moe.world)
+        swapped = mesh.devices[:, ::-1]
+        wrong = [jax.sharding.Mesh(swapped, axes), transposed(swapped)]
+        for other in wrong:
+            order = "cpu:0, cpu:1, cpu:2, cpu:3.*got cpu:1, cpu:0, cpu:3, cpu:2"
+            for function in (jax.jit(mapped(moe, other, axes)), mapped(moe, other, axes)):
+                with pytest.raises(ValueError, match=order):
+                    function(*arrays)
+            with pytest.raises(ValueError, match="must have the devices of the world"):
+                gradients(mapped(jax.checkpoint(moe), other, axes), arrays)
+        with pytest.raises(ValueError, match="must be known"):
+            jax.jit(mapped(moe, mesh.abstract_mesh, axes))(
+                *(jax.device_put(a, jax.NamedSharding(mesh, jax.P())) for a in arrays)
+            )
+        moe.check()
+        assert epoch_of(moe.world) == before
+        check_equal(
+            [jax.jit(mapped(moe, transposed(mesh.devices), axes))(*arrays)], [dense(*arrays)]
+        )
+        moe.check()
+
+
+def test_several_devices_without_a_shard_map_are_refused_when_compiled():
+    mesh, spec = mesh_of(), small_spec()
+    sharding = jax.NamedSharding(mesh, SHARDED)
+    arrays = [jax.device_put(array, sharding) for array in arrays_of(spec, spec.max_tokens)]
+    with making(spec) as moe:
+        for call in (moe, jax.jit(moe)):
+            with pytest.raises(ValueError, match=r"inside jax\.shard_map.*this one runs on 4"):
+                call(*arrays)
+        moe.check()
+        assert epoch_of(moe.world) == 0
+
+
 def test_vmap_and_second_derivatives_are_refused():
     spec = small_spec()
     x, *rest = arrays_of(spec, 4)
@@ -286,13 +353,13 @@ def test_a_routing_error_comes_at_check_and_at_the_next_call():
             assert bool(jnp.isnan(jax.block_until_ready(step(x, wrong, *rest))).all())
             with pytest.raises(cometrt.RoutingError, match="rank 0"):
                 ask()
-            with contextlib.suppress(cometrt.RoutingError):  # of the other ranks
-                moe.check()
+            moe.check()  # it has been raised for all ranks of the process
         found = gradients(program, (x, wrong, *rest))
         assert all(bool(jnp.isnan(array).all()) for array in found)
+        # A program that is compiled already runs on the CPU before anybody has asked.
+        check_equal([step(x, ids, *rest)], [dense(x, ids, *rest)])
         with pytest.raises(cometrt.RoutingError):
             moe.check()
-        check_equal([step(x, ids, *rest)], [dense(x, ids, *rest)])
         moe.check()
 
 
@@ -311,6 +378,23 @@ def test_after_close_every_use_is_refused():
         jax.jit(moe)(arrays[0], arrays[1] + 9, *arrays[2:])  # runs before close gives up the layer
     with making(spec) as moe:  # programs of other layers still run
         check_equal([jax.jit(moe)(*arrays)], [dense(*arrays)])
+
+
+def test_after_its_world_has_closed_every_use_is_refused():
+    spec = small_spec()
+    arrays = arrays_of(spec, 4)
+    world = cometrt_jax.connect()
+    moe = cometrt_jax.MoE(world, spec)
+    step = jax.jit(moe)
+    step(*arrays)
+    world.close()
+    for use in (lambda: moe(*arrays), moe.check):
+        with pytest.raises(ValueError, match="world must be open"):
+            use()
+    assert bool(jnp.isnan(step(*arrays)).all())
+    with pytest.raises(ValueError, match="world must be open"):
+        moe.close()
+    moe.close()
 
 
 def test_wrong_worlds():
@@ -487,16 +571,29 @@ def test_readme_code():
 
 
 class Buffer:
-    """As XLA's, at an address of its own. Like XLA's it may not know an interface for bfloat16."""
+    """Stands for XLA's, at an address of its own."""
 
     def __init__(self, address, shape, dtype):
         self.address, self.shape, self.dtype = address, shape, np.dtype(dtype)
 
-    @property
-    def __cuda_array_interface__(self):
-        if self.dtype.kind == "V":
-            raise RuntimeError("of a dtype without an interface")
-        return {"data": (self.address, False)}
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int32"])
+def test_the_address_of_a_buffer_of_xla(dtype):
+    from cometrt.interop.jax.cuda_calls import address_of
+    from cometrt.interop.jax.primitive import buffer_call
+
+    found = []
+
+    def note(context, results, *operands):
+        for buffer in (*results, *operands):
+            found.append((address_of(buffer), np.asarray(buffer).ctypes.data))
+
+    x = jnp.ones((4, 3), dtype)
+    form = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    jax.block_until_ready(jax.jit(lambda *arrays: buffer_call(note, [form], *arrays))(x, x[:, :1]))
+    assert len(found) == 3
+    assert len({address for address, _ in found}) == 3
+    assert all(address == expected for address, expected in found)
 
 
 class Device(contextlib.nullcontext):
@@ -523,9 +620,9 @@ def cuda_layer(monkeypatch, spec, calls, memsets):
             ),
             runtime=data(memsetAsync=lambda *arguments: memsets.append(arguments)),
         ),
-        from_dlpack=lambda buffer: data(data=data(ptr=buffer.address)),
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(cuda_calls, "address_of", lambda buffer: buffer.address)
 
     def made(layer, world, spec, mode):
         layer.config, layer.spec = shape.config, spec

@@ -82,6 +82,7 @@ class MoE(Closing):
             for training in (False, True)
         }
         self._run_backward = functools.partial(self._backward_on_rank)
+        self._check_devices = world.placement.check  # one object, which JAX compares by identity
         self._apply = jax.custom_vjp(functools.partial(self._forward, False))
         self._apply.defvjp(functools.partial(self._forward, True), self._backward)
 
@@ -101,12 +102,13 @@ class MoE(Closing):
 
         Raises:
             ValueError: when it is traced: for shapes and dtypes that are not a rank's, outside of
-                the shard_map that the world's mesh needs, and after `close`.
+                the shard_map that the world's mesh needs, and after `close`, also of the world.
+                When it is compiled: for devices that are not the world's, or in another order.
             RoutingError, CapacityError, PeerTimeout, MismatchError: of an earlier call.
         """
         for rank in self._ranks.values():
             rank.layer.check_open()
-            rank.raise_found()
+        self._on_ranks(Rank.raise_found)
         arrays = [jnp.asarray(array) for array in (x, topk_ids, topk_weights, w_up, w_down)]
         self._index()
         self._check(*arrays)
@@ -209,7 +211,7 @@ class MoE(Closing):
         x, _, _, w_up, w_down = arrays
         kept_forms = self._kept if training else []
         results = [self._form(x.shape), *kept_forms, *self._forward_scratch[training]]
-        found = buffer_call(self._run_forward[training], results, *arrays, self._index())
+        found = self._buffer_call(self._run_forward[training], results, *arrays)
         y, *kept = _vary(_varying(x), found[: 1 + len(kept_forms)])
         if not training:
             return y
@@ -225,13 +227,13 @@ class MoE(Closing):
             self._form(w_up.shape),
             self._form(w_down.shape),
         ]
-        found = buffer_call(
-            self._run_backward,
-            [*forms, *self._backward_scratch],
-            *(dy, *kept, w_up, w_down, self._index()),
-        )
+        results = [*forms, *self._backward_scratch]
+        found = self._buffer_call(self._run_backward, results, dy, *kept, w_up, w_down)
         dx, dweights, dw_up, dw_down = _vary(_varying(w_up), found[: len(forms)])
         return dx, np.zeros(pairs, jax.dtypes.float0), dweights, dw_up, dw_down
+
+    def _buffer_call(self, run: Any, results: Any, *operands: Any) -> list[Any]:
+        return buffer_call(run, results, *operands, self._index(), check=self._check_devices)
 
     def _form(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         return struct(shape, self.spec.numpy_dtype)

@@ -16,6 +16,7 @@ import numpy as np
 from cometrt.closing import Closing
 from cometrt.errors import first_original
 from cometrt.interop.jax.bootstrap import DistributedStore, LocalStore, Store, StoreComm
+from cometrt.interop.jax.placement import Placement
 from cometrt.specs import check_timeout
 from cometrt.world import World
 from cometrt.world import connect as connect_by_mpi
@@ -50,7 +51,8 @@ class Place(NamedTuple):
 
 
 class JaxWorld(Closing):
-    """This process's ranks in the worlds of a JAX program; made by `connect`.
+    """This process's ranks in the worlds of a JAX program; made by `connect`. Making it is
+    collective.
 
     Attributes:
         ranks: worlds by the place of their device in the flattened mesh; without a mesh, by 0.
@@ -58,12 +60,17 @@ class JaxWorld(Closing):
         axis: of `connect`; None without a mesh.
         size: number of ranks of a world.
         device: "host" or "cuda".
+        placement: of the ranks; programs must have it.
     """
 
     def __init__(self, ranks: Mapping[int, World], mesh: Any = None, axis: str | None = None):
         self.ranks, self.mesh, self.axis = dict(ranks), mesh, axis
         world = next(iter(self.ranks.values()))
         self.size, self.device = world.size, world.device
+        processes: tuple[int, ...] = ()
+        if mesh is None:
+            processes = tuple(world.allgather(jax.process_index(), purpose="processes of JAX"))
+        self.placement = Placement(mesh, processes)
         self.locks = {index: threading.Lock() for index in self.ranks}
 
     @property
