@@ -24,11 +24,14 @@ class CallGraphs:
 
     Attributes:
         enabled: False where every call launches its kernels, to be watched or traced.
+        num_made: graphs that have been made so far.
+        num_launched: calls so far that had no graph.
     """
 
     def __init__(self) -> None:
         self._graphs: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
         self.enabled = True
+        self.num_made = self.num_launched = 0
 
     def clear(self) -> None:
         """Forget all graphs."""
@@ -44,8 +47,11 @@ class CallGraphs:
             key: all that `launch` depends on.
             launch: queues the call's kernels on a raw stream.
         """
-        if not self.enabled:
-            return None
+        graph = self._find(key, launch) if self.enabled else None
+        self.num_launched += graph is None
+        return graph
+
+    def _find(self, key: Hashable, launch: Callable[[int], object]) -> Any:
         graphs = self._graphs
         if key not in graphs:
             graphs[key] = None
@@ -56,6 +62,7 @@ class CallGraphs:
         if graphs[key] is None:
             try:
                 graphs[key] = _capture(launch)
+                self.num_made += 1
             except Exception as error:  # of the launches: they will raise it again
                 _log.warning("calls are launched from now on, not replayed: %s", error)
                 self.enabled = False
