@@ -23,12 +23,15 @@ class CallGraphs:
 
     Attributes:
         enabled: False where every call launches its kernels, to be watched or traced.
+        num_made: graphs that have been made so far.
+        num_launched: calls so far that had no graph.
     """
 
     def __init__(self) -> None:
         self._calls: dict[Hashable, _Remembered] = {}
         self._num_calls = 0
         self.enabled = True
+        self.num_made = self.num_launched = 0
 
     def clear(self) -> None:
         """Forget all graphs."""
@@ -45,6 +48,7 @@ class CallGraphs:
             launch: queues the call's kernels on a raw stream.
         """
         if not self.enabled:
+            self.num_launched += 1
             return None
         self._num_calls += 1
         calls, call = self._calls, self._calls.get(key)  # one look: hashing a key takes long
@@ -52,11 +56,13 @@ class CallGraphs:
             if len(calls) == MAX_GRAPHS:
                 del calls[min(calls, key=lambda key: calls[key].last_use)]
             calls[key] = _Remembered(self._num_calls)
+            self.num_launched += 1
             return None
         call.last_use = self._num_calls
         if call.graph is None:
             try:
                 call.graph = _capture(launch)
+                self.num_made += 1
             except Exception as error:  # of the launches: they will raise it again
                 _log.warning("calls are launched from now on, not replayed: %s", error)
                 self.enabled = False

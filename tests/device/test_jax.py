@@ -94,6 +94,19 @@ def test_language_model(num_gpus, data, fault, tmp_path):
     assert float(losses[-1]) < 3.5
 
 
+def test_a_step_beside_the_calls(num_gpus, tmp_path):
+    """The benchmark itself, with a tiny layer: the same bits, and all its figures."""
+    out, ranks = tmp_path / "step.json", "1,2" if num_gpus > 1 else "1"
+    small = "--model tiny --tokens 64 --rounds 3 --steps 4 --layers 2 --device cuda"
+    run("-m", "benchmarks.jax_step", *small.split(), "--ranks", ranks, "--out", str(out))
+    cells = json.loads(out.read_text())["cells"]
+    assert len(cells) == len(ranks.split(","))
+    for entry in cells.values():
+        for side in entry["times"].values():
+            assert side["us"]["median"] > side["watched"]["forward us"] > 0
+            assert side["watched"]["graphs made"] >= 0
+
+
 def test_transformer_layers_end_to_end(num_gpus, tmp_path):
     """The benchmark itself, with JAX's own MoE layer: losses agree within noise."""
     if num_gpus < 2:

@@ -76,7 +76,7 @@ def forget_those_with_cupy():
     "module",
     [
         *"engine layer nodes peers end_to_end link latency host_time router tables".split(),
-        *"defaults sweep rivals_torch rivals_jax".split(),
+        *"defaults sweep rivals_torch rivals_jax jax_step".split(),
     ],
 )
 def test_a_benchmark_says_how_to_use_it(module):
