@@ -23,19 +23,25 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": python_path()}
 
 
-def mpirun(ranks: int, *arguments: str, timeout_sec: float = 240, cwd: Path = ROOT):
-    """Run ``python arguments...`` on that many ranks; skip where there is no MPI."""
-    pytest.importorskip("mpi4py", reason="needs mpi4py")
+def mpirun_command(ranks: int) -> list[str]:
+    """The begin of a command on that many ranks; [] where there is no mpirun."""
     beside = str(Path(sys.executable).parent)
     program = shutil.which("mpirun", path=beside) or shutil.which("mpirun")
     if program is None:
-        pytest.skip("needs mpirun")
+        return []
     version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
-    flags: list[str] = []
-    if "Open MPI" in version:
-        flags = ["--allow-run-as-root", "--oversubscribe"]
+    flags = ["--allow-run-as-root", "--oversubscribe"] if "Open MPI" in version else []
+    return [program, *flags, "-n", str(ranks)]
+
+
+def mpirun(ranks: int, *arguments: str, timeout_sec: float = 240, cwd: Path = ROOT):
+    """Run ``python arguments...`` on that many ranks; skip where there is no MPI."""
+    pytest.importorskip("mpi4py", reason="needs mpi4py")
+    command = mpirun_command(ranks)
+    if not command:
+        pytest.skip("needs mpirun")
     return subprocess.run(
-        [program, *flags, "-n", str(ranks), sys.executable, *arguments],
+        [*command, sys.executable, *arguments],
         capture_output=True,
         text=True,
         timeout=timeout_sec,
