@@ -115,8 +115,8 @@ def measure(options: Options, world: cometrt_jax.JaxWorld, mesh: Any) -> dict[st
     )
     arrays = jax.block_until_ready(arrays_of(spec, options, mesh))
     with cometrt_jax.MoE(world, spec) as moe:
-        (rank,) = moe._ranks.values()
-        on_gpu = rank.layer.on_gpu  # JAX may change the thread's GPU
+        (of_jax,) = moe.layers.values()
+        on_gpu = of_jax.on_gpu  # JAX may change the thread's GPU
         with on_gpu():
             layer = cometrt.MoELayer(own, spec)
             run = calls_of(layer, arrays, options)
@@ -131,7 +131,7 @@ def measure(options: Options, world: cometrt_jax.JaxWorld, mesh: Any) -> dict[st
 
         step = step_of(moe, options.layers, mesh).lower(*arrays).compile()
         sides = {
-            "JAX": Side(lambda: step(*arrays), jax.block_until_ready, rank.layer),
+            "JAX": Side(lambda: step(*arrays), jax.block_until_ready, of_jax),
             "calls": Side(run_calls, wait_for_calls, layer),
         }
         check_equal(*(side.run() for side in sides.values()))

@@ -53,6 +53,10 @@ class MoE(Closing):
         spec: equal on all ranks.
         mode: as for `cometrt.MoELayer`.
 
+    Attributes:
+        layers: of the ranks of this process, for tests and benchmarks: they may change with any
+            version.
+
     Raises:
         ValueError, CometError, PeerTimeout: as `cometrt.MoELayer`.
     """
@@ -63,14 +67,14 @@ class MoE(Closing):
         if not isinstance(world, JaxWorld):
             raise ValueError(f"world must come from connect (got {world!r})")
         self.world, self.spec = world, spec
-        layers = on_ranks(
+        self.layers = on_ranks(
             {
                 index: functools.partial(_make_layer, member, spec, mode)
                 for index, member in world.ranks.items()
             }
         )
-        self._ranks = {index: Rank(layers[index], world.locks[index]) for index in layers}
-        layer = next(iter(layers.values()))
+        self._ranks = {index: Rank(of, world.locks[index]) for index, of in self.layers.items()}
+        layer = next(iter(self.layers.values()))
         self._geometry: Geometry = layer.geometry
         self.mode = layer.mode
         self._kept, self._backward_scratch = structs(layer.kept), structs(layer.backward_scratch())
