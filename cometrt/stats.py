@@ -20,7 +20,7 @@ class LayerStats:
         rows_waited_us: microseconds that the GEMMs waited in mode "fused" for rows on their way to
             this rank; on "cuda" the mean over the SMs. A GEMM loads ahead, so it may have
             multiplied an earlier tile meanwhile. 0 in other modes, where a GEMM begins once all
-            rows are there.
+            rows are there, and not measured (0) on "cuda" with an emulated link.
 
     Other waits do not count: comm waits for GEMMs and for peers most of the time, and delays
     nothing by it. `cometrt.trace` shows them.
