@@ -287,6 +287,22 @@ def sweep_table() -> list[str]:
     return lines
 
 
+def jax_step_table() -> list[str]:
+    """A step in JAX beside the same calls on CuPy arrays."""
+    cells = read(RESULTS / "jax_step.json")["cells"]
+    machines = gpus([("", "", entry) for entry in cells.values()])
+    lines = [
+        f"{machines}; medians of rounds in turns, the slowest rank; a process for each GPU.",
+        "",
+        *heading(["layer", "JAX, us a step", "CuPy calls", "JAX over them", "JAX", "commit"]),
+    ]
+    for name, entry in cells.items():
+        times = [f"{entry['times'][side]['us']['median']:,.0f}" for side in ("JAX", "calls")]
+        over = f"{entry['overhead_percent']:.1f}%"
+        lines.append(row([name.removesuffix(" L=1"), *times, over, entry["jax"], commit(entry)]))
+    return lines
+
+
 def link_table() -> list[str]:
     data = read(RESULTS / "link.json")
     machine, rates = data["machine"], data["gbps"]
@@ -385,6 +401,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "layers": layers_table,
     "end_to_end": end_to_end_table,
     "latency": latency_table,
+    "jax_step": jax_step_table,
     "link": link_table,
     "sweep": sweep_table,
     "short": short_table,
@@ -397,6 +414,7 @@ PAGES = {
         "overlap",
         "latency",
         "end_to_end",
+        "jax_step",
         "layers",
         "sweep",
         "link",

@@ -36,6 +36,7 @@ class CudaExecutor:
     graphs: of calls that come again.
     forward_buffers: arrays that a forward allocates, by `training`; a planned one has its plan's
         tables.
+    forward_arrays: those but for "scratch", by `training` and whether the forward has a plan.
     plan_buffers: arrays that a plan allocates.
     backward_buffers: arrays that a backward allocates.
     ended: event at the end of the last call.
@@ -65,8 +66,7 @@ class CudaExecutor:
         }
         self.plan_buffers = buffers.plan_buffers(shape)
         self.backward_buffers = buffers.backward_buffers(shape)
-        # Of a forward by (training, whether it has a plan): what it allocates besides "scratch".
-        self._forward_arrays = {
+        self.forward_arrays = {
             (training, planned): {
                 name: of
                 for name, of in self.forward_buffers[training].items()
@@ -130,7 +130,7 @@ class CudaExecutor:
             else:
                 operation, tables = "planned forward", plan.tables[0]
                 at["plan_epoch"], at["tables"] = plan.epoch.data.ptr, tables.data.ptr
-            new = self._new(self._forward_arrays[training, plan is not None])
+            new = self._new(self.forward_arrays[training, plan is not None])
             for name, array in new.items():
                 at[name] = array.data.ptr
             scratch = self._cp.cuda.alloc(self._scratch_bytes["forward"])

@@ -227,6 +227,7 @@ def combinations(
 
 
 def sweep(
+    base: TileConfig,
     found: Found,
     settings: list[Setting],
     spec: MoESpec,
@@ -234,10 +235,12 @@ def sweep(
     time: Callable[[TileConfig, str, tuple[int, int]], float],
     expired: Callable[[], bool],
 ) -> Found:
-    """Time combinations of the settings, until there are none or the time is over. The fastest and
-    the config that was found so far then take turns.
+    """Time combinations of the settings, until there are none or the time is over. The fastest, the
+    config that was found so far and the base then take turns: a GPU is not equally fast all the
+    time, so times of different moments may mislead.
 
     Args:
+        base, found: where `search` started, and what it found.
         time: measures a pass with a config, in so many rounds of so many calls.
         settings, spec, size, expired: as for `search`.
     """
@@ -253,7 +256,7 @@ def sweep(
             group[which] = ms, config
     whole = [group for group in fastest.values() if len(group) == len(passes)]
     whole.sort(key=lambda group: sum(ms for ms, _ in group.values()))
-    finalists = [best, *(_joined(group) for group in whole[: _FINALISTS - 1])]
+    finalists = [best, base, *(_joined(group) for group in whole[: _FINALISTS - 1])]
     times: dict[TileConfig, list[dict[str, float]]] = {config: [] for config in finalists}
     for _ in range(_TURNS):
         for config, turns in times.items():

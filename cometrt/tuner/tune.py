@@ -125,6 +125,6 @@ def find(
 
     found = search(base, settings, spec, size, time, expired)
     if not expired():
-        found = sweep(found, settings, spec, size, time, expired)
+        found = sweep(base, found, settings, spec, size, time, expired)
     trials.close()
     return found

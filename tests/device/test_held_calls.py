@@ -349,7 +349,7 @@ BREAKS = {  # what fails on one rank, in which mode, before or after others are 
     "publish": ("sequential", lambda ex: ex.kernels.update(publish=_no_launch)),
     "finish": ("fused", lambda ex: ex.kernels.update(finish=_no_launch)),
     "tensor map": ("sequential", lambda ex: ex.kernels.update(up=_no_launch)),
-    "memory": ("fused", lambda ex: setattr(ex, "forward_buffers", NoMemory())),
+    "memory": ("fused", lambda ex: setattr(ex, "forward_arrays", NoMemory())),
     "results": ("fused", None),
 }  # fmt: skip
 

@@ -228,7 +228,7 @@ def choose(monkeypatch, config):
         return Found(config, ms, ms)
 
     monkeypatch.setattr("cometrt.tuner.tune.search", search)
-    monkeypatch.setattr("cometrt.tuner.tune.sweep", lambda found, *_: found)
+    monkeypatch.setattr("cometrt.tuner.tune.sweep", lambda base, found, *_: found)
 
 
 def test_what_forward_saved_before_is_refused(monkeypatch):

@@ -305,7 +305,7 @@ def test_a_backward_that_computes_z_again_depends_on_the_forwards_dispatch_ctas(
         return {"forward": 0.9 if few else 1.0, "backward": 3.0 if few else 2.0}[which]
 
     found = search.search(base, settings, spec, 8, time)
-    swept = search.sweep(found, settings, spec, 8, time, lambda: False)
+    swept = search.sweep(base, found, settings, spec, 8, time, lambda: False)
     for result in (found, swept):
         assert result.config.dispatch_ctas != 4
         assert result.ms == {"forward": 1.0, "backward": 2.0}
@@ -413,7 +413,7 @@ def test_what_gains_less_than_noise_is_not_taken():
 def sweep_of(time, training=True, expired=lambda: False):
     base, settings = settings_of(cometrt.TileConfig(), SPEC, 8, 16, training)
     found = search.search(base, settings, SPEC, 8, lambda config, which: time(config, which, None))
-    return found, search.sweep(found, settings, SPEC, 8, time, expired)
+    return found, search.sweep(base, found, settings, SPEC, 8, time, expired)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -435,6 +435,19 @@ def test_a_sweep_finds_what_gains_only_together(training):
 def test_a_sweep_keeps_what_is_not_slower_than_the_rest():
     found, swept = sweep_of(lambda config, which, counts: 1.0)
     assert swept == found
+
+
+def test_a_sweep_returns_to_the_base_where_the_search_was_misled():
+    """By a GPU that was faster at that moment."""
+    base, settings = settings_of(cometrt.TileConfig(), SPEC, 8, 16, training=True)
+    misled = dataclasses.replace(base, order="columns", n_chunk=512)
+    ms = dict.fromkeys(search.PASSES, 0.5)
+    found = search.Found(misled, ms, dict.fromkeys(search.PASSES, 1.0))
+    swept = search.sweep(
+        base, found, settings, SPEC, 8, lambda config, *_: 1.0 + (config != base), lambda: True
+    )
+    assert swept.config == base
+    assert swept.ms == dict.fromkeys(search.PASSES, 1.0)
 
 
 def test_a_sweep_ends_when_the_time_is_over():
