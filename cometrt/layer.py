@@ -22,6 +22,7 @@ from cometrt.executor import Executor
 from cometrt.layer_life import LayerLife
 from cometrt.memory import buffers_of, check_room
 from cometrt.nodes import make_executor
+from cometrt.nodes.slices import RailSlices
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.plan_ahead import PlanAhead, plan_specs
 from cometrt.residuals import ArraySpec, Origin, Residuals, Uses, array_specs
@@ -90,11 +91,13 @@ class MoELayer(LayerLife):
         self.tracer: Tracer = NullTracer()
         self.geometry = Geometry(spec, world.rank, world.size)
         self._use(config)
-        check_room(world, self.shape, self.mode, self.caller_allocates)
+        check_room(world, self.shape, self.mode, self._slices, self.caller_allocates)
         self._num_forwards, self._uses = 0, Uses()
         self._arrays: Arrays
         self.executor: Executor  # for tests and benchmarks: it may change with any version
-        self._arrays, self.executor = make_executor(world, spec, self.shape, self._layer, self.mode)
+        self._arrays, self.executor = make_executor(
+            world, spec, self.shape, self._slices, self._layer, self.mode
+        )
         self._scope = CallScope(world)
         self._finalizer = self.executor.keep_for(self)
 
@@ -259,10 +262,12 @@ class MoELayer(LayerLife):
         return self._saved_specs
 
     def _use(self, config: TileConfig) -> None:
-        of_node = geometry_of_node(self.spec, self.world.rank, self.world.size, self.world.nodes)
+        world, slices = self.world, config.rail_slices
+        of_node = geometry_of_node(self.spec, world.rank, world.size, world.nodes, slices)
         self.config, self.shape = config, PlanShape(of_node, config)
-        residuals = buffers_of(self.world.device).residuals(self.shape)
-        self._saved_specs = array_specs(self.shape, residuals)
+        self._slices = RailSlices(world.nodes, world.node_index, self.spec.max_tokens, slices)
+        residuals = buffers_of(world.device).residuals(self.shape)
+        self._saved_specs = array_specs(self.shape, residuals, slices)
         self._plan_specs = plan_specs(self._saved_specs)
 
     def _exchange(self, name: str, stream: Any) -> contextlib.AbstractContextManager[None]:

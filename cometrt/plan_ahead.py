@@ -1,7 +1,8 @@
 """What `layer.plan` makes for forwards: `plan`, a flat tuple of arrays of fixed shape.
 
 (meta [6] int64 on the host, read-only; epoch [1] int64; the plan's tables, on "cuda" in one array).
-The tables are those of `saved`, where a planned forward's refer to its plan's.
+The tables are those of `saved`, where a planned forward's refer to its plan's. With rail_slices > 1
+epoch and tables come once for each slice.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cometrt.residuals import ArraySpec, Origin, unpack_arrays
+from cometrt.residuals import ArraySpec, Origin, by_slice, unpack_arrays
 from cometrt.types import Arrays
 
 _META_SHAPE = (len(Origin._fields) + 1,)  # num_tokens comes behind
@@ -26,17 +27,25 @@ class PlanAhead:
         num_tokens: T of the plan.
         epoch: of the plan; on "cuda" 0 if it failed.
         tables: the plan's.
+        others: epoch and tables of the slices behind the first.
     """
 
     num_tokens: int
     epoch: Any
     tables: tuple[Any, ...]
+    others: tuple[dict[str, Any], ...] = ()
+
+    def of_slices(self) -> list[PlanAhead]:
+        """Those of each slice."""
+        first = dataclasses.replace(self, others=())
+        return [first, *(dataclasses.replace(first, **made) for made in self.others)]
 
     def pack(self, origin: Origin) -> tuple[Any, ...]:
         """`plan`."""
         meta = np.array([*origin, self.num_tokens], np.int64)
         meta.flags.writeable = False
-        return (meta, self.epoch, *self.tables)
+        arrays = (array for of in self.of_slices() for array in (of.epoch, *of.tables))
+        return (meta, *arrays)
 
     @staticmethod
     def unpack(
@@ -50,12 +59,15 @@ class PlanAhead:
             ValueError: if it is not of that origin, or an array is not as its spec says.
         """
         (num_tokens,), kept = unpack_arrays(plan, "plan", "plan", origin, specs, arrays)
-        return PlanAhead(num_tokens, kept.pop("epoch"), tuple(kept.values()))
+        first, *others = (
+            {"epoch": of.pop("epoch"), "tables": tuple(of.values())} for of in by_slice(kept)
+        )
+        return PlanAhead(num_tokens, **first, others=tuple(others))
 
 
 def plan_specs(saved: tuple[ArraySpec, ...]) -> tuple[ArraySpec, ...]:
     """Specs of all arrays of `plan`, from those of `saved`."""
-    meta, *others = (of for of in saved if of.name not in _OF_FORWARD)
+    meta, *others = (of for of in saved if of.name.partition(" ")[0] not in _OF_FORWARD)
     kept = dataclasses.replace(meta, shape=_META_SHAPE), *others
     return tuple(
         dataclasses.replace(of, index=index, owner="plan") for index, of in enumerate(kept)

@@ -4,6 +4,9 @@
 tables, on "cuda" in one array; w_up; w_down), where x is the gathered rows [capacity, H]
 (save="rows") or this rank's tokens [max_tokens, H] (save="z" and "nothing"). z is left out with
 save="nothing". Activations without a gate have z [capacity, I_s].
+
+A layer over several nodes with rail_slices > 1 has epoch, x, z and tables once for each slice, one
+slice behind the other.
 """
 
 from __future__ import annotations
@@ -50,6 +53,7 @@ class Residuals:
         epoch: of the forward.
         z: None with save="nothing".
         tables: the plan's.
+        others: epoch, x, z and tables of the slices behind the first.
     """
 
     serial: int
@@ -60,13 +64,21 @@ class Residuals:
     tables: tuple[Any, ...]
     w_up: Any
     w_down: Any
+    others: tuple[dict[str, Any], ...] = ()
+
+    def of_slices(self) -> list[Residuals]:
+        """Those of each slice."""
+        first = dataclasses.replace(self, others=())
+        return [first, *(dataclasses.replace(first, **kept) for kept in self.others)]
 
     def pack(self, origin: Origin) -> tuple[Any, ...]:
         """`saved`."""
         meta = np.array([*origin, self.num_tokens, self.serial], np.int64)
         meta.flags.writeable = False
-        z = () if self.z is None else (self.z,)
-        return (meta, self.epoch, self.x, *z, *self.tables, self.w_up, self.w_down)
+        arrays: list[Any] = []
+        for of in self.of_slices():
+            arrays += (of.epoch, of.x, *(() if of.z is None else (of.z,)), *of.tables)
+        return (meta, *arrays, self.w_up, self.w_down)
 
     @staticmethod
     def unpack(
@@ -79,10 +91,15 @@ class Residuals:
         Raises:
             ValueError: if it is not of that origin, or an array is not as its spec says.
         """
-        (num_tokens, serial), kept = unpack_arrays(saved, "saved", "forward", origin, specs, arrays)
-        named = {name: kept.pop(name) for name in ("epoch", "x", "w_up", "w_down")}
-        z, tables = kept.pop("z", None), tuple(kept.values())
-        return Residuals(serial, num_tokens, z=z, tables=tables, **named)
+        numbers, kept = unpack_arrays(saved, "saved", "forward", origin, specs, arrays)
+        weights = {name: kept.pop(name) for name in ("w_up", "w_down")}
+        slices = [
+            {"epoch": of.pop("epoch"), "x": of.pop("x"), "z": of.pop("z", None)}
+            | {"tables": tuple(of.values())}
+            for of in by_slice(kept)
+        ]
+        num_tokens, serial = numbers
+        return Residuals(serial, num_tokens, **slices[0], **weights, others=tuple(slices[1:]))
 
 
 def unpack_arrays(
@@ -126,6 +143,16 @@ def unpack_arrays(
         for of, array in zip(specs[1:], values[1:], strict=True)
     }
     return numbers[len(origin) :], checked
+
+
+def by_slice(arrays: dict[str, Any]) -> list[dict[str, Any]]:
+    """Arrays named as in `array_specs`, with the names of one slice."""
+    slices: list[dict[str, Any]] = []
+    for name, array in arrays.items():
+        if name.partition(" ")[0] == "epoch":  # each slice begins with it
+            slices.append({})
+        slices[-1][name.partition(" ")[0]] = array
+    return slices
 
 
 class Uses:
@@ -174,12 +201,16 @@ class ArraySpec:
         return (self.dtype,)
 
 
-def array_specs(shape: PlanShape, buffers: Buffers) -> tuple[ArraySpec, ...]:
-    """Specs of all arrays of `saved`: those of `buffers`, in its order, then the weights."""
+def array_specs(shape: PlanShape, buffers: Buffers, slices: int = 1) -> tuple[ArraySpec, ...]:
+    """Specs of all arrays of `saved`: those of `buffers`, in its order, then the weights. All of
+    `buffers` but meta comes again for each slice: "x of slice 1" behind "x"."""
     geometry, dtype = shape.geometry, shape.geometry.spec.numpy_dtype
     weights: Buffers = {
         "w_up": (geometry.w_up_shape, dtype),
         "w_down": (geometry.w_down_shape, dtype),
     }
+    of_slice = {name: of for name, of in buffers.items() if name != "meta"}
+    for index in range(1, slices):
+        buffers = buffers | {f"{name} of slice {index}": of for name, of in of_slice.items()}
     named = (buffers | weights).items()
     return tuple(ArraySpec(name, *of, index) for index, (name, of) in enumerate(named))

@@ -17,8 +17,17 @@ class LayerStats:
         waited_us: microseconds that this rank waited, doing nothing else, until all ranks had begun
             the call. The last rank to begin has 0: the others wait for it. Waits below 1 us do not
             count.
+
+    Over several nodes rows and waited_us are sums over the slices of a call (see
+    `TileConfig.rail_slices`), and epoch is that of the last one.
     """
 
     epoch: int
     rows: np.ndarray
     waited_us: float
+
+
+def sum_stats(slices: list[LayerStats]) -> LayerStats:
+    """Of a call, from those of its slices."""
+    rows = np.sum([of.rows for of in slices], axis=0)
+    return LayerStats(slices[-1].epoch, rows, sum(of.waited_us for of in slices))

@@ -8,6 +8,7 @@ backward, that comes again with the same arguments and memory is one launch of a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,6 +42,7 @@ class CudaExecutor:
     ended: event at the end of the last call.
     captured: memory of calls in CUDA graphs, which outlives them.
     rail: what a call over several nodes uses besides; None on one node.
+    stats_address: where calls tell their CallStats; 0: `queue.stats`.
     """
 
     def __init__(self, world: World, shape: PlanShape, layer: int, mode: str) -> None:
@@ -48,6 +50,7 @@ class CudaExecutor:
         import cupy as cp
 
         self.rail: Any = None
+        self.stats_address = 0
         self._cp, self._world, self._shape, self._layer = cp, world, shape, layer
         self._heap = DeviceHeap(world, shape)
         self._order = CallOrder(world, shape, layer)
@@ -165,6 +168,9 @@ class CudaExecutor:
         Args:
             arrays: whose memory a graph of the caller needs as long as it may be replayed.
         """
+        if self.stats_address:
+            at = {**call.at, "stats": self.stats_address}
+            call = dataclasses.replace(call, at=at)
         stream = self._cp.cuda.get_current_stream()
         capturing, graph = bool(stream.is_capturing()), None
         if not capturing and call.operation in self._replayed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from cometrt.plan.config import MAX_RAIL_SLICES
 from cometrt.world.layout import world_dtype
 
 header_dtype = np.dtype(
@@ -25,8 +26,12 @@ params_dtype = np.dtype(
             "returned_dweight out_dweight outcomes"
         ).split()
     ]
+    + [("epochs", np.uint64, MAX_RAIL_SLICES)]
     + [
         (name, np.int32)
-        for name in ("nodes node max_tokens topk hidden num_tokens num_experts id_bytes").split()
+        for name in (
+            "nodes node max_tokens topk hidden num_tokens num_experts id_bytes part_tokens "
+            "num_epochs slice ends begins own others unused"
+        ).split()
     ]
 )

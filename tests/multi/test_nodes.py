@@ -8,19 +8,19 @@ from cometrt.world.nodes import ranks_per_node
 from tests.launch import mpirun
 
 
-@pytest.mark.parametrize("nodes", [2, 3])
-def test_calls_failures_and_resets_of_several_nodes(monkeypatch, nodes):
+@pytest.mark.parametrize(("nodes", "slices"), [(2, 1), (3, 1), (2, 4), (3, 3)])
+def test_calls_failures_and_resets_of_several_nodes(monkeypatch, nodes, slices):
     monkeypatch.setenv("COMETRT_RANKS_PER_NODE", "2")
-    result = mpirun(2 * nodes, "-m", "tests.multi.run_nodes")
+    result = mpirun(2 * nodes, "-m", "tests.multi.run_nodes", str(slices))
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("all parts passed") == 2 * nodes
 
 
-@pytest.mark.parametrize("nodes", [2, 3])
-def test_the_hosts_part_of_calls_on_cuda(monkeypatch, nodes):
+@pytest.mark.parametrize(("nodes", "slices"), [(2, 1), (3, 1), (2, 4), (3, 3), (3, 5)])
+def test_the_hosts_part_of_calls_on_cuda(monkeypatch, nodes, slices):
     pytest.importorskip("cuda.bindings", reason="needs the compile extra")
     monkeypatch.setenv("COMETRT_RANKS_PER_NODE", "2")
-    result = mpirun(2 * nodes, "-m", "tests.multi.run_nodes_stand_in")
+    result = mpirun(2 * nodes, "-m", "tests.multi.run_nodes_stand_in", str(slices))
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("all parts passed") == 2 * nodes
 
