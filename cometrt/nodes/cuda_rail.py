@@ -139,8 +139,11 @@ class CudaRail:
         if self._several and ids is not None:
             self._run(self._localize, own=1)
         self._sent = own  # the memory is not free until the next call begins
-        sent = own if rows is None else self.own_rows(all_rows)  # all of it
-        self._arrive(None if own is None else (sent.data.ptr, all_rows.data.ptr))
+        if own is None:
+            self._arrive(None)
+        else:
+            sent = own if rows is None else self.own_rows(all_rows)  # of max_tokens rows
+            self._arrive((sent.data.ptr, all_rows.data.ptr))
         return own
 
     def _arrive(self, of_rows: tuple[int, int] | None) -> None:

@@ -1,6 +1,11 @@
 """The rank side of tests/device/test_nodes.py: layers over several nodes on GPUs, under mpirun.
 
-COMETRT_RANKS_PER_NODE=2 mpirun -n 4 python -m tests.multi.run_cuda_nodes [parts] [--soak 2000]
+COMETRT_RANKS_PER_NODE=2 mpirun -n 4 python -m tests.multi.run_cuda_nodes [parts] [options]
+
+    --slices 4     rail_slices of all layers; more than one need NCCL_MAX_CTAS
+    --soak 2000    so many steps
+
+Two GPUs are two nodes of one rank: COMETRT_RANKS_PER_NODE=1 mpirun -n 2 ...
 """
 
 from __future__ import annotations
@@ -17,7 +22,15 @@ import numpy as np
 from mpi4py import MPI
 
 import cometrt
-from tests.cases import Case, Output, make_inputs, on_device, on_host, run_case
+from tests.cases import (
+    Case,
+    Output,
+    make_inputs,
+    on_device,
+    on_host,
+    relative_error,
+    run_case,
+)
 from tests.device.test_failures import Rank
 from tests.device.test_orders import Rank as OrdersRank
 from tests.host.test_failures import caught
@@ -25,6 +38,7 @@ from tests.host.test_orders import batches_of
 from tests.multi.run_cases import checked
 from tests.multi.run_nodes import cases, together
 
+SLICES = 1
 MODES = (("fused", "engine"), ("sequential", "engine"), ("fused", "engine"), ("chunked", "engine"))
 
 
@@ -32,8 +46,9 @@ def rank_of(world, case, inputs):
     return Rank(world, inputs, case.spec, case.config, case.mode)
 
 
-def case_of(world, **more) -> Case:
-    return Case((world.size, 1), **({"mode": "fused", "gemm": "engine"} | more))
+def case_of(world, tp=1, **more) -> Case:
+    given = {"mode": "fused", "gemm": "engine", "slices": SLICES} | more
+    return Case((world.size, min(tp, world.ranks_per_node)), **given)
 
 
 def recovers(world, rank, case, inputs):
@@ -43,7 +58,8 @@ def recovers(world, rank, case, inputs):
 
 def every_case(world):
     """Every routing with every `save`; bits repeat."""
-    for case, (mode, gemm) in zip(cases(world.size), itertools.cycle(MODES), strict=False):
+    found = cases(world.size, SLICES, world.ranks_per_node)
+    for case, (mode, gemm) in zip(found, itertools.cycle(MODES), strict=False):
         case = dataclasses.replace(case, dtype="bfloat16", mode=mode, gemm=gemm)
         inputs = make_inputs(case)
         checked(world, case, inputs, run_case(world, case, inputs))
@@ -95,6 +111,41 @@ def planned(world):
     y, _ = rank.layer.forward(x, *tables, w_up, w_down)
     rank.layer.synchronize()
     assert on_host(y).tobytes() == expected.y[:few].tobytes()
+    rank.layer.close()
+
+
+def same_bits(world):
+    """A token's results do not depend on its slice; a rank that brings max_tokens tokens sends them
+    from where they are."""
+    inputs = make_inputs(case_of(world))
+    for count in (None, min(map(len, inputs.x))):
+        outputs = []
+        for slices in (1, 3, 4) if SLICES > 1 else (1, 1):
+            case = case_of(world, slices=slices)
+            tokens = count or case.spec.max_tokens
+            spec = dataclasses.replace(case.spec, max_tokens=tokens)
+            rank = Rank(world, inputs, spec, case.config, case.mode)
+            outputs.append(rank.step(count))
+            rank.layer.close()
+        for output in outputs[1:]:
+            assert output.y.tobytes() == outputs[0].y.tobytes()
+            assert output.grads.x.tobytes() == outputs[0].grads.x.tobytes()
+            gates = (of.grads.topk_weights.tobytes() for of in (output, outputs[0]))
+            assert next(gates) == next(gates)
+            for name in ("w_up", "w_down"):
+                found, one = (getattr(of.grads, name) for of in (output, outputs[0]))
+                assert relative_error(found, one.astype(np.float64)) < 0.01
+
+
+def counted(world):
+    """Rows of all slices are in the stats of a call."""
+    case = case_of(world)
+    inputs = make_inputs(case)
+    rank = rank_of(world, case, inputs)
+    for _ in range(3):
+        rank.step()
+    rows = world.allgather(rank.layer.stats().rows)
+    assert sum(map(np.sum, rows)) == sum(int((ids >= 0).sum()) for ids in inputs.ids)
     rank.layer.close()
 
 
@@ -155,7 +206,7 @@ def wrong_tables(world):
 def too_many_rows(world):
     """One node has too few rows; the ranks of all nodes raise, and say which rank."""
     case = case_of(world)
-    spec = dataclasses.replace(case.spec, capacity_factor=0.25)
+    spec = dataclasses.replace(case.spec, capacity_factor=0.25, max_tokens=512)
     inputs, r = make_inputs(case), world.rank
     tokens, topk = spec.max_tokens, spec.topk
     ids = np.tile(np.arange(topk, dtype=np.int32), (tokens, 1))  # all on rank 0
@@ -214,10 +265,10 @@ def stalled(world):
             time.sleep(3.0)
         if sleeps and in_call:
             inner = rank.layer.executor.inner
-            launch = inner.kernels["finish"]
+            launch, sleeps_for = inner.kernels["finish"], [3.0]
 
-            def late(*arguments, launch=launch):
-                time.sleep(3.0)
+            def late(*arguments, launch=launch, sleeps_for=sleeps_for):
+                time.sleep(sleeps_for.pop() if sleeps_for else 0.0)  # in the first slice
                 launch(*arguments)
 
             inner.kernels["finish"], inner.graphs.enabled = late, False
@@ -258,7 +309,7 @@ def soak(world, calls: int):
     """Steps of layers of every `save` by turns; bits must repeat."""
     ranks, expected = [], []
     for save, tp in (("rows", 1), ("z", 2), ("nothing", 1)):
-        case = Case((world.size, tp), save=save, mode="fused", gemm="engine")
+        case = case_of(world, tp, save=save)
         inputs = make_inputs(case)
         rank = rank_of(world, case, inputs)
         ranks.append(rank)
@@ -280,8 +331,8 @@ def soak(world, calls: int):
 
 
 PARTS = (
-    every_case, orders, planned, captured, wrong_tables, too_many_rows, mismatched, stalled,
-    hidden_by_the_caller,
+    every_case, orders, planned, same_bits, counted, captured, wrong_tables, too_many_rows,
+    mismatched, stalled, hidden_by_the_caller,
 )  # fmt: skip
 
 
@@ -289,7 +340,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", choices=[[], *(part.__name__ for part in PARTS)])
     parser.add_argument("--soak", type=int, default=0)
+    parser.add_argument("--slices", type=int, default=1)
     args = parser.parse_args()
+    global SLICES
+    SLICES = args.slices
     try:
         with cometrt.connect(MPI.COMM_WORLD, device="cuda", timeout_sec=30) as world:
             assert world.nodes > 1, "needs COMETRT_RANKS_PER_NODE"

@@ -163,8 +163,9 @@ def group_end():
 
 
 def world_rank(node):
-    """The rank of this rank's rail on that node, with two ranks a node."""
-    return 2 * node + MPI.COMM_WORLD.rank % 2
+    """The rank of this rank's rail on that node."""
+    ranks_per_node = int(os.environ["COMETRT_RANKS_PER_NODE"])
+    return ranks_per_node * node + MPI.COMM_WORLD.rank % ranks_per_node
 
 
 def at(address, count, dtype):
@@ -440,6 +441,15 @@ class Tight(Case):
         return dataclasses.replace(super().spec, capacity_factor=0.7)
 
 
+class Full(Case):
+    """A case in which some rank has max_tokens tokens."""
+
+    @property
+    def spec(self):
+        tokens = max(map(len, make_inputs(Case(self.ranks, seed=self.seed)).ids))
+        return dataclasses.replace(super().spec, max_tokens=tokens)
+
+
 class Rank:
     """A layer whose executor is that of CUDA."""
 
@@ -509,7 +519,8 @@ class Rank:
 
 
 def steps(world, kernels):
-    for case in cases(world.size, SLICES):
+    full = [Full((world.size, 1), slices=SLICES, seed=seed) for seed in range(3)]
+    for case in (*cases(world.size, SLICES, world.ranks_per_node), *full):
         if case.dtype == "bfloat16":
             rank = Rank(world, kernels, case)
             rank.step()
@@ -596,7 +607,7 @@ def stalled(world, kernels):
         assert isinstance(error, cometrt.PeerTimeout), error
         if world.node_index != node:
             assert time.monotonic() - begin < 1.4
-            assert world.nodes > 2 or error.peer // 2 == node, error
+            assert world.nodes > 2 or error.peer // world.ranks_per_node == node, error
             assert "for rail_tokens from rank" in str(error), error
         world.timeout_sec = 30.0
         world.reset()
