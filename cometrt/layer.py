@@ -25,7 +25,7 @@ from cometrt.nodes import make_executor
 from cometrt.nodes.slices import RailSlices
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.plan_ahead import PlanAhead, plan_specs
-from cometrt.residuals import ArraySpec, Origin, Residuals, Uses, array_specs
+from cometrt.residuals import ArraySpec, Origin, Residuals, Serials, Uses, array_specs
 from cometrt.specs import Geometry, Gradients, MoESpec, check_int, geometry_of_node
 from cometrt.trace import NullTracer, Tracer
 from cometrt.tuner.tune import tune
@@ -92,7 +92,7 @@ class MoELayer(LayerLife):
         self.geometry = Geometry(spec, world.rank, world.size)
         self._use(config)
         check_room(world, self.shape, self.mode, self._slices, self.caller_allocates)
-        self._num_forwards, self._uses = 0, Uses()
+        self._serials, self._uses = Serials(), Uses()
         self._arrays: Arrays
         self.executor: Executor  # for tests and benchmarks: it may change with any version
         self._arrays, self.executor = make_executor(
@@ -164,9 +164,8 @@ class MoELayer(LayerLife):
                 )
             if kept is None:
                 return y, None
-            self._num_forwards += 1
             saved = Residuals(
-                serial=self._num_forwards,
+                serial=self._serials.next(self.world.generation),
                 num_tokens=len(y),
                 w_up=inputs[3],
                 w_down=inputs[4],
@@ -245,7 +244,9 @@ class MoELayer(LayerLife):
         with self._exchange("layer.plan", stream), filling_nan():
             tables = check_tables(self._arrays, self.geometry, topk_ids, topk_weights)
             made = self.executor.plan(*tables, tracer=self.tracer)
-            return PlanAhead(num_tokens=len(tables[0]), **made).pack(self._plan_origin())
+            return PlanAhead(
+                self._serials.next(self.world.generation), len(tables[0]), **made
+            ).pack(self._plan_origin())
 
     def residuals(self, num_tokens: int) -> tuple[ArraySpec, ...]:
         """Name, shape and dtype of each array of `saved`, in its order: those of a forward of

@@ -1,6 +1,6 @@
 """What `layer.plan` makes for forwards: `plan`, a flat tuple of arrays of fixed shape.
 
-(meta [6] int64 on the host, read-only; epoch [1] int64; the plan's tables, on "cuda" in one array).
+(meta [7] int64 on the host, read-only; epoch [1] int64; the plan's tables, on "cuda" in one array).
 The tables are those of `saved`, where a planned forward's refer to its plan's. With rail_slices > 1
 epoch and tables come once for each slice.
 """
@@ -15,7 +15,6 @@ import numpy as np
 from cometrt.residuals import ArraySpec, Origin, by_slice, unpack_arrays
 from cometrt.types import Arrays
 
-_META_SHAPE = (len(Origin._fields) + 1,)  # num_tokens comes behind
 _OF_FORWARD = ("x", "z", "w_up", "w_down")  # arrays of `saved` that no plan has
 
 
@@ -24,12 +23,14 @@ class PlanAhead:
     """`plan` with names.
 
     Attributes:
+        serial: number of the plan within its layer.
         num_tokens: T of the plan.
         epoch: of the plan; on "cuda" 0 if it failed.
         tables: the plan's.
         others: epoch and tables of the slices behind the first.
     """
 
+    serial: int
     num_tokens: int
     epoch: Any
     tables: tuple[Any, ...]
@@ -42,7 +43,7 @@ class PlanAhead:
 
     def pack(self, origin: Origin) -> tuple[Any, ...]:
         """`plan`."""
-        meta = np.array([*origin, self.num_tokens], np.int64)
+        meta = np.array([*origin, self.num_tokens, self.serial], np.int64)
         meta.flags.writeable = False
         arrays = (array for of in self.of_slices() for array in (of.epoch, *of.tables))
         return (meta, *arrays)
@@ -58,17 +59,17 @@ class PlanAhead:
         Raises:
             ValueError: if it is not of that origin, or an array is not as its spec says.
         """
-        (num_tokens,), kept = unpack_arrays(plan, "plan", "plan", origin, specs, arrays)
+        (num_tokens, serial), kept = unpack_arrays(plan, "plan", "plan", origin, specs, arrays)
         first, *others = (
             {"epoch": of.pop("epoch"), "tables": tuple(of.values())} for of in by_slice(kept)
         )
-        return PlanAhead(num_tokens, **first, others=tuple(others))
+        return PlanAhead(serial, num_tokens, **first, others=tuple(others))
 
 
 def plan_specs(saved: tuple[ArraySpec, ...]) -> tuple[ArraySpec, ...]:
     """Specs of all arrays of `plan`, from those of `saved`."""
     meta, *others = (of for of in saved if of.name.partition(" ")[0] not in _OF_FORWARD)
-    kept = dataclasses.replace(meta, shape=_META_SHAPE), *others
     return tuple(
-        dataclasses.replace(of, index=index, owner="plan") for index, of in enumerate(kept)
+        dataclasses.replace(of, index=index, owner="plan")
+        for index, of in enumerate((meta, *others))
     )

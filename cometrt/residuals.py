@@ -155,6 +155,19 @@ def by_slice(arrays: dict[str, Any]) -> list[dict[str, Any]]:
     return slices
 
 
+class Serials:
+    """Numbers of a layer's forwards and plans. Those of ranks that have made the same calls since
+    the last reset are equal."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def next(self, generation: int) -> int:
+        """The number of one more; `generation`: the world's."""
+        self._last = max(self._last, generation << 32) + 1
+        return self._last
+
+
 class Uses:
     """Remembers which residuals of a layer had their backward, of the latest 65,536."""
 

@@ -99,8 +99,8 @@ class CudaNodesExecutor(NodesExecutor):
         with self._call("forward"):
             rail, all_x = self.rail, self._all_x()
             operation = "forward" if plan is None else "planned forward"
-            epoch = None if plan is None else plan.epoch
-            own = rail.begin(operation, len(x), x, all_x, ids, weights, forward_epoch=epoch)
+            number = 0 if plan is None else plan.serial
+            own = rail.begin(operation, len(x), x, all_x, ids, weights, number)
             plans = plan.of_slices() if plan else [None] * self._slices.count
             made = []
             for (index, of), planned in zip(self._calls(), plans, strict=True):
@@ -144,7 +144,7 @@ class CudaNodesExecutor(NodesExecutor):
     ) -> None:
         with self._call("backward"):
             rail = self.rail
-            own = rail.begin("backward", len(dy), dy, rail.rows, forward_epoch=saved.epoch)
+            own = rail.begin("backward", len(dy), dy, rail.rows, forward=saved.serial)
             for (index, of), part in zip(self._calls(), saved.of_slices(), strict=True):
                 rows = _rows_of(of, own, rail.rows)
                 at = slice(of.begin, of.begin + len(rows))

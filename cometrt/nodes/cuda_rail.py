@@ -106,13 +106,13 @@ class CudaRail:
         all_rows: Any = None,
         ids: Any = None,
         weights: Any = None,
-        forward_epoch: Any = None,
+        forward: int = 0,
     ) -> Any:
         """Begin a call: gather rows [num_tokens, H] into all_rows [R, H], and the tables into
         `all_ids` and `all_weights`.
 
         Args:
-            forward_epoch: array [1]; as for `HostRail.gather`.
+            forward: number of a backward's forward, or of a planned forward's plan.
 
         Returns:
             where this rank's rows are for the call's slices.
@@ -128,9 +128,9 @@ class CudaRail:
             "all_rows": all_rows,
             "ids": ids,
             "weights": weights,
-            "forward_epoch": forward_epoch,
         }
         self._set(arrays)
+        fields["forward"] = forward
         fields["operation"] = OPERATIONS.index(operation)
         fields["progress"] = self._progress if operation in _PLANNING else 0
         fields["num_tokens"] = num_tokens

@@ -35,17 +35,14 @@ __device__ void count_steps(const RailParams& params) {
   if (params.begins) steps[0] = 2 * (newest / 2 + 1) + params.begins - 1;
 }
 
-// By one thread: whether all ranks of the rail make the same call. A forward that failed on one
-// node alone has epoch 0 there.
+// By one thread: whether all ranks of the rail make the same call.
 __device__ bool same_calls(const RailParams& params) {
   const RailHeader& mine = params.header(params.node);
   bool same = true;
   for (int node = 0; node < params.nodes; ++node) {
     const RailHeader& other = params.header(node);
-    const bool failed = other.forward_epoch == 0 || mine.forward_epoch == 0;
     same &= other.operation == mine.operation && other.layer == mine.layer &&
-            other.spec_hash == mine.spec_hash &&
-            (failed || other.forward_epoch == mine.forward_epoch);
+            other.spec_hash == mine.spec_hash && other.forward == mine.forward;
   }
   return same;
 }
@@ -153,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     header.operation = params.operation;
     header.layer = params.layer;
     header.spec_hash = params.spec_hash;
-    header.forward_epoch = params.forward_epoch == nullptr ? 0 : *params.forward_epoch;
+    header.forward = params.forward;
     count_steps(params);
   }
 }
@@ -235,7 +232,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     params.out_dweight[i] = failed ? nan : add_dweight(params, i);
   }
   if (first != 0) return;
-  for (int slice = 0; failed && slice < params.num_epochs; ++slice) *params.epochs[slice] = 0;
+  const bool failed_here = params.outcomes[params.node].kind != kCompleted;
+  for (int slice = 0; failed_here && slice < params.num_epochs; ++slice) *params.epochs[slice] = 0;
   report_other_node(params);
   count_steps(params);
 }

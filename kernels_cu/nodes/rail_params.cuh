@@ -17,7 +17,7 @@ enum RailTransfer : u64 { kTokensCross, kPartialsCross };
 
 // The beginning of a message: what a rank says of its call. All ranks of a rail must agree.
 struct RailHeader {
-  long long operation, layer, spec_hash, forward_epoch, unused[4];
+  long long operation, layer, spec_hash, forward, unused[4];
 };
 
 // How a call ended on one node. Indices into OUTCOMES of cometrt/nodes/cuda_rail.py.
@@ -40,8 +40,10 @@ struct RailReport {
 // those of all tokens of the rail, at row_of. Some rows may belong to no token.
 struct RailParams {
   World world;  // of the node
-  long long operation, layer, spec_hash;
-  const long long* forward_epoch;  // as in ExchangeParams
+  // forward: the number of a backward's forward, or of a planned forward's plan, as hosts count
+  // them. Epochs may differ between nodes: a call that does nothing on one of them counts none
+  // there.
+  long long operation, layer, spec_hash, forward;
   const ExchangeState* state;
   const PlanProgress* progress;  // of a call that makes a plan
   RailReport* report;
@@ -65,7 +67,8 @@ struct RailParams {
   const float *dweight_partials, *returned_dweight;
   float* out_dweight;     // [num_tokens, topk]
   RailOutcome* outcomes;  // [N]
-  // Of what a forward or a plan leaves for later calls, by slice: set to 0 if it failed anywhere.
+  // Of what a forward or a plan leaves for later calls, by slice: all are set to 0 if one of this
+  // node's slices has failed.
   long long* epochs[kMaxRailSlices];
   int nodes, node, max_tokens, topk, hidden, num_tokens;
   int num_experts;  // of all nodes

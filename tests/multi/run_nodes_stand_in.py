@@ -263,11 +263,8 @@ class Kernels:
             ids[:], weights[:] = -1, 0
             ids[:count] = np.clip(given, limits.min, limits.max)
             weights[:count] = at(p["weights"], count * topk, np.float32).reshape(count, topk)
-        for name in ("operation", "layer", "spec_hash"):
+        for name in ("operation", "layer", "spec_hash", "forward"):
             header[name] = p[name]
-        header["forward_epoch"] = 0
-        if p["forward_epoch"]:
-            header["forward_epoch"] = at(p["forward_epoch"], 1, np.int64)[0]
         self.rail_step(p)
 
     def rail_localize(self, p):
@@ -294,7 +291,7 @@ class Kernels:
                 at(p["all_ids"] + np.uint64(row), topk, np.int32)[:] = local[index]
                 at(p["all_weights"] + np.uint64(row), topk, np.float32)[:] = weights[index]
         calls = [
-            tuple(int(header[name]) for name in ("operation", "layer", "spec_hash"))
+            tuple(int(header[name]) for name in ("operation", "layer", "spec_hash", "forward"))
             for header, *_ in messages
         ]
         if p["others"]:
@@ -333,7 +330,7 @@ class Kernels:
             sums[:] = np.nan if failed else sums
             at(p[out], count * width, dtype)[:] = sums.astype(dtype).ravel()
         report = at(p["report"], 1, report_dtype)[0]
-        for slice_idx in range(int(p["num_epochs"]) if failed else 0):
+        for slice_idx in range(int(p["num_epochs"]) if outcomes["kind"][node] else 0):
             at(p["epochs"][slice_idx], 1, np.int64)[0] = 0
         wrong = [n for n in range(nodes) if outcomes["kind"][n] > 1]
         if wrong and outcomes["kind"][node] == 0 and report["kind"] == 0:
