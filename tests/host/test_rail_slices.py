@@ -7,6 +7,8 @@ import pytest
 import cometrt
 from cometrt.legality import check_layer
 from cometrt.nodes.slices import RailSlices
+from cometrt.world import partitions
+from cometrt.world.nccl import max_ctas
 
 SPEC = cometrt.MoESpec(hidden=64, intermediate=64, num_experts=24, topk=2, max_tokens=48)
 
@@ -85,3 +87,31 @@ def test_rules():
     with pytest.raises(ValueError, match="nccl_sms must be None with rail_slices=1"):
         check_layer(SPEC, 4, "cuda", None, few, 2)
     assert check_layer(SPEC, 4, "cuda", None, three, 2) == "fused"
+
+
+def test_grids_leave_sms_to_nccl(monkeypatch):
+    monkeypatch.setattr(partitions, "gpu_sms", lambda: 132)
+    from cometrt.cuda.engine import gemm_ctas
+
+    with pytest.raises(KeyError), partitions.leave_sms(8):
+        assert partitions.num_sms() == gemm_ctas() == 124
+        with partitions.leave_sms(0):  # a layer with one slice
+            assert partitions.num_sms() == 132
+        assert partitions.num_sms() == 124
+        raise KeyError
+    assert partitions.num_sms() == gemm_ctas() == 132
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        ({"NCCL_MAX_CTAS": "4"}, 4),
+        ({"NCCL_MAX_NCHANNELS": "6"}, 8),
+        ({"NCCL_MAX_CTAS": "16", "NCCL_MAX_NCHANNELS": "1"}, 1),
+        ({"NCCL_MAX_CTAS": "-2147483648"}, None),
+        ({"NCCL_MAX_CTAS": "0"}, None),
+    ],
+)
+def test_the_bound_on_the_ctas_of_nccl(variables, expected):
+    assert max_ctas(variables) == expected
