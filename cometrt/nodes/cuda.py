@@ -54,7 +54,7 @@ class CudaNodesExecutor(NodesExecutor):
         import cupy as cp
 
         self._cp, self._generation = cp, world.generation
-        self._nccl_sms = _sms_for_nccl(world, shape.config)
+        self._nccl_sms = sms_for_nccl(world, shape.config)
 
         def make() -> CudaExecutor:
             with leave_sms(self._nccl_sms):
@@ -277,7 +277,7 @@ def _rows_of(of: RailSlice, own: DeviceArray, all_rows: DeviceArray) -> DeviceAr
     return all_rows[of.begin : of.end] if of.part is not None else own[of.begin : of.end]
 
 
-def _sms_for_nccl(world: NodesWorld, config: TileConfig) -> int:
+def sms_for_nccl(world: NodesWorld, config: TileConfig) -> int:
     """Collective: SMs that the layer's kernels leave to NCCL. Those that wait for peers must all be
     resident beside NCCL's CTAs. A cluster of theirs takes two SMs, so a CTA of NCCL may cost two.
     """

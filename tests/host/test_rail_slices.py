@@ -93,12 +93,16 @@ def test_grids_leave_sms_to_nccl(monkeypatch):
     monkeypatch.setattr(partitions, "gpu_sms", lambda: 132)
     from cometrt.cuda.engine import gemm_ctas
 
-    with pytest.raises(KeyError), partitions.leave_sms(8):
-        assert partitions.num_sms() == gemm_ctas() == 124
-        with partitions.leave_sms(0):  # a layer with one slice
-            assert partitions.num_sms() == 132
-        assert partitions.num_sms() == 124
-        raise KeyError
+    def call():
+        with partitions.leave_sms(8):
+            assert partitions.num_sms() == gemm_ctas() == 124
+            with partitions.leave_sms(0):  # a layer with one slice
+                assert partitions.num_sms() == 132
+            assert partitions.num_sms() == 124
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        call()
     assert partitions.num_sms() == gemm_ctas() == 132
 
 

@@ -27,6 +27,7 @@ from cometrt.errors import CapacityError, RoutingError
 from cometrt.host import HostExecutor
 from cometrt.kernels.params import call_stats_dtype, exchange_state_dtype, plan_progress_dtype
 from cometrt.kernels.rail_params import header_dtype, outcome_dtype, report_dtype
+from cometrt.nodes.slices import RailSlices
 from cometrt.world.failure import Failure
 from cometrt.world.layout import world_dtype
 from tests.cases import Case, Output, make_inputs
@@ -461,8 +462,8 @@ class Rank:
         cuda.CudaExecutor, cuda.num_sms = Inner, lambda: 132
         self.world, self.case, self.inputs, self.kernels = world, case, make_inputs(case), kernels
         self.layer = cometrt.MoELayer(world, case.spec, config=case.config)
-        shape, slices = self.layer.shape, self.layer._slices
-        given = world, case.spec, shape, slices, self.layer._layer, self.layer.mode
+        slices = RailSlices(world.nodes, world.node_index, case.spec.max_tokens, case.slices)
+        given = world, case.spec, self.layer.shape, slices, 0, self.layer.mode
         self.executor = cuda.CudaNodesExecutor(*given)
         self.layer.executor = self.executor
         kernels.inner = self.executor.inner
@@ -571,11 +572,11 @@ def mismatched(world, kernels):
 
 def bounds(world, kernels):
     """Slices need a bound on NCCL's CTAs, and a config that leaves SMs to them."""
-    from cometrt.nodes.cuda import _sms_for_nccl
+    from cometrt.nodes.cuda import sms_for_nccl
 
     def sms(ctas, given):
         world.nccl.max_ctas = ctas
-        return _sms_for_nccl(world, cometrt.TileConfig(rail_slices=3, nccl_sms=given))
+        return sms_for_nccl(world, cometrt.TileConfig(rail_slices=3, nccl_sms=given))
 
     bound = world.nccl.max_ctas
     assert bound == 4  # NCCL rounds three up
