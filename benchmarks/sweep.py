@@ -5,14 +5,16 @@
 
     --models qwen3-30b-a3b,... --tokens 512,8192 --tp 1
     --link h100        between virtual ranks, where GPUs are fewer than ranks; or none
-    --budget-sec 20    of the tuner, for each cell
+    --budget-sec 45    of the tuner, for each cell; 45 is the default of `layer.tune`
     --sweep-sec 60     of the sweep, for each cell; then what it has timed is compared
     --out FILE
 
-Each cell, a model's layer with so many tokens, is tuned in both passes. Then each pass is timed
-with every legal combination of the tuner's alternatives for it, once. The fastest of them and the
-tuned config take turns for 20 rounds, and their medians are compared. At last, each cell of a model
-is timed with the configs that the tuner found for its other cells.
+Each cell, a model's layer with so many tokens, is tuned in both passes, by the search of
+`layer.tune`, which starts from `TileConfig()`. Then each pass is timed with every legal combination
+of the tuner's alternatives for it, once. The fastest of them and the tuned config take turns for 20
+rounds, and their medians are compared. Each cell of a model is also timed with the configs that the
+tuner found for its other cells. At last it says by how many percent the tuned config is slower than
+the best of the sweep, for each cell and pass.
 """
 
 from __future__ import annotations
@@ -41,10 +43,9 @@ from cometrt.tuner.search import (
     describe,
     legal,
     roomiest,
-    search,
-    sweep,
     with_own_backward,
 )
+from cometrt.tuner.tune import find
 from cometrt.world.link import LINKS
 from cometrt.world.partitions import num_sms
 
@@ -52,8 +53,20 @@ ROUNDS, FINALISTS = 20, 8
 MODELS = "qwen3-30b-a3b,qwen2-moe,mixtral-8x7b"
 
 
+def tune(world: cometrt.World, cell: Cell, budget_sec: float) -> cometrt.TileConfig:
+    """Collective: what `layer.tune` finds for a layer of this cell."""
+    layer = geometry_and_index(world, cell.spec)
+    return find(world, *layer, cometrt.TileConfig(), None, True, budget_sec).config
+
+
+def geometry_and_index(world: cometrt.World, spec: cometrt.MoESpec) -> tuple[Geometry, int]:
+    """Collective: of a layer that is made, to see that it can be, and closed."""
+    cometrt.MoELayer(world, spec, "fused", config=cometrt.TileConfig()).close()
+    return Geometry(spec, world.rank, world.size), world.num_layers - 1
+
+
 class Bench(NamedTuple):
-    """A cell's trials, and what the tuner would search."""
+    """A cell's trials, and what the tuner searches."""
 
     trials: Trials
     base: cometrt.TileConfig
@@ -65,23 +78,12 @@ class Bench(NamedTuple):
     def make(cls, world: cometrt.World, cell: Cell) -> Bench:
         """Collective."""
         spec = cell.spec
-        cometrt.MoELayer(world, spec, "fused", config=cometrt.TileConfig()).close()  # it can be
+        layer = geometry_and_index(world, spec)
         sms = min(world.allgather(num_sms()))
         base = with_own_backward(cometrt.TileConfig(), sms)
         settings = candidates(base, spec, world.size, sms, training=True)
-        geometry = Geometry(spec, world.rank, world.size)
-        room = roomiest(base, settings)
-        trials = Trials(world, geometry, world.num_layers - 1, None, True, room)
+        trials = Trials(world, *layer, None, True, roomiest(base, settings))
         return cls(trials, base, settings, spec, world.size)
-
-    def tune(self, budget_sec: float) -> cometrt.TileConfig:
-        """What `layer.tune` would find."""
-        trials, given = self.trials, (self.settings, self.spec, self.size, self.trials.time)
-
-        def expired() -> bool:
-            return trials.elapsed_sec + trials.longest_sec > budget_sec
-
-        return sweep(search(self.base, *given, expired), *given, expired).config
 
     def sweep(self, which: str, tuned: cometrt.TileConfig, seconds: float) -> dict[str, Any]:
         """Time all combinations; see the module's text."""
@@ -103,6 +105,7 @@ class Bench(NamedTuple):
             "default_ms": trials.time(self.base, which),
             "tuned_ms": medians[tuned],
             "best_ms": medians[fastest],
+            "slower_percent": slower_percent(medians[tuned], medians[fastest]),
             "best": dataclasses.asdict(fastest),
         }
 
@@ -117,11 +120,17 @@ class Bench(NamedTuple):
         return {config: statistics.median(found) for config, found in times.items()}
 
 
+def slower_percent(tuned_ms: float, best_ms: float) -> float:
+    """By how much the tuned config is slower than the best; 0: it is the best."""
+    return 100 * (tuned_ms / best_ms - 1)
+
+
 def measure(world: cometrt.World, cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     """Collective: tune a cell and sweep it."""
+    begin = time.monotonic()
+    tuned = tune(world, cell, args.budget_sec)
+    seconds = time.monotonic() - begin
     bench = Bench.make(world, cell)
-    tuned = bench.tune(args.budget_sec)
-    seconds = bench.trials.elapsed_sec
     passes = {which: bench.sweep(which, tuned, args.sweep_sec / 2) for which in PASSES}
     bench.trials.close()
     return {
@@ -158,14 +167,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", default="512,8192")
     parser.add_argument("--tp", default="1")
     parser.add_argument("--link", choices=[*LINKS, "none"], default="h100")
-    parser.add_argument("--budget-sec", type=float, default=20.0)
+    parser.add_argument("--budget-sec", type=float, default=45.0)
     parser.add_argument("--sweep-sec", type=float, default=60.0)
     parser.add_argument("--out", type=Path, default=Path("sweep.json"))
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args, measured = parse(argv), dict[str, Any]()
     for ranks in worlds(args):
         for model in args.models.split(","):
             cells = [
@@ -180,6 +189,7 @@ def main(argv: list[str] | None = None) -> None:
                 entry = ranks.run(lambda world, cell=cell: measure(world, cell, args), "cuda", 20)
                 free_memory(ranks.devices())
                 found[str(cell)] = entry
+                keep(args, ranks, found)
                 if ranks.rank == 0:
                     print(f"{cell}, {time.monotonic() - begin:.0f} s", *lines(entry), sep="\n")
             configs = {name: entry["tuned"] for name, entry in found.items()}
@@ -194,8 +204,29 @@ def main(argv: list[str] | None = None) -> None:
                 if ranks.rank == 0:
                     print(f"{cell}, both passes with the config of:")
                     print(*(f"    {name}: {ms:.3f} ms" for name, ms in times.items()), sep="\n")
-            if ranks.rank == 0:
-                write(args.out, read(args.out) | found)
+            measured |= found
+            keep(args, ranks, found)
+        if ranks.rank == 0:
+            print(*summary(measured), sep="\n")
+
+
+def keep(args: argparse.Namespace, ranks: Any, found: dict[str, Any]) -> None:
+    """Write these cells on rank 0, beside those that the file has."""
+    if ranks.rank == 0:
+        write(args.out, {"cells": read(args.out).get("cells", {}) | found})
+
+
+def summary(cells: dict[str, Any]) -> list[str]:
+    """By how many percent the tuned config is slower than the best of the sweep, by cell and pass;
+    and the most of all."""
+    text, most = ["the tuned config is slower than the best of the sweep by"], 0.0
+    for cell, entry in cells.items():
+        percents = {which: found["slower_percent"] for which, found in entry["passes"].items()}
+        most = max(most, *percents.values())
+        text.append(
+            f"    {', '.join(f'{p:.1f}% {which}' for which, p in percents.items())}: {cell}"
+        )
+    return [*text, f"    at most {most:.1f}%"]
 
 
 def lines(entry: dict[str, Any]) -> list[str]:
@@ -205,11 +236,10 @@ def lines(entry: dict[str, Any]) -> list[str]:
         ms = {
             name: f"{found[name + '_ms']:.3f}" for name in ("tuned", "best", "default", "slowest")
         }
-        ratio = found["tuned_ms"] / found["best_ms"]
         text.append(
             f"    {which}: tuned {ms['tuned']} ms, the best of {found['timed']} combinations "
-            f"{ms['best']} ({ratio:.3f}), the slowest {ms['slowest']}, default {ms['default']}; "
-            f"there are {found['combinations']}"
+            f"{ms['best']} ({found['slower_percent']:+.1f}%), the slowest {ms['slowest']}, default "
+            f"{ms['default']}; there are {found['combinations']}"
         )
     return text
 

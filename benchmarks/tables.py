@@ -265,6 +265,28 @@ def latency_table() -> list[str]:
     return lines
 
 
+def sweep_table() -> list[str]:
+    """Tuned configs beside the best of a sweep over the tuner's settings."""
+    cells = read(RESULTS / "sweep.json").get("cells", {})
+    if not cells:
+        return ["Not measured yet."]
+    head = ["layer", "pass", "tuned, ms", "the best of the sweep", "slower by", "default"]
+    machines = gpus([("", "", entry) for entry in cells.values()])
+    lines = [
+        f"{machines}; medians of rounds in which configs took turns; the slowest rank counts.",
+        "",
+        *heading([*head, "combinations timed, of all", "tuned in, s", "commit"]),
+    ]
+    for name, entry in cells.items():
+        for which, found in entry["passes"].items():
+            times = [f"{found[f'{one}_ms']:.3f}" for one in ("tuned", "best", "default")]
+            times.insert(2, f"{found['slower_percent']:.1f}%")
+            counts = f"{found['timed']} of {found['combinations']}"
+            cells_of_row = [name, which, *times, counts, f"{entry['tune_sec']:.0f}", commit(entry)]
+            lines.append(row(cells_of_row))
+    return lines
+
+
 def link_table() -> list[str]:
     data = read(RESULTS / "link.json")
     machine, rates = data["machine"], data["gbps"]
@@ -364,6 +386,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "end_to_end": end_to_end_table,
     "latency": latency_table,
     "link": link_table,
+    "sweep": sweep_table,
     "short": short_table,
 }
 PAGES = {
@@ -375,6 +398,7 @@ PAGES = {
         "latency",
         "end_to_end",
         "layers",
+        "sweep",
         "link",
     ),
     "README.md": ("short",),

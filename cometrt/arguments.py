@@ -69,6 +69,8 @@ def check_tables(
 
 def check_one_of_tables_and_plan(topk_ids: object, topk_weights: object, plan: object) -> None:
     """Raise a ValueError unless a forward has either its tables or a plan."""
+    if topk_ids is not None and topk_weights is not None and plan is None:
+        return
     given = {"topk_ids": topk_ids, "topk_weights": topk_weights, "plan": plan}
     names = [name for name, value in given.items() if value is not None]
     if names not in (["topk_ids", "topk_weights"], ["plan"]):
@@ -118,18 +120,24 @@ def check_backward(
 
 def check_results(
     arrays: Arrays, wanted: WantedResults, buffer: tuple[int, int]
-) -> dict[str, Array]:
+) -> list[Array | None]:
     """Check the result arrays that the caller gave, and convert them to the device's array type.
 
     Args:
         buffer: addresses [begin, end) of the heap memory that holds `layer.buffer()`. Peers read
             it. Only y and dx may lie there, and only at its begin, over their own tokens.
     """
-    given: dict[str, Array] = {}
+    given: list[Array | None] = []
+    begin, end = buffer
     for name, (array, shape, dtypes) in wanted.items():
-        if array is not None:
-            given[name] = arrays.check(name, array, shape, dtypes, writable=True)
-            _check_overlap(name, arrays.address(given[name]), given[name].nbytes, *buffer)
+        if array is None:
+            given.append(None)
+            continue
+        result = arrays.check(name, array, shape, dtypes, writable=True)
+        first = arrays.address(result)
+        if first < end and first + result.nbytes > begin:
+            _check_overlap(name, first, result.nbytes, begin)
+        given.append(result)
     return given
 
 
@@ -147,16 +155,17 @@ def make_results(
     given = check_results(arrays, wanted, executor.buffer_range())
     try:
         return [
-            given[name] if name in given else arrays.empty(shape, dtypes[0])
-            for name, (_, shape, dtypes) in wanted.items()
+            arrays.empty(shape, dtypes[0]) if result is None else result
+            for result, (_, shape, dtypes) in zip(given, wanted.values(), strict=True)
         ]
     except BaseException as error:
         executor.stop_world(error, operation)
         raise
 
 
-def _check_overlap(name: str, first: int, nbytes: int, begin: int, end: int) -> None:
-    if not nbytes or first >= end or first + nbytes <= begin:
+def _check_overlap(name: str, first: int, nbytes: int, begin: int) -> None:
+    """Of a result at address `first` that overlaps the buffer."""
+    if not nbytes:
         return
     if name not in ("out", "out.x"):
         raise ValueError(f"{name} must not lie in layer.buffer() (got a view of it)")
@@ -173,6 +182,7 @@ def check_tune(
     inputs: Any,
     training: object,
     budget_sec: object,
+    progress: object,
     captured: object,
 ) -> tuple[tuple[Array, ...] | None, bool, float, str]:
     """Arguments of `layer.tune`: (inputs, training, budget_sec, ""), or with an error's message.
@@ -189,6 +199,8 @@ def check_tune(
             check_bool("training", training),
             check_positive("budget_sec", budget_sec),
         )
+        if progress is not None and not callable(progress):
+            raise ValueError(f"progress must be a function or None (got {progress!r})")
         if captured:
             raise ValueError("layer must not be in a CUDA graph when it is tuned")
     except ValueError as error:

@@ -30,7 +30,22 @@ class RoutingError(CometError):
 
     Every rank reads the tables of all ranks, so every rank raises the same error. No tokens were
     exchanged. The layer may be called again.
+
+    Attributes:
+        rank: the rank that passed the table.
+        token, k: the first invalid pair in it.
     """
+
+    rank: int
+    token: int
+    k: int
+
+    @classmethod
+    def build(cls, table: str, problem: str, *, rank: int, token: int, k: int) -> RoutingError:
+        """`table`: name of the argument; `problem`: the rule that it breaks."""
+        error = cls(f"{table} of rank {rank}, token {token}, k {k} {problem}")
+        error.rank, error.token, error.k = rank, token, k
+        return error
 
 
 class CapacityError(CometError):
@@ -42,21 +57,24 @@ class CapacityError(CometError):
         rank: the rank that needs most rows.
         need: rows that it needs, padding rows included.
         capacity: rows that its buffers hold.
+        capacity_factor: the ``MoESpec.capacity_factor`` that would have been enough.
     """
 
     rank: int
     need: int
     capacity: int
+    capacity_factor: float
 
     @classmethod
-    def build(cls, *, rank: int, need: int, capacity: int, enough: float) -> CapacityError:
-        """`enough`: a capacity_factor that would have sufficed."""
+    def build(cls, *, rank: int, need: int, capacity: int, capacity_factor: float) -> CapacityError:
+        """Arguments: its attributes."""
         error = cls(
             f"rank {rank} needs {need} rows (padding rows included) but its capacity is "
             f"{capacity}: balance the router, or raise MoESpec.capacity_factor "
-            f"({enough:.2f} is enough)"
+            f"({capacity_factor:.2f} is enough)"
         )
-        error.rank, error.need, error.capacity = rank, need, capacity
+        error.rank, error.need = rank, need
+        error.capacity, error.capacity_factor = capacity, capacity_factor
         return error
 
 

@@ -17,7 +17,7 @@ from cometrt.arguments import (
     check_tune,
     make_results,
 )
-from cometrt.call_scope import CallScope, filling_nan
+from cometrt.call_scope import CallScope, FillingNaN
 from cometrt.executor import Executor
 from cometrt.layer_life import LayerLife
 from cometrt.memory import buffers_of, check_room
@@ -28,7 +28,7 @@ from cometrt.plan_ahead import PlanAhead, plan_specs
 from cometrt.residuals import ArraySpec, Origin, Residuals, Serials, Uses, array_specs
 from cometrt.specs import Geometry, Gradients, MoESpec, check_int, geometry_of_node
 from cometrt.trace import NullTracer, Tracer
-from cometrt.tuner.tune import tune
+from cometrt.tuner.tune import Progress, tune
 from cometrt.types import Arrays
 from cometrt.world import World
 
@@ -153,24 +153,22 @@ class MoELayer(LayerLife):
                 tables = topk_ids, topk_weights
                 inputs = check_forward(arrays, self.geometry, x, *tables, w_up, w_down)
             else:
-                ahead = PlanAhead.unpack(plan, self._plan_origin(), self._plan_specs, arrays)
+                ahead = PlanAhead.unpack(
+                    plan, self._plan_origin(), self._plan_specs, arrays, self._slices.count
+                )
                 inputs = check_planned_forward(arrays, self.geometry, x, ahead, w_up, w_down)
             check_bool("training", training)
             wanted: WantedResults = {"out": (out, inputs[0].shape, dtypes)}
             (y,) = make_results(arrays, self.executor, "forward", wanted)
-            with filling_nan(y):
+            with FillingNaN(y):
                 kept = self.executor.forward(
                     *inputs, plan=ahead, training=bool(training), out=y, tracer=self.tracer
                 )
             if kept is None:
                 return y, None
-            saved = Residuals(
-                serial=self._serials.next(self.world.generation),
-                num_tokens=len(y),
-                w_up=inputs[3],
-                w_down=inputs[4],
-                **kept,
-            )
+            *_, w_up, w_down = inputs
+            serial = self._serials.next(self.world.generation)
+            saved = Residuals(serial, len(y), w_up=w_up, w_down=w_down, **kept)
             return y, saved.pack(self._origin())
 
     def backward(
@@ -208,11 +206,13 @@ class MoELayer(LayerLife):
                 all the same: the host does not wait to know.
         """
         with self._exchange("layer.backward", stream):
-            kept = Residuals.unpack(saved, self._origin(), self._saved_specs, self._arrays)
+            kept = Residuals.unpack(
+                saved, self._origin(), self._saved_specs, self._arrays, self._slices.count
+            )
             self._uses.check(kept)
             dy, wanted = check_backward(self._arrays, self.geometry, dy, kept, out, accumulate)
             grads = Gradients(*make_results(self._arrays, self.executor, "backward", wanted))
-            with filling_nan(grads.x, grads.topk_weights):
+            with FillingNaN(grads.x, grads.topk_weights):
                 self.executor.backward(
                     dy, kept, out=grads, accumulate=bool(accumulate), tracer=self.tracer
                 )
@@ -241,7 +241,7 @@ class MoELayer(LayerLife):
             RoutingError, CapacityError: on every rank; there is no plan.
             PeerTimeout, MismatchError: until ``world.reset()``.
         """
-        with self._exchange("layer.plan", stream), filling_nan():
+        with self._exchange("layer.plan", stream), FillingNaN():
             tables = check_tables(self._arrays, self.geometry, topk_ids, topk_weights)
             made = self.executor.plan(*tables, tracer=self.tracer)
             return PlanAhead(
@@ -275,13 +275,8 @@ class MoELayer(LayerLife):
         return self._scope.exchange(name, self._arrays, self.executor, stream)
 
     def _origin(self) -> Origin:
-        return Origin(
-            world=self.world.identity,
-            layer=self._layer,
-            shape=self.shape.digest,
-            rank=self.geometry.rank,
-            generation=self.executor.generation,
-        )
+        identity, generation = self.world.identity, self.executor.generation
+        return Origin(identity, self._layer, self.shape.digest, self.geometry.rank, generation)
 
     def _plan_origin(self) -> Origin:
         return self._origin()._replace(generation=self.world.generation)
@@ -292,6 +287,7 @@ class MoELayer(LayerLife):
         *,
         training: bool = True,
         budget_sec: float = 45.0,
+        progress: Progress | None = None,
     ) -> TileConfig:
         """Find the fastest config for this layer's shape on this machine, by trials, use it from
         now on, and keep it for layers made later (``$COMETRT_CACHE_DIR/tuned.json``, or in the
@@ -305,6 +301,8 @@ class MoELayer(LayerLife):
                 the weights. False: tune forwards that keep nothing, and make no backward.
             budget_sec: seconds after which nothing more is tried. The fastest configs found by
                 then take turns once more.
+            progress: a function that rank 0 calls after each trial, with the number of trials so
+                far, and the shortest milliseconds of any of them by pass, a dict.
 
         Returns:
             the config, equal on all ranks. It may differ from the last one in what `saved` and
@@ -318,9 +316,11 @@ class MoELayer(LayerLife):
                 layer keeps its config then.
         """
         with self._scope.call("layer.tune"):
-            return self._tune(inputs, training, budget_sec)
+            return self._tune(inputs, training, budget_sec, progress)
 
-    def _tune(self, inputs: Any, training: bool, budget_sec: float) -> TileConfig:
+    def _tune(
+        self, inputs: Any, training: bool, budget_sec: float, progress: Progress | None
+    ) -> TileConfig:
         world = self.world
         if world.nodes > 1:
             raise ValueError(f"tune() needs all ranks on one node (got {world.nodes} nodes)")
@@ -329,9 +329,9 @@ class MoELayer(LayerLife):
                 f"tune() needs device='cuda' and mode 'fused' (got {world.device!r}, {self.mode!r})"
             )
         self._synchronize()
-        given = inputs, training, budget_sec, self.executor.captured
+        given = inputs, training, budget_sec, progress, self.executor.captured
         checked = check_tune(self._arrays, self.geometry, *given)
-        config, executor = tune(world, self.geometry, self._layer, self.config, *checked)
+        config, executor = tune(world, self.geometry, self._layer, self.config, *checked, progress)
         if executor is not None:
             if self._finalizer is not None:
                 self._finalizer.detach()

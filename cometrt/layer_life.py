@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from cometrt.call_scope import STOPPED, CallScope
+from cometrt.closing import Closing
 from cometrt.executor import Executor
 from cometrt.stats import LayerStats
 from cometrt.trace import Recording
@@ -14,7 +14,7 @@ from cometrt.types import Arrays
 from cometrt.world import World
 
 
-class LayerLife:
+class LayerLife(Closing):
     """Base of `MoELayer`, which makes the attributes.
 
     Attributes:
@@ -65,17 +65,8 @@ class LayerLife:
                 self._scope.closed = True
                 self.executor.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.close()
-        elif not self._scope.closed:
+    def abandon(self, error: BaseException) -> None:
+        """As `close`, because of `error`: it neither waits nor raises."""
+        if not self._scope.closed:
             self._scope.closed = True
             self.executor.give_up()

@@ -45,25 +45,28 @@ class PlanAhead:
         """`plan`."""
         meta = np.array([*origin, self.num_tokens, self.serial], np.int64)
         meta.flags.writeable = False
-        arrays = (array for of in self.of_slices() for array in (of.epoch, *of.tables))
-        return (meta, *arrays)
+        others = [array for of in self.others for array in (of["epoch"], *of["tables"])]
+        return (meta, self.epoch, *self.tables, *others)
 
     @staticmethod
     def unpack(
-        plan: Any, origin: Origin, specs: tuple[ArraySpec, ...], arrays: Arrays
+        plan: Any, origin: Origin, specs: tuple[ArraySpec, ...], arrays: Arrays, slices: int = 1
     ) -> PlanAhead:
         """Args:
             specs: of `plan_specs`.
             arrays: of the world's device.
+            slices: of the layer's calls.
 
         Raises:
             ValueError: if it is not of that origin, or an array is not as its spec says.
         """
-        (num_tokens, serial), kept = unpack_arrays(plan, "plan", "plan", origin, specs, arrays)
-        first, *others = (
-            {"epoch": of.pop("epoch"), "tables": tuple(of.values())} for of in by_slice(kept)
-        )
-        return PlanAhead(serial, num_tokens, **first, others=tuple(others))
+        numbers, kept = unpack_arrays(plan, "plan", "plan", origin, specs, arrays)
+        (num_tokens, serial), (epoch, *tables) = numbers, kept
+        others: tuple[dict[str, Any], ...] = ()
+        if slices > 1:
+            (epoch, *tables), *behind = by_slice(kept, slices)
+            others = tuple({"epoch": of[0], "tables": tuple(of[1:])} for of in behind)
+        return PlanAhead(serial, num_tokens, epoch, tuple(tables), others)
 
 
 def plan_specs(saved: tuple[ArraySpec, ...]) -> tuple[ArraySpec, ...]:

@@ -22,6 +22,7 @@ from cometrt.plan import PlanShape
 from cometrt.types import Arrays
 
 _HINTS = {"shape": "; tune() may change it", "generation": "; reset() changes it"}
+_INT64 = np.dtype(np.int64)
 _REMEMBERED_USES = 65_536
 
 
@@ -40,11 +41,11 @@ class Origin(NamedTuple):
     generation: int
 
 
+_Z = 3  # place of z in `saved`, if it is there
 META_SHAPE = (len(Origin._fields) + 2,)  # num_tokens and serial come behind
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Residuals:
+class Residuals(NamedTuple):
     """`saved` with names.
 
     Attributes:
@@ -68,38 +69,41 @@ class Residuals:
 
     def of_slices(self) -> list[Residuals]:
         """Those of each slice."""
-        first = dataclasses.replace(self, others=())
-        return [first, *(dataclasses.replace(first, **kept) for kept in self.others)]
+        first = self._replace(others=())
+        return [first, *(first._replace(**kept) for kept in self.others)]
 
     def pack(self, origin: Origin) -> tuple[Any, ...]:
         """`saved`."""
         meta = np.array([*origin, self.num_tokens, self.serial], np.int64)
         meta.flags.writeable = False
-        arrays: list[Any] = []
-        for of in self.of_slices():
-            arrays += (of.epoch, of.x, *(() if of.z is None else (of.z,)), *of.tables)
-        return (meta, *arrays, self.w_up, self.w_down)
+        z = () if self.z is None else (self.z,)
+        others: list[Any] = []
+        for of in self.others:
+            others += (of["epoch"], of["x"], *(() if of["z"] is None else (of["z"],)))
+            others += of["tables"]
+        return (meta, self.epoch, self.x, *z, *self.tables, *others, self.w_up, self.w_down)
 
     @staticmethod
     def unpack(
-        saved: Any, origin: Origin, specs: tuple[ArraySpec, ...], arrays: Arrays
+        saved: Any, origin: Origin, specs: tuple[ArraySpec, ...], arrays: Arrays, slices: int = 1
     ) -> Residuals:
         """Args:
             specs: of `array_specs`.
             arrays: of the world's device.
+            slices: of the layer's calls.
 
         Raises:
             ValueError: if it is not of that origin, or an array is not as its spec says.
         """
         numbers, kept = unpack_arrays(saved, "saved", "forward", origin, specs, arrays)
-        weights = {name: kept.pop(name) for name in ("w_up", "w_down")}
-        slices = [
-            {"epoch": of.pop("epoch"), "x": of.pop("x"), "z": of.pop("z", None)}
-            | {"tables": tuple(of.values())}
-            for of in by_slice(kept)
-        ]
-        num_tokens, serial = numbers
-        return Residuals(serial, num_tokens, **slices[0], **weights, others=tuple(slices[1:]))
+        (num_tokens, serial), (epoch, x, *tables, w_up, w_down) = numbers, kept
+        saves_z = specs[_Z].name == "z"
+        others: tuple[dict[str, Any], ...] = ()
+        if slices > 1:
+            (epoch, x, *tables), *behind = by_slice(kept[:-2], slices)
+            others = tuple(_named(saves_z, *of) for of in behind)
+        z = tables.pop(0) if saves_z else None
+        return Residuals(serial, num_tokens, epoch, x, z, tuple(tables), w_up, w_down, others)
 
 
 def unpack_arrays(
@@ -109,7 +113,7 @@ def unpack_arrays(
     origin: Origin,
     specs: tuple[ArraySpec, ...],
     arrays: Arrays,
-) -> tuple[list[int], dict[str, Any]]:
+) -> tuple[list[int], list[Any]]:
     """Take a tuple of arrays apart that a layer has returned, and check it.
 
     Args:
@@ -117,7 +121,7 @@ def unpack_arrays(
         specs: of all its arrays; first comes meta, which begins with the origin.
 
     Returns:
-        (the numbers of meta behind the origin, the other arrays by name).
+        (the numbers of meta behind the origin, the other arrays).
 
     Raises:
         ValueError: if it is not of that origin, or an array is not as its spec says.
@@ -128,31 +132,38 @@ def unpack_arrays(
         call = "forward(training=True)" if source == "forward" else source
         raise ValueError(f"{name} must be the tuple of {length} that {call} returned (got {what})")
     meta = values[0]
-    is_meta = isinstance(meta, np.ndarray) and meta.dtype == np.int64
+    is_meta = isinstance(meta, np.ndarray) and meta.dtype == _INT64
     if not is_meta or meta.shape != specs[0].shape:
         raise ValueError(f"{name} must begin with {source}'s meta array (got something else)")
-    numbers = [int(number) for number in meta.tolist()]
+    numbers = meta.tolist()
+    if numbers[: len(origin)] != [*origin]:
+        _raise_wrong_origin(name, source, origin, numbers)
+    check, checked = arrays.check, []
+    for index in range(1, length):
+        of = specs[index]
+        checked.append(check(of.argument, values[index], of.shape, of.dtypes))
+    return numbers[len(origin) :], checked
+
+
+def _raise_wrong_origin(name: str, source: str, origin: Origin, numbers: list[int]) -> None:
     for field, expected, got in zip(Origin._fields, origin, numbers, strict=False):
         if got != expected:
             raise ValueError(
                 f"{name} must come from this layer's {source} "
                 f"({field} is {expected}, got {got}{_HINTS.get(field, '')})"
             )
-    checked = {
-        of.name: arrays.check(of.argument, array, of.shape, of.dtypes)
-        for of, array in zip(specs[1:], values[1:], strict=True)
-    }
-    return numbers[len(origin) :], checked
 
 
-def by_slice(arrays: dict[str, Any]) -> list[dict[str, Any]]:
-    """Arrays named as in `array_specs`, with the names of one slice."""
-    slices: list[dict[str, Any]] = []
-    for name, array in arrays.items():
-        if name.partition(" ")[0] == "epoch":  # each slice begins with it
-            slices.append({})
-        slices[-1][name.partition(" ")[0]] = array
-    return slices
+def by_slice(arrays: list[Any], slices: int) -> list[list[Any]]:
+    """Those of each slice. All slices have as many, one slice behind the other."""
+    count = len(arrays) // slices
+    return [arrays[begin : begin + count] for begin in range(0, len(arrays), count)]
+
+
+def _named(saves_z: bool, epoch: Any, x: Any, *tables: Any) -> dict[str, Any]:
+    """A slice's arrays, as in `Residuals.others`."""
+    z, tables = (tables[0], tables[1:]) if saves_z else (None, tables)
+    return {"epoch": epoch, "x": x, "z": z, "tables": tables}
 
 
 class Serials:
@@ -160,11 +171,13 @@ class Serials:
     the last reset are equal."""
 
     def __init__(self) -> None:
-        self._last = 0
+        self._generation, self._last = 0, 0
 
     def next(self, generation: int) -> int:
         """The number of one more; `generation`: the world's."""
-        self._last = max(self._last, generation << 32) + 1
+        if generation != self._generation:
+            self._generation, self._last = generation, generation << 32
+        self._last += 1
         return self._last
 
 

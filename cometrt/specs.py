@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import numbers
@@ -38,7 +39,10 @@ class MoESpec:
         intermediate: I, the hidden columns of one expert; I / tp must be a multiple of 16.
         num_experts: E, the experts of all ranks together; divisible by EP.
         topk: K, the experts of one token; 1 <= K <= E.
-        max_tokens: the most tokens that a rank passes to one call.
+        max_tokens: the most tokens that a rank passes to one call. On "cuda" the planner, the use
+            of the L2 cache and the config follow it, not the tokens of a call: no host knows those
+            of other ranks. So make one layer for each bucket of batch sizes. They share the
+            world's heap, and may share weights.
         tp: shards per expert (tensor parallelism); divides W.
         activation: "swiglu" or "geglu" (gated), "silu", "gelu" (tanh form), "relu" or "relu2".
         dtype: of x, y and the weights: "bfloat16", or "float32" (device="host" only).
@@ -48,7 +52,8 @@ class MoESpec:
             the same bits.
         capacity_factor: limits the rows that a rank can hold, to min(capacity_factor * W *
             max_tokens * K / EP, W * max_tokens * min(K, E_l)), plus up to block_m - 1 padding
-            rows per local expert. A call that needs more raises CapacityError. EP suffices always.
+            rows per local expert. A call that needs more raises CapacityError: its padding rows
+            count, and rows may use the room that padding leaves. EP suffices always.
 
     Raises:
         ValueError: naming the argument, its value and the rule.
@@ -87,7 +92,7 @@ class MoESpec:
         factor = check_positive("capacity_factor", self.capacity_factor)
         object.__setattr__(self, "capacity_factor", factor)
 
-    @property
+    @functools.cached_property
     def numpy_dtype(self) -> np.dtype:
         return DTYPES[self.dtype]
 
@@ -158,7 +163,7 @@ class Geometry:
                 f"ranks / tp = {self.size} / {spec.tp} = {self.ep} (got {spec.num_experts})"
             )
 
-    @property
+    @functools.cached_property
     def ep(self) -> int:
         return self.size // self.spec.tp
 
@@ -170,24 +175,24 @@ class Geometry:
     def shard(self) -> int:
         return self.rank % self.spec.tp
 
-    @property
+    @functools.cached_property
     def local_experts(self) -> int:
         return self.spec.num_experts // self.ep
 
-    @property
+    @functools.cached_property
     def local_intermediate(self) -> int:
         return self.spec.intermediate // self.spec.tp
 
-    @property
+    @functools.cached_property
     def up_columns(self) -> int:
         """Rows of w_up and columns of z: 2 * I_s (gate, then up) if gated, else I_s."""
         return (2 if self.spec.gated else 1) * self.local_intermediate
 
-    @property
+    @functools.cached_property
     def w_up_shape(self) -> tuple[int, int, int]:
         return (self.local_experts, self.up_columns, self.spec.hidden)
 
-    @property
+    @functools.cached_property
     def w_down_shape(self) -> tuple[int, int, int]:
         return (self.local_experts, self.spec.hidden, self.local_intermediate)
 

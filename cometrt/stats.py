@@ -17,17 +17,29 @@ class LayerStats:
         waited_us: microseconds that this rank waited, doing nothing else, until all ranks had begun
             the call. The last rank to begin has 0: the others wait for it. Waits below 1 us do not
             count.
+        rows_waited_us: microseconds that the GEMMs waited in mode "fused" for rows on their way to
+            this rank; on "cuda" the mean over the SMs. A GEMM loads ahead, so it may have
+            multiplied an earlier tile meanwhile. 0 in other modes, where a GEMM begins once all
+            rows are there, and not measured (0) on "cuda" with an emulated link.
 
-    Over several nodes rows and waited_us are sums over the slices of a call (see
+    Other waits do not count: comm waits for GEMMs and for peers most of the time, and delays
+    nothing by it. `cometrt.trace` shows them.
+
+    Over several nodes rows, waited_us and rows_waited_us are sums over the slices of a call (see
     `TileConfig.rail_slices`), and epoch is that of the last one.
     """
 
     epoch: int
     rows: np.ndarray
     waited_us: float
+    rows_waited_us: float
 
 
 def sum_stats(slices: list[LayerStats]) -> LayerStats:
     """Of a call, from those of its slices."""
-    rows = np.sum([of.rows for of in slices], axis=0)
-    return LayerStats(slices[-1].epoch, rows, sum(of.waited_us for of in slices))
+    return LayerStats(
+        epoch=slices[-1].epoch,
+        rows=np.sum([of.rows for of in slices], axis=0),
+        waited_us=sum(of.waited_us for of in slices),
+        rows_waited_us=sum(of.rows_waited_us for of in slices),
+    )

@@ -24,7 +24,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent / "device"
 ROOT = FOLDER.parents[1]
-WITH_ALL_GPUS = ("test_peers.py", "test_jax.py", "test_nodes.py")
+WITH_ALL_GPUS = ("test_peers.py", "test_jax.py", "test_nodes.py", "test_cli.py")
 LONGEST_FIRST = ("test_orders.py", "test_backward.py", "test_mpirun.py", "test_plan_ahead.py")
 NO_TESTS = 5  # pytest's exit status: all were deselected
 

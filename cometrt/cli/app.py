@@ -74,10 +74,6 @@ def _options(
 
 def run(arguments: Sequence[str] | None) -> None:
     """Run a command, and exit."""
-    if not is_under_mpi():
-        # CUDA reads it when it starts; see `cometrt.spawn`. Processes under mpirun do not need it,
-        # and the multi-process service refuses them with it.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     app(args=None if arguments is None else list(arguments), prog_name="cometrt")
 
 
@@ -129,6 +125,10 @@ def on_ranks(
     """
 
     def together(output: Output) -> None:
+        if not is_under_mpi():
+            # CUDA reads it when it starts; see `cometrt.spawn`. Processes do not need it, those of
+            # `doctor` neither, and the multi-process service refuses them with it.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         here = pick_device(device)
         check_device(here)
         found = all_ranks(ranks, here)
@@ -207,6 +207,9 @@ def tune(
     inference: Annotated[
         bool, typer.Option("--inference", help="Tune for forwards that keep nothing.")
     ] = False,
+    budget_sec: Annotated[
+        float, typer.Option(min=0.001, help="Seconds after which nothing more is tried.")
+    ] = 45.0,
     ranks: Ranks = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -215,9 +218,10 @@ def tune(
     from cometrt.cli import tune
 
     def work(found: Threads | Processes, here: str, say: Say) -> dict[str, Any]:
-        return found.run(lambda world: tune.run(world, model, tokens, tp, not inference), here)
+        given = model, tokens, tp, not inference, budget_sec
+        return found.run(lambda world: tune.run(world, *given, first(world, say)), here)
 
-    text = f"tuning {model}, {tokens} tokens a rank"
+    text = f"making a layer of {model}, {tokens} tokens a rank"
     on_ranks(as_json, device, ranks, text, work, tune.show, needs_gpu=True)
 
 
@@ -231,11 +235,13 @@ def trace(
     tp: Tp = 1,
     scale: Scale = None,
     mode: Annotated[
-        Literal["fused", "sequential"] | None, typer.Option(help="Default: the best.")
+        Literal["fused", "sequential", "both"] | None,
+        typer.Option(help="Default: the best; both: sequential above fused, on one scale."),
     ] = None,
     rank: Annotated[
         int | None, typer.Option(min=0, help="Draw a lane for each CTA of this rank alone.")
     ] = None,
+    title: Annotated[str | None, typer.Option(help="Of the picture.")] = None,
     out: Out = Path("out"),
     ranks: Ranks = None,
     device: Device = "auto",
@@ -254,7 +260,7 @@ def trace(
         name = model if scale in (1, None) and here == "cuda" else f"{model} / {scale or 16}"
 
         def record(world: cometrt.World) -> dict[str, Any]:
-            return trace.run(world, name, spec, mode, rank, out, first(world, say))
+            return trace.run(world, name, spec, mode, rank, out, first(world, say), title)
 
         return found.run(record, here)
 

@@ -23,6 +23,7 @@ from cometrt.kernels.compiler import cache_folder
 
 OK, NOTE, SKIPPED, FAILED = "ok", "note", "skipped", "failed"
 NO_GPU = "no GPU: skipped"
+MPS = "nvidia-cuda-mps-control"
 INSTALL_CUDA = "pip install 'cometrt[cuda13]'"
 _LEAST_SHARED = 1 << 26  # bytes of /dev/shm: what a container gets that asks for nothing
 _LEAST_CACHE = 1 << 28
@@ -96,6 +97,11 @@ def check_gpus(machine: Machine) -> Iterator[Line]:
             advice = "see what nvidia-smi says, and CUDA_VISIBLE_DEVICES"
             if not machine.cupy:
                 advice = INSTALL_CUDA
+            elif _runs(MPS) and os.environ.get("CUDA_VISIBLE_DEVICES"):
+                advice += (
+                    ": the multi-process service numbers the GPUs that its daemon saw from 0, "
+                    "and clients use these numbers"
+                )
             text = f"there is a driver, and no GPU to use: {machine.found.get('problem', '')}"
             yield Line("GPU", FAILED, text, advice)
         return
@@ -227,7 +233,7 @@ def _check_ranks(machine: Machine) -> Iterator[Line]:
 def check_multi_process_service(machine: Machine) -> Iterator[Line]:
     if not machine.gpus:
         yield Line("MPS", SKIPPED, NO_GPU)
-    elif _runs("nvidia-cuda-mps-control"):
+    elif _runs(MPS):
         yield Line("MPS", OK, "NVIDIA's multi-process service runs")
     else:
         text = "NVIDIA's multi-process service is off; only ranks that share a GPU need it"

@@ -24,7 +24,7 @@ from cometrt.cli.inputs import (
     to_host,
 )
 from cometrt.cli.output import Say, table
-from cometrt.cli.trace import files, lines_of_files, show_files
+from cometrt.cli.trace import files, line_of_share, lines_of_paths, show_files
 from cometrt.models import scaled_spec
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def run(world: cometrt.World, scale: int, tokens: int, out: Path, say: Say) -> d
     if rank == 0:
         say("drawing the timeline")
         title = f"{MODEL} / {scale}, {tokens} bytes of text on each of {size} ranks, {world.device}"
-        result |= files(timeline, title, out)
+        result |= files({layer.mode: timeline}, title, out)
     world.barrier()
     return result
 
@@ -153,7 +153,14 @@ def text(found: dict[str, Any]) -> str:
         f"largest error {of['error']:.1e}"
         for rank, of in enumerate(found["ranks"])
     ]
-    lines = [describe(found), *ranks, describe_load(found), CHECKED, *lines_of_files(found)]
+    lines = [
+        describe(found),
+        *ranks,
+        describe_load(found),
+        CHECKED,
+        line_of_share(found),
+        *lines_of_paths(found),
+    ]
     return "\n".join(lines)
 
 

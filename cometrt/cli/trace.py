@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import cometrt
 from cometrt.cli.inputs import random_inputs
 from cometrt.cli.output import Say, percent, table
+from cometrt.trace import Comparison, Timeline
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
 
+MODES = ("sequential", "fused")  # from top to bottom, where both are drawn
 WARM_UP = 3  # calls before the recording
 
 
@@ -23,28 +25,52 @@ def run(
     rank: int | None,
     out: Path,
     say: Say,
+    title: str | None = None,
 ) -> dict[str, Any]:
     """Collective: record one forward and one backward, and write both files on rank 0.
 
     Args:
-        name: of the model, for the title.
+        name: of the model.
+        mode: as for `MoELayer`; "both": record "sequential" and "fused", and draw one above the
+            other.
         rank: as for `Timeline.save_png`.
         out: folder of the files.
+        title: of the picture; None: what was recorded.
 
     Raises:
         ValueError: if there is no such rank.
-        CometError: if nothing is recorded on this device in this mode.
     """
     if rank is not None and rank >= world.size:
         raise ValueError(f"--rank must be below the number of ranks, {world.size} (got {rank})")
-    layer = cometrt.MoELayer(world, spec, mode)
-    inputs, dy = random_inputs(layer, spec.max_tokens)
+    timelines = {}
+    for of_layer in MODES if mode == "both" else (mode,):
+        with cometrt.MoELayer(world, spec, of_layer) as layer:
+            timelines[layer.mode] = record(layer, say)
+    found = "both" if mode == "both" else next(iter(timelines))
+    result: dict[str, Any] = {
+        "model": name, "device": world.device, "mode": found, "ranks": world.size,
+        "tokens": spec.max_tokens, "tp": spec.tp,
+    }  # fmt: skip
+    if world.rank == 0:
+        say(f"drawing {sum(len(of.events) for of in timelines.values())} events")
+        if title is None:
+            title = f"{name}, {spec.max_tokens:,} tokens on each of {world.size} ranks, "
+            title += world.device if mode == "both" else f"{world.device}, {found}"
+        result |= files(timelines, title, out, rank)
+    world.barrier()
+    return result
+
+
+def record(layer: cometrt.MoELayer, say: Say) -> Timeline:
+    """Collective: the timeline of one forward and one backward."""
+    world = layer.world
+    inputs, dy = random_inputs(layer, layer.geometry.spec.max_tokens)
 
     def step() -> None:
         _, saved = layer.forward(*inputs)
         layer.backward(dy, saved)
 
-    say("warming up")
+    say(f"warming up, {layer.mode}")
     for _ in range(WARM_UP):
         step()
     layer.synchronize()
@@ -54,34 +80,35 @@ def run(
             world.barrier()
             step()
             layer.synchronize()
-    timeline = recording.gather()
-    if not timeline.events:
-        raise cometrt.CometError(
-            f"nothing is recorded on {world.device} in mode {layer.mode!r}: use mode 'fused'"
-        )
-    result: dict[str, Any] = {
-        "model": name, "device": world.device, "mode": layer.mode, "ranks": world.size,
-        "tokens": spec.max_tokens, "tp": spec.tp,
-    }  # fmt: skip
-    if world.rank == 0:
-        say(f"drawing {len(timeline.events)} events")
-        title = (
-            f"{name}, {spec.max_tokens} tokens on each of {world.size} ranks, "
-            f"{world.device}, {layer.mode}"
-        )
-        result |= files(timeline, title, out, rank)
-    world.barrier()
-    return result
+    return recording.gather()
 
 
 def files(
-    timeline: cometrt.trace.Timeline, title: str, out: Path, rank: int | None = None
+    timelines: dict[str, Timeline], title: str, out: Path, rank: int | None = None
 ) -> dict[str, Any]:
-    """Write timeline.png and timeline.json into the folder. Returns their paths, and figures."""
+    """Write timeline.png and timeline.json into the folder. Returns their paths, and figures: those
+    of a single timeline, or "modes" with those of each."""
     out.mkdir(parents=True, exist_ok=True)
     picture, perfetto = out / "timeline.png", out / "timeline.json"
-    timeline.save_json(perfetto)
-    found: dict[str, Any] = {
+    drawn: Timeline | Comparison
+    if len(timelines) == 1:
+        (drawn,) = timelines.values()
+        found = figures(drawn)
+    else:
+        drawn = Comparison(timelines)
+        found = {"modes": {mode: figures(of) for mode, of in timelines.items()}}
+    drawn.save_json(perfetto)
+    found |= {"perfetto": str(perfetto), "picture": None}
+    try:
+        drawn.save_png(picture, title, rank=rank)
+        found["picture"] = str(picture)
+    except ImportError as missing:
+        found["no_picture"] = str(missing)
+    return found
+
+
+def figures(timeline: Timeline) -> dict[str, Any]:
+    return {
         "hidden_share": timeline.hidden_share,
         "milliseconds": timeline.span_sec * 1e3,
         "waits": [
@@ -89,39 +116,41 @@ def files(
             for (rank, role), shares in timeline.waits().items()
         ],
         "events": len(timeline.events),
-        "perfetto": str(perfetto),
-        "picture": None,
     }
-    try:
-        timeline.save_png(picture, title, rank=rank)
-        found["picture"] = str(picture)
-    except ImportError as missing:
-        found["no_picture"] = str(missing)
-    return found
 
 
 def show(console: Console, found: dict[str, Any]) -> None:
-    console.print(
-        f"[bold]{found['model']}[/], {found['tokens']} tokens on each of {found['ranks']} ranks, "
-        f"{found['device']}, {found['mode']}: {found['milliseconds']:.3f} ms"
-    )
-    show_files(console, found)
+    layer = f"{found['tokens']} tokens on each of {found['ranks']} ranks, {found['device']}"
+    modes = found.get("modes", {found["mode"]: found})
+    for mode, of in modes.items():
+        console.print(f"[bold]{found['model']}[/], {layer}, {mode}: {of['milliseconds']:.3f} ms")
+        console.print(line_of_share(of))
+        console.print(shares_table(of["waits"]))
+    show_paths(console, found)
 
 
 def show_files(console: Console, found: dict[str, Any]) -> None:
-    """What `files` returned."""
-    hidden, *paths = lines_of_files(found)
-    console.print(hidden)
+    """What `files` returned of one timeline."""
+    console.print(line_of_share(found))
     console.print(shares_table(found["waits"]))
-    for path in paths:
+    show_paths(console, found)
+
+
+def show_paths(console: Console, found: dict[str, Any]) -> None:
+    for path in lines_of_paths(found):
         console.print(path, soft_wrap=True, markup=False)
 
 
-def lines_of_files(found: dict[str, Any]) -> list[str]:
-    """The hidden share, and where both files are, of what `files` returned."""
-    return [
+def line_of_share(found: dict[str, Any]) -> str:
+    return (
         f"hidden share: {percent(found['hidden_share'])} of the time in which rows cross between "
-        "ranks runs under GEMMs of the same rank",
+        "ranks runs under GEMMs of the same rank"
+    )
+
+
+def lines_of_paths(found: dict[str, Any]) -> list[str]:
+    """Where both files are, of what `files` returned."""
+    return [
         f"picture: {found['picture'] or 'none: ' + found['no_picture']}",
         f"for Perfetto (ui.perfetto.dev): {found['perfetto']}",
     ]

@@ -22,8 +22,11 @@ class _VersionedTensor(ctypes.Structure):
     )
 
 
+_ALIGNMENT = 16  # bytes
+_ON_CURRENT_STREAM = contextlib.nullcontext()
 _VERSIONED, _READ_ONLY = b"dltensor_versioned", 1
-_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+# (capsule, its name) -> the pointer in it.
+capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
 
@@ -40,7 +43,7 @@ def is_writable(array: Any) -> bool:
         except Exception:  # of an older DLPack
             capsule = None
     try:
-        tensor = _VersionedTensor.from_address(_capsule_pointer(capsule, _VERSIONED))
+        tensor = _VersionedTensor.from_address(capsule_pointer(capsule, _VERSIONED))
     except ValueError:  # no capsule of that name
         return False
     return not tensor.flags & _READ_ONLY
@@ -52,7 +55,7 @@ class CudaArrays:
     def __init__(self) -> None:
         import cupy
 
-        self._cp = cupy
+        self._cp, self._ndarray = cupy, cupy.ndarray
         self._device_id = cupy.cuda.Device().id
         self._imported: list[Any] = []
 
@@ -71,7 +74,7 @@ class CudaArrays:
         Raises:
             ValueError: naming the argument, its value and the rule.
         """
-        if not isinstance(array, self._cp.ndarray):
+        if not isinstance(array, self._ndarray):
             given = array
             if not hasattr(array, "__dlpack__") or isinstance(array, np.ndarray):
                 raise ValueError(
@@ -87,19 +90,19 @@ class CudaArrays:
                     f"{name} must be writable: a CuPy array, or one whose library says that it may "
                     f"be written to (got {type(given)!r}, which does not)"
                 )
-        if array.data.device_id != self._device_id:
+        data = array.data
+        if data.device_id != self._device_id:
             raise ValueError(
                 f"{name} must be on this rank's GPU {self._device_id} (got GPU {array.device.id})"
             )
-        check_form(name, array, shape, dtypes)
-        # Rows, weights and their gradients are moved by 16 bytes; tables element by element.
-        itemsize = array.dtype.itemsize
-        wanted = 16 if itemsize == 2 or len(shape) == 3 else itemsize
-        if array.size and array.data.ptr % wanted:
-            raise ValueError(
-                f"{name} must begin at a multiple of {wanted} bytes (got address "
-                f"{array.data.ptr:#x}; a view of another array may begin anywhere)"
-            )
+        if (
+            array.dtype not in dtypes
+            or array.shape != shape
+            or not array._c_contiguous  # CuPy makes an object for `flags`
+            or data.ptr % _ALIGNMENT
+        ):  # these look more closely, and may find nothing wrong
+            check_form(name, array, shape, dtypes)
+            _check_alignment(name, array)
         return array
 
     def take_imported(self) -> list[Any]:
@@ -126,7 +129,7 @@ class CudaArrays:
                 f"the current GPU must be this rank's GPU {self._device_id} (got GPU {current})"
             )
         if stream is None:
-            return contextlib.nullcontext()
+            return _ON_CURRENT_STREAM
         if isinstance(stream, self._cp.cuda.Stream):
             if stream.device_id not in (-1, self._device_id):
                 raise ValueError(
@@ -137,3 +140,14 @@ class CudaArrays:
         if not hasattr(stream, "__cuda_stream__"):
             raise ValueError(f"stream must have __cuda_stream__ or be None (got {stream!r})")
         return self._cp.cuda.Stream.from_external(stream)
+
+
+def _check_alignment(name: str, array: Any) -> None:
+    """Rows, weights and their gradients are moved by 16 bytes; tables element by element."""
+    itemsize = array.dtype.itemsize
+    wanted = _ALIGNMENT if itemsize == 2 or len(array.shape) == 3 else itemsize
+    if array.size and array.data.ptr % wanted:
+        raise ValueError(
+            f"{name} must begin at a multiple of {wanted} bytes (got address "
+            f"{array.data.ptr:#x}; a view of another array may begin anywhere)"
+        )

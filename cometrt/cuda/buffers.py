@@ -120,6 +120,12 @@ def _scratch(arrays: Buffers) -> Buffers:
     return {"scratch": ((total_bytes(arrays, _ALIGNMENT),), _UINT8)}
 
 
+def call_scratch_bytes(shape: PlanShape) -> dict[str, int]:
+    """Bytes of "scratch" of a forward and of a backward."""
+    arrays = {"forward": forward_scratch(shape), "backward": backward_scratch(shape)}
+    return {name: total_bytes(of, _ALIGNMENT) for name, of in arrays.items()}
+
+
 def offsets(arrays: Buffers) -> dict[str, int]:
     """First byte of each array within "scratch"."""
     found, end = {}, 0

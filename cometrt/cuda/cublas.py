@@ -108,7 +108,7 @@ class CublasExperts:
         table_offsets: byte offset of each of a plan's tables, by name.
         meet: threads of one process call it between what may wait for the whole device (cuBLAS
             loads its kernels when it first needs them) and a kernel that waits for a peer.
-        kernels: gets "cublas_forward", "cublas_dgrad" and "cublas_wgrad".
+        kernels: gets "up", "down", "down_dgrad", "up_dgrad" and "wgrad".
     """
 
     def __init__(
@@ -130,9 +130,11 @@ class CublasExperts:
             "sequential/activation.cu", "activate", "activate_backward"
         )
         kernels |= {
-            "cublas_forward": self._forward,
-            "cublas_dgrad": self._dgrad,
-            "cublas_wgrad": self._wgrad,
+            "up": self._up,
+            "down": self._down,
+            "down_dgrad": self._down_dgrad,
+            "up_dgrad": self._up_dgrad,
+            "wgrad": self._wgrad,
         }
         self._warm_up()
 
@@ -183,36 +185,40 @@ class CublasExperts:
         )
         return up, down
 
-    def _forward(self, stream: int, call: Call, rows: list[tuple[int, int]]) -> None:
-        of, (w_up, w_down) = self._rows_of(call), self._weights(call, "w")
-        self._up(stream, rows, of, w_up)
-        self._activate(stream, 8 * num_sms(), self._activation_params(call, "z", "a"))
+    def _up(self, stream: int, call: Call, rows: list[tuple[int, int]]) -> None:
+        """z from x_rows; in a forward, a too."""
+        of, (w_up, _) = self._rows_of(call), self._weights(call, "w")
+        for (begin, end), weights in zip(rows, w_up, strict=True):
+            x, z = of["x_rows"].part(begin, end), of["z"].part(begin, end)
+            self._gemm(stream, "NT", x, weights, z)
+        if call.operation != "backward":
+            self._activate(stream, 8 * num_sms(), self._activation_params(call, "z", "a"))
+
+    def _down(self, stream: int, call: Call, rows: list[tuple[int, int]]) -> None:
+        """o from a."""
+        of, (_, w_down) = self._rows_of(call), self._weights(call, "w")
         for (begin, end), weights in zip(rows, w_down, strict=True):
             a, o = of["a"].part(begin, end), of["o"].part(begin, end)
             self._gemm(stream, "NT", a, weights, o)
 
-    def _up(
-        self, stream: int, rows: list[tuple[int, int]], of: dict[str, Matrix], w_up: list[Matrix]
-    ) -> None:
-        """z from x_rows."""
-        for (begin, end), weights in zip(rows, w_up, strict=True):
-            x, z = of["x_rows"].part(begin, end), of["z"].part(begin, end)
-            self._gemm(stream, "NT", x, weights, z)
-
-    def _dgrad(self, stream: int, call: Call, rows: list[tuple[int, int]]) -> None:
-        of, (w_up, w_down) = self._rows_of(call), self._weights(call, "w")
-        if self._geometry.spec.save == "nothing":
-            self._up(stream, rows, of, w_up)
+    def _down_dgrad(self, stream: int, call: Call, rows: list[tuple[int, int]]) -> None:
+        """dz, weighted_a and dweight from dy and z."""
+        of, (_, w_down) = self._rows_of(call), self._weights(call, "w")
         for (begin, end), weights in zip(rows, w_down, strict=True):
             dy, da = of["dy_rows"].part(begin, end), of["da"].part(begin, end)
             self._gemm(stream, "NN", dy, weights, da)
         params = self._activation_params(call, "z", "weighted_a", "da", "dz", "dweight_rows")
         self._activate_backward(stream, 8 * num_sms(), params)
+
+    def _up_dgrad(self, stream: int, call: Call, rows: list[tuple[int, int]]) -> None:
+        """Rows of dx from dz."""
+        of, (w_up, _) = self._rows_of(call), self._weights(call, "w")
         for (begin, end), weights in zip(rows, w_up, strict=True):
             dz, dx = of["dz"].part(begin, end), of["dx_rows"].part(begin, end)
             self._gemm(stream, "NN", dz, weights, dx)
 
     def _wgrad(self, stream: int, call: Call, rows: list[tuple[int, int]]) -> None:
+        """The gradients of both weights."""
         of, gradients = self._rows_of(call), self._weights(call, "dw")
         for (begin, end), dw_up, dw_down in zip(rows, *gradients, strict=True):
             for left, right, out in (("dz", "x_rows", dw_up), ("dy_rows", "weighted_a", dw_down)):
@@ -269,17 +275,24 @@ class CublasForward:
         rows = experts.rows(stream, call)
         if rows:
             kernels["dispatch"](stream, params)
-            kernels["cublas_forward"](stream, call, rows)
+            kernels["up"](stream, call, rows)
+            kernels["down"](stream, call, rows)
             kernels["push"](stream, params)
             experts.meet()
             kernels["home_reduce"](stream, params)
 
 
 class CublasBackward:
-    """The sequential backward. Weight gradients are computed while rows of dx cross."""
+    """The sequential backward. Weight gradients are computed while rows of dx cross.
 
-    def __init__(self, experts: CublasExperts, builder: ExchangeParamsBuilder) -> None:
-        self._experts, self._builder = experts, builder
+    Args:
+        recomputes: whether the up GEMM computes z again, with save="nothing".
+    """
+
+    def __init__(
+        self, experts: CublasExperts, builder: ExchangeParamsBuilder, recomputes: bool
+    ) -> None:
+        self._experts, self._builder, self._recomputes = experts, builder, recomputes
 
     def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None:
         experts = self._experts
@@ -290,8 +303,11 @@ class CublasBackward:
         if "saved_x" in call.at:  # x again: before the first partial row of dx leaves
             self._builder.pull_x(params, call)
             kernels["dispatch"](stream, params)
-        kernels["cublas_dgrad"](stream, call, rows)
+        if self._recomputes:
+            kernels["up"](stream, call, rows)
+        kernels["down_dgrad"](stream, call, rows)
+        kernels["up_dgrad"](stream, call, rows)
         kernels["push"](stream, params)
-        kernels["cublas_wgrad"](stream, call, rows)
+        kernels["wgrad"](stream, call, rows)
         experts.meet()
         kernels["home_reduce"](stream, params)

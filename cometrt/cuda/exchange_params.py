@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +23,7 @@ from cometrt.world.layout import world_dtype
 from cometrt.world.operations import OPERATIONS
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One call: its sizes, and where its arrays lie.
 
     Attributes:
@@ -35,7 +34,8 @@ class Call:
             Results: out [T, H]; of backward also out_dweight, dw_up, dw_down; of a plan epoch and
             tables.
             Residuals: epoch, saved_x or x_rows, z unless save="nothing", tables.
-            Scratch: all other arrays of `cometrt.cuda.buffers`.
+            Scratch: all other arrays of `cometrt.cuda.buffers`. "scratch", the memory that holds
+            them, stands for them until the call is launched.
             stats: CallStats in the place of the layer's own.
         ids_are_64: whether ids are int64.
         accumulate: whether weight gradients are added to what is there.
@@ -52,8 +52,8 @@ class Call:
     @property
     def key(self) -> tuple[object, ...]:
         """All that its launches depend on, besides the world."""
-        how = self.num_tokens, self.ids_are_64, self.accumulate, *self.float32_gradients
-        return (self.operation, *how, *self.at.values())
+        operation, num_tokens, at, *how = self
+        return (operation, num_tokens, *how, *at.values())
 
 
 # 8-byte field of ExchangeParams -> name in Call.at. _FORWARD: also of plans and planned forwards.

@@ -8,7 +8,6 @@ backward, that comes again with the same arguments and memory is one launch of a
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +51,7 @@ class CudaExecutor:
         self.rail: Any = None
         self.stats_address = 0
         self._cp, self._world, self._shape, self._layer = cp, world, shape, layer
+        self._mode = mode
         self._heap = DeviceHeap(world, shape)
         self._order = CallOrder(world, shape, layer)
         self.ended, self.captured = self._order.ended, self._order.captured
@@ -67,6 +67,20 @@ class CudaExecutor:
         }
         self.plan_buffers = buffers.plan_buffers(shape)
         self.backward_buffers = buffers.backward_buffers(shape)
+        # Of a forward by (training, whether it has a plan): what it allocates besides "scratch".
+        self._forward_arrays = {
+            (training, planned): {
+                name: of
+                for name, of in self.forward_buffers[training].items()
+                if name != "scratch" and not (planned and name == "tables")
+            }
+            for training in (False, True)
+            for planned in (False, True)
+        }
+        self._scratch_bytes, self._save = (
+            buffers.call_scratch_bytes(shape),
+            shape.geometry.spec.save,
+        )
         self._offsets = {
             "forward": buffers.offsets(buffers.forward_scratch(shape)),
             "backward": buffers.offsets(buffers.backward_scratch(shape)),
@@ -103,41 +117,52 @@ class CudaExecutor:
         """Returns the residuals that backward needs, but for the weights; see `Residuals.pack`."""
         self.check_capture("forward")
         with self._order.guard("forward"):
-            given = {"x": self._heap.out_of_heap(x, "x")}
-            wanted = self.forward_buffers[training]
+            heap = self._heap
+            x = heap.out_of_heap(x, "x")
+            at = {
+                "x": x.data.ptr,
+                "w_up": w_up.data.ptr,
+                "w_down": w_down.data.ptr,
+                "out": out.data.ptr,
+            }
             if plan is None:
                 operation = "forward"
-                given |= self._tables(ids, weights)
+                ids, weights = self._tables(ids, weights)
+                at["ids"], at["weights"] = ids.data.ptr, weights.data.ptr
             else:
-                operation = "planned forward"
-                given |= {"plan_epoch": plan.epoch, "tables": plan.tables[0]}
-                wanted = {name: of for name, of in wanted.items() if name != "tables"}
-            new = self._new(wanted)
-            arrays = given | {"w_up": w_up, "w_down": w_down, "out": out} | new
-            at = self.with_scratch("forward", addresses(arrays))
-            call = Call(operation, len(x), at, ids_are_64=_are_64(ids))
-            self.enqueue(call, (given, new))
+                operation, tables = "planned forward", plan.tables[0]
+                at["plan_epoch"], at["tables"] = plan.epoch.data.ptr, tables.data.ptr
+            new = self._new(self._forward_arrays[training, plan is not None])
+            for name, array in new.items():
+                at[name] = array.data.ptr
+            scratch = self._cp.cuda.alloc(self._scratch_bytes["forward"])
+            at["scratch"] = scratch.ptr
+            call = Call(operation, len(x), at, _are_64(ids))
+            self.enqueue(call, (x, ids, weights, plan, new, scratch))
         if not training:
             return None
-        z = None if self._shape.geometry.spec.save == "nothing" else new["z"]
-        x = new.get("saved_x", new["x_rows"])
-        return {"epoch": new["epoch"], "x": x, "z": z, "tables": (arrays["tables"],)}
+        z = None if self._save == "nothing" else new["z"]
+        x = new["x_rows"] if self._save == "rows" else new["saved_x"]
+        return {
+            "epoch": new["epoch"],
+            "x": x,
+            "z": z,
+            "tables": (new["tables"] if plan is None else tables,),
+        }
 
     def plan(self, ids: DeviceArray, weights: DeviceArray, *, tracer: Tracer) -> dict[str, Any]:
         """Returns epoch and tables; see `PlanAhead.pack`."""
         self.check_capture("plan")
         with self._order.guard("plan"):
-            given, new = self._tables(ids, weights), self._new(self.plan_buffers)
-            call = Call("plan", len(ids), addresses(given | new), ids_are_64=_are_64(ids))
-            self.enqueue(call, (given, new))
+            (ids, weights), new = self._tables(ids, weights), self._new(self.plan_buffers)
+            at = {name: array.data.ptr for name, array in new.items()}
+            at["ids"], at["weights"] = ids.data.ptr, weights.data.ptr
+            self.enqueue(Call("plan", len(ids), at, _are_64(ids)), (ids, weights, new))
         return {"epoch": new["epoch"], "tables": (new["tables"],)}
 
-    def _tables(self, ids: Any, weights: Any) -> dict[str, DeviceArray]:
+    def _tables(self, ids: Any, weights: Any) -> tuple[DeviceArray, DeviceArray]:
         heap = self._heap
-        return {
-            "ids": heap.out_of_heap(ids, "ids0"),
-            "weights": heap.out_of_heap(weights, "weights0"),
-        }
+        return heap.out_of_heap(ids, "ids0"), heap.out_of_heap(weights, "weights0")
 
     def reschedule(self, config: TileConfig) -> bool:
         """Use another config in place of the layer's own, where launches alone depend on what
@@ -153,35 +178,40 @@ class CudaExecutor:
         self.graphs.clear()
         return True
 
-    def with_scratch(self, operation: str, at: dict[str, int]) -> dict[str, int]:
-        """The addresses of a call's arrays with those of the arrays within "scratch". A backward
-        may compute z again: the down dgrad reads it before it writes dz there."""
-        scratch = at.pop("scratch")
-        at |= {name: scratch + offset for name, offset in self._offsets[operation].items()}
-        if operation == "backward" and "z" not in at:
-            at |= {"z": at["dz"], "a": at["weighted_a"]}
-        return at
-
     def enqueue(self, call: Call, arrays: Any = ()) -> None:
-        """Queue a call on CuPy's current stream, by launches or as a graph.
+        """Queue a call on CuPy's current stream, by launches or as a graph. A replayed call
+        needs the address of "scratch" alone.
 
         Args:
             arrays: whose memory a graph of the caller needs as long as it may be replayed.
         """
         if self.stats_address:
-            at = {**call.at, "stats": self.stats_address}
-            call = dataclasses.replace(call, at=at)
+            call = call._replace(at={**call.at, "stats": self.stats_address})
         stream = self._cp.cuda.get_current_stream()
-        capturing, graph = bool(stream.is_capturing()), None
-        if not capturing and call.operation in self._replayed:
+        if stream.is_capturing():
+            self._order.launch_captured(lambda: self._launch(stream.ptr, call), arrays)
+            return
+        graph = None
+        if call.operation in self._replayed:
             # Before ranks meet: making a graph may wait for the device.
-            key = (*call.key, *self.queue.depends_on())
-            graph = self.graphs.find(key, lambda stream: self.queue.enqueue(stream, call))
-        with self._order.launching(call.operation, capturing, arrays):
-            if graph is None:
-                self.queue.enqueue(stream.ptr, call)
-            else:
-                graph.launch(stream)
+            key = call.key, self.queue.depends_on()
+            graph = self.graphs.find(key, lambda stream: self._launch(stream, call))
+        if graph is None:
+            self._order.launch(call.operation, stream, lambda: self._launch(stream.ptr, call))
+        else:
+            self._order.launch(call.operation, stream, lambda: graph.launch(stream))
+
+    def _launch(self, stream: int, call: Call) -> None:
+        """Queue a call's kernels. Its arrays within "scratch" get their addresses. A backward may
+        compute z again: the down dgrad reads it before it writes dz there."""
+        at = dict(call.at)
+        if "scratch" in at:
+            backward, scratch = call.operation == "backward", at.pop("scratch")
+            offsets = self._offsets["backward" if backward else "forward"]
+            at |= {name: scratch + offset for name, offset in offsets.items()}
+            if backward and "z" not in at:
+                at |= {"z": at["dz"], "a": at["weighted_a"]}
+        self.queue.enqueue(stream, call._replace(at=at))
 
     def backward(
         self,
@@ -195,30 +225,26 @@ class CudaExecutor:
         """Fill `out`."""
         self.check_capture("backward")
         with self._order.guard("backward"):
-            (tables,), save = saved.tables, self._shape.geometry.spec.save
-            arrays = {
-                "dy": self._heap.out_of_heap(dy, "dy"),
-                "epoch": saved.epoch,
-                "tables": tables,
-                "w_up": saved.w_up,
-                "w_down": saved.w_down,
-                "out": out.x,
-                "out_dweight": out.topk_weights,
-                "dw_up": out.w_up,
-                "dw_down": out.w_down,
-                "x_rows" if save == "rows" else "saved_x": saved.x,
-            } | self._new(self.backward_buffers)
+            (tables,), dy = saved.tables, self._heap.out_of_heap(dy, "dy")
+            scratch = self._cp.cuda.alloc(self._scratch_bytes["backward"])
+            at = {
+                "dy": dy.data.ptr,
+                "epoch": saved.epoch.data.ptr,
+                "tables": tables.data.ptr,
+                "w_up": saved.w_up.data.ptr,
+                "w_down": saved.w_down.data.ptr,
+                "out": out.x.data.ptr,
+                "out_dweight": out.topk_weights.data.ptr,
+                "dw_up": out.w_up.data.ptr,
+                "dw_down": out.w_down.data.ptr,
+                "x_rows" if self._save == "rows" else "saved_x": saved.x.data.ptr,
+                "scratch": scratch.ptr,
+            }
             if saved.z is not None:
-                arrays["z"] = saved.z
-            wide = tuple(array.dtype.itemsize == 4 for array in (out.w_up, out.w_down))
-            call = Call(
-                "backward",
-                len(dy),
-                self.with_scratch("backward", addresses(arrays)),
-                accumulate=accumulate,
-                float32_gradients=(wide[0], wide[1]),
-            )
-            self.enqueue(call, tuple(arrays.values()))
+                at["z"] = saved.z.data.ptr
+            wide = out.w_up.dtype.itemsize == 4, out.w_down.dtype.itemsize == 4
+            call = Call("backward", len(dy), at, accumulate=accumulate, float32_gradients=wide)
+            self.enqueue(call, (dy, saved, out, scratch))
 
     def check_capture(self, operation: str) -> None:
         """Refuse a call that cannot be captured in a CUDA graph, where the stream is capturing."""
@@ -252,14 +278,16 @@ class CudaExecutor:
 
     @contextlib.contextmanager
     def recorded_by(self, recording: Recording) -> Iterator[None]:
-        """Within it the fused kernels record themselves."""
-        fused = self.queue.fused
-        if not fused:
+        """Within it calls are recorded, except those of mode "chunked", which use two streams."""
+        if self._mode == "chunked":
             yield
             return
-        self.graphs.enabled, before = False, self.graphs.enabled  # they have other kernels
+        queue, geometry = self.queue, self._shape.geometry
+        self.graphs.enabled, before = False, self.graphs.enabled  # they have other launches
         try:
-            with recorded_by(recording, fused, self.queue.state, self.ended):
+            with recorded_by(
+                recording, queue.fused, queue.kernels, geometry, queue.state, self.ended
+            ):
                 yield
         finally:
             self.graphs.enabled = before
@@ -296,7 +324,3 @@ class CudaExecutor:
 
 def _are_64(ids: DeviceArray | None) -> bool:
     return ids is not None and ids.dtype.itemsize == 8
-
-
-def addresses(arrays: dict[str, DeviceArray]) -> dict[str, int]:
-    return {name: array.data.ptr for name, array in arrays.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import logging
 import threading
 from collections.abc import Callable, Hashable
@@ -24,15 +23,19 @@ class CallGraphs:
 
     Attributes:
         enabled: False where every call launches its kernels, to be watched or traced.
+        num_made: graphs that have been made so far.
+        num_launched: calls so far that had no graph.
     """
 
     def __init__(self) -> None:
-        self._graphs: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+        self._calls: dict[Hashable, _Remembered] = {}
+        self._num_calls = 0
         self.enabled = True
+        self.num_made = self.num_launched = 0
 
     def clear(self) -> None:
         """Forget all graphs."""
-        self._graphs.clear()
+        self._calls.clear()
 
     def find(self, key: Hashable, launch: Callable[[int], object]) -> Any:
         """The graph of a call that comes again. None: the caller launches the kernels itself.
@@ -45,21 +48,34 @@ class CallGraphs:
             launch: queues the call's kernels on a raw stream.
         """
         if not self.enabled:
+            self.num_launched += 1
             return None
-        graphs = self._graphs
-        if key not in graphs:
-            graphs[key] = None
-            if len(graphs) > MAX_GRAPHS:
-                graphs.popitem(last=False)
+        self._num_calls += 1
+        calls, call = self._calls, self._calls.get(key)  # one look: hashing a key takes long
+        if call is None:
+            if len(calls) == MAX_GRAPHS:
+                del calls[min(calls, key=lambda key: calls[key].last_use)]
+            calls[key] = _Remembered(self._num_calls)
+            self.num_launched += 1
             return None
-        graphs.move_to_end(key)
-        if graphs[key] is None:
+        call.last_use = self._num_calls
+        if call.graph is None:
             try:
-                graphs[key] = _capture(launch)
+                call.graph = _capture(launch)
+                self.num_made += 1
             except Exception as error:  # of the launches: they will raise it again
                 _log.warning("calls are launched from now on, not replayed: %s", error)
                 self.enabled = False
-        return graphs[key]
+        return call.graph
+
+
+class _Remembered:
+    """A call that is remembered: its graph once it has come again, and when it came last."""
+
+    def __init__(self, last_use: int) -> None:
+        self.graph, self.last_use = None, last_use
+
+    graph: Any
 
 
 def _capture(launch: Callable[[int], object]) -> Any:

@@ -19,9 +19,15 @@ class DeviceHeap(SymmetricHeap):
         memory = gpu.memory(self._world.regions.of(entry.region, self._world.rank))
         return cp.ndarray(entry.shape, entry.dtype, memory + entry.offset)
 
+    _place, _place_version = (0, 0), -1
+
     def place(self) -> tuple[int, int]:
         """Addresses [begin, end) of this rank's heap of rows, which begins with x."""
-        return self.rows_place(self._address(self.table["x"]))
+        version = self._world.regions.version
+        if self._place_version != version:
+            self._place = self.rows_place(self._address(self.table["x"]))
+            self._place_version = version
+        return self._place
 
     def out_of_heap(self, array: Any, name: str) -> Any:
         """The array, or a copy if it lies in the heap at another place than its own: `publish`

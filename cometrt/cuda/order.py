@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 from cometrt.cuda.report import report_of, tell_unspecified
@@ -41,6 +41,8 @@ class CallOrder:
         """Raise what the device has found wrong so far, without waiting for it. Ranks that are
         threads of one process raise together, in the meeting before a call. A stream that is being
         captured raises nothing."""
+        if not self.report.has_found:
+            return
         if self._world.shares_process and self.report.kind != "stopped":
             return
         if not self._cp.cuda.get_current_stream().is_capturing():
@@ -95,18 +97,9 @@ class CallOrder:
         assert gpu is not None
         gpu.retire(executor, None if self.captured else self.ended)
 
-    @contextlib.contextmanager
-    def guard(self, operation: str) -> Iterator[None]:
+    def guard(self, operation: str) -> Guard:
         """Around all of a call: stops the world if this rank raises, also before a launch."""
-        try:
-            yield
-        except CallNotBegun:
-            raise
-        except BaseException as error:
-            if operation == "backward":
-                tell_unspecified(error)
-            self.stop_world(error, operation)
-            raise
+        return Guard(self, operation)
 
     def stop_world(self, error: BaseException, operation: str) -> None:
         """End the wait of peers for this rank, which raises in a call. Nothing is done where the
@@ -117,25 +110,26 @@ class CallOrder:
         if not capturing and not self._world.stopped:
             self._world.stop_for(error, f" in a {operation} of layer {self._layer}")
 
-    @contextlib.contextmanager
-    def launching(
-        self, operation: str, capturing: bool, buffers: tuple[Any, ...] = ()
-    ) -> Iterator[None]:
-        """Around a call's launches: the calls of a world run one after the other, on any streams.
-        The replays of a captured call are ordered by their owner; `buffers` are kept for them."""
-        gpu, stream = self._world.gpu, self._cp.cuda.get_current_stream()
+    def launch_captured(self, launch: Callable[[], object], buffers: Any) -> None:
+        """Launch a call into a graph of the caller's, whose owner orders the replays. `buffers` are
+        kept for them."""
+        gpu = self._world.gpu
         assert gpu is not None
-        if capturing:
-            gpu.captured = True
-            yield
-            self.captured.append(buffers)
-            return
+        gpu.captured = True
+        launch()
+        self.captured.append(buffers)
+
+    def launch(self, operation: str, stream: Any, launch: Callable[[], object]) -> None:
+        """Launch a call on CuPy's current stream. The calls of a world run one after the other, on
+        any streams."""
+        gpu = self._world.gpu
+        assert gpu is not None
         self._begin()
         self._last_operation = operation
         if gpu.last_call is not None:
             stream.wait_event(gpu.last_call)
         try:
-            yield
+            launch()
         finally:  # launches before an error still run
             self.ended.record(stream)
             gpu.last_call = self.ended
@@ -170,3 +164,20 @@ class CallOrder:
         and memory that peers reach is freed only while they are idle."""
         if self._world.shares_process:
             self._world.allgather(None, purpose="the end of a call")
+
+
+class Guard:
+    """The context of `CallOrder.guard`."""
+
+    def __init__(self, order: CallOrder, operation: str) -> None:
+        self._order, self._operation = order, operation
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
+        if error is None or isinstance(error, CallNotBegun):
+            return
+        if self._operation == "backward":
+            tell_unspecified(error)
+        self._order.stop_world(error, self._operation)

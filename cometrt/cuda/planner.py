@@ -16,6 +16,7 @@ from cometrt.kernels.constants import PLAN_BLOCKS_PER_SM, PLAN_CLUSTER_SIZE, TOK
 from cometrt.kernels.launch import Macros, load_kernels
 from cometrt.kernels.params import (
     PLAN_OUTPUTS,
+    KernelArgument,
     ParamStruct,
     geometry_params,
     plan_params_dtype,
@@ -27,6 +28,7 @@ from cometrt.world.partitions import num_sms
 
 _SM_BYTES, _BLOCK_BYTES = 228 * 1024, 4 * 1024  # shared memory; what a block takes besides its own
 _SMALL_PAIRS = 8192  # that one cluster plans faster than a grid, whose barriers take longer
+FLAGS = tuple(KernelArgument(np.int32(flag)) for flag in (False, True))
 _ALIGNMENT = 64  # words of a table: a bulk copy's, and a cache line's
 
 
@@ -199,8 +201,12 @@ class DevicePlanner:
             pads: whether padding rows are zeroed too.
         """
         self._point_to(tables)
-        self._launch("prepare", stream, params, self._params, *orders, link)
-        if self._small and pads:
+        arguments = (params, self._params, *orders, link)
+        if not self._small:
+            self._kernels["prepare"](stream, self._grid, *arguments, FLAGS[pads])
+            return
+        self._kernels["prepare_small"](stream, PLAN_CLUSTER_SIZE, *arguments)
+        if pads:
             self._kernels["pad"](stream, self._grid, params)
 
     def plan(self, ids: DeviceArray, weights: DeviceArray, num_tokens: DeviceArray) -> Plan:
@@ -215,7 +221,8 @@ class DevicePlanner:
         self.ids[...], self.weights[...], self._num_tokens[...] = ids, weights, num_tokens
         self._point_to(tables.data.ptr)
         self._counters.fill(0)
-        self._launch("plan", current_stream(), self._params)
+        name, grid = ("plan_small", PLAN_CLUSTER_SIZE) if self._small else ("plan", self._grid)
+        self._kernels[name](current_stream(), grid, self._params)
         return self.plan_of(tables)
 
     def plan_of(self, tables: DeviceArray) -> Plan:
@@ -228,12 +235,6 @@ class DevicePlanner:
             table = tables[begin : begin + math.prod(table_shape)].reshape(table_shape)
             arrays[name] = table.view(cp.float32) if name == "row_weight" else table
         return Plan(**arrays)
-
-    def _launch(self, name: str, stream: int, *arguments: ParamStruct) -> None:
-        if self._small:
-            self._kernels[f"{name}_small"](stream, PLAN_CLUSTER_SIZE, *arguments)
-        else:
-            self._kernels[name](stream, self._grid, *arguments)
 
     def _point_to(self, tables: int) -> None:
         uint64s, base = self._params.uint64s, np.uint64(tables)

@@ -8,7 +8,6 @@ its mode does between them and `finish`. A plan made ahead has no path; a planne
     fused       dispatch_gemm, gemm_combine
     sequential  dispatch, up, down, push, home_reduce
     chunked     the same for each pipeline chunk, on two streams
-    cublas      dispatch, cublas_forward, push, home_reduce
 
 and of a backward:
 
@@ -16,9 +15,9 @@ and of a backward:
                 save="nothing", for z
     others      backward_order, dispatch, down_dgrad, up_dgrad, push, wgrad, home_reduce; with
                 save="nothing" dispatch of x and up before down_dgrad
-    cublas      dispatch, cublas_dgrad, push, cublas_wgrad, home_reduce
 
-A fused backward has `prepare_backward` in the place of `agree`: it also orders tiles.
+With gemm="cublas" the GEMMs are cuBLAS's, and nothing orders tiles. A fused backward has
+`prepare_backward` in the place of `agree`: it also orders tiles.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from cometrt.cuda.exchange_params import Call, ExchangeParamsBuilder
 from cometrt.cuda.fused import FusedForward, FusedPath, fused_counter_words
 from cometrt.cuda.fused_backward import FusedBackward
 from cometrt.cuda.links import Links
-from cometrt.cuda.planner import DevicePlanner
+from cometrt.cuda.planner import FLAGS, DevicePlanner
 from cometrt.cuda.row_kernels import RowKernels
 from cometrt.cuda.sequential import ChunkedForward, ExpertGemms, SequentialForward
 from cometrt.cuda.stats import DeviceStats
@@ -55,13 +54,20 @@ _NO_ORDER = ParamStruct(tile_order_params_dtype)
 _OK_OFFSET = exchange_state_dtype.fields["ok"][1]  # type: ignore[index]
 
 
+def forwards_pad(mode: str, recomputes: bool) -> bool:
+    """Whether `prepare` and `prepare_planned` zero padding rows of a training forward. In other
+    modes than "fused" `dispatch` does. A backward that computes z again pulls all rows into arrays
+    of its own, whose padding `prepare_backward` zeroes: it reads no row of its forward."""
+    return mode == "fused" and not recomputes
+
+
 class ProtocolKernels:
     """What every call begins and ends with.
 
     Args:
         orders: TileOrderParams of the up and the down GEMM, which `prepare` and `prepare_planned`
             fill.
-        pads: whether they zero padding rows in training, and not `dispatch`.
+        pads: as `forwards_pad`.
         kernels: gets "publish", "plan", "prepare", "prepare_planned", "agree" and "finish".
     """
 
@@ -100,13 +106,15 @@ class ProtocolKernels:
 
     def _launch_prepare(self, stream: int, params: ParamStruct, call: Call) -> None:
         tables, link = call.at["tables"], self._links.dispatch
-        pads = self._pads and "epoch" in call.at
-        self._planner.prepare(stream, params, tables, self._orders, link, pads=pads)
+        self._planner.prepare(
+            stream, params, tables, self._orders, link, pads=self._pads and "epoch" in call.at
+        )
 
     def _launch_prepare_planned(self, stream: int, params: ParamStruct, call: Call) -> None:
         """Make the tile orders of the call's plan, zero padding rows, and wait for all ranks."""
         tables = self._tables.planned(call)
-        self._prepare_planned(stream, self._num_sms, params, tables, *self._orders)
+        pads = FLAGS[self._pads and "epoch" in call.at]
+        self._prepare_planned(stream, self._num_sms, params, tables, *self._orders, pads)
 
     def _launch_agree(self, stream: int, params: ParamStruct, _call: Call) -> None:
         self._agree(stream, 1, params)
@@ -224,14 +232,17 @@ class CallQueue:
         elif shape.config.gemm == "cublas":
             cublas = CublasExperts(shape, fixed["state"], offsets, meet, kernels)
             orders = _NO_ORDER, _NO_ORDER
-            forward, backward = CublasForward(cublas), CublasBackward(cublas, self._params)
+            forward, backward = (
+                CublasForward(cublas),
+                CublasBackward(cublas, self._params, recomputes),
+            )
         else:
             orders = ExpertGemms(shape, ok, kernels, chunks).orders
             recompute = orders[0] if recomputes else _NO_ORDER
             BackwardGemms(shape, offsets, ok, recompute, kernels)
             backward = EngineBackward(self._params, chunks if recomputes else 0)
             forward = ChunkedForward(shape.config) if mode == "chunked" else SequentialForward()
-        ProtocolKernels(self.planner, orders, links, kernels, pads=mode == "fused")
+        ProtocolKernels(self.planner, orders, links, kernels, pads=forwards_pad(mode, recomputes))
         self._paths: dict[str, Path] = {
             "forward": forward,
             "planned forward": forward,

@@ -48,7 +48,7 @@ class Report:
         self._world_of, self._cp = weakref.ref(world), cp
         self._shapes: dict[int, PlanShape] = {}  # by layer
         self._calls = pinned(exchange_report_dtype, NUM_REPORTS)
-        self._kinds = self._calls["kind"]  # a view, which is quick to look at
+        self._kinds = self._calls["kind"].data  # a memoryview, quick to look at
         self.address = int(self._calls.ctypes.data)
         self._control = pinned(device_control_block_dtype)
 
@@ -61,6 +61,11 @@ class Report:
         self._calls["kind"] = 0
 
     @property
+    def has_found(self) -> bool:
+        """Whether the device has found anything wrong so far."""
+        return any(self._kinds)
+
+    @property
     def kind(self) -> str:
         """Of REPORTS: what the device has found wrong so far."""
         return REPORTS[next((int(kind) for kind in self._calls["kind"] if kind), 0)]
@@ -68,7 +73,7 @@ class Report:
     def error(self) -> CometError | None:
         """The first error since the last call of this method, as far as the device has come.
         Later calls run again after it."""
-        if not self._kinds.any():
+        if not self.has_found:
             return None
         for report in self._calls:
             if report["kind"]:

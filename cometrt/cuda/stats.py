@@ -9,6 +9,7 @@ from cometrt.kernels.params import call_stats_dtype
 from cometrt.stats import LayerStats
 
 _MAX_READS = 1000
+_NUM_WAITS = 2  # kNumWaits of protocol/exchange_params.cuh
 
 
 class DeviceStats:
@@ -18,12 +19,12 @@ class DeviceStats:
     no fence: where all words have the same epoch, they are of one call.
 
     Attributes:
-        address: of the words [1 + local_experts], for kernels.
+        address: of the words [2 + local_experts], for kernels.
     """
 
     def __init__(self, local_experts: int) -> None:
         # As 64-bit words: NumPy copies a struct field by field, so values and epochs would differ.
-        self._words = pinned(call_stats_dtype, 1 + local_experts).view(np.uint64)
+        self._words = pinned(call_stats_dtype, _NUM_WAITS + local_experts).view(np.uint64)
         self.address = int(self._words.ctypes.data)
         self._last: LayerStats | None = None
 
@@ -36,8 +37,8 @@ class DeviceStats:
             if (words["epoch"] == epoch).all():
                 if epoch == 0:
                     return None
-                waited_us = float(words["value"][:1].view(np.float32)[0])
-                rows = words["value"][1:].astype(np.int64)
-                self._last = LayerStats(epoch, rows, waited_us)
+                waits = words["value"][:_NUM_WAITS].view(np.float32)
+                rows = words["value"][_NUM_WAITS:].astype(np.int64)
+                self._last = LayerStats(epoch, rows, *map(float, waits))
                 break
         return self._last

@@ -1,4 +1,5 @@
-"""Events that the fused kernels record while they run; see kernels_cu/common/trace.cuh."""
+"""Events of a layer's calls on the GPU. The fused kernels record themselves while they run (see
+kernels_cu/common/trace.cuh); `cometrt.cuda.launch_trace` records the other launches."""
 
 from __future__ import annotations
 
@@ -11,13 +12,16 @@ from typing import Any
 import numpy as np
 
 from cometrt.cuda.fused import FusedPath
+from cometrt.cuda.launch_trace import LaunchTrace, events_of_launches
 from cometrt.cuda.report import pinned
+from cometrt.cuda.types import Launches
 from cometrt.kernels.constants import TRACE_LANES
 from cometrt.kernels.launch import load_kernels
 from cometrt.kernels.params import (
     trace_lane_dtype,
     traced_exchange_state_dtype,
 )
+from cometrt.specs import Geometry
 from cometrt.trace import Event, Recording
 
 KINDS = (  # role, name, flag; numbers of EventKind
@@ -40,33 +44,45 @@ _AT = traced_exchange_state_dtype.fields["trace"][1]  # type: ignore[index]
 
 @contextlib.contextmanager
 def recorded_by(
-    recording: Recording, fused: Sequence[FusedPath], state: Any, ended: Any
+    recording: Recording,
+    fused: Sequence[FusedPath],
+    kernels: Launches,
+    geometry: Geometry,
+    state: Any,
+    ended: Any,
 ) -> Iterator[None]:
-    """Within it the kernels of those paths record events; at its end the recording gets them.
+    """Within it a layer's calls are recorded; at its end the recording gets their events.
 
     Kernels are loaded when it is entered. No peer's kernel waits for this rank then: all ranks have
     launched the calls before, and the next call begins with a meeting.
 
     Args:
+        fused: paths whose kernels record themselves.
+        kernels: the layer's launches; those that do not record themselves are timed.
         state: the layer's ExchangeState, as bytes on the device.
         ended: event at the end of its last call.
     """
     import cupy as cp
 
-    kernels = [path.use(path.load(trace=True)) for path in fused]
+    untraced = [path.use(path.load(trace=True)) for path in fused]
     clock = Clock()
-    trace = DeviceTrace(state, max(path.num_ctas for path in fused))
+    trace = DeviceTrace(state, max((path.num_ctas for path in fused), default=0))
+    launches = LaunchTrace(kernels, geometry.size)
     try:
         yield
     finally:
-        for path, before in zip(fused, kernels, strict=True):
+        for path, before in zip(fused, untraced, strict=True):
             path.use(before)
+        launches.end()
         ended.synchronize()
         cp.cuda.get_current_stream().synchronize()  # where graphs were launched
         lanes = trace.end()
+        names, records = launches.read()
     # Ranks that share a GPU share its clock, and need no comparison, which is off by microseconds.
     offset_ns = 0 if recording.world.shares_gpu else clock.offset_ns()
-    recording.events += events_of(lanes, recording.world.rank, offset_ns)
+    rank, row_bytes = recording.world.rank, 2 * geometry.spec.hidden
+    recording.events += events_of(lanes, rank, offset_ns)
+    recording.events += events_of_launches(names, records, rank, row_bytes, offset_ns)
 
 
 class Clock:
@@ -101,7 +117,7 @@ class DeviceTrace:
 
     Args:
         state: as for `recorded_by`.
-        num_ctas: the most that a kernel has.
+        num_ctas: the most that a kernel has; 0: no kernel records itself.
     """
 
     def __init__(self, state: Any, num_ctas: int) -> None:

@@ -35,6 +35,7 @@ class Exchange:
         tile_done: [max_tiles, N-chunks] number of N-tiles that are stored. The compute role
             increments it, the comm role waits for it.
         waited_us: microseconds in which nothing was done until all ranks had begun the call.
+        rows_waited_us: microseconds in which compute waited for rows.
     """
 
     plan: Plan
@@ -49,7 +50,7 @@ class Exchange:
         self.tile_filled = {name: np.zeros(shape.max_tiles, np.int64) for name in ("x", "dy")}
         self.tile_done = np.zeros((shape.max_tiles, len(self.n_chunks)), np.int64)
         self._current: dict[str, tuple[str, int]] = {}  # role -> (step, tile)
-        self.epoch, self.waited_us = world.next_epoch(), 0.0
+        self.epoch, self.waited_us, self.rows_waited_us = world.next_epoch(), 0.0, 0.0
 
     # ---- publishing -------------------------------------------------------------------------
 
@@ -160,7 +161,9 @@ class Exchange:
     def wait_filled(self, name: str, tile: int) -> None:
         """Compute role: wait until all rows of the M-tile are in place."""
         counter = self.tile_filled[name]
-        self._wait_own("compute", "tile_filled", counter, (tile,), self.shape.config.block_m)
+        begin = time.monotonic()
+        if self._wait_own("compute", "tile_filled", counter, (tile,), self.shape.config.block_m):
+            self.rows_waited_us += 1e6 * (time.monotonic() - begin)
 
     def wait_done(self, tiles: np.ndarray, chunk: int) -> None:
         """Comm role: wait until all N-tiles of the N-chunk are stored, for each of the M-tiles."""
@@ -183,13 +186,15 @@ class Exchange:
 
     def _wait_own(
         self, role: str, flag: str, counter: np.ndarray, index: tuple[int, ...], expected: int
-    ) -> None:
+    ) -> bool:
+        """Returns whether it had to wait."""
         if counter[index] >= expected:
-            return
+            return False
         chunk = index[1] if len(index) > 1 else -1
         target = WaitTarget(flag, self.world.rank, expected, self.epoch, index[0], chunk)
         with self.step(role, "wait", index[0], flag=flag):
             self.world.wait(value_of(counter, index), target)
+        return True
 
     def run(self, stages: list[Stage], *, overlapped: bool) -> None:
         """Run the stages (role, function) of a call.

@@ -130,7 +130,8 @@ class HostExecutor:
 
     def _keep_stats(self, ex: Exchange) -> None:
         waited_us = ex.waited_us if ex.waited_us >= 1 else 0.0
-        self._stats = LayerStats(ex.epoch, ex.plan.expert_rows.astype(np.int64), waited_us)
+        rows = ex.plan.expert_rows.astype(np.int64)
+        self._stats = LayerStats(ex.epoch, rows, waited_us, ex.rows_waited_us)
 
     def stats(self) -> LayerStats | None:
         return self._stats

@@ -62,7 +62,8 @@ plan_progress_dtype = np.dtype(
     + [("queue_heads", np.uint32, 7), ("done", np.uint32, 5)]
 )
 exchange_state_dtype = np.dtype(
-    [(name, np.uint32) for name in "ticket status ok reported".split()] + [("waited_ns", np.uint64)]
+    [(name, np.uint32) for name in "ticket status ok reported".split()]
+    + [(name, np.uint64) for name in "waited_ns rows_waited_ns".split()]
 )
 traced_exchange_state_dtype = np.dtype(
     [*exchange_state_dtype.descr, ("trace", np.uint64)], align=True

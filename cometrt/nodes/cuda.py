@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +26,6 @@ from cometrt.world.nodes import NodesWorld
 from cometrt.world.partitions import leave_sms, num_sms
 
 _NEWS_SEC = 1.0  # the time in which another node's failure becomes known here
-_PLACE = re.compile(r"of rank (\d+), token (\d+), k (\d+)")
 
 
 class CudaNodesExecutor(NodesExecutor):
@@ -238,16 +236,15 @@ class CudaNodesExecutor(NodesExecutor):
             first, nodes = world.node.first_rank, world.nodes
             raise too_many_rows(first + error.rank, error.need, shape, nodes) from None
         except RoutingError as error:
-            place = _PLACE.search(str(error))
-            if place is None:
-                raise
             (slices, _, spec), slice_idx = self._failed_call()
-            rank, token, k = map(int, place.groups())
-            node, token = slices.token_of(slices.calls()[slice_idx].begin + token)
-            raise RoutingError(
-                f"topk_ids and topk_weights of rank {node * world.ranks_per_node + rank}, "
-                f"token {token}, k {k} break a rule: ids must be in [-1, {spec.num_experts}) "
-                f"and distinct within the token, weights finite"
+            node, token = slices.token_of(slices.calls()[slice_idx].begin + error.token)
+            raise RoutingError.build(
+                "topk_ids and topk_weights",
+                f"break a rule: ids must be in [-1, {spec.num_experts}) and distinct within the "
+                f"token, weights finite",
+                rank=node * world.ranks_per_node + error.rank,
+                token=token,
+                k=error.k,
             ) from None
 
     def _failed_call(self) -> tuple[tuple[Any, Any, Any], int]:

@@ -191,7 +191,8 @@ class HostNodesExecutor(NodesExecutor):
         """Collective, after a call that failed on some nodes: the error of all ranks. It is the one
         that a single node would raise."""
         world, spec = self._world, self._spec
-        wrong, need = "", (0, 0)
+        need = 0, 0
+        wrong: RoutingError | None = None
         if isinstance(failed, CapacityError):
             need = failed.need, -(world.node.first_rank + failed.rank)
         (ids, _), (weights, _) = tables
@@ -199,11 +200,11 @@ class HostNodesExecutor(NodesExecutor):
         try:
             check_routing(own, spec, world.rank)
         except RoutingError as error:
-            wrong = str(error)
+            wrong = error
         ranks = world.allgather((wrong, need), purpose="errors of a call")
-        texts = [text for text, _ in ranks if text]
-        if texts:
-            return RoutingError(texts[0])
+        errors: list[RoutingError] = [wrong for wrong, _ in ranks if wrong is not None]
+        if errors:
+            return errors[0]
         rows, rank = max(of for _, of in ranks)
         return self.too_many_rows(-rank, rows)
 

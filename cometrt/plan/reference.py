@@ -190,7 +190,9 @@ def too_many_rows(rank: int, need: int, shape: PlanShape, nodes: int = 1) -> Cap
     # Capacity includes the most padding rows possible, so only real rows scale with the factor.
     rows = need - shape.geometry.local_experts * (shape.config.block_m - 1)
     enough = math.ceil(100 * (nodes * rows / shape.balanced_rows)) / 100
-    return CapacityError.build(rank=rank, need=need, capacity=shape.capacity, enough=enough)
+    return CapacityError.build(
+        rank=rank, need=need, capacity=shape.capacity, capacity_factor=enough
+    )
 
 
 def _pulls(first: np.ndarray, mine: _RankTiles, shape: PlanShape) -> tuple[np.ndarray, np.ndarray]:

@@ -48,17 +48,15 @@ def wrong_pair(
     rank: int, token: int, k: int, token_ids: np.ndarray, weight: float, spec: MoESpec
 ) -> RoutingError:
     """The error of an invalid pair. `token_ids`: the ids [K] of its token."""
-    where, own = f"of rank {rank}, token {token}, k {k}", int(token_ids[k])
+    table, own = "topk_ids", int(token_ids[k])
     if not -1 <= own < spec.num_experts:
-        return RoutingError(
-            f"topk_ids {where} must be in [-1, {spec.num_experts}) (got {_shown(own)})"
-        )
-    if own >= 0 and own in token_ids[:k]:
-        return RoutingError(
-            f"topk_ids {where} must be distinct within the token "
-            f"(got {own} again in [{', '.join(map(_shown, token_ids.tolist()))}])"
-        )
-    return RoutingError(f"topk_weights {where} must be finite (got {weight})")
+        problem = f"must be in [-1, {spec.num_experts}) (got {_shown(own)})"
+    elif own >= 0 and own in token_ids[:k]:
+        shown = ", ".join(map(_shown, token_ids.tolist()))
+        problem = f"must be distinct within the token (got {own} again in [{shown}])"
+    else:
+        table, problem = "topk_weights", f"must be finite (got {weight})"
+    return RoutingError.build(table, problem, rank=rank, token=token, k=k)
 
 
 def _shown(expert_id: int) -> str:

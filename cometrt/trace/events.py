@@ -28,8 +28,10 @@ class Event(NamedTuple):
         cta: on "cuda" the CTA; else -1.
         lane: on "cuda" the thread of the CTA that records; else -1.
 
-    On "cuda" one "pull" covers many rows. A "wait" for tile_filled is recorded by the thread that
-    loads ahead, so it may overlap the GEMM of the tile before.
+    On "cuda", CTAs record what the fused kernels do. Every other launch is one event: it has no
+    tile and no CTA, and link_bytes alone. "plan" then includes the wait for the other ranks. One
+    "pull" covers many rows. A "wait" for tile_filled is recorded by the thread that loads ahead, so
+    it may overlap the GEMM of the tile before.
     """
 
     rank: int
@@ -54,6 +56,12 @@ class Event(NamedTuple):
     def worker(self) -> tuple[int, int]:
         """(cta, lane) that executes the event: one per CTA for compute, one per thread for comm."""
         return self.cta, -1 if self.role == "compute" else self.lane
+
+
+def of_workers(events: Iterable[Event]) -> list[Event]:
+    """Without launches, where CTAs have recorded: launches only prepare what CTAs do then."""
+    all_events = list(events)
+    return [event for event in all_events if event.cta >= 0] or all_events
 
 
 Intervals = list[tuple[int, int]]  # [begin, end) in ns, disjoint and in order

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,47 +31,86 @@ _DPI, _WIDTH, _MAX_HEIGHT = 120, 13.0, 16.0  # dots an inch, inches
 _BINS = 1500  # of a pass's time, where a lane has several workers
 _ROLES = (("compute", 0.0), ("comm", 0.43))  # and where their lanes begin; a rank has height 1
 _LANE_HEIGHT = 0.41
+_NO_CTA = (-1, -1)  # worker of launches, and of the host's roles
 _INK, _QUIET = "#22262a", "#6b7177"
+_BOLD: dict[str, Any] = {"weight": "bold", "color": _INK, "va": "center"}
+_ABOVE, _BELOW = 0.42, 1.68  # inches: for the brackets above a timeline; for the legend
+
+
+class Section(NamedTuple):
+    """A timeline to draw. Times count from its own begin.
+
+    Attributes:
+        name: is drawn above its ranks.
+        passes: of the timeline.
+        notes: of each pass, drawn above it.
+        time: is drawn below the name.
+    """
+
+    name: str
+    passes: list[Pass]
+    notes: list[str]
+    time: str = ""
+
+    @property
+    def begin_ns(self) -> int:
+        return min((one.begin_ns for one in self.passes), default=0)
+
+    @property
+    def end_ns(self) -> int:
+        return max((one.end_ns for one in self.passes), default=1)
 
 
 def save_png(
-    path: str | os.PathLike[str],
-    passes: list[Pass],
-    title: str,
-    notes: list[str],
-    rank: int | None,
+    path: str | os.PathLike[str], sections: list[Section], title: str, rank: int | None
 ) -> None:
-    """As `Timeline.save_png`. notes: of each pass, drawn above it."""
+    """As `Timeline.save_png`, of timelines below each other, on one scale."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("save_png needs matplotlib: pip install 'cometrt[plot]'") from error
 
-    lanes = _lanes(passes) if rank is None else _worker_lanes(passes, rank)
-    inches = min(max(0.72 * lanes.height, 0.6), _MAX_HEIGHT)
-    height = inches + 2.4
+    all_lanes = [
+        _lanes(of.passes) if rank is None else _worker_lanes(of.passes, rank) for of in sections
+    ]
+    scale = min(0.72, _MAX_HEIGHT / max(1, sum(lanes.height for lanes in all_lanes)))
+    inches = [max(scale * lanes.height, 0.6) for lanes in all_lanes]
+    height = 0.3 + sum(_ABOVE + inch for inch in inches) + _BELOW
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.09, 1.68 / height, 0.898, inches / height))
-    start = min((one.begin_ns for one in passes), default=0)
-    end = max((one.end_ns for one in passes), default=1)
-    bold: dict[str, Any] = {"weight": "bold", "color": _INK, "va": "center"}
-    lanes.draw(axes, start)
+    longest = max((of.end_ns - of.begin_ns for of in sections), default=1)
+    bottom = height - 0.3
+    for section, lanes, inch in zip(sections, all_lanes, inches, strict=True):
+        bottom -= _ABOVE + inch
+        axes = figure.add_axes((0.09, bottom / height, 0.898, inch / height))
+        _draw_section(axes, section, lanes, longest, is_last=section is sections[-1])
+        top = bottom + inch
+        figure.text(0.012, (top + 0.26) / height, section.name, fontsize=11, **_BOLD)
+        figure.text(0.012, (top + 0.05) / height, section.time, fontsize=9, color=_QUIET)
+    figure.text(0.012, 1 - 0.22 / height, title, fontsize=13, **_BOLD)
+    passes, is_stacked = [one for of in sections for one in of.passes], rank is None
+    _draw_legend(figure.add_axes((0.012, 0.0, 0.976, 1.2 / height)), passes, is_stacked)
+    figure.savefig(path, format="png")
+
+
+def _draw_section(
+    axes: Any, section: Section, lanes: _Lanes, longest: int, *, is_last: bool
+) -> None:
+    """longest: time that the axis spans, in ns. is_last: the axis has numbers."""
+    lanes.draw(axes, section.begin_ns)
     for at, name in lanes.ranks:
-        axes.text(-0.087, at, name, transform=axes.get_yaxis_transform(), fontsize=10, **bold)
-    axes.set_xlim(0, (end - start) / 1e6)
+        axes.text(-0.087, at, name, transform=axes.get_yaxis_transform(), fontsize=10, **_BOLD)
+    axes.set_xlim(0, longest / 1e6)
     axes.set_ylim(max(lanes.height, 0.5), -0.02)
     axes.set_yticks([at for at, _ in lanes.names], [name for _, name in lanes.names])
     axes.tick_params(axis="y", length=0, labelsize=8.5, colors=_QUIET)
-    axes.tick_params(axis="x", labelsize=8.5, colors=_QUIET)
-    axes.set_xlabel("ms", fontsize=9, color=_QUIET)
+    axes.tick_params(axis="x", labelsize=8.5, colors=_QUIET, labelbottom=is_last)
+    if is_last:
+        axes.set_xlabel("ms", fontsize=9, color=_QUIET)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#c4c8cc")
-    _draw_passes(axes, passes, notes, start)
-    figure.text(0.012, 1 - 0.22 / height, title, fontsize=13, **bold)
-    _draw_legend(figure.add_axes((0.012, 0.0, 0.976, 1.2 / height)), passes, bool(lanes.ranks))
-    figure.savefig(path, format="png")
+    _draw_passes(axes, section)
 
 
 def _label(event: Event) -> str:
@@ -121,9 +160,8 @@ def _lanes(passes: list[Pass]) -> _Lanes:
             lanes.names.append((top + _LANE_HEIGHT / 2, role))
             for one in passes:
                 workers = _by_worker(e for e in one.of_rank(rank) if e.role == role)
-                if len(workers) == 1:
-                    _add_bars(lanes, next(iter(workers.values())), top, _LANE_HEIGHT)
-                elif workers:
+                _add_bars(lanes, workers.pop(_NO_CTA, []), top, _LANE_HEIGHT)
+                if workers:
                     _add_shares(lanes, list(workers.values()), one, top)
         for one in passes[1:]:
             if events := one.of_rank(rank):
@@ -139,7 +177,7 @@ def _worker_lanes(passes: list[Pass], rank: int) -> _Lanes:
     for one in passes:
         for event in one.of_rank(rank):
             workers.setdefault((event.role, event.worker), []).append(event)
-    step = max(1, len(workers) // 150)  # names that still can be read
+    step = max(1, -(-len(workers) // 110))  # names that still can be read
     for role, _ in _ROLES:
         for key in sorted(key for key in workers if key[0] == role):
             cta, thread = key[1]
@@ -208,12 +246,12 @@ def _covered(intervals: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return total
 
 
-def _draw_passes(axes: Any, passes: list[Pass], notes: list[str], start: int) -> None:
+def _draw_passes(axes: Any, section: Section) -> None:
     """A bracket above each pass, with its note."""
     top = axes.get_xaxis_transform()  # x in ms, y in heights of the axes
     inch = 1 / (axes.get_position().height * axes.figure.get_size_inches()[1])
-    before = 0.0
-    for one, note in zip(passes, notes, strict=True):
+    start, before = section.begin_ns, 0.0
+    for one, note in zip(section.passes, section.notes, strict=True):
         begin, end = max((one.begin_ns - start) / 1e6, before), (one.end_ns - start) / 1e6
         before = end
         color = next(iter(GROUPS[f"compute, {one.name}"].values()))
@@ -241,7 +279,7 @@ def _draw_legend(axes: Any, passes: list[Pass], is_stacked: bool) -> None:
             box = Rectangle((x, y - 0.065), 0.24, 0.13, facecolor=colors[label], linewidth=0)
             axes.add_patch(box)
             axes.text(x + 0.32, y, label, fontsize=9, color=_INK, va="center")
-        x += 2.0
+        x += 1.75
     texts = {"white": WHITE}
     if is_stacked and any(event.cta >= 0 for one in passes for event in one.events):
         texts["height"] = HEIGHT

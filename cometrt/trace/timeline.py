@@ -6,7 +6,7 @@ import functools
 import os
 
 from cometrt.trace import perfetto, picture
-from cometrt.trace.events import Event, length, overlap, union
+from cometrt.trace.events import Event, length, of_workers, overlap, union
 from cometrt.trace.passes import Pass, passes_of
 from cometrt.trace.waits import Waits
 
@@ -44,7 +44,7 @@ class Timeline:
         """
         total = hidden = 0.0
         for rank in self.ranks:
-            of_rank = [e for e in self.events if e.rank == rank]
+            of_rank = of_workers(e for e in self.events if e.rank == rank)
             comm = union(e for e in of_rank if e.link_bytes > 0)
             work: dict[int, list[Event]] = {e.cta: [] for e in of_rank}
             for event in of_rank:
@@ -74,7 +74,7 @@ class Timeline:
 
         A rank is a process. A role is a thread; with CTAs, each recording thread is one.
         """
-        perfetto.save_json(path, self.events)
+        perfetto.save_json(path, {"": self.events})
 
     def save_png(
         self, path: str | os.PathLike[str], title: str = "", *, rank: int | None = None
@@ -90,15 +90,25 @@ class Timeline:
         Raises:
             ImportError: if matplotlib is not installed.
         """
+        title += hidden(": " if title else "", self.hidden_share, " of the communication hidden")
+        picture.save_png(path, [picture.Section("", self.passes, self.notes)], title, rank)
+
+    @property
+    def notes(self) -> list[str]:
+        """Of each pass: its time and its hidden share."""
         notes = []
         for one in self.passes:
-            ms, share = (one.end_ns - one.begin_ns) / 1e6, Timeline(one.events).hidden_share
-            digits = 0 if ms >= 100 else 2
-            notes.append(f"{one.name} {ms:.{digits}f} ms{_hidden(', ', share, ' hidden')}")
-        title += _hidden(": " if title else "", self.hidden_share, " of the communication hidden")
-        picture.save_png(path, self.passes, title, notes, rank)
+            share = Timeline(one.events).hidden_share
+            time = milliseconds(one.end_ns - one.begin_ns)
+            notes.append(f"{one.name} {time}{hidden(', ', share, ' hidden')}")
+        return notes
 
 
-def _hidden(before: str, share: float, after: str) -> str:
+def milliseconds(ns: float) -> str:
+    ms = ns / 1e6
+    return f"{ms:.{0 if ms >= 100 else 2}f} ms"
+
+
+def hidden(before: str, share: float, after: str) -> str:
     """ "": the share is NaN."""
     return "" if share != share else f"{before}{share:.0%}{after}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 
-from cometrt.trace.events import ROLES, Event, length, overlap, union
+from cometrt.trace.events import ROLES, Event, length, of_workers, overlap, union
 
 
 class Waits(dict[tuple[int, str], dict[str, float]]):
@@ -41,7 +41,7 @@ class Waits(dict[tuple[int, str], dict[str, float]]):
 
 def _shares(events: list[Event], span: int) -> dict[str, float]:
     by_worker: dict[tuple[int, int], list[Event]] = collections.defaultdict(list)
-    for event in events:
+    for event in of_workers(events):
         by_worker[event.worker].append(event)
     times: dict[str, int] = collections.Counter()
     for of_worker in by_worker.values():

@@ -69,12 +69,15 @@ def candidates(
     }
     square = max(2, math.isqrt(sms // 2) // 2 * 2)  # the tiles in flight then form a square
     groups = [None, *dict.fromkeys((square, 2 * square, 4 * square))]
-    order, *comm = _of_pass(base, spec, sms, "forward")
+    order, combine, dispatch = _of_pass(base, spec, sms, "forward")
+    if spec.save == "nothing":  # see `schedule`
+        dispatch = dispatch._replace(passes=shared)
     settings = [
         order,
         Setting(shared, list(phases.values())),
         Setting(shared, [{"raster_group": value} for value in groups]),
-        *comm,
+        combine,
+        dispatch,
     ]
     return settings + (_of_pass(base, spec, sms, "backward") if training else [])
 
@@ -116,10 +119,15 @@ def with_own_backward(config: TileConfig, sms: int) -> TileConfig:
     )
 
 
-def schedule(config: TileConfig, which: str) -> TileConfig:
-    """What a pass depends on: configs with equal schedules have the same time."""
+def schedule(config: TileConfig, which: str, spec: MoESpec) -> TileConfig:
+    """What a pass depends on: configs with equal schedules have the same time. With save="nothing"
+    a backward launches dispatch_gemm too, with the forward's dispatch_ctas."""
     if which == "backward":
-        return config.of_backward()
+        own = config.of_backward()
+        if spec.save == "nothing":
+            ctas, more = own.dispatch_ctas, config.dispatch_ctas
+            own = dataclasses.replace(own, backward_dispatch_ctas=ctas, dispatch_ctas=more)
+        return own
     fields = [f.name for f in dataclasses.fields(config) if f.name.startswith("backward_")]
     none: Change = dict.fromkeys(fields)
     return dataclasses.replace(config, **none)
@@ -171,7 +179,7 @@ def search(
     times: dict[tuple[str, TileConfig], float] = {}
 
     def ms(config: TileConfig, which: str) -> float:
-        key = which, schedule(config, which)
+        key = which, schedule(config, which, spec)
         if key not in times:
             times[key] = time(config, which)
         return times[key]
@@ -190,7 +198,7 @@ def search(
                 config = legal(best, change, spec, size)
                 if config is None or config == best:
                     continue
-                is_new = any((p, schedule(config, p)) not in times for p in setting.passes)
+                is_new = any((p, schedule(config, p, spec)) not in times for p in setting.passes)
                 if is_new and expired():
                     return found(best)
                 if is_faster(config, best, setting.passes):
@@ -212,7 +220,7 @@ def combinations(
         for changes in itertools.product(*own):
             change = {name: value for part in changes for name, value in part.items()}
             if config := legal(best, change, spec, size):
-                found.setdefault((which, schedule(config, which)), config)
+                found.setdefault((which, schedule(config, which, spec)), config)
     order = list(found.items())
     random.Random(0).shuffle(order)
     yield from ((which, config) for (which, _), config in order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from cometrt.errors import CapacityError, MismatchError, PeerTimeout, RoutingError
 from cometrt.executor import Executor
@@ -26,6 +27,9 @@ _log = logging.getLogger("cometrt")
 
 _RAISED_ON_ALL_RANKS = (RoutingError, CapacityError, PeerTimeout, MismatchError)
 
+Progress = Callable[[int, dict[str, float]], object]
+"""Called with the number of trials so far, and the shortest milliseconds of any of them by pass."""
+
 
 def tune(
     world: World,
@@ -36,6 +40,7 @@ def tune(
     training: bool,
     budget_sec: float,
     problem: str,
+    progress: Progress | None = None,
 ) -> tuple[TileConfig, Executor | None]:
     """Collective, on "cuda", after this rank's calls have ended: see `MoELayer.tune`.
 
@@ -44,6 +49,7 @@ def tune(
         base: its current config, where the search starts.
         inputs, training, budget_sec: as for `MoELayer.tune`, checked.
         problem: the error message of this rank's arguments, or "".
+        progress: called after each trial on rank 0; None: nobody watches.
 
     Returns:
         (the fastest config, its executor). The executor is None if the config is `base`.
@@ -64,7 +70,7 @@ def tune(
     from cometrt.cuda.executor import CudaExecutor
 
     try:
-        found = find(world, geometry, layer, base, inputs, training, budget_sec)
+        found = find(world, geometry, layer, base, inputs, training, budget_sec, progress)
         if world.rank == 0:
             store(cache_file(), key_of(world, geometry.spec), found.config, found.ms)
         world.barrier()  # a layer that any rank makes after tune() finds the stored config
@@ -87,6 +93,7 @@ def find(
     inputs: tuple[Array, ...] | None,
     training: bool,
     budget_sec: float,
+    progress: Progress | None = None,
 ) -> Found:
     """Collective: the search alone. Arguments as for `tune`, equal on all ranks."""
     from cometrt.cuda.trials import Trials
@@ -101,10 +108,16 @@ def find(
     settings = candidates(base, spec, size, sms, training=training)
     trials = Trials(world, geometry, layer, inputs, training, roomiest(base, settings))
 
+    count, best_ms = 0, dict[str, float]()
+
     def time(config: TileConfig, which: str, counts: tuple[int, int] | None = None) -> float:
+        nonlocal count
         ms = trials.time(config, which, counts)
+        count, best_ms[which] = count + 1, min(ms, best_ms.get(which, ms))
         if world.rank == 0:
             _log.info("%s %.4f ms: %s", which, ms, describe(config))
+            if progress is not None:
+                progress(count, dict(best_ms))
         return ms
 
     def expired() -> bool:

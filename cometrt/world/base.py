@@ -13,11 +13,11 @@ import os
 import secrets
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsInt, TypeVar
 
 import numpy as np
 
+from cometrt.closing import Closing
 from cometrt.specs import check_timeout
 from cometrt.world.blas import pin_blas_threads, unpin_blas_threads
 from cometrt.world.collectives import allgather
@@ -37,7 +37,7 @@ _log = logging.getLogger("cometrt")
 Value = TypeVar("Value")
 
 
-class World(abc.ABC):
+class World(Closing):
     """A group of W ranks, made by ``cometrt.connect`` or ``cometrt.spawn``.
 
     A rank may call the world and its layers from any thread, but only from one at a time: a call
@@ -80,6 +80,7 @@ class World(abc.ABC):
             memory.view(dtype)[0] for memory in self.allocate_host(dtype.itemsize)
         ]
         self.control_block["generation"][0] = self.generation
+        self._abort = self.control_block["abort"]  # a view: each call looks at it
         pin_blas_threads()
         try:
             # Identifies this world in residuals, which may outlive it.
@@ -197,14 +198,15 @@ class World(abc.ABC):
 
     def check_running(self, prefix: str = "") -> None:
         """Raise the failure that stopped the world, with a prefix; return if the world runs."""
-        self._check_open()
+        self.check_open()
         if self.stopped:
             self.fence()
             error = self._failure().error(prefix)
             error.relayed = True
             raise error
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise a ValueError if the world is closed, or of another process."""
         if self._is_forked():
             raise ValueError(
                 "world must be used by the process that made it (this is a child of os.fork())"
@@ -218,7 +220,7 @@ class World(abc.ABC):
     @property
     def stopped(self) -> bool:
         """Whether a rank has stopped the world since the last reset, as far as the host knows."""
-        return int(self.control_block["abort"][0]) >= self.generation
+        return int(self._abort.item()) >= self.generation
 
     def _failure(self) -> Failure:
         """Why the world stopped."""
@@ -234,7 +236,7 @@ class World(abc.ABC):
             PeerTimeout: if a rank does not call it within timeout_sec; reset may be tried again.
                 At once if a rank has closed or left the world.
         """
-        self._check_open()
+        self.check_open()
         with self.one_call.hold("world.reset"):
             reset(self)
 
@@ -264,7 +266,7 @@ class World(abc.ABC):
             PeerTimeout: if a rank does not call it within timeout_sec.
             MismatchError: if a rank made another call, or passed another purpose.
         """
-        self._check_open()
+        self.check_open()
         with self.one_call.hold("world.allgather", inner=True):
             return allgather(self, value, purpose)
 
@@ -292,20 +294,6 @@ class World(abc.ABC):
                 raise
             finally:
                 self.regions.clear()
-
-    def __enter__(self) -> World:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self.abandon(error)
 
     def abandon(self, error: BaseException) -> None:
         """Leave because of `error`: end the peers' waits without waiting for them.

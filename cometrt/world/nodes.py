@@ -199,7 +199,7 @@ class NodesWorld(MPIWorld):
         return gathered
 
     def reset(self) -> None:
-        self._check_open()
+        self.check_open()
         with self.one_call.hold("world.reset"):
             if self.node.gpu:
                 self.node.gpu.drain()

@@ -2,17 +2,13 @@
 // fused kernels, and `dispatch` for the other modes, in inference too.
 // Weight gradients multiply an expert's rows up to a multiple of BLOCK_K; cuBLAS's, up to a
 // multiple of block_m. Padding must be zero there in every pass, since 0 * NaN would be NaN.
-// Nothing else reads it, so fused inference leaves it as it is.
+// Nothing else reads it. So a fused forward leaves it as it is in inference, and with
+// save="nothing", whose backward pulls all rows again.
 #pragma once
 
 #include "protocol/exchange_params.cuh"
 
 namespace cometrt {
-
-// Of a forward: whether a backward will read its rows.
-__device__ inline bool needs_padding(const ExchangeParams& params) {
-  return params.saved_epoch != nullptr;
-}
 
 // Of `rows` [capacity, hidden], by warp `index` of `count`: those behind an expert's rows, up to a
 // multiple of `multiple`.

@@ -210,7 +210,7 @@ struct PlanOfCall {
   const PlanParams& p;
   const TileOrderParams &up, &down;
   const EmulatedLink& link;
-  bool pads;  // whether it also zeroes padding rows
+  int pads;  // whether it also zeroes padding rows
 
   __device__ Routing find_routing(int token_tile, int source) const {
     return cometrt::find_routing(params, link, p, token_tile, source);
@@ -231,9 +231,7 @@ struct PlanOfCall {
   __device__ int num_order_shares() const {
     return up.work_tiles == nullptr ? 0 : static_cast<int>(max(2u, gridDim.x / 8));
   }
-  __device__ int num_padding_shares() const {
-    return pads && params.tile_filled != nullptr && needs_padding(params) ? gridDim.x : 0;
-  }
+  __device__ int num_padding_shares() const { return pads ? gridDim.x : 0; }
   __device__ int num_orders() const { return 2 * num_order_shares() + num_padding_shares(); }
   __device__ void order(int i, int* warps) const {
     const int shares = num_order_shares();
@@ -267,16 +265,17 @@ extern "C" __global__ void __cluster_dims__(kClusterBlocks, 1, 1)
   make_plan(p, reinterpret_cast<u32*>(shared), block, PlanAlone{p}, ClusterSteps{});
 }
 
-// Sets params.state->ok at the end: later kernels do nothing while it is 0.
+// Sets params.state->ok at the end: later kernels do nothing while it is 0. pads: whether a fused
+// backward will read rows of this forward.
 extern "C" __global__ void __launch_bounds__(kTokenTile, kBlocksPerSm)
     prepare(const __grid_constant__ ExchangeParams params, const __grid_constant__ PlanParams p,
             const __grid_constant__ TileOrderParams up,
-            const __grid_constant__ TileOrderParams down,
-            const __grid_constant__ EmulatedLink link) {
+            const __grid_constant__ TileOrderParams down, const __grid_constant__ EmulatedLink link,
+            const __grid_constant__ int pads) {
   extern __shared__ uint4 shared[];
   __shared__ BlockState block;
   if (params.state->status != kActive) return;
-  const PlanOfCall calls{params, p, up, down, link, true};
+  const PlanOfCall calls{params, p, up, down, link, pads};
   const bool planned = make_plan(p, reinterpret_cast<u32*>(shared), block, calls,
                                  GridSteps<PlanOfCall>{*p.progress, block, calls});
   if (planned) params.state->ok = 1;
@@ -292,7 +291,7 @@ extern "C" __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bound
   extern __shared__ uint4 shared[];
   __shared__ BlockState block;
   if (params.state->status != kActive) return;
-  const PlanOfCall calls{params, p, up, down, link, false};
+  const PlanOfCall calls{params, p, up, down, link, 0};
   const bool planned = make_plan(p, reinterpret_cast<u32*>(shared), block, calls, ClusterSteps{});
   if (planned) params.state->ok = 1;
 }

@@ -15,18 +15,18 @@ constexpr int kPrepareThreads = 1024, kWarps = kPrepareThreads / 32;
 
 // Any grid. The plan is complete if the call is active, so only the last block waits for peers,
 // after its share. It sets `ok`. up, down: with gemm="cublas" no pipeline chunk, so nothing is
-// written.
+// written. pads: as for `prepare`.
 extern "C" __global__ void __launch_bounds__(kPrepareThreads, 1)
     prepare_planned(const __grid_constant__ ExchangeParams params,
                     const __grid_constant__ PlannedTiles tiles,
                     const __grid_constant__ TileOrderParams up,
-                    const __grid_constant__ TileOrderParams down) {
+                    const __grid_constant__ TileOrderParams down,
+                    const __grid_constant__ int pads) {
   __shared__ int shared[kWarps];
   if (params.state->status != kActive) return;
   write_tile_order<kPrepareThreads>(up, tiles, blockIdx.x, gridDim.x, shared);
   write_tile_order<kPrepareThreads>(down, tiles, blockIdx.x, gridDim.x, shared);
-  // In other modes than "fused" `dispatch` does it.
-  if (params.tile_filled != nullptr && needs_padding(params)) {
+  if (pads) {
     const int warp = blockIdx.x * kWarps + threadIdx.x / 32;
     zero_padding_rows(params, params.rows, BLOCK_K, warp, gridDim.x * kWarps);
   }

@@ -21,11 +21,13 @@ enum ExchangeStatus : u32 {
 
 // Device memory of a layer, between the kernels of a call. Stream order synchronises them.
 struct ExchangeState {
-  u32 ticket;     // blocks of `publish` that have finished; the last one sets it back to 0
-  u32 status;     // ExchangeStatus; `publish` sets it
-  u32 ok;         // 1 after the wait for all ranks; later kernels do nothing while it is 0
-  u32 reported;   // a block of `finish` has reported that the call failed
-  u64 waited_ns;  // the longest wait for a source_ready; `publish` sets it to 0
+  u32 ticket;    // blocks of `publish` that have finished; the last one sets it back to 0
+  u32 status;    // ExchangeStatus; `publish` sets it
+  u32 ok;        // 1 after the wait for all ranks; later kernels do nothing while it is 0
+  u32 reported;  // a block of `finish` has reported that the call failed
+  // `publish` sets both to 0.
+  u64 waited_ns;       // the longest wait for a source_ready
+  u64 rows_waited_ns;  // sum of the fused kernels' waits for tile_filled
 };
 
 // What ExchangeParams::state points to. Only kernels built with TRACE read `trace`.
@@ -52,8 +54,10 @@ struct ExchangeReport {
   int wrong_ids[kMaxTopk + 1];   // [topk], of the wrong pair's token
 };
 
-// A word of what `finish` tells the host of a call: of all words with the same epoch. Word 0 has
-// the microseconds of waited_ns, as float; word 1 + e the rows of local expert e.
+// A word of what `finish` tells the host of a call: of all words with the same epoch. Words 0 and 1
+// have the microseconds of waited_ns, and of rows_waited_ns for each SM, as floats; word 2 + e the
+// rows of local expert e.
+constexpr int kNumWaits = 2;
 struct alignas(8) CallStats {
   u32 value, epoch;  // epoch: its low 32 bits
 };

@@ -75,7 +75,7 @@ __device__ void begin_exchange(const ExchangeParams& params, u64 epoch, Exchange
     params.state->status = status;
     params.state->ok = 0;
     params.state->reported = 0;
-    params.state->waited_ns = 0;
+    params.state->waited_ns = params.state->rows_waited_ns = 0;
     if (params.saved_epoch != nullptr) *params.saved_epoch = status == kActive ? epoch : 0;
     if (status == kActive) control_of(params.world, me).epoch = epoch;
   }
@@ -137,9 +137,11 @@ __device__ void report_failure(const ExchangeParams& params, bool stopped) {
 // same epoch: so no fence is needed.
 __device__ void write_stats(const ExchangeParams& params) {
   const u32 epoch = static_cast<u32>(params.world.epoch());
-  for (int i = threadIdx.x; i <= params.g.local_experts; i += blockDim.x) {
-    const float waited_us = 1e-3f * params.state->waited_ns;
-    const u32 value = i == 0 ? __float_as_uint(waited_us) : params.expert_rows[i - 1];
+  const float waits_us[kNumWaits] = {1e-3f * params.state->waited_ns,
+                                     1e-3f * params.state->rows_waited_ns / gridDim.x};
+  for (int i = threadIdx.x; i < kNumWaits + params.g.local_experts; i += blockDim.x) {
+    const u32 value = i < kNumWaits ? __float_as_uint(i == 0 ? waits_us[0] : waits_us[1])
+                                    : params.expert_rows[i - kNumWaits];
     const u64 word = static_cast<u64>(epoch) << 32 | value;
     reinterpret_cast<volatile u64*>(params.stats)[i] = word;
   }

@@ -37,19 +37,27 @@ __device__ __noinline__ void stop_world(const World& world, FailureKind kind, Wa
   }
 }
 
+struct NoMeasure {
+  __device__ void operator()(u64) const {}
+};
+
 // By one thread: waits until load() >= expected and returns true. `load` acquires; a barrier of the
 // warp or CTA passes it on. False if the world has stopped, or if the deadline has passed, which
 // stops the world. Then the caller must use nothing that the flag protects. `patience`: the
-// deadline in multiples of the world's timeout.
-template <typename Load>
+// deadline in multiples of the world's timeout. `measure` is called at the end of a wait that
+// has succeeded, with the time of its begin, unless the flag was there at once.
+template <typename Load, typename Measure = NoMeasure>
 __device__ inline bool wait_until(const World& world, WaitTarget target, u64 epoch, u64 expected,
-                                  Load load, u32 patience = 1) {
+                                  Load load, u32 patience = 1, Measure measure = {}) {
   u64 found = load();
   if (found >= expected) return true;
   const u64 deadline = global_timer_ns() + patience * world.timeout_ns;
   for (u32 polls = 1;; ++polls) {
     found = load();
-    if (found >= expected) return true;
+    if (found >= expected) {
+      measure(deadline - patience * world.timeout_ns);
+      return true;
+    }
     __nanosleep(polls < 8 ? 0 : 50);  // saves memory bandwidth
     if (polls % 64 == 0) {
       if (is_stopped(world)) return false;

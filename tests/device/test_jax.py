@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.stacks import figures
 from tests.host.test_jax import run_processes
-from tests.launch import ROOT, mpirun
+from tests.launch import ROOT, mpirun, python_path
 
 pytestmark = pytest.mark.gpu
 
@@ -36,7 +36,7 @@ def environment(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
     monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", python_path())
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
 
 
@@ -66,7 +66,8 @@ def test_many_steps_with_all_reduces_without_mpi(num_gpus):
         pytest.skip("needs two GPUs: NCCL refuses two ranks on one")
     steps = os.environ.get("COMETRT_JAX_STEPS", "200")
     arguments = ["--processes", str(count), "--gpus", "--steps", steps]
-    for output in run_processes(count, "-m", "tests.multi.run_jax_distributed", *arguments):
+    program = "tests.multi.run_jax_distributed"
+    for output in run_processes(count, "-m", program, *arguments, timeout_sec=280):
         assert "on cuda: all is well" in output
 
 
@@ -78,19 +79,32 @@ def test_example(num_gpus):
 
 @pytest.mark.parametrize(("data", "fault"), [(1, "stall"), (2, "routing")])
 def test_language_model(num_gpus, data, fault, tmp_path):
-    """On four GPUs: one group of four ranks, and two of two. A step fails and is done again."""
+    """One group of all ranks, and two groups. A step fails and is done again."""
     pytest.importorskip("optax")
     pytest.importorskip("safetensors")
-    if num_gpus < 4:
-        pytest.skip("needs four GPUs")
+    if num_gpus < 2:
+        pytest.skip("needs two GPUs")
     options = ["--data", str(data), "--fault", fault, "--timeout", "20", "--out", str(tmp_path)]
     command = ["-m", "mpi4py", "examples/train_lm.py", "--tiny", "--steps", "60", *options]
-    result = mpirun(4, *command, timeout_sec=280)
+    result = mpirun(2 * min(num_gpus // 2, 2), *command, timeout_sec=280)
     assert result.returncode == 0, result.stdout + result.stderr
     error = {"stall": "PeerTimeout", "routing": "RoutingError"}[fault]
     assert f"back to step 0 ({error}" in result.stdout
     losses = re.findall(r"loss (\S+) nats/byte", result.stdout)
     assert float(losses[-1]) < 3.5
+
+
+def test_a_step_beside_the_calls(num_gpus, tmp_path):
+    """The benchmark itself, with a tiny layer: the same bits, and all its figures."""
+    out, ranks = tmp_path / "step.json", "1,2" if num_gpus > 1 else "1"
+    small = "--model tiny --tokens 64 --rounds 3 --steps 4 --layers 2 --device cuda"
+    run("-m", "benchmarks.jax_step", *small.split(), "--ranks", ranks, "--out", str(out))
+    cells = json.loads(out.read_text())["cells"]
+    assert len(cells) == len(ranks.split(","))
+    for entry in cells.values():
+        for side in entry["times"].values():
+            assert side["us"]["median"] > side["watched"]["forward us"] > 0
+            assert side["watched"]["graphs made"] >= 0
 
 
 def test_transformer_layers_end_to_end(num_gpus, tmp_path):

@@ -1,7 +1,7 @@
 """Ranks as processes that share one GPU over CUDA IPC, with and without the multi-process
 service."""
 
-import os
+import contextlib
 import re
 import subprocess
 
@@ -9,6 +9,7 @@ import pytest
 
 from cometrt.models import MODELS
 from tests.launch import mpirun
+from tests.service import multi_process_service
 
 pytestmark = pytest.mark.gpu
 
@@ -23,16 +24,14 @@ def service(tmp_path, monkeypatch, request):
     if not request.param:
         yield
         return
-    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
-    monkeypatch.setenv("CUDA_MPS_LOG_DIRECTORY", str(tmp_path))
-    try:
-        subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=20)
-    except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no multi-process service here: {error}")
-    monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "25")
-    yield
-    quit_service = ["nvidia-cuda-mps-control"]
-    subprocess.run(quit_service, input="quit\n", text=True, timeout=30, env=os.environ)
+    with contextlib.ExitStack() as stack:
+        try:
+            variables = stack.enter_context(multi_process_service(tmp_path))
+        except (FileNotFoundError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no multi-process service here: {error}")
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        yield
 
 
 @pytest.mark.parametrize("service", [False, True], ids=["time-sliced", "service"], indirect=True)

@@ -1,5 +1,6 @@
 """Calls in a row on CUDA: any order of micro-batches, a slow rank, ranks that exchange nothing."""
 
+import functools
 import time
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 
 import cometrt
 from cometrt.models import scaled_spec
-from tests.cases import Case, Output, check_case, on_device, on_host, spawn_case
+from tests import cases
+from tests.cases import Case, Output, check_case, make_inputs, on_device, on_host, spawn_case
 from tests.host.test_orders import Rank as HostRank
 from tests.host.test_orders import batches_of
 
@@ -34,20 +36,8 @@ class Rank(HostRank):
         return self.layer.backward(self.arrays[batch][3], self.saved[batch])
 
 
-@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
-@pytest.mark.parametrize(
-    ("routings", "order"),
-    [
-        (("uniform", "skewed"), "f0 f1 f2 f3 f4 f5 b0 b1 b2 b3 b4 b5"),
-        (("uniform", "one_token"), "f0 f1 b1 b0"),
-        (("at_home", "uniform", "at_home"), "f0 b0 f1 b1 f2 b2"),
-        (("at_home", "uniform", "at_home"), "f0 f1 f2 b2 b1 b0"),
-    ],
-)
-@pytest.mark.parametrize("ranks", [(4, 1), (4, 2)], ids=str)
-def test_any_order_with_a_slow_rank(ranks, routings, order, save):
-    case = Case(ranks, save=save, mode="sequential", gemm="engine")
-    batches = batches_of(case, 6, routings)
+def run_orders(case, batches, order, device="cuda"):
+    """As on the host, with rank 2 slow."""
 
     def fn(world):
         rank = Rank(world, case, batches, 0.02 if world.rank == 2 else 0.0)
@@ -63,9 +53,27 @@ def test_any_order_with_a_slow_rank(ranks, routings, order, save):
             for b, g in grads.items()
         }
 
-    results = cometrt.spawn(fn, case.size, "cuda", timeout_sec=10)
+    results = cometrt.spawn(fn, case.size, device, timeout_sec=10)
     for batch in results[0]:
         check_case(case, batches[batch], [outputs[batch] for outputs in results])
+
+
+@pytest.mark.parametrize("save", ["rows", "z", "nothing"])
+@pytest.mark.parametrize(
+    ("routings", "order"),
+    [
+        (("uniform", "skewed"), "f0 f1 f2 f3 f4 f5 b0 b1 b2 b3 b4 b5"),
+        (("uniform", "one_token"), "f0 f1 b1 b0"),
+        (("at_home", "uniform", "at_home"), "f0 b0 f1 b1 f2 b2"),
+        (("at_home", "uniform", "at_home"), "f0 f1 f2 b2 b1 b0"),
+    ],
+)
+@pytest.mark.parametrize("ranks", [(4, 1), (4, 2)], ids=str)
+def test_any_order_with_a_slow_rank(ranks, routings, order, save):
+    case = Case(ranks, save=save, mode="sequential", gemm="engine")
+    batches = batches_of(case, 6, routings)
+
+    run_orders(case, batches, order)
 
 
 def test_calls_on_different_streams_follow_each_other():
@@ -127,32 +135,29 @@ class ModelCase(Case):
         )
 
 
+@functools.lru_cache(maxsize=1)
+def model_inputs(model, factor, ranks):
+    """What all modes of a model share: with so many experts the references take long."""
+    case = type("This", (ModelCase,), {"model": model, "factor": factor})(ranks)
+    inputs = make_inputs(case)
+    scale = np.float32(7 / np.sqrt(case.spec.hidden))
+    inputs.w_up = (inputs.w_up.astype(np.float32) * scale).astype(inputs.w_up.dtype)
+    return inputs
+
+
+@pytest.mark.parametrize("mode", ["sequential", "fused", "fused-columns"])
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 1), (4, 1), (4, 2), (8, 1)], ids=str)
 @pytest.mark.parametrize(
     ("model", "factor"),
     [("mixtral-8x7b", 16), ("qwen2-moe", 8), ("phi-3.5-moe", 16), ("qwen3-30b-a3b", 8),
      ("deepseek-v3", 16)],
 )  # fmt: skip
-@pytest.mark.parametrize("mode", ["sequential", "fused", "fused-columns"])
 def test_scaled_models(model, factor, ranks, mode, monkeypatch):
-    import tests.cases as cases
-
-    class This(ModelCase):
-        pass
-
-    This.model, This.factor = model, factor
     mode, _, order = mode.partition("-")
-    case = This(ranks, mode=mode, order=order or "phases")
+    made = type("This", (ModelCase,), {"model": model, "factor": factor})
+    case = made(ranks, mode=mode, order=order or "phases")
     monkeypatch.setattr(cases, "HIDDEN", case.spec.hidden)
     monkeypatch.setattr(cases, "TOPK", case.spec.topk)
     monkeypatch.setattr(cases, "MAX_TOKENS", 96)
-    real = cases.make_inputs
-
-    def make_inputs(case):
-        inputs = real(case)
-        scale = np.float32(7 / np.sqrt(case.spec.hidden))
-        inputs.w_up = (inputs.w_up.astype(np.float32) * scale).astype(inputs.w_up.dtype)
-        return inputs
-
-    monkeypatch.setattr(cases, "make_inputs", make_inputs)
+    monkeypatch.setattr(cases, "make_inputs", lambda case: model_inputs(model, factor, ranks))
     spawn_case(case, device="cuda")

@@ -51,6 +51,35 @@ def test_ranks_wait_for_the_last_one_to_begin():
     assert late < early
 
 
+@pytest.mark.parametrize("mode", ["fused", "sequential"])
+def test_gemms_of_mode_fused_wait_for_rows_on_their_way(mode):
+    """A GEMM begins while the first rows are on their way. A pass begins at 0 again."""
+    case = Case((2, 1), mode=mode, gemm="engine")
+    inputs = make_inputs(case)
+
+    def fn(world):
+        r, move = world.rank, on_device(world)
+        weights = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, case.size, case.spec)
+        args = [move(part[r]) for part in (inputs.x, inputs.ids, inputs.weights)]
+        args += map(move, weights)
+        dy, found = move(inputs.dy[r]), []
+        with cometrt.MoELayer(world, case.spec, case.mode, config=case.config) as layer:
+            for _ in range(3):
+                _, saved = layer.forward(*args)
+                layer.synchronize()
+                found.append(layer.stats().rows_waited_us)
+                layer.backward(dy, saved)
+                layer.synchronize()
+                found.append(layer.stats().rows_waited_us)
+        return found
+
+    for found in cometrt.spawn(fn, 2, "cuda"):
+        if mode == "sequential":
+            assert found == [0] * 6
+        else:
+            assert all(0 < of < 1e6 for of in found)
+
+
 def test_stats_are_read_while_calls_run():
     """Rows and epoch are of one call: calls of even epochs exchange neighbouring experts."""
     case = Case((2, 1), mode="fused", gemm="engine")

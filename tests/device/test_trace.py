@@ -1,4 +1,4 @@
-"""What the kernels of the fused forward record of themselves."""
+"""What kernels of mode "fused" record of themselves, and what is recorded of other launches."""
 
 import itertools
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import cometrt
+from cometrt.cuda.launch_trace import ROOM
 from cometrt.kernels.constants import BLOCK_N
 from cometrt.plan import PlanShape
 from cometrt.plan.reference import make_plan
@@ -21,23 +22,30 @@ def case_of(size, order="phases"):
     return Case((size, 1), order=order, mode="fused", gemm="engine", shard_columns=272)
 
 
-def run(case, inputs, link=None):
-    """y without and with a trace, and the timeline, of each rank."""
+def run(case, inputs, link=None, backward=False):
+    """y without and with a trace, and the timeline, of each rank. The bits of y have those of the
+    gradients behind them with `backward`, and the timeline has a backward then."""
 
     def fn(world):
         r, move = world.rank, on_device(world)
         weights = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, case.size, case.spec)
         tables = [move(part[r]) for part in (inputs.x, inputs.ids, inputs.weights)]
         with cometrt.MoELayer(world, case.spec, case.mode, config=case.config) as layer:
-            args = (*tables, *map(move, weights))
-            plain, _ = layer.forward(*args)
+            args, dy = (*tables, *map(move, weights)), move(inputs.dy[r])
+
+            def step():
+                y, saved = layer.forward(*args)
+                return [y, *layer.backward(dy, saved)] if backward else [y]
+
+            plain = step()
             layer.synchronize()
             with cometrt.trace.record(layer) as recording:
-                traced, _ = layer.forward(*args)
-            after, _ = layer.forward(*args)
+                traced = step()
+            after = step()
             layer.synchronize()
             timeline = recording.gather()
-        return [on_host(y).tobytes() for y in (plain, traced, after)], timeline
+        found = [b"".join(on_host(a).tobytes() for a in of) for of in (plain, traced, after)]
+        return found, timeline
 
     return cometrt.spawn(fn, case.size, "cuda", timeout_sec=10, link=link)
 
@@ -72,9 +80,7 @@ def test_every_tile_block_and_row_is_recorded_and_changes_nothing(size, order):
         for name, columns in (("up", up), ("down", -(-spec.hidden // BLOCK_N))):
             found = sorted((e.tile, e.column) for e in events if e.name == name)
             assert found == sorted(itertools.product(map(int, tiles), range(columns))), name
-        source = np.repeat(np.arange(size), [len(ids) for ids in inputs.ids])
-        experts = np.concatenate(inputs.ids) // shape.geometry.local_experts
-        crossing = int(((experts == rank).any(axis=1) & (source != rank)).sum())
+        crossing = crossing_tokens(case, inputs, rank)
         for name in ("pull", "reduce and push"):
             assert timeline.link_bytes(rank, name) == 2 * crossing * spec.hidden, name
         chunks = range(len(case.config.n_chunks(spec.hidden)))
@@ -108,6 +114,90 @@ def test_a_slow_link_is_what_movers_wait_for():
     assert all(waits[rank, "comm"].get("link", 0) > 0 for rank in range(4))
 
 
-def test_calls_that_are_not_fused_record_nothing():
-    case = Case((2, 1), mode="sequential", gemm="engine")
+def crossing_tokens(case, inputs, rank):
+    """How many tokens of other ranks have an expert on this one."""
+    source = np.repeat(np.arange(case.size), [len(ids) for ids in inputs.ids])
+    local_experts = case.spec.num_experts // (case.size // case.spec.tp)
+    here = (np.concatenate(inputs.ids) // local_experts == rank // case.spec.tp).any(axis=1)
+    return int((here & (source != rank)).sum())
+
+
+FORWARD = ["publish", "plan", "pull", "up", "down", "reduce and push", "reduce at home"]
+DGRADS = ["down dgrad", "up dgrad", "reduce and push", "wgrad", "reduce at home"]
+
+
+@pytest.mark.parametrize("gemm", ["engine", "cublas"])
+@pytest.mark.parametrize("save", ["rows", "z"])
+def test_launches_of_mode_sequential_are_recorded_and_change_nothing(gemm, save):
+    case = Case((4, 1), mode="sequential", gemm=gemm, save=save)
+    inputs = make_inputs(case)
+    results = run(case, inputs, backward=True)
+    timeline = results[0][1]
+    for bits, same in results:
+        assert len(set(bits)) == 1
+        assert same.events == timeline.events
+    begins = ["publish", "wait", *(["plan"] if gemm == "engine" else []), "pull"]
+    backward = [*begins, *(["pull"] if save == "z" else []), *DGRADS]
+    assert [one.name for one in timeline.passes] == ["forward", "backward"]
+    for rank in range(case.size):
+        events = [e for e in timeline.events if e.rank == rank]
+        assert [e.name for e in events] == FORWARD + backward
+        assert all(one.end_ns <= two.begin_ns for one, two in itertools.pairwise(events))
+        moved = 2 * crossing_tokens(case, inputs, rank) * case.spec.hidden
+        pulls = [e.link_bytes for e in events if e.name == "pull"]
+        assert pulls == [moved] * (2 + (save == "z"))
+        assert [e.link_bytes for e in events if e.name == "reduce and push"] == [moved] * 2
+        assert {(e.cta, e.lane) for e in events} == {(-1, -1)}
+    assert timeline.hidden_share == 0
+    check_times(timeline)
+
+
+def test_a_fused_call_has_its_preparation_as_launches():
+    case = case_of(2)
+    results = run(case, make_inputs(case), backward=True)
+    assert all(len(set(bits)) == 1 for bits, _ in results)
+    timeline = results[0][1]
+    assert [one.name for one in timeline.passes] == ["forward", "backward"]
+    for rank in range(case.size):
+        launches = [e.name for e in timeline.events if e.rank == rank and e.cta < 0]
+        assert launches == ["publish", "plan"] * 2
+    check_times(timeline)
+
+
+def test_calls_of_mode_chunked_record_nothing():
+    case = Case((2, 1), mode="chunked", gemm="engine")
     assert run(case, make_inputs(case))[0][1].events == []
+
+
+def test_a_graph_of_the_caller_outlives_a_recording():
+    """Launches that a stream captures write no record: its memory is free when the graph runs."""
+    case = Case((2, 1), mode="sequential", gemm="engine")
+    inputs = make_inputs(case)
+
+    def fn(world):
+        import cupy
+
+        r, move = world.rank, on_device(world)
+        weights = cometrt.shard_weights(inputs.w_up, inputs.w_down, r, case.size, case.spec)
+        args = [move(part[r]) for part in (inputs.x, inputs.ids, inputs.weights)]
+        args += map(move, weights)
+        with cometrt.MoELayer(world, case.spec, case.mode, config=case.config) as layer:
+            plain, y = cupy.empty_like(args[0]), cupy.empty_like(args[0])
+            layer.forward(*args, training=False, out=plain)
+            layer.synchronize()
+            stream = cupy.cuda.get_current_stream()
+            with cometrt.trace.record(layer) as recording:
+                stream.begin_capture()
+                layer.forward(*args, training=False, out=y)
+                graph = stream.end_capture()
+            freed = cupy.zeros((ROOM, 3), cupy.uint64)  # memory of the records, most likely
+            stream.synchronize()
+            world.barrier()
+            graph.launch(stream)
+            world.barrier()
+            layer.synchronize()
+            stream.synchronize()
+            same = on_host(y).tobytes() == on_host(plain).tobytes()
+            return same, len(recording.events), bool(on_host(freed).any())
+
+    assert cometrt.spawn(fn, case.size, "cuda", timeout_sec=10) == [(True, 0, False)] * 2

@@ -164,8 +164,8 @@ def test_backward_fields_are_tried_on_few_executors(save, monkeypatch):
     inputs, timed, made = make_inputs(case), [], []
     time, executor = Trials.time, Trials.executor
 
-    def watched_time(self, config, which):
-        ms = time(self, config, which)
+    def watched_time(self, config, which, *counts):
+        ms = time(self, config, which, *counts)
         if self._world.rank == 0:
             timed.append((which, config, ms))
         return ms
@@ -221,13 +221,14 @@ def test_a_budget_that_is_over_leaves_the_schedules_as_they_are():
 
 
 def choose(monkeypatch, config):
-    """Only `config` is tried, and taken."""
+    """Only `config` is tried, and taken: there is no other search, and no sweep after it."""
 
     def search(base, settings, spec, size, time, expired):
         ms = {which: time(config, which) for which in ("forward", "backward")}
         return Found(config, ms, ms)
 
     monkeypatch.setattr("cometrt.tuner.tune.search", search)
+    monkeypatch.setattr("cometrt.tuner.tune.sweep", lambda found, *_: found)
 
 
 def test_what_forward_saved_before_is_refused(monkeypatch):

@@ -69,7 +69,7 @@ def test_forward(name, change, message):
             "w_down": w_down,
         }
         if r == 1:
-            with pytest.raises(ValueError, match=re.escape(message)):
+            with pytest.raises(ValueError, match=re.escape(message) + r".* \[rank 1\]$"):
                 layer.forward(**(good | {name: change(good.get(name))}))
         y, saved = layer.forward(**good)
         return Output(y, layer.backward(inputs.dy[r], saved))
@@ -130,11 +130,23 @@ def test_backward(change, message):
         good = {"dy": inputs.dy[r], "saved": saved}
         extra = {"other": other.forward(*model)[1]}
         if r == 0:
-            with pytest.raises(ValueError, match=re.escape(message)):
+            with pytest.raises(ValueError, match=re.escape(message) + r".* \[rank 0\]$"):
                 layer.backward(**(good | change(good | extra)))
         return Output(y, layer.backward(**good))
 
     check_case(CASE, inputs, cometrt.spawn(fn, 2))
+
+
+def test_a_rank_is_named_only_beside_others():
+    def fn(world):
+        layer, ids = cometrt.MoELayer(world, CASE.spec, config=CASE.config), np.zeros((1, 3))
+        with pytest.raises(ValueError, match="topk_ids must have dtype") as error:
+            layer.plan(ids, ids)
+        return str(error.value)
+
+    text = "topk_ids must have dtype int32 or int64 (got float64)"
+    assert cometrt.spawn(fn, 1) == [text]
+    assert cometrt.spawn(fn, 2) == [f"{text} [rank 0]", f"{text} [rank 1]"]
 
 
 def test_saved_is_flat_of_fixed_shape_and_good_for_one_backward():

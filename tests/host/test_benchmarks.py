@@ -58,7 +58,10 @@ def cupy(monkeypatch):
 
 def forget_those_with_cupy():
     for package, names in (
-        (benchmarks, ("peers", "nodes", "layer", "latency", "engine", "defaults", *ENGINE)),
+        (
+            benchmarks,
+            ("peers", "nodes", "layer", "latency", "engine", "defaults", "sweep", *ENGINE),
+        ),
         (bench, ("contenders", "nccl", "step_memory")),
     ):
         for name in names:
@@ -73,7 +76,7 @@ def forget_those_with_cupy():
     "module",
     [
         *"engine layer nodes peers end_to_end link latency host_time router tables".split(),
-        *"defaults rivals_torch rivals_jax".split(),
+        *"defaults sweep rivals_torch rivals_jax jax_step".split(),
     ],
 )
 def test_a_benchmark_says_how_to_use_it(module):
@@ -102,7 +105,8 @@ def test_unknown_names_are_refused(options, wrong):
     [
         ("engine", ["--pass", "forward,both"]),
         ("engine", ["--models", "mixtral"]),
-        ("host_time", ["--pass", "both"]),
+        ("host_time", ["--pass", "forth"]),
+        ("host_time", ["--mode", "cublas"]),
     ],
 )
 def test_passes_and_models_must_be_known(module, wrong):
@@ -802,6 +806,85 @@ def test_batches_must_fit(options, wrong):
     assert wrong in found.stderr.splitlines()[-1]
 
 
+SWEPT = {
+    "combinations": 768, "timed": 600, "slowest_ms": 3.0, "default_ms": 1.5, "tuned_ms": 1.02,
+    "best_ms": 1.0, "slower_percent": 2.0,
+}  # fmt: skip
+
+
+def test_the_table_of_the_sweep(results):
+    assert tables.sweep_table() == ["Not measured yet."]
+    found = {"machine": MACHINE, "tune_sec": 44.6, "passes": {"forward": SWEPT, "backward": SWEPT}}
+    results("sweep.json", {"cells": {"a": found}})
+    lines = tables.sweep_table()
+    assert lines[0].startswith("A GPU, 2026-01-01; ")
+    assert lines[4:] == [
+        f"| a | {which} | 1.020 | 1.000 | 2.0% | 1.500 | 600 of 768 | 45 | abc |"
+        for which in ("forward", "backward")
+    ]
+
+
+class Trial:
+    """Stands in for trials: columns take one millisecond, all others two."""
+
+    def __init__(self, *_):
+        self.elapsed_sec = 0.0
+
+    def time(self, config, which, counts=None):
+        order = (config if which == "forward" else config.of_backward()).order
+        return 1.0 if order == "columns" else 2.0
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("found", [{}, {"order": "columns", "n_chunk": 512}], ids=str)
+def test_a_sweep_says_how_much_slower_the_tuned_config_is(found, cupy, monkeypatch, tmp_path):
+    """It is what the search of `layer.tune` finds, which is another function here."""
+    from benchmarks import sweep
+
+    tuned, asked, out = cometrt.TileConfig(**found), [], tmp_path / "sweep.json"
+
+    def find(world, geometry, index, base, inputs, training, budget_sec):
+        asked.append((geometry.spec, base, inputs, training, budget_sec))
+        return Found(tuned, {}, {})
+
+    spec = cometrt.MoESpec(hidden=1024, intermediate=32, num_experts=4, topk=2, max_tokens=8)
+    monkeypatch.setattr(Cell, "spec", spec)
+    monkeypatch.setattr(sweep, "find", find)
+    monkeypatch.setattr(sweep, "Trials", Trial)
+    monkeypatch.setattr(sweep, "num_sms", lambda: 16)
+    monkeypatch.setattr(sweep, "machine", lambda: MACHINE)
+    monkeypatch.setattr(
+        sweep, "legal", lambda base, change, *_: dataclasses.replace(base, **change)
+    )
+    monkeypatch.setattr(sweep, "free_memory", lambda devices: None)
+    given = ["--models", "mixtral-8x7b", "--tokens", "8", "--budget-sec", "7", "--out", str(out)]
+
+    class Ranks:
+        rank, size, link, devices = 0, 2, None, list
+
+        def run(self, fn, device, timeout_sec):
+            return cometrt.spawn(fn, 2)[0]
+
+    monkeypatch.setattr(sweep, "worlds", lambda args: [Ranks()])
+    out.write_text(json.dumps({"cells": {"earlier": 1}}))
+    sweep.main(given)
+    assert asked == 2 * [(spec, cometrt.TileConfig(), None, True, 7.0)]
+    cells = json.loads(out.read_text())["cells"]
+    entry = cells.pop("mixtral-8x7b W=2 T=8")
+    assert cells == {"earlier": 1}
+    percent = 0.0 if found else 100.0
+    for passed in entry["passes"].values():
+        assert passed["slower_percent"] == percent
+        assert (passed["best_ms"], passed["tuned_ms"]) == (1.0, 1.0 if found else 2.0)
+    assert entry["tuned"] == dataclasses.asdict(tuned)
+    assert sweep.summary({"a": entry})[1:] == [
+        f"    {percent:.1f}% forward, {percent:.1f}% backward: a",
+        f"    at most {percent:.1f}%",
+    ]
+
+
 def test_the_documents_have_the_tables_of_the_results():
     tables.main(["--check"])
     text = (ROOT / "docs" / "benchmarks.md").read_text()
@@ -846,7 +929,7 @@ def test_the_table_of_the_engines_backward(tmp_path, monkeypatch):
 
 
 def test_every_result_file_is_in_a_table():
-    known = ("engine.json", "layer.json", "link.json", "end_to_end.json")
+    known = ("engine.json", "layer.json", "link.json", "end_to_end.json", "sweep.json")
     known += ("peers_", "passes_", "link_emulation_", "latency_")
     for path in tables.RESULTS.iterdir():
         assert path.name.startswith(known), path

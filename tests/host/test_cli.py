@@ -1,5 +1,6 @@
 """The command line: what each command prints, its JSON, and its exit status."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -154,7 +155,12 @@ def test_hardware_queues_are_asked_for_by_threads_alone(cli, monkeypatch, proces
     for name in ranks.SIZES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PMI_SIZE", processes)
-    cli("memory --json")
+
+    def stop(*_):
+        raise SystemExit(5)
+
+    monkeypatch.setattr("cometrt.cli.app.all_ranks", stop)
+    assert cli("bench --device host")[0] == 5
     assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == wanted
 
 
@@ -198,6 +204,22 @@ def test_trace_writes_a_picture_and_a_file_for_perfetto(cli, tmp_path):
     assert "hidden share:" in printed
 
 
+def test_trace_of_both_modes(cli, tmp_path):
+    line = "trace --device host --ranks 2 --scale 64 --tokens 16 --mode both --title two"
+    status, printed, _ = cli(line + " --json")
+    assert status == 0
+    found = json.loads(printed)
+    assert list(found["modes"]) == ["sequential", "fused"]
+    assert found["modes"]["sequential"]["hidden_share"] == 0
+    assert all(of["milliseconds"] > 0 and of["events"] > 10 for of in found["modes"].values())
+    events = json.loads((tmp_path / found["perfetto"]).read_text())["traceEvents"]
+    processes = {e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert processes == {f"{mode} rank {rank}" for mode in found["modes"] for rank in (0, 1)}
+    status, printed, _ = cli(line)
+    assert status == 0
+    assert printed.count("hidden share:") == 2
+
+
 def test_trace_without_matplotlib_still_writes_the_file(cli, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, printed, _ = cli("trace --device host --ranks 2 --scale 64 --tokens 16")
@@ -223,6 +245,20 @@ def test_a_probe_keeps_what_the_user_tells_mpi_but_not_what_a_launcher_does(monk
     assert kept.strip() == str([*allowed, "OMPI_MCA_plm_rsh_agent"])
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     assert probes.run([sys.executable, "-c", code], 60).strip() == str(allowed)
+
+
+def test_probes_see_the_environment_of_the_caller(cli, monkeypatch):
+    """With many hardware queues the multi-process service refuses their processes."""
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    code = "import os; print(os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS'))"
+
+    def check(machine):
+        said = probes.run([sys.executable, "-c", code], 60).strip()
+        yield checks.Line("queues", "ok", said)
+
+    monkeypatch.setattr(doctor, "CHECKS", {"queues": check})
+    (line,) = json.loads(cli("doctor --json")[1])["checks"]
+    assert line["text"] == "None"
 
 
 def test_doctor_of_this_machine(cli):
@@ -276,6 +312,14 @@ def test_what_is_wrong_with_gpus_fails_and_says_what_to_do(check, machine, name,
     line = states(check, machine)[name]
     assert line.state == "failed"
     assert advice in line.advice
+
+
+@pytest.mark.parametrize(("visible", "runs"), [("1", True), ("1", False), ("", True)])
+def test_gpus_that_the_service_numbers_anew(visible, runs, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(checks, "_runs", lambda program: runs)
+    line = states(checks.check_gpus, Gpus(count=0))["GPU"]
+    assert ("its daemon saw from 0" in line.advice) == (runs and visible == "1")
 
 
 def test_good_gpus_pass():
@@ -386,10 +430,54 @@ def test_tune_shows_what_has_changed(capsys):
     found = {
         "model": "qwen3-30b-a3b", "tokens": 8192, "ranks": 4, "tp": 1, "seconds": 12.0,
         "before": {"order": "phases", "num_phases": 2}, "file": "/cache/[x]/tuned.json",
+        "trials": 87,
         "config": {"order": "columns", "num_phases": 2},
     }  # fmt: skip
     tune.show(Console(width=80), found)
     printed = capsys.readouterr().out
-    assert "tuned in 12 s" in printed
+    assert "tuned in 12 s, 87 trials" in printed
     assert "columns" in printed
     assert "/cache/[x]/tuned.json" in printed
+
+
+def test_tune_says_how_far_it_is(monkeypatch):
+    from cometrt.cli import tune
+
+    now, said = [5.0], []
+    monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
+    progress = tune.told("tuning a layer", said.append)
+    progress(1, {"forward": 2.0})
+    progress(2, {"forward": 1.5})
+    now[0] += tune.SAY_SEC
+    progress(3, {"forward": 1.5, "backward": 3.25})
+    assert said == [
+        "tuning a layer: 1 trials, fastest forward 2.000 ms",
+        "tuning a layer: 3 trials, fastest forward 1.500 ms, backward 3.250 ms",
+    ]
+
+
+def test_tune_of_a_layer(monkeypatch):
+    """`layer.tune` needs a GPU: here it is another function."""
+    from cometrt.cli import tune
+
+    config, asked, said = cometrt.TileConfig(num_phases=1), [], []
+
+    def instead(self, *, training, budget_sec, progress):
+        asked.append((training, budget_sec))
+        if self.world.rank == 0:
+            progress(7, {"forward": 1.0})
+        return config
+
+    monkeypatch.setattr(cometrt.MoELayer, "tune", instead)
+    spec = scaled_spec("mixtral-8x7b", 64, max_tokens=8)
+    monkeypatch.setattr(tune, "scaled_spec", lambda *_, **more: spec)
+
+    def fn(world):
+        say = said.append if world.rank == 0 else lambda text: None
+        return tune.run(world, "mixtral-8x7b", 8, 1, False, 2.5, say)
+
+    found, _ = cometrt.spawn(fn, 2)
+    assert asked == [(False, 2.5)] * 2
+    assert found["trials"] == 7
+    assert found["config"] == dataclasses.asdict(config) != found["before"]
+    assert said == ["tuning mixtral-8x7b, 8 tokens a rank: 7 trials, fastest forward 1.000 ms"]

@@ -167,9 +167,11 @@ def test_an_array_says_itself_whether_it_may_be_written_to():
 class Array:
     """Stands for cupy.ndarray."""
 
-    def __init__(self, shape, dtype, address):
+    def __init__(self, shape, dtype, address, c_contiguous=True):
+        self._c_contiguous = c_contiguous
+        self.strides = "of the array"
         self.shape, self.dtype, self.size = shape, np.dtype(dtype), math.prod(shape)
-        self.flags = types.SimpleNamespace(c_contiguous=True)
+        self.flags = types.SimpleNamespace(c_contiguous=c_contiguous)
         self.data = types.SimpleNamespace(device_id=0, ptr=address)
 
 
@@ -202,6 +204,23 @@ def test_where_arrays_must_begin(cuda_arrays, shape, dtype, address, multiple):
         return
     with pytest.raises(ValueError, match=f"^it must begin at a multiple of {multiple} bytes"):
         cuda_arrays.check("it", array, shape, (array.dtype,))
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        (Array((4, 2), np.int32, 0x1000), r"have dtype float32 \(got int32\)"),
+        (Array((4, 3), np.float32, 0x1000), r"have shape \(T, 2\) \(got \(4, 3\)\)"),
+        (Array((2,), np.float32, 0x1000), r"have shape \(T, 2\) \(got \(2,\)\)"),
+        (Array((4, 2), np.float32, 0x1000, c_contiguous=False), "be C-contiguous"),
+    ],
+)
+def test_what_arrays_must_be(cuda_arrays, given, rule):
+    with pytest.raises(ValueError, match=f"^it must {rule}"):
+        cuda_arrays.check("it", given, (None, 2), (np.dtype(np.float32),))
+    if given.shape == (4, 2):
+        with pytest.raises(ValueError, match=f"^it must {rule}"):
+            cuda_arrays.check("it", given, (4, 2), (np.dtype(np.float32),))
 
 
 SPEC = cometrt.MoESpec(64, 96, num_experts=4, topk=2, max_tokens=32, dtype="float32")

@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 
 import cometrt
-from tests.launch import ROOT, mpirun
+from tests.launch import ROOT, mpirun, python_path
 
 jax = pytest.importorskip("jax", reason="needs JAX")
 
 import jax.numpy as jnp  # noqa: E402
 
 from cometrt.interop import jax as cometrt_jax  # noqa: E402
+from cometrt.interop.jax import primitive  # noqa: E402
 from tests.jax_cases import (  # noqa: E402
     DEVICES,
     SHARDED,
     arrays_of,
+    bits,
     check_equal,
     dense,
     environment,
@@ -170,6 +172,28 @@ def test_many_steps_with_collectives_around_the_layer(layer):
     assert bool(jnp.isfinite(given).all())
 
 
+def test_donated_arguments_give_the_same_bits(layer):
+    """A training step that replaces tokens, tables and weights."""
+    moe, mesh, arrays = layer
+    function = mapped(moe, mesh)
+
+    def step(x, ids, weights, w_up, w_down):
+        def loss(x, weights, w_up, w_down):
+            return jnp.square(function(x, ids, weights, w_up, w_down)).sum()
+
+        before = x, weights, w_up, w_down
+        value, found = jax.value_and_grad(loss, (0, 1, 2, 3))(*before)
+        x, *others = (array - 0.1 * grad for array, grad in zip(before, found, strict=True))
+        return [x, (ids + 1) % moe.spec.num_experts, *others, value]
+
+    expected = bits(jax.jit(step)(*arrays))
+    given = [jax.device_put(a.copy(), jax.NamedSharding(mesh, SHARDED)) for a in arrays]
+    found = jax.jit(step, donate_argnums=range(5))(*given)
+    moe.check()
+    assert all(array.is_deleted() for array in given)
+    assert bits(found) == expected
+
+
 def test_one_process_alone_jitted_and_not():
     spec = small_spec()
     arrays = arrays_of(spec, 5)
@@ -262,6 +286,50 @@ def test_a_world_of_processes_is_refused_on_several_devices_of_one():
         )
 
 
+def test_other_devices_than_the_worlds_are_refused_when_compiled():
+    """In one process results would be right; in several each rank would get another's experts."""
+    mesh, spec = mesh_of((2, 2), ("data", "expert")), small_spec()
+    arrays = arrays_of(spec, DEVICES * spec.max_tokens)
+    axes = ("data", "expert")
+
+    def transposed(devices):
+        return jax.sharding.Mesh(devices.T, ("expert", "data"))
+
+    with making(spec, mesh) as moe:
+        before = epoch_of(moe.world)
+        swapped = mesh.devices[:, ::-1]
+        wrong = [jax.sharding.Mesh(swapped, axes), transposed(swapped)]
+        for other in wrong:
+            order = "cpu:0, cpu:1, cpu:2, cpu:3.*got cpu:1, cpu:0, cpu:3, cpu:2"
+            for function in (jax.jit(mapped(moe, other, axes)), mapped(moe, other, axes)):
+                with pytest.raises(ValueError, match=order):
+                    function(*arrays)
+            with pytest.raises(ValueError, match="must have the devices of the world"):
+                gradients(mapped(jax.checkpoint(moe), other, axes), arrays)
+        with pytest.raises(ValueError, match="must be known"):
+            jax.jit(mapped(moe, mesh.abstract_mesh, axes))(
+                *(jax.device_put(a, jax.NamedSharding(mesh, jax.P())) for a in arrays)
+            )
+        moe.check()
+        assert epoch_of(moe.world) == before
+        check_equal(
+            [jax.jit(mapped(moe, transposed(mesh.devices), axes))(*arrays)], [dense(*arrays)]
+        )
+        moe.check()
+
+
+def test_several_devices_without_a_shard_map_are_refused_when_compiled():
+    mesh, spec = mesh_of(), small_spec()
+    sharding = jax.NamedSharding(mesh, SHARDED)
+    arrays = [jax.device_put(array, sharding) for array in arrays_of(spec, spec.max_tokens)]
+    with making(spec) as moe:
+        for call in (moe, jax.jit(moe)):
+            with pytest.raises(ValueError, match=r"inside jax\.shard_map.*this one runs on 4"):
+                call(*arrays)
+        moe.check()
+        assert epoch_of(moe.world) == 0
+
+
 def test_vmap_and_second_derivatives_are_refused():
     spec = small_spec()
     x, *rest = arrays_of(spec, 4)
@@ -285,13 +353,13 @@ def test_a_routing_error_comes_at_check_and_at_the_next_call():
             assert bool(jnp.isnan(jax.block_until_ready(step(x, wrong, *rest))).all())
             with pytest.raises(cometrt.RoutingError, match="rank 0"):
                 ask()
-            with contextlib.suppress(cometrt.RoutingError):  # of the other ranks
-                moe.check()
+            moe.check()  # it has been raised for all ranks of the process
         found = gradients(program, (x, wrong, *rest))
         assert all(bool(jnp.isnan(array).all()) for array in found)
+        # A program that is compiled already runs on the CPU before anybody has asked.
+        check_equal([step(x, ids, *rest)], [dense(x, ids, *rest)])
         with pytest.raises(cometrt.RoutingError):
             moe.check()
-        check_equal([step(x, ids, *rest)], [dense(x, ids, *rest)])
         moe.check()
 
 
@@ -310,6 +378,23 @@ def test_after_close_every_use_is_refused():
         jax.jit(moe)(arrays[0], arrays[1] + 9, *arrays[2:])  # runs before close gives up the layer
     with making(spec) as moe:  # programs of other layers still run
         check_equal([jax.jit(moe)(*arrays)], [dense(*arrays)])
+
+
+def test_after_its_world_has_closed_every_use_is_refused():
+    spec = small_spec()
+    arrays = arrays_of(spec, 4)
+    world = cometrt_jax.connect()
+    moe = cometrt_jax.MoE(world, spec)
+    step = jax.jit(moe)
+    step(*arrays)
+    world.close()
+    for use in (lambda: moe(*arrays), moe.check):
+        with pytest.raises(ValueError, match="world must be open"):
+            use()
+    assert bool(jnp.isnan(step(*arrays)).all())
+    with pytest.raises(ValueError, match="world must be open"):
+        moe.close()
+    moe.close()
 
 
 def test_wrong_worlds():
@@ -339,6 +424,36 @@ def test_several_gpus_of_one_process_are_refused(monkeypatch):
         cometrt_jax.connect(mesh_of())
     with pytest.raises(ValueError, match=r"needs one process for each GPU.*visible_devices"):
         cometrt_jax.connect()
+
+
+def test_programs_on_a_gpu_wait_for_no_token_of_an_earlier_one(monkeypatch):
+    """Here on a CPU that is said to be a GPU: no token is kept, and the barrier waits all the
+    same."""
+    from jax._src import dispatch
+
+    ran = []
+
+    def run(context, results, x):
+        time.sleep(0.05)
+        ran.append(np.asarray(x)[0])
+
+    form = jax.ShapeDtypeStruct((2,), jnp.float32)
+    program = jax.jit(lambda x: primitive.buffer_call(run, [form], x)[0])
+
+    def kept():
+        tokens = dispatch.runtime_tokens.current_tokens
+        return [effect for effect in tokens if isinstance(effect, primitive.CallEffect)]
+
+    jax.effects_barrier()
+    program(jnp.ones(2))
+    assert kept()
+    jax.effects_barrier()
+    monkeypatch.setattr(primitive, "_is_on_gpu", lambda token: True)
+    for number in range(3):
+        program(jnp.full(2, float(number)))
+    assert not kept()
+    jax.effects_barrier()
+    assert ran == [1, 0, 1, 2]
 
 
 def test_a_process_that_is_alone_under_a_launcher_is_refused(monkeypatch):
@@ -384,7 +499,7 @@ def test_several_nodes_are_refused(monkeypatch, tmp_path):
     assert result.stdout.count("needs all ranks on one host (got 2 nodes)") == 2
 
 
-def run_processes(count: int, *arguments: str) -> list[str]:
+def run_processes(count: int, *arguments: str, timeout_sec: float = 150) -> list[str]:
     """Run ``python arguments... --process i --port p`` for each process; what they printed."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -396,11 +511,11 @@ def run_processes(count: int, *arguments: str) -> list[str]:
             stderr=subprocess.STDOUT,
             text=True,
             cwd=ROOT,
-            env=environment() | {"PYTHONPATH": str(ROOT)},
+            env=environment() | {"PYTHONPATH": python_path()},
         )
         for i in range(count)
     ]
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + timeout_sec
     try:
         outputs = [
             process.communicate(timeout=max(1, deadline - time.monotonic()))[0]
@@ -420,13 +535,22 @@ def test_processes_without_mpi():
 
 def test_example(monkeypatch):
     command = [sys.executable, str(ROOT / "examples/jax_moe.py")]
-    env = environment() | {"PYTHONPATH": str(ROOT)}
+    env = environment() | {"PYTHONPATH": python_path()}
     result = subprocess.run(command, capture_output=True, text=True, timeout=150, env=env)
+    check_example(result)
+
+
+def test_example_under_mpirun(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device in each process
+    check_example(mpirun(2, "-m", "mpi4py", "examples/jax_moe.py", timeout_sec=150))
+
+
+def check_example(result):
     assert result.returncode == 0, result.stdout + result.stderr
-    first, *_, last = (
-        float(line.split("loss ")[1]) for line in result.stdout.splitlines() if "loss " in line
-    )
-    assert last < 0.5 * first
+    losses = [float(text) for text in re.findall(r"^step \d+: loss (\S+)$", result.stdout, re.M)]
+    assert len(losses) == 5  # one process prints them
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_readme_code():
@@ -447,16 +571,29 @@ def test_readme_code():
 
 
 class Buffer:
-    """As XLA's, at an address of its own. Like XLA's it may not know an interface for bfloat16."""
+    """Stands for XLA's, at an address of its own."""
 
     def __init__(self, address, shape, dtype):
         self.address, self.shape, self.dtype = address, shape, np.dtype(dtype)
 
-    @property
-    def __cuda_array_interface__(self):
-        if self.dtype.kind == "V":
-            raise RuntimeError("of a dtype without an interface")
-        return {"data": (self.address, False)}
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int32"])
+def test_the_address_of_a_buffer_of_xla(dtype):
+    from cometrt.interop.jax.cuda_calls import address_of
+    from cometrt.interop.jax.primitive import buffer_call
+
+    found = []
+
+    def note(context, results, *operands):
+        for buffer in (*results, *operands):
+            found.append((address_of(buffer), np.asarray(buffer).ctypes.data))
+
+    x = jnp.ones((4, 3), dtype)
+    form = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    jax.block_until_ready(jax.jit(lambda *arrays: buffer_call(note, [form], *arrays))(x, x[:, :1]))
+    assert len(found) == 3
+    assert len({address for address, _ in found}) == 3
+    assert all(address == expected for address, expected in found)
 
 
 class Device(contextlib.nullcontext):
@@ -483,9 +620,9 @@ def cuda_layer(monkeypatch, spec, calls, memsets):
             ),
             runtime=data(memsetAsync=lambda *arguments: memsets.append(arguments)),
         ),
-        from_dlpack=lambda buffer: data(data=data(ptr=buffer.address)),
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(cuda_calls, "address_of", lambda buffer: buffer.address)
 
     def made(layer, world, spec, mode):
         layer.config, layer.spec = shape.config, spec
@@ -498,7 +635,6 @@ def cuda_layer(monkeypatch, spec, calls, memsets):
             check_running=lambda prefix: None,
             guard=lambda operation: contextlib.nullcontext(),
             enqueue=calls.append,
-            with_scratch=lambda operation, at: at | {"scratch of": operation},
         )
 
     saved = array_specs(shape, buffers.residuals(shape))
@@ -534,7 +670,7 @@ def test_addresses_of_calls_on_a_gpu(monkeypatch, save):
             own = {"x": "x_rows" if save == "rows" else "saved_x"}
             expected |= {own.get(name, name): buffer for name, buffer in kept.items()}
         expected = {name: buffer.address for name, buffer in expected.items()}
-        assert call.at == expected | {"scratch of": "forward"}
+        assert call.at == expected
     names = ["out", "out_dweight", "dw_up", "dw_down"]
     dy, results = new(), {name: new((3,), spec.numpy_dtype) for name in names}
     weights = {name: arguments[name] for name in ("w_up", "w_down")}
@@ -545,7 +681,7 @@ def test_addresses_of_calls_on_a_gpu(monkeypatch, save):
     given = {own.get(name, name): buffer for name, buffer in kept.items()}
     expected = {"dy": dy} | given | weights | results | scratch
     addresses = {name: buffer.address for name, buffer in expected.items()}
-    assert call.at == addresses | {"scratch of": "backward"}
+    assert call.at == addresses
     layer.fail(context, list(results.values()), ())
     assert memsets == [(results[name].address, 0xFF, 6, 77) for name in names]
     memsets.clear()

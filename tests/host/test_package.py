@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import cometrt
+from tests import dist
 from tests.launch import ROOT, mpirun
 
 ON_HOST = """
@@ -130,6 +131,36 @@ def test_installed_wheel_works_from_any_folder(distributions, tmp_path):
     found = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert found.returncode == 1
     assert "pip install 'cometrt[cli]'" in found.stderr
+
+
+def test_a_wheel_works_beside_what_this_python_has(distributions, tmp_path, monkeypatch, capsys):
+    """As `python -m tests.dist --gpu` tries it, but on the host."""
+    pytest.importorskip("typer")
+    pytest.importorskip("cuda.bindings", reason="needs the compile extra")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), "/of/another"]))
+    assert dist.python_path(tmp_path).split(os.pathsep) == [str(tmp_path), "/of/another"]
+    dist.try_in_place(distributions[".whl"], tmp_path, "host")
+    said = capsys.readouterr().out
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert f"cometrt {cometrt.__version__} works with Python {python} on host" in said
+
+
+def test_the_package_of_the_sdist_is_that_of_the_wheel(distributions, tmp_path):
+    sdist, wheel = distributions[".gz"], distributions[".whl"]
+    assert dist.compare(sdist, wheel) == len(dist.package_of_wheel(wheel)) > 200
+    other = tmp_path / wheel.name
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(other, "w") as new:
+        for name in old.namelist():
+            if name != "cometrt/errors.py":
+                new.writestr(name, old.read(name) + b"#" * (name == "cometrt/specs.py"))
+    with pytest.raises(SystemExit, match=r"differ in errors\.py, specs\.py$"):
+        dist.compare(sdist, other)
+
+
+def test_without_a_network_and_a_backend_a_wheel_must_be_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "has_backend", lambda: False)
+    with pytest.raises(SystemExit, match="give --wheel"):
+        dist.try_on_gpu(None, None, tmp_path)
 
 
 def test_changelog_and_citation_name_this_version():

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from cometrt import reference
 from cometrt.activations import activate, activate_backward
 from cometrt.reference import moe_backward, moe_forward
+from tests.cases import Case, make_inputs, reference_of
 
 NAMES = ["swiglu", "geglu", "silu", "gelu", "relu", "relu2"]
 
@@ -187,3 +189,24 @@ def test_wrong_dy():
     model = [*problem("swiglu"), "swiglu"]
     with pytest.raises(ValueError, match=r"dy must have x's shape \(5, 6\)"):
         moe_backward(model[0][:3], *model)
+
+
+def test_tests_compute_a_reference_once_and_a_new_one_for_other_inputs(monkeypatch):
+    made, real = [], reference.moe_forward
+
+    def counted(*args):
+        made.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(reference, "moe_forward", counted)
+    inputs = make_inputs(Case((2, 1)))
+    y, _ = reference_of(inputs, "swiglu")
+    assert reference_of(inputs, "swiglu")[0] is y
+    assert len(made) == 1
+    reference_of(inputs, "geglu")
+    assert len(made) == 2
+    inputs.x[1][0] = 0
+    assert not np.array_equal(reference_of(inputs, "swiglu")[0], y)
+    inputs.w_down = inputs.w_down.copy()
+    reference_of(inputs, "swiglu")
+    assert len(made) == 4

@@ -39,6 +39,7 @@ def routing_failure(change, kind, capacity_factor=16.0):
     errors = [error for error, _ in results]
     assert {type(error) for error in errors} == {kind}, errors
     assert len({str(error) for error in errors}) == 1
+    assert len({str(vars(error)) for error in errors}) == 1
     for part in (inputs.x, inputs.dy, inputs.ids, inputs.weights):
         part[:] = [array[:5] for array in part]
     check_case(case, inputs, [output for _, output in results])
@@ -60,6 +61,7 @@ def test_an_id_out_of_range(value):
     shown = {2**31 - 1: "2147483647 or more", 2**40: "2147483647 or more"}
     shown[-(2**40)] = "-2147483648 or less"
     assert f"(got {shown.get(value, value)})" in str(error)
+    assert (error.rank, error.token, error.k) == (1, 4, 2)
 
 
 def test_a_repeated_id():
@@ -68,6 +70,7 @@ def test_a_repeated_id():
 
     error = routing_failure(change, cometrt.RoutingError)
     assert "rank 1, token 6, k 2 must be distinct within the token" in str(error)
+    assert (error.rank, error.token, error.k) == (1, 6, 2)
 
 
 def test_a_repeated_id_beside_one_beyond_32_bits():
@@ -83,6 +86,7 @@ def test_a_repeated_id_beside_one_beyond_32_bits():
 def test_a_weight_that_is_not_finite(value):
     error = routing_failure(put("weights", 3, 1, value), cometrt.RoutingError)
     assert "topk_weights of rank 1, token 3, k 1 must be finite" in str(error)
+    assert (error.rank, error.token, error.k) == (1, 3, 1)
     assert str(value) in str(error)
 
 

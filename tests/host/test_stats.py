@@ -7,7 +7,9 @@ import pytest
 
 import cometrt
 from cometrt.cuda import stats
+from cometrt.host import comm
 from cometrt.kernels.params import call_stats_dtype
+from cometrt.stats import LayerStats, sum_stats
 from tests.cases import Case, make_inputs
 from tests.host.test_orders import Rank
 from tests.stats_cases import check_stats
@@ -40,6 +42,29 @@ def test_ranks_wait_for_the_last_one_to_begin():
     assert late < early
 
 
+@pytest.mark.parametrize("mode", ["fused", "sequential"])
+def test_gemms_of_mode_fused_wait_for_rows_that_are_late(monkeypatch, mode):
+    case = Case((2, 1), mode=mode)
+    inputs, pull = make_inputs(case), comm.pull_rows
+
+    def late(*arguments):
+        time.sleep(0.2)
+        pull(*arguments)
+
+    monkeypatch.setattr(comm, "pull_rows", late)
+
+    def fn(world):
+        rank = Rank(world, case, [inputs])
+        rank.forward(0)
+        return rank.layer.stats().rows_waited_us
+
+    waited_us = cometrt.spawn(fn, 2)
+    if mode == "sequential":
+        assert waited_us == [0, 0]
+    else:
+        assert all(1e5 < of < 1e7 for of in waited_us)
+
+
 def test_a_failed_call_leaves_the_stats_of_the_one_before():
     case = Case((2, 1))
     inputs = make_inputs(case)
@@ -67,6 +92,13 @@ def test_a_closed_layer_has_no_stats():
     cometrt.spawn(fn, 1)
 
 
+def test_stats_of_a_call_in_slices_are_sums():
+    slices = [LayerStats(7, np.array([1, 2]), 0.5, 8.0), LayerStats(8, np.array([4, 0]), 2.0, 0.25)]
+    whole = sum_stats(slices)
+    assert (whole.epoch, whole.rows.tolist()) == (8, [5, 2])
+    assert (whole.waited_us, whole.rows_waited_us) == (2.5, 8.25)
+
+
 class Words:
     """Memory that a device writes to between two reads, word by word.
 
@@ -85,21 +117,22 @@ class Words:
         return self.states.pop(0) if len(self.states) > 1 else self.states[0]
 
 
-def words(epoch, waited_us, *rows):
-    value = int(np.float32(waited_us).view(np.uint32))
-    return [(value, epoch), *((row, epoch) for row in rows)]
+def words(epoch, waited_us, *rows, rows_waited_us=0.0):
+    waits = np.array([waited_us, rows_waited_us], np.float32).view(np.uint32).tolist()
+    return [(value, epoch) for value in (*waits, *rows)]
 
 
 def read(monkeypatch, *states):
     memory = Words(*states)
     monkeypatch.setattr(stats, "pinned", lambda dtype, count: memory)
-    return stats.DeviceStats(len(states[0]) - 1)
+    return stats.DeviceStats(len(states[0]) - 2)
 
 
 def test_words_of_one_call_are_read(monkeypatch):
     assert read(monkeypatch, words(0, 0, 0, 0)).read() is None
-    found = read(monkeypatch, words(7, 12.5, 3, 4)).read()
+    found = read(monkeypatch, words(7, 12.5, 3, 4, rows_waited_us=2.5)).read()
     assert (found.epoch, found.waited_us, found.rows.tolist()) == (7, 12.5, [3, 4])
+    assert found.rows_waited_us == 2.5
 
 
 def test_words_of_two_calls_are_read_again(monkeypatch):

@@ -11,12 +11,18 @@ import numpy as np
 import pytest
 
 import cometrt
-from cometrt.cuda import trace
+from cometrt.cuda import launch_trace, trace
+from cometrt.cuda.launch_trace import LAUNCHES, events_of_launches
 from cometrt.cuda.trace import events_of
 from cometrt.host import comm
 from cometrt.kernels.constants import TRACE_LANES
-from cometrt.kernels.params import trace_lane_dtype
-from cometrt.trace import Event, Timeline, picture
+from cometrt.kernels.params import (
+    ParamStruct,
+    exchange_params_dtype,
+    exchange_state_dtype,
+    trace_lane_dtype,
+)
+from cometrt.trace import Comparison, Event, Timeline, picture
 from cometrt.trace.events import difference, length, overlap, union
 from tests.cases import Case, make_inputs
 from tests.host.test_orders import Rank
@@ -232,7 +238,7 @@ def test_chrome_trace(timelines, tmp_path):
     assert len(spans) == len(timelines[0].events)
     assert min(r["ts"] for r in spans) == 0
     assert all(r["dur"] >= 0 and r["pid"] in range(4) and r["tid"] in (0, 1) for r in spans)
-    named = {(r["pid"], r["tid"]): r["args"]["name"] for r in records if r["ph"] == "M"}
+    named = {(r["pid"], r["tid"]): r["args"]["name"] for r in records if r["name"] == "thread_name"}
     assert named[2, 1] == "compute"
     # Perfetto nests spans of one track: none may begin inside another and end after it.
     for track in {(r["pid"], r["tid"]) for r in spans}:
@@ -325,10 +331,149 @@ def test_the_title_has_the_hidden_share_and_each_pass_its_own(monkeypatch):
     )
     timeline.save_png("t.png", "a layer")
     Timeline([]).save_png("t.png", "nothing")
-    (_, passes, title, notes, rank), (_, none, plain, *_) = drawn
+    (_, (section,), title, rank), (_, (empty,), plain, _) = drawn
     assert title == "a layer: 50% of the communication hidden"
-    assert notes == ["forward 2.00 ms, 50% hidden", "backward 1.00 ms"]
-    assert (len(passes), rank, none, plain) == (2, None, [], "nothing")
+    assert section.notes == ["forward 2.00 ms, 50% hidden", "backward 1.00 ms"]
+    assert (len(section.passes), rank, empty.passes, plain) == (2, None, [], "nothing")
+
+
+def sequential_and_fused():
+    """A forward in each mode, on two ranks: 3 ms and 2 ms long, none and half of it hidden."""
+    launches, fused = [], []
+    for rank in range(2):
+        launches += [
+            event("compute", "publish", 0, 200_000, rank=rank),
+            event("comm", "pull", 200_000, 1_200_000, rank=rank, link_bytes=8),
+            event("compute", "up", 1_200_000, 3_000_000, rank=rank),
+        ]
+        fused += [
+            event("compute", "publish", 1_000_000, 1_200_000, rank=rank),
+            event("comm", "pull", 1_200_000, 2_200_000, rank=rank, link_bytes=8, cta=0, lane=2),
+            event("compute", "up", 1_700_000, 3_000_000, rank=rank, cta=0, lane=4),
+        ]
+    return {"sequential": Timeline(launches), "fused": Timeline(fused)}
+
+
+def test_two_modes_are_drawn_on_one_scale_from_their_own_begins(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    made = []
+
+    class Kept(figure.Figure):
+        def __init__(self, *args, **more):
+            made.append(self)
+            super().__init__(*args, **more)
+
+    monkeypatch.setattr(figure, "Figure", Kept)
+    for rank in (None, 1):
+        Comparison(sequential_and_fused()).save_png(tmp_path / "t.png", "a layer", rank=rank)
+        top, bottom, _ = made[-1].axes
+        assert top.get_xlim() == bottom.get_xlim() == (0, 3)
+        assert top.get_position().y0 > bottom.get_position().y1
+        texts = {text.get_text() for text in made[-1].texts}
+        assert texts == {
+            "a layer: fused hides 50% of the communication",
+            "sequential", "3.00 ms", "fused", "2.00 ms",
+        }  # fmt: skip
+        ends = [
+            max(boxes.get_extents().x1 for of in axes.collections for boxes in of.get_paths())
+            for axes in (top, bottom)
+        ]
+        assert ends == pytest.approx([3, 2])
+
+
+def test_two_modes_have_processes_of_their_own(tmp_path):
+    Comparison(sequential_and_fused()).save_json(tmp_path / "t.json")
+    records = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    named = {r["args"]["name"]: r["pid"] for r in records if r["name"] == "process_name"}
+    assert list(named) == ["sequential rank 0", "sequential rank 1", "fused rank 0", "fused rank 1"]
+    assert len(set(named.values())) == 4
+    spans = [r for r in records if r["ph"] == "X"]
+    for mode in ("sequential", "fused"):
+        of_mode = [r for r in spans if r["pid"] in (named[f"{mode} rank {i}"] for i in range(2))]
+        assert len(of_mode) == 6
+        assert min(r["ts"] for r in of_mode) == 0
+
+
+def test_launches_beside_ctas_change_no_share():
+    fused = sequential_and_fused()["fused"]
+    ctas = Timeline([e for e in fused.events if e.cta >= 0])
+    assert fused.hidden_share == ctas.hidden_share == 0.5
+    assert fused.waits()[0, "compute"] == {"work": pytest.approx(1.3 / 2)}
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+def test_launches_of_a_sequential_call_are_events():
+    names = ["publish", "agree", "dispatch", "up_dgrad", "push", "home_reduce"]
+    records = np.zeros((8, 3), np.uint64)
+    records[: len(names)] = [(10 * i, 10 * i + 8, 3 * (i in (2, 4))) for i in range(len(names))]
+    events = events_of_launches(names, records, rank=1, row_bytes=128, offset_ns=1000)
+    assert [(e.role, e.name, e.flag) for e in events] == [LAUNCHES[name] for name in names]
+    assert [(e.begin_ns, e.end_ns) for e in events[:2]] == [(1000, 1008), (1010, 1018)]
+    assert [e.link_bytes for e in events] == [0, 0, 384, 0, 384, 0]
+    assert {(e.rank, e.cta, e.lane, e.tile) for e in events} == {(1, -1, -1, -1)}
+
+
+def test_launches_without_room_are_counted():
+    with pytest.warns(UserWarning, match="3 launches of rank 0 did not fit"):
+        events = events_of_launches(["up"] * 5, np.zeros((2, 3), np.uint64), 0, 128)
+    assert len(events) == 2
+
+
+class FakeMemory:
+    """Stands for CuPy: an array at address 0, streams of which those below 10 do not capture."""
+
+    uint64 = np.uint64
+
+    def __init__(self):
+        self.cuda = self.runtime = self
+        self.data, self.ptr = self, 0
+
+    def zeros(self, shape, dtype):
+        self.shape = shape
+        return self
+
+    def get(self):
+        return np.zeros(self.shape, self.uint64)
+
+    def streamIsCapturing(self, stream):
+        return stream >= 10
+
+
+def test_launches_are_timed_until_the_recording_ends(monkeypatch):
+    """Each gets its own record. What a stream captures is launched alone: its graph may outlive the
+    memory of the records."""
+    queued = []
+
+    def launch(name):
+        return lambda stream, *args: queued.append((name, stream, *args))
+
+    monkeypatch.setitem(sys.modules, "cupy", FakeMemory())
+    monkeypatch.setattr(launch_trace, "load_kernels", lambda _, *names: map(launch, names))
+    params = ParamStruct(exchange_params_dtype)
+    params.fields["send_offsets"], params.fields["state"] = 1000, 2000
+    before = {name: launch(name) for name in ("up", "dispatch", "finish")}
+    kernels = dict(before)
+    trace = launch_trace.LaunchTrace(kernels, num_ranks=4)
+    kernels["up"](1, "call")
+    kernels["dispatch"](2, params)
+    kernels["dispatch"](11, params)
+    kernels["finish"](1, params)
+    ok = 2000 + exchange_state_dtype.fields["ok"][1]
+    assert queued == [
+        ("read_clock", 1, 1, 0),
+        ("up", 1, "call"),
+        ("end_launch", 1, 1, 0, 0, 0),
+        ("read_clock", 2, 1, 24),
+        ("dispatch", 2, params),
+        ("end_launch", 2, 1, 24, ok, 1000 + 4 * 4),
+        ("dispatch", 11, params),
+        ("finish", 1, params),
+    ]
+    trace.end()
+    assert kernels == before
+    assert trace.read()[0] == ["up", "dispatch"]
 
 
 def test_waits_are_greys_that_can_be_told_apart():

@@ -233,8 +233,9 @@ def settings_of(base, spec, size, sms, training):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("size", "sms"), [(1, 132), (1, 2), (2, 66), (4, 32), (8, 16), (8, 8)])
 @pytest.mark.parametrize("hidden", [48, 512, 2048, 7168])
-def test_candidates_are_legal_few_and_different(size, sms, hidden, training):
-    spec = dataclasses.replace(SPEC, hidden=hidden)
+@pytest.mark.parametrize("save", ["rows", "nothing"])
+def test_candidates_are_legal_few_and_different(size, sms, hidden, training, save):
+    spec = dataclasses.replace(SPEC, hidden=hidden, save=save)
     base, settings = settings_of(cometrt.TileConfig(), spec, size, sms, training)
     assert sum(len(setting.changes) for setting in settings) <= (32 if training else 20)
     fields = set()
@@ -245,7 +246,7 @@ def test_candidates_are_legal_few_and_different(size, sms, hidden, training):
         assert len(set(configs)) == len(configs)
         fields |= set(changes[0])
         for which in search.PASSES if training else ("forward",):
-            schedules = {search.schedule(config, which) for config in configs}
+            schedules = {search.schedule(config, which, spec) for config in configs}
             assert len(schedules) == (len(configs) if which in passes else 1)
         if "num_phases" in changes[0]:
             assert len({tuple(c.last_distances(size)) for c in configs}) == len(configs)
@@ -285,9 +286,29 @@ def test_a_backward_keeps_its_fields_when_those_of_forward_change():
         order="columns", n_chunk=512, dispatch_ctas=16, combine_ctas=16
     )
     changed = dataclasses.replace(base, order="phases", n_chunk=1024, dispatch_ctas=2)
-    assert search.schedule(changed, "backward") == search.schedule(base, "backward")
-    assert search.schedule(changed, "forward") != search.schedule(base, "forward")
+    assert search.schedule(changed, "backward", SPEC) == search.schedule(base, "backward", SPEC)
+    assert search.schedule(changed, "forward", SPEC) != search.schedule(base, "forward", SPEC)
     assert search.with_own_backward(changed, 17) == changed
+
+
+def test_a_backward_that_computes_z_again_depends_on_the_forwards_dispatch_ctas():
+    spec = dataclasses.replace(SPEC, save="nothing")
+    base, settings = settings_of(cometrt.TileConfig(), spec, 8, 16, True)
+    passes = {name: of for of, changes in settings for name in changes[0] if len(changes[0]) == 1}
+    assert passes["dispatch_ctas"] == search.PASSES
+    assert passes["combine_ctas"] == ("forward",)
+    assert passes["backward_dispatch_ctas"] == ("backward",)
+
+    def time(config, which, counts=None):
+        """With few comm CTAs forward is a little faster, its kernel in a backward much slower."""
+        few = search.schedule(config, which, spec).dispatch_ctas == 4
+        return {"forward": 0.9 if few else 1.0, "backward": 3.0 if few else 2.0}[which]
+
+    found = search.search(base, settings, spec, 8, time)
+    swept = search.sweep(found, settings, spec, 8, time, lambda: False)
+    for result in (found, swept):
+        assert result.config.dispatch_ctas != 4
+        assert result.ms == {"forward": 1.0, "backward": 2.0}
 
 
 def test_illegal_changes_are_not_tried():
@@ -314,7 +335,7 @@ def test_the_search_times_no_illegal_config():
 
 def distance(config, wanted, which):
     """Milliseconds of a pass, the fewer the more fields of its schedule are as wanted."""
-    one, other = (dataclasses.asdict(search.schedule(c, which)) for c in (config, wanted))
+    one, other = (dataclasses.asdict(search.schedule(c, which, SPEC)) for c in (config, wanted))
     return 1.0 + sum(0.1 for name in one if one[name] != other[name])
 
 
@@ -333,7 +354,7 @@ def test_the_search_finds_the_best_where_settings_are_independent(best, training
     wanted, timed = dataclasses.replace(base, **best), []
 
     def time(config, which):
-        timed.append((which, search.schedule(config, which)))
+        timed.append((which, search.schedule(config, which, SPEC)))
         return distance(config, wanted, which)
 
     found = search.search(base, settings, SPEC, 8, time)
@@ -400,7 +421,7 @@ def test_a_sweep_finds_what_gains_only_together(training):
     """Of the forward, and in training of the backward too, which shares the phases."""
 
     def time(config, which, counts):
-        of = search.schedule(config, which)
+        of = search.schedule(config, which, SPEC)
         return 1.0 if (of.num_phases, of.order, of.combine_ctas) == (1, "columns", 4) else 2.0
 
     found, swept = sweep_of(time, training)
@@ -433,7 +454,7 @@ def test_a_sweep_times_each_schedule_once():
 
     def time(config, which, counts):
         if counts:
-            quick.append((which, search.schedule(config, which)))
+            quick.append((which, search.schedule(config, which, SPEC)))
         return 1.0
 
     sweep_of(time)
@@ -464,7 +485,7 @@ class FakeTrials:
     def time(self, config, which, counts=None):
         self.timed.append(which)
         self.elapsed_sec, self.longest_sec = self.elapsed_sec + 1.0, 1.0
-        of = search.schedule(config, which)
+        of = search.schedule(config, which, SPEC)
         if which == "forward":
             return 1.0 if of.order == "columns" else 2.0
         return 3.0 if of.combine_ctas == 8 else 4.0
@@ -483,9 +504,9 @@ def tuned(monkeypatch):
     one |= {"allgather": lambda value, purpose: [value], "barrier": lambda: None}
     world = fake_world(**one)
 
-    def run(training=True, budget_sec=45.0, problem=""):
+    def run(training=True, budget_sec=45.0, problem="", progress=None):
         geometry, base = Geometry(SPEC, 0, 1), cometrt.TileConfig()
-        given = (None, training, budget_sec, problem)
+        given = (None, training, budget_sec, problem, progress)
         return tune.tune(world, geometry, 0, base, *given)
 
     return run
@@ -505,6 +526,16 @@ def test_both_passes_are_tuned_and_stored(tuned):
     assert FakeTrials.made[0].closed
 
 
+def test_progress_is_told_after_each_trial(tuned):
+    told = []
+    tuned(progress=lambda count, best_ms: told.append((count, best_ms)))
+    (trials,) = FakeTrials.made
+    assert [count for count, _ in told] == list(range(1, len(trials.timed) + 1))
+    assert told[0] == (1, {"forward": 2.0})
+    assert told[1] == (2, {"forward": 2.0, "backward": 4.0})
+    assert told[-1][1] == {"forward": 1.0, "backward": 3.0}
+
+
 def test_without_training_the_forward_alone_is_tuned(tuned):
     config, _ = tuned(training=False)
     (trials,) = FakeTrials.made
@@ -513,6 +544,16 @@ def test_without_training_the_forward_alone_is_tuned(tuned):
     (entry,) = cache.read_entries(cache.cache_file()).values()
     assert entry["ms"] == {"forward": 1.0}
     assert config == cometrt.TileConfig(order="columns", n_chunk=512)
+
+
+def test_one_config_can_be_chosen_for_tests_of_layers(tuned, monkeypatch):
+    """As tests on GPUs do."""
+    from tests.device.test_tune import COLUMNS, choose
+
+    choose(monkeypatch, COLUMNS)
+    config, _ = tuned()
+    assert config == COLUMNS
+    assert FakeTrials.made[0].timed == ["forward", "backward"]
 
 
 def test_the_budget_ends_the_search(tuned):

@@ -213,6 +213,11 @@ def test_the_garbage_collector_is_paused_and_restored(enabled):
 def test_errors_survive_pickling():
     import pickle
 
-    error = cometrt.CapacityError.build(rank=1, need=20, capacity=10, enough=2.0)
-    copy = pickle.loads(pickle.dumps(error))
-    assert (str(copy), copy.need, copy.rank) == (str(error), 20, 1)
+    too_many = {"rank": 1, "need": 20, "capacity": 10, "capacity_factor": 2.0}
+    wrong = {"rank": 1, "token": 3, "k": 2}
+    for error, fields in (
+        (cometrt.CapacityError.build(**too_many), too_many),
+        (cometrt.RoutingError.build("topk_ids", "must be distinct", **wrong), wrong),
+    ):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), fields)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
-import traceback
 
 import cupy
 from mpi4py import MPI
@@ -15,6 +13,7 @@ from tests.cases import Case, Output, make_inputs, on_device, on_host, run_case
 from tests.device.test_orders import Rank
 from tests.host.test_failures import caught
 from tests.host.test_orders import batches_of
+from tests.multi.aborting import aborting
 from tests.multi.run_cases import CASES, checked
 
 MODES = (("fused", "engine"), ("sequential", "engine"), ("sequential", "cublas"))
@@ -97,25 +96,20 @@ def held(world):
 
 
 def main() -> None:
-    try:
-        with cometrt.connect(MPI.COMM_WORLD, device="cuda", timeout_sec=30) as world:
-            size = world.size
-            cases = (case for case in CASES if case.dtype == "bfloat16")
-            for case, (mode, gemm) in zip(cases, itertools.cycle(MODES), strict=False):
-                ranks = (size, min(case.ranks[1], size))
-                case = dataclasses.replace(case, ranks=ranks, mode=mode, gemm=gemm)
-                inputs = make_inputs(case)
-                checked(world, case, inputs, run_case(world, case, inputs))
-            slow_rank(world)
-            held(world)
-            mismatched(world)
-            gpus = len(set(world.allgather(cupy.cuda.Device().id)))
-            if world.rank == 0:
-                print(f"all cases passed on {gpus} GPUs", flush=True)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(1)
+    with aborting(), cometrt.connect(MPI.COMM_WORLD, device="cuda", timeout_sec=30) as world:
+        size = world.size
+        cases = (case for case in CASES if case.dtype == "bfloat16")
+        for case, (mode, gemm) in zip(cases, itertools.cycle(MODES), strict=False):
+            ranks = (size, min(case.ranks[1], size))
+            case = dataclasses.replace(case, ranks=ranks, mode=mode, gemm=gemm)
+            inputs = make_inputs(case)
+            checked(world, case, inputs, run_case(world, case, inputs))
+        slow_rank(world)
+        held(world)
+        mismatched(world)
+        gpus = len(set(world.allgather(cupy.cuda.Device().id)))
+        if world.rank == 0:
+            print(f"all cases passed on {gpus} GPUs", flush=True)
 
 
 if __name__ == "__main__":

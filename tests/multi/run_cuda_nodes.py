@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import sys
 import time
-import traceback
 
 import cupy
 import numpy as np
@@ -35,6 +33,7 @@ from tests.device.test_failures import Rank
 from tests.device.test_orders import Rank as OrdersRank
 from tests.host.test_failures import caught
 from tests.host.test_orders import batches_of
+from tests.multi.aborting import aborting
 from tests.multi.run_cases import checked
 from tests.multi.run_nodes import cases, together
 
@@ -196,6 +195,7 @@ def wrong_tables(world):
         error = caught(rank.layer.synchronize)
         assert isinstance(error, cometrt.RoutingError), error
         assert f"of rank {last}, token 2, k 1 break a rule" in str(error), error
+        assert (error.rank, error.token, error.k) == (last, 2, 1), vars(error)
         assert np.isnan(on_host(y).astype(np.float32)).all()
         rank.ids[...] = good
         together(world)
@@ -375,7 +375,7 @@ def main() -> None:
     args = parser.parse_args()
     global SLICES
     SLICES = args.slices
-    try:
+    with aborting():
         with cometrt.connect(MPI.COMM_WORLD, device="cuda", timeout_sec=30) as world:
             assert world.nodes > 1, "needs COMETRT_RANKS_PER_NODE"
             for part in PARTS:
@@ -388,10 +388,6 @@ def main() -> None:
             if args.soak:
                 soak(world, args.soak)
         print("all parts passed", flush=True)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(1)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """One process, one GPU, one rank: programs of JAX against a dense layer, and bits of CuPy calls.
 
 python -m tests.multi.run_jax_gpu
-python -m tests.multi.run_jax_gpu --time    also times a training step beside CuPy's calls
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +44,22 @@ def test_bits(moe, arrays, own):
         assert bits(step(dy, *arrays)) == bits(expected)
 
 
+def test_after_a_failed_call_later_ones_wait_for_the_check(moe, arrays):
+    x, ids, *rest = arrays
+    step = jax.jit(moe)
+    expected = bits([step(*arrays)])
+    for given in ([x, ids.at[3, 1].set(99), *rest], arrays, arrays):
+        assert bool(jnp.isnan(step(*given)).all())
+    try:
+        moe.check()
+    except cometrt.RoutingError:
+        pass
+    else:
+        raise AssertionError("check did not raise")
+    assert bits([step(*arrays)]) == expected
+    moe.check()
+
+
 def test_independent_calls_keep_their_order():
     """Of arrays of any sizes; XLA by itself would order them by size."""
     log = []
@@ -68,6 +81,16 @@ def test_independent_calls_keep_their_order():
         assert log == [0, 1, 2, 3], (sizes, log)
 
 
+def test_a_program_does_not_wait_for_the_one_before(moe, arrays):
+    step, dy, square = step_of(moe), jnp.sin(arrays[0]), jnp.ones((8192, 8192), jnp.bfloat16)
+    busy = jax.jit(lambda a: jax.lax.fori_loop(0, 50, lambda _, b: (a @ b) * 1e-4, a))
+    jax.block_until_ready([busy(square), step(dy, *arrays)])
+    first = busy(square)  # tens of milliseconds
+    results = [step(dy, *arrays) for _ in range(3)]
+    assert not first.is_ready()
+    jax.block_until_ready(results)
+
+
 def test_no_memory_is_taken_in_a_loop(moe, arrays):
     import cupy
 
@@ -79,58 +102,17 @@ def test_no_memory_is_taken_in_a_loop(moe, arrays):
     assert cupy.get_default_memory_pool().total_bytes() == before
 
 
-def time_steps(world) -> None:
-    """Microseconds of forward and backward of qwen3-30b-a3b at T = 8192: JAX, then CuPy calls."""
-    import cupy
-
-    from cometrt.models import MODELS
-
-    model = MODELS["qwen3-30b-a3b"]
-    spec = cometrt.MoESpec(
-        model.hidden, model.intermediate, model.num_experts, model.topk, 8192, capacity_factor=1.25
-    )
-    moe, arrays = cometrt_jax.MoE(world, spec), arrays_of(spec, 8192)
-    dy, step, repeats = jnp.sin(arrays[0]), step_of(moe), 50
-
-    def measured(run, wait) -> float:
-        for _ in range(5):
-            run()
-        wait()
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        wait()
-        return (time.perf_counter() - begin) / repeats * 1e6
-
-    last = []
-    in_jax = measured(
-        lambda: last.__setitem__(slice(None), step(dy, *arrays)),
-        lambda: jax.block_until_ready(list(last)),
-    )
-    moe.check()
-    layer = cometrt.MoELayer(next(iter(world.ranks.values())), spec)
-    given, up = [cupy.from_dlpack(array) for array in arrays], cupy.from_dlpack(dy)
-
-    def calls() -> None:
-        _, saved = layer.forward(*given)
-        layer.backward(up, saved)
-
-    in_cupy = measured(calls, cupy.cuda.Device().synchronize)
-    print(f"qwen3 forward and backward: JAX {in_jax:.0f} us, CuPy {in_cupy:.0f} us", flush=True)
-
-
 def main() -> None:
     jax.config.update("jax_cuda_visible_devices", "0")  # before JAX starts
     spec = small_spec(dtype="bfloat16", hidden=64, intermediate=64, max_tokens=64)
     arrays = arrays_of(spec, 48)
     with cometrt_jax.connect() as world:
-        if "--time" in sys.argv:
-            time_steps(world)
-            return
         with cometrt_jax.MoE(world, spec) as moe:
             test_independent_calls_keep_their_order()
             test_programs(moe, arrays)
             test_bits(moe, arrays, next(iter(world.ranks.values())))
+            test_a_program_does_not_wait_for_the_one_before(moe, arrays)
+            test_after_a_failed_call_later_ones_wait_for_the_check(moe, arrays)
             test_no_memory_is_taken_in_a_loop(moe, arrays)
         print(f"on {world.device}: all is well", flush=True)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import sys
 import time
-import traceback
 from pathlib import Path
 
 from mpi4py import MPI
@@ -18,6 +16,7 @@ from cometrt.world.room import Room
 from tests.cases import Case, check_case, make_inputs
 from tests.host.test_failures import caught
 from tests.host.test_orders import Rank
+from tests.multi.aborting import aborting
 
 SIZE = 3
 CASE = Case((SIZE, 1))
@@ -236,7 +235,7 @@ def kernels_that_wait_for_a_rank_that_closes():
 
 
 def main() -> None:
-    try:
+    with aborting():
         for part in (
             another_number_of_calls,
             a_late_close,
@@ -259,12 +258,6 @@ def main() -> None:
         world.close()
         assert "has been finalised" in str(caught(connect))
         print("all parts passed", flush=True)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        if MPI.Is_finalized():
-            os._exit(1)
-        MPI.COMM_WORLD.Abort(1)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import itertools
 import os
 import sys
 import time
-import traceback
 import types
 
 import numpy as np
@@ -32,6 +31,7 @@ from cometrt.world.failure import Failure
 from cometrt.world.layout import world_dtype
 from tests.cases import Case, Output, make_inputs
 from tests.host.test_failures import caught
+from tests.multi.aborting import aborting
 from tests.multi.run_cases import checked
 from tests.multi.run_nodes import cases, together
 
@@ -39,6 +39,10 @@ from tests.multi.run_nodes import cases, together
 
 
 class ndarray(np.ndarray):
+    @property
+    def _c_contiguous(self):
+        return self.flags.c_contiguous
+
     @property
     def data(self):
         return types.SimpleNamespace(device_id=0, ptr=self.ctypes.data if self.size else 0)
@@ -380,8 +384,9 @@ class Inner:
             self.outcome = (0, 0, 0)
             kept = getattr(self.host, name)(*arguments, **more)
             stats = self.host.stats()
-            words = at(self.stats_address, 1 + len(stats.rows), call_stats_dtype)
-            words["epoch"], words["value"][1:] = stats.epoch, stats.rows
+            waits = np.array([stats.waited_us, stats.rows_waited_us], np.float32).view(np.uint32)
+            words = at(self.stats_address, len(waits) + len(stats.rows), call_stats_dtype)
+            words["epoch"], words["value"] = stats.epoch, [*waits, *stats.rows]
             if kept:
                 kept["epoch"] = kept["epoch"].view(ndarray)
             return kept
@@ -538,6 +543,7 @@ def failures(world, kernels):
         error = caught(rank.layer.synchronize)
         assert isinstance(error, cometrt.RoutingError), error
         assert f"of rank {last}, token {token}, k 1 break a rule" in str(error), error
+        assert (error.rank, error.token, error.k) == (last, token, 1), vars(error)
         assert np.isnan(y.astype(np.float32)).all()
         epochs = [array for array in saved[1:] if getattr(array, "dtype", None) == np.int64]
         assert len(epochs) == SLICES
@@ -632,7 +638,7 @@ def failing(world, kernels):
 
 
 def main() -> None:
-    try:
+    with aborting():
         with cometrt.connect(MPI.COMM_WORLD, device="host", timeout_sec=30) as world:
             os.environ["NCCL_MAX_CTAS"] = "3"
             stand_in()
@@ -643,10 +649,6 @@ def main() -> None:
             for part in (steps, failures, bounds, mismatched, stalled, failing):
                 part(world, kernels)
         print("all parts passed", flush=True)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(1)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,9 @@ class BufferLayer(MoELayer):
         self.kept: Buffers = {of.name: (of.shape, of.dtype) for of in self.residuals(0)[1:-2]}
 
     def check_open(self) -> None:
-        """Raise a ValueError if the layer is closed."""
+        """Raise a ValueError if the layer or its world is closed."""
         self._scope.check_open()
+        self.world.check_open()
 
     @property
     def is_closed(self) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cometrt.buffers import Buffers
 from cometrt.call_scope import STOPPED
+from cometrt.cuda.arrays import capsule_pointer
 from cometrt.cuda.exchange_params import Call
 from cometrt.cuda.executor import CudaExecutor
 from cometrt.interop.jax.calls import BufferLayer
@@ -16,6 +18,28 @@ from cometrt.specs import MoESpec
 from cometrt.world import World
 
 _NAN_BYTE = 0xFF  # bfloat16 and float32 of such bytes are NaN
+
+
+class _Tensor(ctypes.Structure):
+    """The beginning of DLPack's DLManagedTensor."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device", ctypes.c_int32 * 2),
+        ("ndim", ctypes.c_int32),
+        ("dtype", ctypes.c_uint8 * 4),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+def address_of(buffer: Any) -> int:
+    """Of a buffer of XLA. Its `__cuda_array_interface__` raises for bfloat16, which takes longer
+    than all else here; a step has dozens of buffers."""
+    capsule = buffer.__dlpack__()
+    tensor = _Tensor.from_address(capsule_pointer(capsule, b"dltensor"))
+    return (tensor.data or 0) + tensor.byte_offset
 
 
 class _Stream:
@@ -81,7 +105,6 @@ class CudaLayer(BufferLayer):
         wide = ids.dtype.itemsize == 8
         with self._on(context):
             at = self._addresses(self._forward_names[bool(kept)], [*arguments, y, *kept, *scratch])
-            at = self.executor.with_scratch("forward", at)
             self._enqueue(Call("forward", x.shape[0], at, ids_are_64=wide))
 
     def backward_into(
@@ -96,10 +119,11 @@ class CudaLayer(BufferLayer):
         buffers = [dy, *kept, *weights, *results, *scratch]
         with self._on(context):
             at = self._addresses(self._backward_names, buffers)
-            at = self.executor.with_scratch("backward", at)
             self._enqueue(Call("backward", dy.shape[0], at))
 
     def _enqueue(self, call: Call) -> None:
+        # What the device has found is not raised here: ranks would find it at different calls. The
+        # device itself lets later calls do nothing until all hosts have raised it.
         with self.calling():
             self.executor.check_running(STOPPED)
             with self.executor.guard(call.operation):
@@ -118,16 +142,8 @@ class CudaLayer(BufferLayer):
             for buffer, byte in filled:
                 nbytes = math.prod(buffer.shape) * buffer.dtype.itemsize
                 if nbytes:
-                    self._cp.cuda.runtime.memsetAsync(
-                        self._address(buffer), byte, nbytes, stream.ptr
-                    )
+                    self._cp.cuda.runtime.memsetAsync(address_of(buffer), byte, nbytes, stream.ptr)
 
     def _addresses(self, names: Sequence[str], buffers: Sequence[Any]) -> dict[str, int]:
         pairs = zip(names, buffers, strict=True)
-        return {name: self._address(buffer) for name, buffer in pairs}
-
-    def _address(self, buffer: Any) -> int:
-        try:
-            return int(buffer.__cuda_array_interface__["data"][0])
-        except Exception:  # it does not know every dtype
-            return int(self._cp.from_dlpack(buffer).data.ptr)
+        return {name: address_of(buffer) for name, buffer in pairs}

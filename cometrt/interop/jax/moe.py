@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from cometrt.closing import Closing
 from cometrt.errors import first_original
 from cometrt.interop.jax.calls import BufferLayer, HostLayer, Rank, struct, structs
 from cometrt.interop.jax.primitive import buffer_call
@@ -32,7 +32,7 @@ def save_residuals() -> Any:
     return jax.checkpoint_policies.save_only_these_names(RESIDUALS)
 
 
-class MoE:
+class MoE(Closing):
     """One Mixture-of-Experts layer in JAX programs.
 
     Construction is collective. So is each call when the program runs: all ranks run the same
@@ -53,6 +53,10 @@ class MoE:
         spec: equal on all ranks.
         mode: as for `cometrt.MoELayer`.
 
+    Attributes:
+        layers: of the ranks of this process, for tests and benchmarks: they may change with any
+            version.
+
     Raises:
         ValueError, CometError, PeerTimeout: as `cometrt.MoELayer`.
     """
@@ -63,14 +67,14 @@ class MoE:
         if not isinstance(world, JaxWorld):
             raise ValueError(f"world must come from connect (got {world!r})")
         self.world, self.spec = world, spec
-        layers = on_ranks(
+        self.layers = on_ranks(
             {
                 index: functools.partial(_make_layer, member, spec, mode)
                 for index, member in world.ranks.items()
             }
         )
-        self._ranks = {index: Rank(layers[index], world.locks[index]) for index in layers}
-        layer = next(iter(layers.values()))
+        self._ranks = {index: Rank(of, world.locks[index]) for index, of in self.layers.items()}
+        layer = next(iter(self.layers.values()))
         self._geometry: Geometry = layer.geometry
         self.mode = layer.mode
         self._kept, self._backward_scratch = structs(layer.kept), structs(layer.backward_scratch())
@@ -82,6 +86,7 @@ class MoE:
             for training in (False, True)
         }
         self._run_backward = functools.partial(self._backward_on_rank)
+        self._check_devices = world.placement.check  # one object, which JAX compares by identity
         self._apply = jax.custom_vjp(functools.partial(self._forward, False))
         self._apply.defvjp(functools.partial(self._forward, True), self._backward)
 
@@ -101,12 +106,13 @@ class MoE:
 
         Raises:
             ValueError: when it is traced: for shapes and dtypes that are not a rank's, outside of
-                the shard_map that the world's mesh needs, and after `close`.
+                the shard_map that the world's mesh needs, and after `close`, also of the world.
+                When it is compiled: for devices that are not the world's, or in another order.
             RoutingError, CapacityError, PeerTimeout, MismatchError: of an earlier call.
         """
         for rank in self._ranks.values():
             rank.layer.check_open()
-            rank.raise_found()
+        self._on_ranks(Rank.raise_found)
         arrays = [jnp.asarray(array) for array in (x, topk_ids, topk_weights, w_up, w_down)]
         self._index()
         self._check(*arrays)
@@ -142,21 +148,11 @@ class MoE:
         if errors:
             raise first_original(errors)
 
-    def __enter__(self) -> MoE:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.close()
-            return
+    def abandon(self, error: BaseException) -> None:
+        """As `close`, because of `error`: it neither waits nor raises."""
         for rank in self._ranks.values():
             with rank.layer.on_gpu():
-                rank.layer.__exit__(kind, error, traceback)
+                rank.layer.abandon(error)
 
     def __repr__(self) -> str:
         return f"<MoE of {self.world!r}, mode={self.mode!r}, {self.spec}>"
@@ -219,7 +215,7 @@ class MoE:
         x, _, _, w_up, w_down = arrays
         kept_forms = self._kept if training else []
         results = [self._form(x.shape), *kept_forms, *self._forward_scratch[training]]
-        found = buffer_call(self._run_forward[training], results, *arrays, self._index())
+        found = self._buffer_call(self._run_forward[training], results, *arrays)
         y, *kept = _vary(_varying(x), found[: 1 + len(kept_forms)])
         if not training:
             return y
@@ -235,13 +231,13 @@ class MoE:
             self._form(w_up.shape),
             self._form(w_down.shape),
         ]
-        found = buffer_call(
-            self._run_backward,
-            [*forms, *self._backward_scratch],
-            *(dy, *kept, w_up, w_down, self._index()),
-        )
+        results = [*forms, *self._backward_scratch]
+        found = self._buffer_call(self._run_backward, results, dy, *kept, w_up, w_down)
         dx, dweights, dw_up, dw_down = _vary(_varying(w_up), found[: len(forms)])
         return dx, np.zeros(pairs, jax.dtypes.float0), dweights, dw_up, dw_down
+
+    def _buffer_call(self, run: Any, results: Any, *operands: Any) -> list[Any]:
+        return buffer_call(run, results, *operands, self._index(), check=self._check_devices)
 
     def _form(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         return struct(shape, self.spec.numpy_dtype)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import jax
 from jax import tree_util
-from jax._src import buffer_callback, core, effects
+from jax._src import buffer_callback, core, dispatch, effects
 from jax._src.interpreters import partial_eval
 from jax._src.lib.mlir.dialects import hlo
 from jax.extend.core import Primitive
@@ -39,20 +39,52 @@ for _allowing in (
     _allowing.add_type(CallEffect)
 
 _EFFECT = CallEffect()
+
+
+def _let_programs_run_ahead() -> None:
+    """JAX keeps the token that a program returns for an ordered effect, and the next program with
+    the effect does not start before it is ready. On a GPU that wait only costs time: programs
+    follow each other on XLA's stream. So tokens of this effect on GPUs are not kept."""
+    keep = dispatch.RuntimeTokenSet.set_token_result
+
+    def set_token_result(tokens: Any, effect: Any, token: Any) -> None:
+        if effect == _EFFECT and _is_on_gpu(token):
+            tokens.current_tokens.pop(effect, None)
+        else:
+            keep(tokens, effect, token)
+
+    dispatch.RuntimeTokenSet.set_token_result = set_token_result
+
+
+def _is_on_gpu(token: Any) -> bool:
+    return all(device.platform == "gpu" for device in token._buf.devices())
+
+
+_let_programs_run_ahead()
+
 _call = Primitive("cometrt_call")
 _call.multiple_results = True
 
 
+def _check_nothing(context: Any) -> None:
+    pass
+
+
 def buffer_call(
-    run: Callable[..., None], results: Sequence[jax.ShapeDtypeStruct], *operands: Any
+    run: Callable[..., None],
+    results: Sequence[jax.ShapeDtypeStruct],
+    *operands: Any,
+    check: Callable[[Any], None] = _check_nothing,
 ) -> list[Any]:
     """Call ``run(context, results, *operands)`` when the program runs; the results.
 
     Args:
         run: gets XLA's context and buffers, and fills those of the results.
         results: their shapes and dtypes.
+        check: hashable. It gets `axis_context` of JAX's lowering, which knows the devices of the
+            program; what it raises, compiling raises.
     """
-    return _call.bind(*operands, run=run, results=tuple(results), repeated=False)
+    return _call.bind(*operands, run=run, results=tuple(results), check=check, repeated=False)
 
 
 @_call.def_effectful_abstract_eval
@@ -61,19 +93,20 @@ def _shapes(*_operands: Any, results: Any, **_params: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(run: Any, results: Any) -> Any:
-    return jax.jit(functools.partial(_call.bind, run=run, results=results, repeated=False))
+def _compiled(run: Any, results: Any, check: Any) -> Any:
+    params = {"run": run, "results": results, "check": check, "repeated": False}
+    return jax.jit(functools.partial(_call.bind, **params))
 
 
 @_call.def_impl
-def _run_eagerly(*operands: Any, run: Any, results: Any, repeated: bool) -> Any:
+def _run_eagerly(*operands: Any, run: Any, results: Any, check: Any, repeated: bool) -> Any:
     del repeated
-    return _compiled(run, results)(*operands)
+    return _compiled(run, results, check)(*operands)
 
 
-def _lower(context: Any, *operands: Any, run: Any, results: Any, repeated: bool) -> Any:
+def _lower(context: Any, *operands: Any, run: Any, check: Any, **_params: Any) -> Any:
     """As a custom call that takes the effect's token as its first operand and returns it."""
-    del repeated
+    _check_devices(context, check)
 
     def callback(context: Any, buffers: Any, _token: Any, *operands: Any) -> None:
         run(context, buffers[1:], *operands)
@@ -88,11 +121,11 @@ def _lower(context: Any, *operands: Any, run: Any, results: Any, repeated: bool)
     return values
 
 
-def _lower_on_gpu(context: Any, *operands: Any, run: Any, results: Any, repeated: bool) -> Any:
+def _lower_on_gpu(context: Any, *operands: Any, run: Any, check: Any, **_params: Any) -> Any:
     """As a custom call whose operands wait for the token, and whose first result the token waits
     for. It has no token itself, since XLA's GPU compiler stops at such a call in a loop. The two
     barriers order calls until XLA has scheduled them; it removes barriers after that."""
-    del repeated
+    _check_devices(context, check)
 
     def callback(context: Any, buffers: Any, *operands: Any) -> None:
         run(context, buffers, *operands)
@@ -103,6 +136,10 @@ def _lower_on_gpu(context: Any, *operands: Any, run: Any, results: Any, repeated
     after, first = hlo.optimization_barrier([before, first])
     context.set_tokens_out(mlir.TokenSet({_EFFECT: after}))
     return [first, *rest]
+
+
+def _check_devices(context: Any, check: Callable[[Any], None]) -> None:
+    check(getattr(context.module_context, "axis_context", None))
 
 
 def _custom_call(context: Any, callback: Callable[..., None], *operands: Any) -> Any:

@@ -8,14 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
+from cometrt.closing import Closing
 from cometrt.errors import first_original
 from cometrt.interop.jax.bootstrap import DistributedStore, LocalStore, Store, StoreComm
+from cometrt.interop.jax.placement import Placement
 from cometrt.specs import check_timeout
 from cometrt.world import World
 from cometrt.world import connect as connect_by_mpi
@@ -49,8 +50,9 @@ class Place(NamedTuple):
     row: int = 0
 
 
-class JaxWorld:
-    """This process's ranks in the worlds of a JAX program; made by `connect`.
+class JaxWorld(Closing):
+    """This process's ranks in the worlds of a JAX program; made by `connect`. Making it is
+    collective.
 
     Attributes:
         ranks: worlds by the place of their device in the flattened mesh; without a mesh, by 0.
@@ -58,12 +60,17 @@ class JaxWorld:
         axis: of `connect`; None without a mesh.
         size: number of ranks of a world.
         device: "host" or "cuda".
+        placement: of the ranks; programs must have it.
     """
 
     def __init__(self, ranks: Mapping[int, World], mesh: Any = None, axis: str | None = None):
         self.ranks, self.mesh, self.axis = dict(ranks), mesh, axis
         world = next(iter(self.ranks.values()))
         self.size, self.device = world.size, world.device
+        processes: tuple[int, ...] = ()
+        if mesh is None:
+            processes = tuple(world.allgather(jax.process_index(), purpose="processes of JAX"))
+        self.placement = Placement(mesh, processes)
         self.locks = {index: threading.Lock() for index in self.ranks}
 
     @property
@@ -89,20 +96,10 @@ class JaxWorld:
         jax.effects_barrier()
         on_ranks({index: world.close for index, world in self.ranks.items()})
 
-    def __enter__(self) -> JaxWorld:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            for world in self.ranks.values():
-                world.abandon(error)
+    def abandon(self, error: BaseException) -> None:
+        """As `World.abandon`, on all ranks of this process."""
+        for world in self.ranks.values():
+            world.abandon(error)
 
     def __repr__(self) -> str:
         ranks = [world.rank for world in self.ranks.values()]
