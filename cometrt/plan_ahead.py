@@ -8,7 +8,7 @@ epoch and tables come once for each slice.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,7 @@ from cometrt.types import Arrays
 _OF_FORWARD = ("x", "z", "w_up", "w_down")  # arrays of `saved` that no plan has
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class PlanAhead:
+class PlanAhead(NamedTuple):
     """`plan` with names.
 
     Attributes:
@@ -38,14 +37,16 @@ class PlanAhead:
 
     def of_slices(self) -> list[PlanAhead]:
         """Those of each slice."""
-        first = dataclasses.replace(self, others=())
-        return [first, *(dataclasses.replace(first, **made) for made in self.others)]
+        first = self._replace(others=())
+        return [first, *(first._replace(**made) for made in self.others)]
 
     def pack(self, origin: Origin) -> tuple[Any, ...]:
         """`plan`."""
         meta = np.array([*origin, self.num_tokens, self.serial], np.int64)
         meta.flags.writeable = False
-        others = [array for of in self.others for array in (of["epoch"], *of["tables"])]
+        if not self.others:
+            return (meta, self.epoch, *self.tables)
+        others = (array for of in self.others for array in (of["epoch"], *of["tables"]))
         return (meta, self.epoch, *self.tables, *others)
 
     @staticmethod

@@ -77,10 +77,7 @@ class Residuals(NamedTuple):
         meta = np.array([*origin, self.num_tokens, self.serial], np.int64)
         meta.flags.writeable = False
         z = () if self.z is None else (self.z,)
-        others: list[Any] = []
-        for of in self.others:
-            others += (of["epoch"], of["x"], *(() if of["z"] is None else (of["z"],)))
-            others += of["tables"]
+        others = _flat(self.others) if self.others else ()
         return (meta, self.epoch, self.x, *z, *self.tables, *others, self.w_up, self.w_down)
 
     @staticmethod
@@ -158,6 +155,15 @@ def by_slice(arrays: list[Any], slices: int) -> list[list[Any]]:
     """Those of each slice. All slices have as many, one slice behind the other."""
     count = len(arrays) // slices
     return [arrays[begin : begin + count] for begin in range(0, len(arrays), count)]
+
+
+def _flat(slices: tuple[dict[str, Any], ...]) -> list[Any]:
+    """The arrays of `Residuals.others`, in their order in `saved`."""
+    arrays: list[Any] = []
+    for of in slices:
+        z = () if of["z"] is None else (of["z"],)
+        arrays += (of["epoch"], of["x"], *z, *of["tables"])
+    return arrays
 
 
 def _named(saves_z: bool, epoch: Any, x: Any, *tables: Any) -> dict[str, Any]:
