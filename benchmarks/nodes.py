@@ -3,22 +3,29 @@
     mpirun -n 4 python3 -m benchmarks.nodes [--ranks-per-node 2] [options]
 
     --models qwen3-30b-a3b,... --tokens 8192,... --calls 20 --rounds 5 --out nodes.json
+    --slices 1,3,4    values of rail_slices to measure
+    --nccl-sms 8      SMs that the kernels of several slices leave to NCCL; by default as many as
+                      TileConfig says
 
 GPUs of one host are cut into nodes. NCCL_MAX_NCHANNELS limits the channels of NCCL, and so its rate
-between them: that of a network. It holds for all contenders:
+between them: that of a network. More than one slice needs it, or NCCL_MAX_CTAS. It holds for all
+contenders:
 
-    nodes         the layer over several nodes
+    nodes, n      the layer over several nodes, with n slices
     node alone    its node's layer, with the tokens of the rail, which nothing brings
     rail alone    what crosses between nodes before and after it
     all-to-all    NCCL's all-to-all over all ranks, with the same GEMMs (forwards)
     one node      the fused layer with all ranks on one node
 
-Milliseconds a call, back to back, of the slowest rank; the median of the rounds.
+Milliseconds a call, back to back, of the slowest rank; the median of the rounds. Hidden, of each n:
+(node alone + rail alone - nodes) / the smaller of the two. Node and rail alone have one slice.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import os
 import statistics
 import sys
@@ -34,10 +41,15 @@ from cometrt.bench.contenders import free_memory
 from cometrt.bench.nccl import Experts, Nccl, NcclForward
 from cometrt.bench.records import machine, write
 from cometrt.bench.workloads import SHAPES, Cell, device_normal, relative_error, routing, tolerance
+from cometrt.nodes.slices import RailSlices
 from cometrt.residuals import Residuals
 from cometrt.trace import NullTracer
+from cometrt.world.nccl import max_ctas
 
-CHANNELS = ("NCCL_MAX_NCHANNELS", "NCCL_MAX_P2P_NCHANNELS", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE")
+CHANNELS = (
+    *("NCCL_MAX_CTAS", "NCCL_MAX_NCHANNELS", "NCCL_MAX_P2P_NCHANNELS"),
+    *("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE"),
+)
 RANKS_PER_NODE = "COMETRT_RANKS_PER_NODE"
 Run = Callable[[], Any]
 
@@ -45,13 +57,28 @@ Run = Callable[[], Any]
 class Contenders:
     """One rank's layers and arrays."""
 
-    def __init__(self, nodes: cometrt.World, whole: cometrt.World, cell: Cell) -> None:
+    def __init__(
+        self, nodes: cometrt.World, whole: cometrt.World, cell: Cell, slices: dict[int, int | None]
+    ) -> None:
         """Collective.
 
         Args:
             nodes, whole: worlds of the same ranks, over several nodes and on one.
+            slices: rail_slices -> nccl_sms of further layers.
         """
         self.layer = cometrt.MoELayer(nodes, cell.spec, "fused")
+        self.layers = {
+            count: self.layer
+            if count == 1
+            else cometrt.MoELayer(
+                nodes,
+                cell.spec,
+                "fused",
+                config=dataclasses.replace(self.layer.config, rail_slices=count, nccl_sms=sms),
+            )
+            for count, sms in slices.items()
+        }
+        (self.whole_rail,) = RailSlices(nodes.nodes, nodes.node_index, cell.tokens).calls()
         self.whole = cometrt.MoELayer(whole, cell.spec, "fused")
         self.planner = cometrt.MoELayer(whole, cell.spec, "sequential")
         model, ids = SHAPES[cell.model], routing(cell)
@@ -94,28 +121,38 @@ class Contenders:
 
     def rail_forward(self) -> None:
         executor: Any = self.layer.executor
-        x, tables = executor.inner.buffer(), (self.ids, self.topk_weights)
-        executor.rail.gather("forward", len(self.x), self.x, x, *tables)
-        executor.rail.send_back(self.y)
+        rail, tables = executor.rail, (self.ids, self.topk_weights)
+        rail.begin("forward", len(self.x), self.x, executor.inner.buffer(), *tables)
+        rail.end_slice(0, self.whole_rail, rows=True, dweights=False)
+        rail.end(self.y)
 
     def rail_step(self) -> None:
         executor: Any = self.layer.executor
+        rail = executor.rail
         self.rail_forward()
-        executor.rail.gather("backward", len(self.dy), self.dy, executor.rail.rows)
-        executor.rail.send_back(self.grads.x, self.grads.topk_weights)
+        rail.begin("backward", len(self.dy), self.dy, rail.rows)
+        rail.end_slice(0, self.whole_rail, rows=True, dweights=True)
+        rail.end(self.grads.x, self.grads.topk_weights)
 
     def runs(self) -> dict[str, dict[str, Run]]:
         """By pass and contender."""
+
+        def over(call: Callable[[cometrt.MoELayer], Any]) -> dict[str, Run]:
+            return {
+                f"nodes, {count}": functools.partial(call, layer)
+                for count, layer in self.layers.items()
+            }
+
         return {
-            "forward": {
-                "nodes": lambda: self.forward(self.layer),
+            "forward": over(self.forward)
+            | {
                 "node alone": self.node_forward,
                 "rail alone": self.rail_forward,
                 "all-to-all": self.nccl,
                 "one node": lambda: self.forward(self.whole),
             },
-            "both": {
-                "nodes": lambda: self.step(self.layer),
+            "both": over(self.step)
+            | {
                 "node alone": self.node_step,
                 "rail alone": self.rail_step,
                 "one node": lambda: self.step(self.whole),
@@ -127,12 +164,15 @@ class Contenders:
         self.forward(self.whole)
         self.whole.synchronize()
         expected = self.y.copy()
-        self.y.fill(np.nan)
-        self.forward(self.layer)
-        self.layer.synchronize()
+        found = {}
+        for count, layer in self.layers.items():
+            self.y.fill(np.nan)
+            self.forward(layer)
+            layer.synchronize()
+            found[f"nodes, {count}"] = self.y.copy()
         self.nccl()
         cp.cuda.get_current_stream().synchronize()
-        found = {"nodes": self.y, "all-to-all": self.nccl.y}
+        found["all-to-all"] = self.nccl.y
         errors = {name: float(relative_error(y, expected)) for name, y in found.items()}
         for name, error in errors.items():
             if not error <= tolerance("bfloat16"):
@@ -140,7 +180,8 @@ class Contenders:
         return errors
 
     def close(self) -> None:
-        self.layer.close()
+        for layer in {self.layer, *self.layers.values()}:
+            layer.close()
         self.whole.close()
         self.planner.close()
 
@@ -166,7 +207,8 @@ def time_run(world: cometrt.World, run: Run, calls: int, rounds: int) -> float:
 
 def measure(nodes: cometrt.World, whole: cometrt.World, cell: Cell, args: Any) -> dict[str, Any]:
     """Collective: the entry of a cell."""
-    contenders = Contenders(nodes, whole, cell)
+    slices = {count: args.nccl_sms if count > 1 else None for count in args.slices}
+    contenders = Contenders(nodes, whole, cell, slices)
     errors = contenders.check()
     times = {
         which: {name: time_run(nodes, run, args.calls, args.rounds) for name, run in runs.items()}
@@ -178,8 +220,12 @@ def measure(nodes: cometrt.World, whole: cometrt.World, cell: Cell, args: Any) -
     entry["rail_gbps"] = sent / times["forward"]["rail alone"] / 1e6
     entry["hidden"] = {}
     for which, ms in times.items():
-        apart = ms["node alone"] + ms["rail alone"] - ms["nodes"]
-        entry["hidden"][which] = apart / min(ms["node alone"], ms["rail alone"])
+        apart = ms["node alone"], ms["rail alone"]
+        entry["hidden"][which] = {
+            name: (sum(apart) - value) / min(apart)
+            for name, value in ms.items()
+            if name.startswith("nodes")
+        }
     return entry
 
 
@@ -197,10 +243,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ranks-per-node", type=int, default=2)
     parser.add_argument("--calls", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--slices", default="1,3,4")
+    parser.add_argument("--nccl-sms", type=int)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     if unknown := set(args.models.split(",")) - set(SHAPES):
         parser.error(f"--models must be of {', '.join(SHAPES)} (got {', '.join(unknown)})")
+    args.slices = sorted(map(int, args.slices.split(",")))
+    if args.slices[-1] > 1 and max_ctas(os.environ) is None:
+        parser.error("set NCCL_MAX_NCHANNELS or NCCL_MAX_CTAS, or measure --slices 1 alone")
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
@@ -221,7 +272,8 @@ def show(cell: Cell, nodes: cometrt.World, entry: dict[str, Any]) -> None:
     print(f"{cell}, {nodes.nodes} x {nodes.ranks_per_node}: rail {entry['rail_gbps']:.1f} GB/s")
     for which, ms in entry["times"].items():
         shown = ", ".join(f"{name} {value:.3f}" for name, value in ms.items())
-        print(f"  {which} ms: {shown}; hidden {entry['hidden'][which]:.2f}", flush=True)
+        hidden = ", ".join(f"{name} {of:.2f}" for name, of in entry["hidden"][which].items())
+        print(f"  {which} ms: {shown}; hidden: {hidden}", flush=True)
 
 
 if __name__ == "__main__":

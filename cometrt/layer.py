@@ -22,9 +22,10 @@ from cometrt.executor import Executor
 from cometrt.layer_life import LayerLife
 from cometrt.memory import buffers_of, check_room
 from cometrt.nodes import make_executor
+from cometrt.nodes.slices import RailSlices
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.plan_ahead import PlanAhead, plan_specs
-from cometrt.residuals import ArraySpec, Origin, Residuals, Uses, array_specs
+from cometrt.residuals import ArraySpec, Origin, Residuals, Serials, Uses, array_specs
 from cometrt.specs import Geometry, Gradients, MoESpec, check_int, geometry_of_node
 from cometrt.trace import NullTracer, Tracer
 from cometrt.tuner.tune import Progress, tune
@@ -90,11 +91,13 @@ class MoELayer(LayerLife):
         self.tracer: Tracer = NullTracer()
         self.geometry = Geometry(spec, world.rank, world.size)
         self._use(config)
-        check_room(world, self.shape, self.mode, self.caller_allocates)
-        self._num_forwards, self._uses = 0, Uses()
+        check_room(world, self.shape, self.mode, self._slices, self.caller_allocates)
+        self._serials, self._uses = Serials(), Uses()
         self._arrays: Arrays
         self.executor: Executor  # for tests and benchmarks: it may change with any version
-        self._arrays, self.executor = make_executor(world, spec, self.shape, self._layer, self.mode)
+        self._arrays, self.executor = make_executor(
+            world, spec, self.shape, self._slices, self._layer, self.mode
+        )
         self._scope = CallScope(world)
         self._finalizer = self.executor.keep_for(self)
 
@@ -150,7 +153,9 @@ class MoELayer(LayerLife):
                 tables = topk_ids, topk_weights
                 inputs = check_forward(arrays, self.geometry, x, *tables, w_up, w_down)
             else:
-                ahead = PlanAhead.unpack(plan, self._plan_origin(), self._plan_specs, arrays)
+                ahead = PlanAhead.unpack(
+                    plan, self._plan_origin(), self._plan_specs, arrays, self._slices.count
+                )
                 inputs = check_planned_forward(arrays, self.geometry, x, ahead, w_up, w_down)
             check_bool("training", training)
             wanted: WantedResults = {"out": (out, inputs[0].shape, dtypes)}
@@ -161,9 +166,9 @@ class MoELayer(LayerLife):
                 )
             if kept is None:
                 return y, None
-            self._num_forwards += 1
             *_, w_up, w_down = inputs
-            saved = Residuals(self._num_forwards, len(y), w_up=w_up, w_down=w_down, **kept)
+            serial = self._serials.next(self.world.generation)
+            saved = Residuals(serial, len(y), w_up=w_up, w_down=w_down, **kept)
             return y, saved.pack(self._origin())
 
     def backward(
@@ -201,7 +206,9 @@ class MoELayer(LayerLife):
                 all the same: the host does not wait to know.
         """
         with self._exchange("layer.backward", stream):
-            kept = Residuals.unpack(saved, self._origin(), self._saved_specs, self._arrays)
+            kept = Residuals.unpack(
+                saved, self._origin(), self._saved_specs, self._arrays, self._slices.count
+            )
             self._uses.check(kept)
             dy, wanted = check_backward(self._arrays, self.geometry, dy, kept, out, accumulate)
             grads = Gradients(*make_results(self._arrays, self.executor, "backward", wanted))
@@ -237,7 +244,9 @@ class MoELayer(LayerLife):
         with self._exchange("layer.plan", stream), FillingNaN():
             tables = check_tables(self._arrays, self.geometry, topk_ids, topk_weights)
             made = self.executor.plan(*tables, tracer=self.tracer)
-            return PlanAhead(num_tokens=len(tables[0]), **made).pack(self._plan_origin())
+            return PlanAhead(
+                self._serials.next(self.world.generation), len(tables[0]), **made
+            ).pack(self._plan_origin())
 
     def residuals(self, num_tokens: int) -> tuple[ArraySpec, ...]:
         """Name, shape and dtype of each array of `saved`, in its order: those of a forward of
@@ -254,10 +263,12 @@ class MoELayer(LayerLife):
         return self._saved_specs
 
     def _use(self, config: TileConfig) -> None:
-        of_node = geometry_of_node(self.spec, self.world.rank, self.world.size, self.world.nodes)
+        world, slices = self.world, config.rail_slices
+        of_node = geometry_of_node(self.spec, world.rank, world.size, world.nodes, slices)
         self.config, self.shape = config, PlanShape(of_node, config)
-        residuals = buffers_of(self.world.device).residuals(self.shape)
-        self._saved_specs = array_specs(self.shape, residuals)
+        self._slices = RailSlices(world.nodes, world.node_index, self.spec.max_tokens, slices)
+        residuals = buffers_of(world.device).residuals(self.shape)
+        self._saved_specs = array_specs(self.shape, residuals, slices)
         self._plan_specs = plan_specs(self._saved_specs)
 
     def _exchange(self, name: str, stream: Any) -> contextlib.AbstractContextManager[None]:

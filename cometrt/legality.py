@@ -41,9 +41,10 @@ def check_layer(
     if not isinstance(config, TileConfig):
         raise ValueError(f"config must be a TileConfig (got {type(config)!r})")
     modes = MODES if mode is None else (check_choice("mode", mode, MODES),)
+    _check_slices(config, nodes)
     if nodes > 1:
         _check_nodes(Geometry(spec, 0, size), nodes)
-    shape = PlanShape(geometry_of_node(spec, 0, size, nodes), config)
+    shape = PlanShape(geometry_of_node(spec, 0, size, nodes, config.rail_slices), config)
     broken = _broken_table_rule(shape) or _broken_device_rule(shape, device)
     if broken:
         raise ValueError(broken)
@@ -52,6 +53,16 @@ def check_layer(
         if not problem:
             return candidate
     raise ValueError(problems[0])
+
+
+def _check_slices(config: TileConfig, nodes: int) -> None:
+    if nodes == 1 and config.rail_slices > 1:
+        raise ValueError(f"rail_slices must be 1 on one node (got {config.rail_slices})")
+    if config.nccl_sms is not None and config.rail_slices == 1:
+        raise ValueError(
+            f"nccl_sms must be None with rail_slices=1, where NCCL runs alone "
+            f"(got {config.nccl_sms})"
+        )
 
 
 def _check_nodes(geometry: Geometry, nodes: int) -> None:

@@ -13,6 +13,7 @@ from cometrt.host import buffers as host_buffers
 from cometrt.kernels.constants import MAX_RANKS
 from cometrt.legality import check_layer
 from cometrt.nodes.buffers import rail_bytes
+from cometrt.nodes.slices import RailSlices
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.specs import MoESpec, check_choice, check_int, geometry_of_node
 from cometrt.world import World
@@ -68,13 +69,27 @@ def memory_of_layer(
         raise ValueError(f"ranks_per_node must divide all ranks, {size} (got {here})")
     nodes = size // here
     mode = check_layer(spec, size, device, mode, config, nodes)
-    shape = PlanShape(geometry_of_node(spec, 0, size, nodes), config or TileConfig())
-    return memory_of(shape, device, mode, training, nodes)
+    config = config or TileConfig()
+    of_node = geometry_of_node(spec, 0, size, nodes, config.rail_slices)
+    shape = PlanShape(of_node, config)
+    return memory_of(
+        shape, device, mode, training, RailSlices(nodes, 0, spec.max_tokens, config.rail_slices)
+    )
 
 
-def memory_of(shape: PlanShape, device: str, mode: str, training: bool, nodes: int = 1) -> Memory:
-    """The memory of a legal layer. `shape`: within a node."""
+def memory_of(
+    shape: PlanShape, device: str, mode: str, training: bool, slices: RailSlices | None = None
+) -> Memory:
+    """The memory of a legal layer.
+
+    Args:
+        shape: within a node.
+        slices: of a layer over several nodes; None: all ranks are on one.
+    """
     buffers = buffers_of(device)
+    if slices is not None and slices.nodes == 1:
+        slices = None
+    residuals = total_bytes(buffers.residuals(shape)) * (slices.count if slices else 1)
     geometry = shape.geometry
     shared = device_control_block_dtype if device == "cuda" else control_block_dtype(geometry.size)
     weights: Buffers = {
@@ -83,9 +98,9 @@ def memory_of(shape: PlanShape, device: str, mode: str, training: bool, nodes: i
     }
     return Memory(
         heap=sum(region_bytes(heap_table(shape)).values()) + shared.itemsize,
-        residuals=total_bytes(buffers.residuals(shape)) if training else 0,
+        residuals=residuals if training else 0,
         scratch=buffers.scratch_bytes(shape, mode, training)
-        + (rail_bytes(shape, device, training) if nodes > 1 else 0),
+        + (rail_bytes(slices, shape, device, training) if slices else 0),
         weights=total_bytes(weights),
     )
 
@@ -116,16 +131,23 @@ _FIELDS = {
 }
 
 
-def check_room(world: World, shape: PlanShape, mode: str, caller_allocates: bool = False) -> None:
+def check_room(
+    world: World,
+    shape: PlanShape,
+    mode: str,
+    slices: RailSlices | None = None,
+    caller_allocates: bool = False,
+) -> None:
     """Collective: check that the memory a layer needs without training is available.
 
     Args:
+        slices: as for `memory_of`.
         caller_allocates: whether the arrays of calls are in memory that the caller has already.
 
     Raises:
         CometError: the same on all ranks, if any host or GPU has too little.
     """
-    memory = memory_of(shape, world.device, mode, training=False, nodes=world.nodes)
+    memory = memory_of(shape, world.device, mode, training=False, slices=slices)
     needed = world.node.regions.to_allocate(region_bytes(heap_table(shape)))
     if world.device == "cuda":  # on the host, scratch takes a page only when a row is written
         needed += held_bytes(shape, mode) if caller_allocates else memory.scratch

@@ -4,6 +4,9 @@
 tables, on "cuda" in one array; w_up; w_down), where x is the gathered rows [capacity, H]
 (save="rows") or this rank's tokens [max_tokens, H] (save="z" and "nothing"). z is left out with
 save="nothing". Activations without a gate have z [capacity, I_s].
+
+A layer over several nodes with rail_slices > 1 has epoch, x, z and tables once for each slice, one
+slice behind the other.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ class Residuals(NamedTuple):
         epoch: of the forward.
         z: None with save="nothing".
         tables: the plan's.
+        others: epoch, x, z and tables of the slices behind the first.
     """
 
     serial: int
@@ -61,29 +65,42 @@ class Residuals(NamedTuple):
     tables: tuple[Any, ...]
     w_up: Any
     w_down: Any
+    others: tuple[dict[str, Any], ...] = ()
+
+    def of_slices(self) -> list[Residuals]:
+        """Those of each slice."""
+        first = self._replace(others=())
+        return [first, *(first._replace(**kept) for kept in self.others)]
 
     def pack(self, origin: Origin) -> tuple[Any, ...]:
         """`saved`."""
         meta = np.array([*origin, self.num_tokens, self.serial], np.int64)
         meta.flags.writeable = False
         z = () if self.z is None else (self.z,)
-        return (meta, self.epoch, self.x, *z, *self.tables, self.w_up, self.w_down)
+        others = _flat(self.others) if self.others else ()
+        return (meta, self.epoch, self.x, *z, *self.tables, *others, self.w_up, self.w_down)
 
     @staticmethod
     def unpack(
-        saved: Any, origin: Origin, specs: tuple[ArraySpec, ...], arrays: Arrays
+        saved: Any, origin: Origin, specs: tuple[ArraySpec, ...], arrays: Arrays, slices: int = 1
     ) -> Residuals:
         """Args:
             specs: of `array_specs`.
             arrays: of the world's device.
+            slices: of the layer's calls.
 
         Raises:
             ValueError: if it is not of that origin, or an array is not as its spec says.
         """
         numbers, kept = unpack_arrays(saved, "saved", "forward", origin, specs, arrays)
-        (num_tokens, serial), (epoch, x, *others, w_up, w_down) = numbers, kept
-        z = others.pop(0) if specs[_Z].name == "z" else None
-        return Residuals(serial, num_tokens, epoch, x, z, tuple(others), w_up, w_down)
+        (num_tokens, serial), (epoch, x, *tables, w_up, w_down) = numbers, kept
+        saves_z = specs[_Z].name == "z"
+        others: tuple[dict[str, Any], ...] = ()
+        if slices > 1:
+            (epoch, x, *tables), *behind = by_slice(kept[:-2], slices)
+            others = tuple(_named(saves_z, *of) for of in behind)
+        z = tables.pop(0) if saves_z else None
+        return Residuals(serial, num_tokens, epoch, x, z, tuple(tables), w_up, w_down, others)
 
 
 def unpack_arrays(
@@ -134,6 +151,42 @@ def _raise_wrong_origin(name: str, source: str, origin: Origin, numbers: list[in
             )
 
 
+def by_slice(arrays: list[Any], slices: int) -> list[list[Any]]:
+    """Those of each slice. All slices have as many, one slice behind the other."""
+    count = len(arrays) // slices
+    return [arrays[begin : begin + count] for begin in range(0, len(arrays), count)]
+
+
+def _flat(slices: tuple[dict[str, Any], ...]) -> list[Any]:
+    """The arrays of `Residuals.others`, in their order in `saved`."""
+    arrays: list[Any] = []
+    for of in slices:
+        z = () if of["z"] is None else (of["z"],)
+        arrays += (of["epoch"], of["x"], *z, *of["tables"])
+    return arrays
+
+
+def _named(saves_z: bool, epoch: Any, x: Any, *tables: Any) -> dict[str, Any]:
+    """A slice's arrays, as in `Residuals.others`."""
+    z, tables = (tables[0], tables[1:]) if saves_z else (None, tables)
+    return {"epoch": epoch, "x": x, "z": z, "tables": tables}
+
+
+class Serials:
+    """Numbers of a layer's forwards and plans. Those of ranks that have made the same calls since
+    the last reset are equal."""
+
+    def __init__(self) -> None:
+        self._generation, self._last = 0, 0
+
+    def next(self, generation: int) -> int:
+        """The number of one more; `generation`: the world's."""
+        if generation != self._generation:
+            self._generation, self._last = generation, generation << 32
+        self._last += 1
+        return self._last
+
+
 class Uses:
     """Remembers which residuals of a layer had their backward, of the latest 65,536."""
 
@@ -180,12 +233,16 @@ class ArraySpec:
         return (self.dtype,)
 
 
-def array_specs(shape: PlanShape, buffers: Buffers) -> tuple[ArraySpec, ...]:
-    """Specs of all arrays of `saved`: those of `buffers`, in its order, then the weights."""
+def array_specs(shape: PlanShape, buffers: Buffers, slices: int = 1) -> tuple[ArraySpec, ...]:
+    """Specs of all arrays of `saved`: those of `buffers`, in its order, then the weights. All of
+    `buffers` but meta comes again for each slice: "x of slice 1" behind "x"."""
     geometry, dtype = shape.geometry, shape.geometry.spec.numpy_dtype
     weights: Buffers = {
         "w_up": (geometry.w_up_shape, dtype),
         "w_down": (geometry.w_down_shape, dtype),
     }
+    of_slice = {name: of for name, of in buffers.items() if name != "meta"}
+    for index in range(1, slices):
+        buffers = buffers | {f"{name} of slice {index}": of for name, of in of_slice.items()}
     named = (buffers | weights).items()
     return tuple(ArraySpec(name, *of, index) for index, (name, of) in enumerate(named))

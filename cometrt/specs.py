@@ -205,9 +205,21 @@ class Geometry:
         return [(self.rank + d) % self.size for d in range(self.size)]
 
 
-def spec_of_node(spec: MoESpec, nodes: int) -> MoESpec:
+def slice_tokens(max_tokens: int, nodes: int, slices: int) -> int:
+    """The most tokens of a home in one slice of a call over several nodes (`nodes.RailSlices`)."""
+    if slices == 1:
+        return nodes * max_tokens
+    own, others = -(-max_tokens // 2), (nodes - 1) * -(-max_tokens // (slices - 2))
+    return max(own, others)
+
+
+def spec_of_node(spec: MoESpec, nodes: int, slices: int = 1) -> MoESpec:
     """The spec of the layer within one of several nodes: it has the node's experts, and each rank
-    is the home of the tokens of all ranks of its rail. A rank has as much capacity as in `spec`.
+    is the home of the tokens of all ranks of its rail, or of one slice of them. In one slice a rank
+    has as much capacity as in `spec`; smaller slices have their share of it.
+
+    Args:
+        slices: `TileConfig.rail_slices`.
 
     Raises:
         ValueError: if a token may choose more experts than a node has.
@@ -223,15 +235,15 @@ def spec_of_node(spec: MoESpec, nodes: int) -> MoESpec:
     return dataclasses.replace(
         spec,
         num_experts=experts,
-        max_tokens=nodes * spec.max_tokens,
+        max_tokens=slice_tokens(spec.max_tokens, nodes, slices),
         capacity_factor=spec.capacity_factor / nodes,
     )
 
 
-def geometry_of_node(spec: MoESpec, rank: int, size: int, nodes: int) -> Geometry:
+def geometry_of_node(spec: MoESpec, rank: int, size: int, nodes: int, slices: int = 1) -> Geometry:
     """A rank's share of the layer within its node. It has the weights that it has of the whole."""
     place = rank % (size // nodes)
-    return Geometry(spec_of_node(spec, nodes), place, size // nodes)
+    return Geometry(spec_of_node(spec, nodes, slices), place, size // nodes)
 
 
 class Gradients(NamedTuple):

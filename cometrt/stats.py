@@ -24,9 +24,22 @@ class LayerStats:
 
     Other waits do not count: comm waits for GEMMs and for peers most of the time, and delays
     nothing by it. `cometrt.trace` shows them.
+
+    Over several nodes rows, waited_us and rows_waited_us are sums over the slices of a call (see
+    `TileConfig.rail_slices`), and epoch is that of the last one.
     """
 
     epoch: int
     rows: np.ndarray
     waited_us: float
     rows_waited_us: float
+
+
+def sum_stats(slices: list[LayerStats]) -> LayerStats:
+    """Of a call, from those of its slices."""
+    return LayerStats(
+        epoch=slices[-1].epoch,
+        rows=np.sum([of.rows for of in slices], axis=0),
+        waited_us=sum(of.waited_us for of in slices),
+        rows_waited_us=sum(of.rows_waited_us for of in slices),
+    )

@@ -43,6 +43,7 @@ class Case:
     mode: str | None = None
     seed: int = 0
     gemm: str = "cublas"  # on "cuda"; the engine has M-tiles of 128
+    slices: int = 1  # over several nodes; they have the same inputs
 
     @property
     def size(self) -> int:
@@ -75,10 +76,11 @@ class Case:
             num_phases=3 if self.seed else 2,
             n_chunk=32 if self.gemm == "cublas" else 256,
             gemm=self.gemm,
+            rail_slices=self.slices,
         )
 
     def __str__(self) -> str:
-        return "-".join(str(v) for v in dataclasses.astuple(self)).replace(" ", "")
+        return "-".join(str(v) for v in dataclasses.astuple(self)[:-1]).replace(" ", "")
 
 
 def make_inputs(case: Case) -> Inputs:

@@ -36,6 +36,7 @@ class Call(NamedTuple):
             Residuals: epoch, saved_x or x_rows, z unless save="nothing", tables.
             Scratch: all other arrays of `cometrt.cuda.buffers`. "scratch", the memory that holds
             them, stands for them until the call is launched.
+            stats: CallStats in the place of the layer's own.
         ids_are_64: whether ids are int64.
         accumulate: whether weight gradients are added to what is there.
         float32_gradients: whether dw_up and dw_down are float32.
@@ -148,7 +149,7 @@ class ExchangeParamsBuilder:
         if not forward:
             set_fields(params, **self._gradients(call))
             set_fields(params, x_rows=at["x_rows"] if "saved_x" in at else 0)
-        set_fields(params, **self._fixed[call.operation])
+        set_fields(params, **self._fixed_of(call))
         params.uint64s[_TABLES] = self._table_offsets + np.uint64(at["tables"])
         return params
 
@@ -160,7 +161,11 @@ class ExchangeParamsBuilder:
     def pull_dy(self, params: ParamStruct, call: Call) -> None:
         """From here on, after `pull_x`, `params` says that dy alone is pulled, into dy_rows."""
         set_fields(params, pull_offset=self._heap.table["dy"].offset, rows=call.at["dy_rows"])
-        set_fields(params, x_rows=0, **self._fixed["backward"])
+        set_fields(params, x_rows=0, **self._fixed_of(call))
+
+    def _fixed_of(self, call: Call) -> Mapping[str, int]:
+        fixed = self._fixed[call.operation]
+        return {**fixed, "stats": call.at["stats"]} if "stats" in call.at else fixed
 
     def _gradients(self, call: Call) -> dict[str, int]:
         """Fields of a backward's gradients."""

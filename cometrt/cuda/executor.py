@@ -42,6 +42,7 @@ class CudaExecutor:
     ended: event at the end of the last call.
     captured: memory of calls in CUDA graphs, which outlives them.
     rail: what a call over several nodes uses besides; None on one node.
+    stats_address: where calls tell their CallStats; 0: `queue.stats`.
     """
 
     def __init__(self, world: World, shape: PlanShape, layer: int, mode: str) -> None:
@@ -49,6 +50,7 @@ class CudaExecutor:
         import cupy as cp
 
         self.rail: Any = None
+        self.stats_address = 0
         self._cp, self._world, self._shape, self._layer = cp, world, shape, layer
         self._mode = mode
         self._heap = DeviceHeap(world, shape)
@@ -183,6 +185,8 @@ class CudaExecutor:
         Args:
             arrays: whose memory a graph of the caller needs as long as it may be replayed.
         """
+        if self.stats_address:
+            call = call._replace(at={**call.at, "stats": self.stats_address})
         stream = self._cp.cuda.get_current_stream()
         if stream.is_capturing():
             self._order.launch_captured(lambda: self._launch(stream.ptr, call), arrays)

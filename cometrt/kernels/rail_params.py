@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from cometrt.plan.config import MAX_RAIL_SLICES
 from cometrt.world.layout import world_dtype
 
 header_dtype = np.dtype(
-    [(name, np.int64) for name in "operation layer spec_hash forward_epoch".split()]
+    [(name, np.int64) for name in "operation layer spec_hash forward".split()]
     + [("unused", np.int64, 4)]
 )
 outcome_dtype = np.dtype(
@@ -16,17 +17,21 @@ outcome_dtype = np.dtype(
 report_dtype = np.dtype([(name, np.uint64) for name in "kind node largest_need wrong_pair".split()])
 params_dtype = np.dtype(
     [("world", world_dtype)]
-    + [(name, np.int64) for name in "operation layer spec_hash".split()]
+    + [(name, np.int64) for name in "operation layer spec_hash forward".split()]
     + [
         (name, np.uint64)
         for name in (
-            "forward_epoch state progress report steps rows all_rows ids weights messages "
+            "state progress report steps rows all_rows ids weights messages "
             "message_bytes all_ids all_weights partials returned out dweight_partials "
             "returned_dweight out_dweight outcomes"
         ).split()
     ]
+    + [("epochs", np.uint64, MAX_RAIL_SLICES)]
     + [
         (name, np.int32)
-        for name in ("nodes node max_tokens topk hidden num_tokens num_experts id_bytes").split()
+        for name in (
+            "nodes node max_tokens topk hidden num_tokens num_experts id_bytes part_tokens "
+            "num_epochs slice ends begins own others unused"
+        ).split()
     ]
 )

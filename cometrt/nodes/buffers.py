@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from cometrt.nodes.slices import RailSlices
 from cometrt.plan import PlanShape
 
 
-def rail_bytes(shape: PlanShape, device: str, training: bool) -> int:
+def rail_bytes(slices: RailSlices, shape: PlanShape, device: str, training: bool) -> int:
     """Bytes of the rows and tables that a call gathers, and of its partial results.
 
     Args:
-        shape: within the node, whose homes have the tokens of all ranks of a rail.
+        shape: within the node, whose homes have the tokens of a slice.
     """
     spec, geometry = shape.geometry.spec, shape.geometry
-    rows = spec.max_tokens * spec.hidden * spec.numpy_dtype.itemsize
-    tables = spec.max_tokens * spec.topk * 8
+    row_bytes, several = spec.hidden * spec.numpy_dtype.itemsize, slices.count > 1
+    rows, tables = slices.rows * row_bytes, slices.rows * spec.topk * 8
     if device == "cuda":
         return 2 * rows + 3 * tables
+    # The rows of one slice and its results; x of all, which is in the heap if there is one slice.
+    more = 2 * spec.max_tokens * (row_bytes + spec.topk * 8) + rows if several else 0
     if not training:
-        return 2 * rows + 2 * tables
+        return 2 * rows + 2 * tables + more
     weights = geometry.local_experts * spec.hidden
     weights *= geometry.up_columns + geometry.local_intermediate
-    return 3 * rows + 2 * tables + 4 * weights  # weight gradients in float32
+    return 3 * rows + 2 * tables + more + 4 * weights  # weight gradients in float32

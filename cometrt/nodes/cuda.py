@@ -1,4 +1,4 @@
-"""Calls over several nodes on CUDA: NCCL is the rail. All of a call is on one stream."""
+"""Calls over several nodes on CUDA: NCCL is the rail."""
 
 from __future__ import annotations
 
@@ -8,41 +8,78 @@ from collections.abc import Iterator
 from typing import Any
 
 from cometrt.cuda.executor import CudaExecutor
+from cometrt.cuda.stats import DeviceStats
 from cometrt.cuda.types import DeviceArray
 from cometrt.errors import CallNotBegun, CapacityError, CometError, RoutingError
 from cometrt.nodes.cuda_rail import OUTCOMES, CudaRail
 from cometrt.nodes.executor import NodesExecutor
-from cometrt.plan import PlanShape
+from cometrt.nodes.slices import RailSlice, RailSlices
+from cometrt.plan import PlanShape, TileConfig
 from cometrt.plan.reference import too_many_rows
 from cometrt.plan_ahead import PlanAhead
 from cometrt.residuals import Residuals
-from cometrt.specs import Geometry, Gradients, MoESpec
+from cometrt.specs import Gradients, MoESpec
+from cometrt.stats import LayerStats, sum_stats
 from cometrt.trace import Tracer
 from cometrt.world.failure import Failure
 from cometrt.world.nodes import NodesWorld
+from cometrt.world.partitions import leave_sms, num_sms
 
 _NEWS_SEC = 1.0  # the time in which another node's failure becomes known here
 
 
 class CudaNodesExecutor(NodesExecutor):
-    """Queues a layer's calls: rail, the node's layer, rail."""
+    """Queues a layer's calls: rail, the slices in the node's layer, rail."""
 
     inner: CudaExecutor
     known = (CallNotBegun,)  # what all ranks raise comes later
 
     def __init__(
-        self, world: NodesWorld, spec: MoESpec, shape: PlanShape, layer: int, mode: str
+        self,
+        world: NodesWorld,
+        spec: MoESpec,
+        shape: PlanShape,
+        slices: RailSlices,
+        layer: int,
+        mode: str,
     ) -> None:
-        """Collective. `shape`: of the layer within the node."""
+        """Collective. `shape`: of the layer within the node.
+
+        Raises:
+            ValueError: on all ranks, if there are several slices and NCCL may need more SMs than
+                the config leaves to it.
+        """
         import cupy as cp
 
         self._cp, self._generation = cp, world.generation
-        super().__init__(
-            world, spec, shape, layer, lambda: CudaExecutor(world.node, shape, layer, mode)
-        )
-        self.rail = CudaRail(world, spec, layer, self.inner)
+        self._nccl_sms = sms_for_nccl(world, shape.config)
+
+        def make() -> CudaExecutor:
+            with leave_sms(self._nccl_sms):
+                return CudaExecutor(world.node, shape, layer, mode)
+
+        super().__init__(world, spec, shape, slices, layer, make)
+        world.layers[layer] = slices, shape, spec
+        self.rail = CudaRail(world, spec, slices, layer, self.inner)
+        self._stats = [DeviceStats(shape.geometry.local_experts) for _ in slices.calls()]
+        self._last_stats: LayerStats | None = None
         cp.cuda.get_current_stream().synchronize()
         world.barrier()
+
+    def buffer(self) -> Any:
+        """This rank's tokens among those of its rail."""
+        return self.rail.own_rows(self._all_x())
+
+    def buffer_range(self) -> tuple[int, int]:
+        """Addresses from the begin of `buffer` to the end of its memory."""
+        begin, rows = self.buffer().data.ptr, self.rail.rows
+        if self._slices.count == 1:
+            return begin, self.inner.buffer_range()[1]
+        return begin, rows.data.ptr + rows.nbytes
+
+    def _all_x(self) -> Any:
+        """Where x of the rail is gathered. With one slice it is where the node's layer wants it."""
+        return self.inner.buffer() if self._slices.count == 1 else self.rail.rows
 
     def forward(
         self,
@@ -58,35 +95,41 @@ class CudaNodesExecutor(NodesExecutor):
         plan: PlanAhead | None = None,
     ) -> dict[str, Any] | None:
         with self._call("forward"):
-            rail, all_x = self.rail, self.inner.buffer()
-            tables: tuple[Any, Any] = (None, None)
-            if plan is None:
-                rail.gather("forward", len(x), x, all_x, ids, weights)
-                tables = rail.all_ids, rail.all_weights
-            else:
-                epoch = plan.epoch
-                rail.gather("planned forward", len(x), x, all_x, forward_epoch=epoch)
-            kept = self.inner.forward(
-                all_x,
-                tables[0],
-                tables[1],
-                w_up,
-                w_down,
-                training=training,
-                out=rail.results,
-                tracer=tracer,
-                plan=plan,
-            )
-            rail.send_back(out)
-        return kept
+            rail, all_x = self.rail, self._all_x()
+            operation = "forward" if plan is None else "planned forward"
+            number = 0 if plan is None else plan.serial
+            own = rail.begin(operation, len(x), x, all_x, ids, weights, number)
+            plans = plan.of_slices() if plan else [None] * self._slices.count
+            made = []
+            for (index, of), planned in zip(self._calls(), plans, strict=True):
+                rows = _rows_of(of, own, all_x)
+                at = slice(of.begin, of.begin + len(rows))
+                kept = self.inner.forward(
+                    rows,
+                    None if plan else rail.all_ids[at],
+                    None if plan else rail.all_weights[at],
+                    w_up,
+                    w_down,
+                    training=training,
+                    out=rail.results[at],
+                    tracer=tracer,
+                    plan=planned,
+                )
+                made.append(kept or {})
+                rail.end_slice(index, of, rows=True, dweights=False)
+            rail.end(out, epochs=self._epochs(made) if training else ())
+        return made[0] | {"others": tuple(made[1:])} if training else None
 
     def plan(self, ids: DeviceArray, weights: DeviceArray, *, tracer: Tracer) -> dict[str, Any]:
         with self._call("plan"):
-            rail = self.rail
-            rail.gather("plan", len(ids), ids=ids, weights=weights)
-            made = self.inner.plan(rail.all_ids, rail.all_weights, tracer=tracer)
-            rail.send_back()
-        return made
+            rail, made = self.rail, []
+            rail.begin("plan", len(ids), ids=ids, weights=weights)
+            for index, of in self._calls():
+                at = slice(of.begin, of.end)
+                made.append(self.inner.plan(rail.all_ids[at], rail.all_weights[at], tracer=tracer))
+                rail.end_slice(index, of, rows=False, dweights=False)
+            rail.end(epochs=self._epochs(made))
+        return made[0] | {"others": tuple(made[1:])}
 
     def backward(
         self,
@@ -99,10 +142,26 @@ class CudaNodesExecutor(NodesExecutor):
     ) -> None:
         with self._call("backward"):
             rail = self.rail
-            rail.gather("backward", len(dy), dy, rail.rows, forward_epoch=saved.epoch)
-            grads = Gradients(rail.results, rail.dweights, out.w_up, out.w_down)
-            self.inner.backward(rail.rows, saved, out=grads, accumulate=accumulate, tracer=tracer)
-            rail.send_back(out.x, out.topk_weights)
+            own = rail.begin("backward", len(dy), dy, rail.rows, forward=saved.serial)
+            for (index, of), part in zip(self._calls(), saved.of_slices(), strict=True):
+                rows = _rows_of(of, own, rail.rows)
+                at = slice(of.begin, of.begin + len(rows))
+                grads = Gradients(rail.results[at], rail.dweights[at], out.w_up, out.w_down)
+                add = accumulate or index > 0
+                self.inner.backward(rows, part, out=grads, accumulate=add, tracer=tracer)
+                rail.end_slice(index, of, rows=True, dweights=True)
+            rail.end(out.x, out.topk_weights)
+
+    def _calls(self) -> Iterator[tuple[int, RailSlice]]:
+        """The slices by number. What is queued next is behind the arrival of a slice's tokens."""
+        for index, of in enumerate(self._slices.calls()):
+            self.rail.begin_slice(of)
+            self.inner.stats_address = self._stats[index].address
+            yield index, of
+
+    def _epochs(self, made: list[dict[str, Any]]) -> list[Any]:
+        """Of a call's slices. With one slice its own kernels do all that is needed."""
+        return [of["epoch"] for of in made] if self._slices.count > 1 else []
 
     @contextlib.contextmanager
     def _call(self, operation: str) -> Iterator[None]:
@@ -115,7 +174,7 @@ class CudaNodesExecutor(NodesExecutor):
         if not capturing and gpu.last_call is not None:
             stream.wait_event(gpu.last_call)
         try:
-            with self._guard(operation):
+            with leave_sms(self._nccl_sms), self._guard(operation):
                 yield
         finally:
             if capturing:
@@ -125,7 +184,8 @@ class CudaNodesExecutor(NodesExecutor):
                 gpu.last_call = self.inner.ended
 
     def keep_for(self, layer: Any) -> Any:
-        self.inner.rail = self.rail  # lives as long as the queued calls of a dropped layer
+        # They live as long as the queued calls of a dropped layer.
+        self.inner.rail = self.rail, self._stats
         return self.inner.keep_for(layer)
 
     def synchronize(self) -> None:
@@ -150,7 +210,7 @@ class CudaNodesExecutor(NodesExecutor):
         report["kind"] = 0
         if kind == "failed" and packed not in (0, 2**64 - 1):
             rank = node * world.ranks_per_node + 0xFFFF - (packed & 0xFFFF)
-            raise self._too_many_rows(rank, packed >> 16)
+            raise self.too_many_rows(rank, packed >> 16)
         if kind == "failed":
             raise CometError(
                 f"a call did nothing on node {node}: its forward or its plan failed there, or was "
@@ -166,24 +226,78 @@ class CudaNodesExecutor(NodesExecutor):
 
     @contextlib.contextmanager
     def _numbered(self) -> Iterator[None]:
-        """Errors of the node's layer get the numbers of ranks and tokens of all nodes."""
+        """Errors of the node's layer get the numbers of ranks and tokens of all nodes. They may be
+        those of another layer of the world."""
+        world = self._world
         try:
             yield
         except CapacityError as error:
-            raise self._too_many_rows(
-                self._world.node.first_rank + error.rank, error.need
-            ) from None
+            (_, shape, _), _ = self._failed_call()
+            first, nodes = world.node.first_rank, world.nodes
+            raise too_many_rows(first + error.rank, error.need, shape, nodes) from None
         except RoutingError as error:
-            node, token = divmod(error.token, self._spec.max_tokens)
+            (slices, _, spec), slice_idx = self._failed_call()
+            node, token = slices.token_of(slices.calls()[slice_idx].begin + error.token)
             raise RoutingError.build(
                 "topk_ids and topk_weights",
-                f"break a rule: ids must be in [-1, {self._spec.num_experts}) and distinct within "
-                f"the token, weights finite",
-                rank=node * self._world.ranks_per_node + error.rank,
+                f"break a rule: ids must be in [-1, {spec.num_experts}) and distinct within the "
+                f"token, weights finite",
+                rank=node * world.ranks_per_node + error.rank,
                 token=token,
                 k=error.k,
             ) from None
 
-    def _too_many_rows(self, rank: int, rows: int) -> CapacityError:
-        whole = PlanShape(Geometry(self._spec, 0, self._world.size), self._shape.config)
-        return too_many_rows(rank, rows, whole)
+    def _failed_call(self) -> tuple[tuple[Any, Any, Any], int]:
+        """(`NodesWorld.layers` of the layer, slice) of the call whose plan failed."""
+        assert self._world.nccl is not None
+        steps, deadline = self._world.nccl.steps, time.monotonic() + _NEWS_SEC
+        while not int(steps[2]) and time.monotonic() < deadline:  # it comes right behind the error
+            time.sleep(1e-4)
+        layer, number = divmod(int(steps[2]), 256)
+        steps[2] = 0
+        if not number:
+            layer, number = self._layer, 1
+        return self._world.layers[layer], number - 1
+
+    def stats(self) -> LayerStats | None:
+        """Of the newest call whose slices have all succeeded."""
+        found = [stats.read() for stats in self._stats]
+        slices = [of for of in found if of is not None]
+        numbers = [(of.epoch - index) % 2**32 for index, of in enumerate(slices)]
+        if len(slices) == len(found) and len(set(numbers)) == 1:  # of one call
+            self._last_stats = sum_stats(slices)
+        return self._last_stats
+
+
+def _rows_of(of: RailSlice, own: DeviceArray, all_rows: DeviceArray) -> DeviceArray:
+    """The rows of a slice; own rows only of tokens that there are."""
+    return all_rows[of.begin : of.end] if of.part is not None else own[of.begin : of.end]
+
+
+def sms_for_nccl(world: NodesWorld, config: TileConfig) -> int:
+    """Collective: SMs that the layer's kernels leave to NCCL. Those that wait for peers must all be
+    resident beside NCCL's CTAs. A cluster of theirs takes two SMs, so a CTA of NCCL may cost two.
+    """
+    if config.rail_slices == 1:
+        return 0
+    assert world.nccl is not None
+    ctas, problem, wanted = world.nccl.max_ctas, "", 0
+    if ctas is None:
+        problem = (
+            f"rail_slices must be 1 unless NCCL's SMs are bounded: set NCCL_MAX_CTAS, such as "
+            f"NCCL_MAX_CTAS=4, before cometrt.connect (got {config.rail_slices})"
+        )
+    else:
+        wanted = 2 * ctas if config.nccl_sms is None else config.nccl_sms
+        if wanted < 2 * ctas:
+            problem = (
+                f"nccl_sms must be at least {2 * ctas}, two for each of NCCL's {ctas} CTAs "
+                f"(got {wanted})"
+            )
+        elif num_sms() < wanted + 2:
+            problem = f"nccl_sms must leave two of {num_sms()} SMs (got {wanted})"
+    problems = world.allgather(problem, purpose="MoELayer")
+    for rank, text in enumerate(problems):
+        if text:
+            raise ValueError(f"{text} [rank {rank}]")
+    return wanted

@@ -6,9 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cometrt.errors import CallNotBegun, CometError
+from cometrt.errors import CallNotBegun, CapacityError, CometError
 from cometrt.executor import Executor
+from cometrt.nodes.slices import RailSlices
 from cometrt.plan import PlanShape
+from cometrt.plan.reference import too_many_rows
 from cometrt.specs import MoESpec
 from cometrt.stats import LayerStats
 from cometrt.trace import Recording
@@ -32,6 +34,7 @@ class NodesExecutor:
         world: NodesWorld,
         spec: MoESpec,
         shape: PlanShape,
+        slices: RailSlices,
         layer: int,
         make: Callable[[], Executor],
     ) -> None:
@@ -40,11 +43,11 @@ class NodesExecutor:
         Args:
             spec: of the layer.
             shape: of the layer within the node.
+            slices: of the layer's calls.
             make: makes the executor of that layer.
         """
         self._world, self._spec, self._shape, self._layer = world, spec, shape, layer
-        own = world.node_index * spec.max_tokens
-        self._own = slice(own, own + spec.max_tokens)  # of this rank's tokens among its rail's
+        self._slices = slices
         with self._following():
             self.inner = make()
         self.captured = self.inner.captured
@@ -75,15 +78,9 @@ class NodesExecutor:
     def generation(self) -> int:
         return self.inner.generation
 
-    def buffer(self) -> Any:
-        """This rank's tokens among those of its rail."""
-        return self.inner.buffer()[self._own]
-
-    def buffer_range(self) -> tuple[int, int]:
-        """Addresses from the begin of `buffer` to the end of its region."""
-        begin, end = self.inner.buffer_range()
-        row_bytes = self._spec.hidden * self._spec.numpy_dtype.itemsize
-        return begin + self._own.start * row_bytes, end
+    def too_many_rows(self, rank: int, rows: int) -> CapacityError:
+        """The CapacityError of a slice for which that rank of all nodes needs so many rows."""
+        return too_many_rows(rank, rows, self._shape, self._slices.nodes)
 
     def keep_until_done(self, arrays: list[Any]) -> None:
         self.inner.keep_until_done(arrays)

@@ -10,12 +10,13 @@ from cometrt.errors import CapacityError, CometError, RoutingError
 from cometrt.host import HostExecutor
 from cometrt.nodes.executor import NodesExecutor
 from cometrt.nodes.host_rail import HostRail
+from cometrt.nodes.slices import RailSlices
 from cometrt.plan import PlanShape
-from cometrt.plan.reference import too_many_rows
 from cometrt.plan.routing import RoutingTables, check_routing
 from cometrt.plan_ahead import PlanAhead
 from cometrt.residuals import Residuals
-from cometrt.specs import Geometry, Gradients, MoESpec
+from cometrt.specs import Gradients, MoESpec
+from cometrt.stats import LayerStats, sum_stats
 from cometrt.trace import Tracer
 from cometrt.world.nodes import NodesWorld
 
@@ -23,18 +24,46 @@ Tables = tuple[np.ndarray, np.ndarray]
 
 
 class HostNodesExecutor(NodesExecutor):
-    """Runs a layer's calls: rail, the node's layer, rail."""
+    """Runs a layer's calls: rail, the slices in the node's layer, rail. Nothing overlaps.
+
+    Rows of the rank on node i are those from i * max_tokens on, also with several slices.
+    """
 
     inner: HostExecutor
 
     def __init__(
-        self, world: NodesWorld, spec: MoESpec, shape: PlanShape, layer: int, mode: str
+        self,
+        world: NodesWorld,
+        spec: MoESpec,
+        shape: PlanShape,
+        slices: RailSlices,
+        layer: int,
+        mode: str,
     ) -> None:
         """Collective. `shape`: of the layer within the node."""
         super().__init__(
-            world, spec, shape, layer, lambda: HostExecutor(world.node, shape, layer, mode)
+            world, spec, shape, slices, layer, lambda: HostExecutor(world.node, shape, layer, mode)
         )
         self.rail = HostRail(world, spec, layer)
+        self._rows = slices.nodes * spec.max_tokens
+        self._places = _places(slices)
+        self._stats: LayerStats | None = None
+        # x of all. With one slice it is where the node's layer wants it.
+        self._all_x = self.inner.buffer()
+        if slices.count > 1:
+            self._all_x = np.zeros((self._rows, spec.hidden), spec.numpy_dtype)
+
+    def buffer(self) -> np.ndarray:
+        """This rank's tokens among those of its rail."""
+        begin = self._world.node_index * self._spec.max_tokens
+        return self._all_x[begin : begin + self._spec.max_tokens]
+
+    def buffer_range(self) -> tuple[int, int]:
+        """Addresses from the begin of `buffer` to the end of its memory."""
+        begin = self.buffer().ctypes.data
+        if self._slices.count == 1:
+            return begin, self.inner.buffer_range()[1]
+        return begin, self._all_x.ctypes.data + self._all_x.nbytes
 
     def forward(
         self,
@@ -50,67 +79,84 @@ class HostNodesExecutor(NodesExecutor):
         plan: PlanAhead | None = None,
     ) -> dict[str, Any] | None:
         with self._guard("forward"):
-            rail, all_x = self.rail, self.inner.buffer()
-            local_ids, local_weights, tables = None, None, None
+            rail, all_x, local, tables = self.rail, self._all_x, None, None
             if plan is None:
                 tables = self._tables(ids, weights)
                 num_tokens = rail.gather("forward", len(x), [(x, all_x), *tables])
-                local_ids, local_weights = self._localize(tables)
+                local = self._localize(tables)
             else:
                 of_plan = int(plan.epoch[0])
                 num_tokens = rail.gather("planned forward", len(x), [(x, all_x)], of_plan)
-            partials, kept, failed = np.empty_like(all_x), None, None
-            try:
-                kept = self.inner.forward(
-                    all_x,
-                    local_ids,
-                    local_weights,
-                    w_up,
-                    w_down,
-                    training=training,
-                    out=partials,
-                    tracer=tracer,
-                    plan=plan,
-                )
-            except (RoutingError, CapacityError) as error:
-                failed = error
-            self._return(num_tokens, [(partials, out)], failed, tables)
-        return kept
+            plans = plan.of_slices() if plan else [None] * self._slices.count
+            partials, calls = np.empty_like(all_x), _Calls()
+            for place, planned in zip(self._places, plans, strict=True):
+                result = partials[place]
+                with calls:
+                    kept = self.inner.forward(
+                        all_x[place],
+                        local[0][place] if local else None,
+                        local[1][place] if local else None,
+                        w_up,
+                        w_down,
+                        training=training,
+                        out=result,
+                        tracer=tracer,
+                        plan=planned,
+                    )
+                    calls.add(kept, self.inner.stats())
+                partials[place] = result
+            self._return(num_tokens, [(partials, out)], calls.failed, tables)
+        self._stats = calls.stats()
+        return calls.kept() if training else None
 
     def plan(self, ids: np.ndarray, weights: np.ndarray, *, tracer: Tracer) -> dict[str, Any]:
         with self._guard("plan"):
-            tables, made, failed = self._tables(ids, weights), {}, None
+            tables, calls = self._tables(ids, weights), _Calls()
             num_tokens = self.rail.gather("plan", len(ids), list(tables))
-            try:
-                made = self.inner.plan(*self._localize(tables), tracer=tracer)
-            except (RoutingError, CapacityError) as error:
-                failed = error
-            self._return(num_tokens, [], failed, tables)
-        return made
+            local_ids, local_weights = self._localize(tables)
+            for place in self._places:
+                with calls:
+                    made = self.inner.plan(local_ids[place], local_weights[place], tracer=tracer)
+                    calls.add(made, self.inner.stats())
+            self._return(num_tokens, [], calls.failed, tables)
+        self._stats = calls.stats()
+        return calls.kept()
 
     def backward(
         self, dy: np.ndarray, saved: Residuals, *, out: Gradients, accumulate: bool, tracer: Tracer
     ) -> None:
         """Fill `out`; weight gradients only once the exchange has succeeded on all nodes."""
         with self._guard("backward"):
-            all_dy = np.empty((len(self.inner.buffer()), self._spec.hidden), dy.dtype)
-            of_forward = int(saved.epoch[0])
+            all_dy = np.empty((self._rows, self._spec.hidden), dy.dtype)
+            of_forward, calls = int(saved.epoch[0]), _Calls()
             num_tokens = self.rail.gather("backward", len(dy), [(dy, all_dy)], of_forward)
             grads = Gradients(
                 np.empty_like(all_dy),
-                np.empty((len(all_dy), self._spec.topk), np.float32),
+                np.empty((self._rows, self._spec.topk), np.float32),
                 np.empty(out.w_up.shape, np.float32),
                 np.empty(out.w_down.shape, np.float32),
             )
-            self.inner.backward(all_dy, saved, out=grads, accumulate=False, tracer=tracer)
+            for index, (place, of) in enumerate(zip(self._places, saved.of_slices(), strict=True)):
+                dx, dweight = grads.x[place], grads.topk_weights[place]
+                part = grads._replace(x=dx, topk_weights=dweight)
+                # The weight gradients of all slices add up, in float32.
+                self.inner.backward(
+                    all_dy[place], of, out=part, accumulate=index > 0, tracer=tracer
+                )
+                grads.x[place], grads.topk_weights[place] = dx, dweight
+                calls.add({}, self.inner.stats())
             results = [(grads.x, out.x), (grads.topk_weights, out.topk_weights)]
             self._return(num_tokens, results)
         for result, value in ((out.w_up, grads.w_up), (out.w_down, grads.w_down)):
             result[:] = result + value if accumulate else value
+        self._stats = calls.stats()
+
+    def stats(self) -> LayerStats | None:
+        return self._stats
 
     def _tables(self, ids: Any, weights: Any) -> tuple[Tables, Tables]:
         """(own, of the rail) ids and weights; an id beyond int32 stays out of range."""
-        limits, pairs = np.iinfo(np.int32), (len(self.inner.buffer()), self._spec.topk)
+        limits, pairs = np.iinfo(np.int32), (self._rows, self._spec.topk)
         clipped = np.clip(ids, limits.min, limits.max).astype(np.int32)
         all_ids, all_weights = np.full(pairs, -1, np.int32), np.zeros(pairs, np.float32)
         return (clipped, all_ids), (weights, all_weights)
@@ -160,5 +206,56 @@ class HostNodesExecutor(NodesExecutor):
         if errors:
             return errors[0]
         rows, rank = max(of for _, of in ranks)
-        config = self._shape.config
-        return too_many_rows(-rank, rows, PlanShape(Geometry(spec, 0, world.size), config))
+        return self.too_many_rows(-rank, rows)
+
+
+def _places(slices: RailSlices) -> list[Any]:
+    """Where the rows of each slice are."""
+    tokens, own = slices.max_tokens, slices.node * slices.max_tokens
+    if slices.count == 1:
+        return [slice(0, slices.rows)]
+    others = [node * tokens for node in range(slices.nodes) if node != slices.node]
+    return [
+        slice(own + call.begin, own + call.end)
+        if call.part is None
+        else np.concatenate([np.add(slices.tokens_of(call.part), first) for first in others])
+        for call in slices.calls()
+    ]
+
+
+class _Calls:
+    """The calls of the node's layer within a call. Those behind one that failed are made all the
+    same, so that all nodes count the same exchanges.
+
+    Attributes:
+        failed: the error of all: a wrong table, else the largest need of rows.
+    """
+
+    def __init__(self) -> None:
+        self.failed: CometError | None = None
+        self._kept: list[dict[str, Any]] = []
+        self._stats: list[LayerStats] = []
+
+    def __enter__(self) -> None:
+        """Around one of them."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        if not isinstance(error, (RoutingError, CapacityError)):
+            return False
+        need = [of.need if isinstance(of, CapacityError) else 0 for of in (self.failed, error)]
+        if self.failed is None or isinstance(error, RoutingError) or need[0] < need[1]:
+            self.failed = error
+        return True
+
+    def add(self, kept: dict[str, Any] | None, stats: LayerStats | None) -> None:
+        assert stats is not None
+        self._kept.append(kept or {})
+        self._stats.append(stats)
+
+    def kept(self) -> dict[str, Any]:
+        """Fields of `Residuals` or `PlanAhead`."""
+        first, *others = self._kept
+        return first | {"others": tuple(others)}
+
+    def stats(self) -> LayerStats:
+        return sum_stats(self._stats)

@@ -9,12 +9,13 @@ from cometrt.specs import ALIGNMENT, check_choice, check_int
 
 ORDERS = ("phases", "columns")
 GEMMS = ("engine", "cublas")
+MAX_RAIL_SLICES = 16  # kMaxRailSlices of kernels_cu/nodes/rail_params.cuh
 
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
     """Tile sizes and tile orders of a layer, equal on all ranks. Only block_m and gemm change the
-    bits of results.
+    bits of results, and rail_slices those of weight gradients.
 
     The constructor checks each field. Rules that depend on the spec, the device or the mode are
     checked when a layer is made.
@@ -47,6 +48,12 @@ class TileConfig:
         backward_order, backward_n_chunk, backward_dispatch_ctas, backward_combine_ctas: the same of
             backward, where the up dgrad has the order of the down GEMM. None: as in forward. With
             save="nothing", dispatch_gemm has dispatch_ctas in a backward too.
+        rail_slices: over several nodes, calls of the node's layer in one call. 1: all tokens at
+            once, after they have crossed between nodes and before results do. n >= 3: half of the
+            rank's own tokens, n - 2 parts of other nodes' tokens, the other half. Each part crosses
+            while another slice is computed. 2 * nodes makes all slices equally large.
+        nccl_sms: on "cuda" with rail_slices > 1: SMs that the layer's kernels leave to NCCL; even.
+            None: two for each CTA that NCCL_MAX_CTAS allows NCCL.
 
     Raises:
         ValueError: naming the argument, its value and the rule.
@@ -69,15 +76,21 @@ class TileConfig:
     backward_n_chunk: int | None = None
     backward_dispatch_ctas: int | None = None
     backward_combine_ctas: int | None = None
+    rail_slices: int = 1
+    nccl_sms: int | None = None
 
     def __post_init__(self) -> None:
         counts = ("block_m", "block_n", "block_tokens", "min_token_blocks", "n_chunk")
         for name in (*counts, "num_phases", "pipeline_chunks"):
             object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=1))
+        slices = check_int("rail_slices", self.rail_slices, minimum=1, maximum=MAX_RAIL_SLICES)
+        object.__setattr__(self, "rail_slices", slices)
+        if slices == 2:
+            raise ValueError("rail_slices must be 1, or at least 3 (got 2)")
         optional = ("raster_group", "dispatch_ctas", "combine_ctas", "comm_sms", "backward_n_chunk")
-        for name in (*optional, "backward_dispatch_ctas", "backward_combine_ctas"):
+        for name in (*optional, "backward_dispatch_ctas", "backward_combine_ctas", "nccl_sms"):
             if (value := getattr(self, name)) is not None:
-                even = name in ("raster_group", "comm_sms")
+                even = name in ("raster_group", "comm_sms", "nccl_sms")
                 object.__setattr__(self, name, check_int(name, value, minimum=2 if even else 1))
                 if even and value % 2:
                     raise ValueError(f"{name} must be even (got {value})")

@@ -35,7 +35,7 @@ class PlanShape:
         The other fields of the config change only the schedule, not the tables.
         """
         config, size = self.config, self.geometry.size
-        blocks = config.block_m, config.block_tokens, config.min_token_blocks
+        blocks = config.block_m, config.block_tokens, config.min_token_blocks, config.rail_slices
         return digest(self.geometry.spec, size, *blocks, config.last_distances(size))
 
     @property

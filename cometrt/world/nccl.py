@@ -9,10 +9,11 @@ transfer's kernel ends.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +35,9 @@ class NcclRail:
     """Of one rank.
 
     Attributes:
-        steps: [2] uint64 in pinned memory: transfers that have begun, and ended, on the device.
+        steps: [3] uint64 in pinned memory, as `steps` of kernels_cu/nodes/rail_params.cuh.
+        max_ctas: the most CTAs of a transfer, by NCCL's environment variables when the communicator
+            was made; None: they give no bound.
     """
 
     def __init__(self, world: NodesWorld) -> None:
@@ -44,7 +47,8 @@ class NcclRail:
 
         self._library, self._world = nccl, weakref.ref(world)
         self._device_id = cupy.cuda.Device().id
-        self.steps = np.frombuffer(cupy.cuda.alloc_pinned_memory(16), np.uint64, 2)
+        self.steps = np.frombuffer(cupy.cuda.alloc_pinned_memory(24), np.uint64, 3)
+        self.max_ctas = max_ctas(os.environ)
         self._comm: Any = None
         self._lock = threading.Lock()  # the communicator does not end while it is held
         self._seen, self._since = (0, 0), time.monotonic()
@@ -151,7 +155,7 @@ class NcclRail:
             self._stop(world, "cannot wait", f"NCCL failed: {error!r}")
 
     def _stop(self, world: NodesWorld, what: str, why: str) -> None:
-        flag = "rail_tokens" if int(self.steps[0]) % 2 else "rail_partials"
+        flag = "rail_partials" if int(self.steps[0]) % 2 else "rail_tokens"
         others = [rank for rank in world.rail if rank != world.rank]
         text = (
             f"rank {world.rank} {what} for {flag} from rank "
@@ -181,6 +185,15 @@ class NcclRail:
         stopped."""
         _end_thread(self._thread, self._closing)
         self._abort()
+
+
+def max_ctas(environment: Mapping[str, str]) -> int | None:
+    """The most CTAs that NCCL uses for transfers, as its variables say; None: they do not. It makes
+    channels by powers of two, one CTA each."""
+    names = ("NCCL_MAX_CTAS", "NCCL_MAX_NCHANNELS")
+    values = [int(text) for name in names if (text := environment.get(name, "")).isdecimal()]
+    bounds = [value for value in values if value > 0]
+    return 1 << (min(bounds) - 1).bit_length() if bounds else None
 
 
 def _watch(of: weakref.ref[NcclRail], closing: threading.Event, device_id: int) -> None:

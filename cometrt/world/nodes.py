@@ -70,6 +70,7 @@ class NodesWorld(MPIWorld):
         comm: the MPI communicator of all ranks.
         rail: ranks of the same place in their nodes, by node: those between which tokens cross.
         nccl: on "cuda" the rail's NCCL communicator.
+        layers: on "cuda", (slices, shape within the node, spec) of each layer, by its number.
         retired_receives: (MPI request, memory) of failed calls, until `reset`.
         retired_sends: what keeps the memory of messages that nobody receives any more.
     """
@@ -87,6 +88,7 @@ class NodesWorld(MPIWorld):
         self.nccl: NcclRail | None = None
         self.comm, self.nodes = comm, comm.Get_size() // ranks_per_node
         self.node_index = comm.Get_rank() // ranks_per_node
+        self.layers: dict[int, tuple[Any, Any, Any]] = {}
         self.retired_receives: list[tuple[Any, Any]] = []
         self.retired_sends: list[Any] = []
         super().__init__(comm, device, timeout_sec)

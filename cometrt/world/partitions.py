@@ -214,7 +214,19 @@ def check_gpu(device_id: int) -> None:
 def num_sms() -> int:
     """Number of SMs that this thread's kernels run on."""
     partition = getattr(_current, "partition", None)
-    return partition.num_sms if partition is not None else gpu_sms()
+    sms = partition.num_sms if partition is not None else gpu_sms()
+    return sms - int(getattr(_current, "left_sms", 0))
+
+
+@contextlib.contextmanager
+def leave_sms(count: int) -> Iterator[None]:
+    """Within it `num_sms` counts so many SMs less: grids leave them to kernels of other streams."""
+    before = getattr(_current, "left_sms", 0)
+    _current.left_sms = count
+    try:
+        yield
+    finally:
+        _current.left_sms = before
 
 
 def gpu_sms() -> int:

@@ -1,9 +1,16 @@
-// What a call over several nodes does before and after the call of its node's layer:
+// What a call over several nodes does around the calls of its node's layer. With one slice all
+// launches and transfers are on one stream:
 //
 //     rail_pack -> NCCL -> rail_localize -> the node's call -> rail_outcome -> NCCL -> rail_add
 //
-// All launches and transfers are on one stream. No kernel here waits for another rank: the host
-// watches `steps`, and aborts a transfer that lasts too long.
+// With several, transfers are on a stream of their own:
+//
+//     rail_pack -> rail_localize (own) -> own tokens -> parts -> own tokens ------------> rail_add
+//               \ -> NCCL -> rail_localize (others) / \ -> NCCL ... -> NCCL (outcomes) /
+//
+// rail_step stands between transfers, and rail_outcome behind each call of the node's layer. No
+// kernel here waits for another rank: the host watches `steps`, and aborts a transfer that lasts
+// too long.
 #include "common/packed_rows.cuh"
 #include "nodes/rail_params.cuh"
 #include "protocol/wait.cuh"
@@ -20,23 +27,22 @@ __device__ inline long long first_index() {
 
 __device__ inline long long index_step() { return static_cast<long long>(gridDim.x) * blockDim.x; }
 
-// By one thread. Calls of a world follow each other, so there is one writer at a time.
-__device__ void count_step(u64* counter) {
-  volatile u64* count = counter;
-  *count = *count + 1;
+// By one thread. Transfers follow each other, so there is one writer at a time.
+__device__ void count_steps(const RailParams& params) {
+  volatile u64* steps = params.steps;
+  const u64 newest = steps[0];
+  if (params.ends) steps[1] = newest;
+  if (params.begins) steps[0] = 2 * (newest / 2 + 1) + params.begins - 1;
 }
 
-// By one thread: whether all ranks of the rail make the same call. A forward that failed on one
-// node alone has epoch 0 there.
+// By one thread: whether all ranks of the rail make the same call.
 __device__ bool same_calls(const RailParams& params) {
   const RailHeader& mine = params.header(params.node);
   bool same = true;
   for (int node = 0; node < params.nodes; ++node) {
     const RailHeader& other = params.header(node);
-    const bool failed = other.forward_epoch == 0 || mine.forward_epoch == 0;
     same &= other.operation == mine.operation && other.layer == mine.layer &&
-            other.spec_hash == mine.spec_hash &&
-            (failed || other.forward_epoch == mine.forward_epoch);
+            other.spec_hash == mine.spec_hash && other.forward == mine.forward;
   }
   return same;
 }
@@ -87,21 +93,24 @@ __device__ void report_other_node(const RailParams& params) {
 
 // By a thread: eight columns of this rank's token, summed over the nodes in their order.
 __device__ void add_vector(const RailParams& params, long long index) {
-  const long long count = static_cast<long long>(params.max_tokens) * params.hidden;
+  // The arrays of 2^32 vectors would not fit into the memory of a GPU.
+  const unsigned vector = static_cast<unsigned>(index), vectors = params.hidden / 8;
+  const unsigned token = vector / vectors, column = vector % vectors;
   float sum[8] = {};
   for (int node = 0; node < params.nodes; ++node) {
     const __nv_bfloat16* rows = node == params.node ? params.partials : params.returned;
-    add_row(sum, rows + node * count + 8 * index, 1.0f);
+    const long long row = params.row_of(node, token);
+    add_row(sum, rows + row * params.hidden + 8 * column, 1.0f);
   }
   store_row(params.out + 8 * index, sum);
 }
 
 __device__ float add_dweight(const RailParams& params, long long index) {
-  const long long count = static_cast<long long>(params.max_tokens) * params.topk;
+  const int token = index / params.topk, k = index % params.topk;
   float sum = 0.0f;
   for (int node = 0; node < params.nodes; ++node) {
     const float* values = node == params.node ? params.dweight_partials : params.returned_dweight;
-    sum += values[node * count + index];
+    sum += values[params.row_of(node, token) * params.topk + k];
   }
   return sum;
 }
@@ -113,8 +122,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     rail_pack(const __grid_constant__ RailParams params) {
   const long long first = first_index(), step = index_step();
   const long long row_bytes = 2ll * params.hidden;
-  uint4* target = reinterpret_cast<uint4*>(params.all_rows + static_cast<long long>(params.node) *
-                                                                 params.max_tokens * row_bytes);
+  uint4* target =
+      reinterpret_cast<uint4*>(params.all_rows + params.row_of(params.node, 0) * row_bytes);
   const uint4* source = static_cast<const uint4*>(params.rows);
   if (source != nullptr && source != target) {
     const long long vectors = params.num_tokens * row_bytes / 16;
@@ -141,40 +150,57 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     header.operation = params.operation;
     header.layer = params.layer;
     header.spec_hash = params.spec_hash;
-    header.forward_epoch = params.forward_epoch == nullptr ? 0 : *params.forward_epoch;
-    count_step(&params.steps[0]);
+    header.forward = params.forward;
+    count_steps(params);
   }
 }
 
-// Turns the tables of the rail into those of this node's experts. Stops the world if the ranks of
-// the rail make different calls: then the node's call is inert.
+// Turns tables of the rail, this rank's or others', into those of this node's experts. With the
+// others' it stops the world if the ranks of the rail make different calls: then the node's calls
+// are inert.
 extern "C" __global__ void __launch_bounds__(kThreads)
     rail_localize(const __grid_constant__ RailParams params) {
   const long long first = first_index(), step = index_step();
   const long long tokens = params.id_bytes == 0 ? 0ll : 1ll * params.nodes * params.max_tokens;
-  for (long long token = first; token < tokens; token += step) {
-    const int node = token / params.max_tokens;
-    const long long from = (token - 1ll * node * params.max_tokens) * params.topk;
-    const long long to = token * params.topk;
+  for (long long index = first; index < tokens; index += step) {
+    const int node = index / params.max_tokens, token = index % params.max_tokens;
+    if (!(node == params.node ? params.own : params.others)) continue;
+    const long long from = 1ll * token * params.topk;
+    const long long to = params.row_of(node, token) * params.topk;
     localize(params, params.message_ids(node) + from, params.all_ids + to);
     for (int k = 0; k < params.topk; ++k) {
       params.all_weights[to + k] = params.message_weights(node)[from + k];
     }
   }
   if (first != 0) return;
-  count_step(&params.steps[1]);
-  if (!same_calls(params) && !is_stopped(params.world)) {
+  count_steps(params);
+  if (params.others && !same_calls(params) && !is_stopped(params.world)) {
     const u64 epoch = params.world.epoch() + 1;
     stop_world(params.world, kMismatch, {kSourceReady, params.node, -1, -1}, epoch, 0, 0);
   }
 }
 
-// One thread: how the node's call has ended, for the other nodes.
+// One thread: how the node's calls have ended, for the other nodes. The first slice that fails
+// counts: those behind it are inert.
 extern "C" __global__ void __launch_bounds__(32)
     rail_outcome(const __grid_constant__ RailParams params) {
   if (threadIdx.x != 0) return;
-  params.outcomes[params.node] = outcome_of(params);
-  count_step(&params.steps[0]);
+  RailOutcome& outcome = params.outcomes[params.node];
+  if (params.slice == 0 || outcome.kind == kCompleted) {
+    outcome = outcome_of(params);
+    volatile u64& failed = params.steps[2];
+    const bool of_plan = params.progress != nullptr && params.state->status == kActive;
+    if (outcome.kind == kCallFailed && of_plan && failed == 0) {
+      failed = 256 * static_cast<u64>(params.layer) + params.slice + 1;
+    }
+  }
+  count_steps(params);
+}
+
+// One thread: ends a transfer, begins another, or both.
+extern "C" __global__ void __launch_bounds__(32)
+    rail_step(const __grid_constant__ RailParams params) {
+  if (threadIdx.x == 0) count_steps(params);
 }
 
 // Adds the partial sums of all nodes. If the call has failed on any node, or the world has stopped,
@@ -206,6 +232,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     params.out_dweight[i] = failed ? nan : add_dweight(params, i);
   }
   if (first != 0) return;
+  const bool failed_here = params.outcomes[params.node].kind != kCompleted;
+  for (int slice = 0; failed_here && slice < params.num_epochs; ++slice) *params.epochs[slice] = 0;
   report_other_node(params);
-  count_step(&params.steps[1]);
+  count_steps(params);
 }

@@ -9,6 +9,7 @@ import cometrt
 from cometrt.cuda import stats
 from cometrt.host import comm
 from cometrt.kernels.params import call_stats_dtype
+from cometrt.stats import LayerStats, sum_stats
 from tests.cases import Case, make_inputs
 from tests.host.test_orders import Rank
 from tests.stats_cases import check_stats
@@ -89,6 +90,13 @@ def test_a_closed_layer_has_no_stats():
             rank.layer.stats()
 
     cometrt.spawn(fn, 1)
+
+
+def test_stats_of_a_call_in_slices_are_sums():
+    slices = [LayerStats(7, np.array([1, 2]), 0.5, 8.0), LayerStats(8, np.array([4, 0]), 2.0, 0.25)]
+    whole = sum_stats(slices)
+    assert (whole.epoch, whole.rows.tolist()) == (8, [5, 2])
+    assert (whole.waited_us, whole.rows_waited_us) == (2.5, 8.25)
 
 
 class Words:

@@ -1,6 +1,11 @@
 """The rank side of tests/device/test_nodes.py: layers over several nodes on GPUs, under mpirun.
 
-COMETRT_RANKS_PER_NODE=2 mpirun -n 4 python -m tests.multi.run_cuda_nodes [parts] [--soak 2000]
+COMETRT_RANKS_PER_NODE=2 mpirun -n 4 python -m tests.multi.run_cuda_nodes [parts] [options]
+
+    --slices 4     rail_slices of all layers; more than one need NCCL_MAX_CTAS
+    --soak 2000    so many steps
+
+Two GPUs are two nodes of one rank: COMETRT_RANKS_PER_NODE=1 mpirun -n 2 ...
 """
 
 from __future__ import annotations
@@ -15,7 +20,15 @@ import numpy as np
 from mpi4py import MPI
 
 import cometrt
-from tests.cases import Case, Output, make_inputs, on_device, on_host, run_case
+from tests.cases import (
+    Case,
+    Output,
+    make_inputs,
+    on_device,
+    on_host,
+    relative_error,
+    run_case,
+)
 from tests.device.test_failures import Rank
 from tests.device.test_orders import Rank as OrdersRank
 from tests.host.test_failures import caught
@@ -24,6 +37,7 @@ from tests.multi.aborting import aborting
 from tests.multi.run_cases import checked
 from tests.multi.run_nodes import cases, together
 
+SLICES = 1
 MODES = (("fused", "engine"), ("sequential", "engine"), ("fused", "engine"), ("chunked", "engine"))
 
 
@@ -31,8 +45,9 @@ def rank_of(world, case, inputs):
     return Rank(world, inputs, case.spec, case.config, case.mode)
 
 
-def case_of(world, **more) -> Case:
-    return Case((world.size, 1), **({"mode": "fused", "gemm": "engine"} | more))
+def case_of(world, tp=1, **more) -> Case:
+    given = {"mode": "fused", "gemm": "engine", "slices": SLICES} | more
+    return Case((world.size, min(tp, world.ranks_per_node)), **given)
 
 
 def recovers(world, rank, case, inputs):
@@ -42,7 +57,8 @@ def recovers(world, rank, case, inputs):
 
 def every_case(world):
     """Every routing with every `save`; bits repeat."""
-    for case, (mode, gemm) in zip(cases(world.size), itertools.cycle(MODES), strict=False):
+    found = cases(world.size, SLICES, world.ranks_per_node)
+    for case, (mode, gemm) in zip(found, itertools.cycle(MODES), strict=False):
         case = dataclasses.replace(case, dtype="bfloat16", mode=mode, gemm=gemm)
         inputs = make_inputs(case)
         checked(world, case, inputs, run_case(world, case, inputs))
@@ -94,6 +110,41 @@ def planned(world):
     y, _ = rank.layer.forward(x, *tables, w_up, w_down)
     rank.layer.synchronize()
     assert on_host(y).tobytes() == expected.y[:few].tobytes()
+    rank.layer.close()
+
+
+def same_bits(world):
+    """A token's results do not depend on its slice; a rank that brings max_tokens tokens sends them
+    from where they are."""
+    inputs = make_inputs(case_of(world))
+    for count in (None, min(map(len, inputs.x))):
+        outputs = []
+        for slices in (1, 3, 4) if SLICES > 1 else (1, 1):
+            case = case_of(world, slices=slices)
+            tokens = count or case.spec.max_tokens
+            spec = dataclasses.replace(case.spec, max_tokens=tokens)
+            rank = Rank(world, inputs, spec, case.config, case.mode)
+            outputs.append(rank.step(count))
+            rank.layer.close()
+        for output in outputs[1:]:
+            assert output.y.tobytes() == outputs[0].y.tobytes()
+            assert output.grads.x.tobytes() == outputs[0].grads.x.tobytes()
+            gates = (of.grads.topk_weights.tobytes() for of in (output, outputs[0]))
+            assert next(gates) == next(gates)
+            for name in ("w_up", "w_down"):
+                found, one = (getattr(of.grads, name) for of in (output, outputs[0]))
+                assert relative_error(found, one.astype(np.float64)) < 0.01
+
+
+def counted(world):
+    """Rows of all slices are in the stats of a call."""
+    case = case_of(world)
+    inputs = make_inputs(case)
+    rank = rank_of(world, case, inputs)
+    for _ in range(3):
+        rank.step()
+    rows = world.allgather(rank.layer.stats().rows)
+    assert sum(map(np.sum, rows)) == sum(int((ids >= 0).sum()) for ids in inputs.ids)
     rank.layer.close()
 
 
@@ -155,7 +206,7 @@ def wrong_tables(world):
 def too_many_rows(world):
     """One node has too few rows; the ranks of all nodes raise, and say which rank."""
     case = case_of(world)
-    spec = dataclasses.replace(case.spec, capacity_factor=0.25)
+    spec = dataclasses.replace(case.spec, capacity_factor=0.25, max_tokens=512)
     inputs, r = make_inputs(case), world.rank
     tokens, topk = spec.max_tokens, spec.topk
     ids = np.tile(np.arange(topk, dtype=np.int32), (tokens, 1))  # all on rank 0
@@ -179,6 +230,37 @@ def too_many_rows(world):
         y, _ = layer.forward(x, move(spread.astype(np.int32)), gates, *weights)
         error = caught(layer.synchronize)
         assert error is None or isinstance(error, cometrt.CapacityError)
+
+
+def behind_a_failure(world):
+    """A call fails on one node alone, and one queued behind it does nothing there. So nodes count
+    other epochs. A forward before them still has its backward."""
+    case = case_of(world)
+    spec = dataclasses.replace(case.spec, capacity_factor=1.1, max_tokens=2048)
+    inputs, move = make_inputs(case), on_device(world)
+    shape = (spec.max_tokens, spec.hidden)
+    x, gates = move(np.ones(shape, spec.numpy_dtype)), move(np.ones((shape[0], spec.topk), "f"))
+    on_rank_0 = np.tile(np.arange(spec.topk, dtype=np.int32), (shape[0], 1))
+    spread = (on_rank_0 + 4 * np.arange(shape[0], dtype=np.int32)[:, None]) % spec.num_experts
+    shards = cometrt.shard_weights(inputs.w_up, inputs.w_down, world.rank, world.size, spec)
+    weights = [move(w) for w in shards]
+    good, bad = move(spread.astype(np.int32)), move(on_rank_0)
+    with cometrt.MoELayer(world, spec, config=case.config) as layer:
+        _, saved = layer.forward(x, good, gates, *weights)
+        layer.synchronize()
+        together(world)
+        # Both are queued before the first begins: else the second might raise on some ranks.
+        cupy.cuda.get_current_stream().launch_host_func(time.sleep, 0.5)
+        for ids in (bad, good):
+            layer.forward(x, ids, gates, *weights)
+        error = caught(layer.synchronize)
+        assert isinstance(error, cometrt.CapacityError), error
+        assert error.rank == 0, error
+        assert len(set(world.allgather(str(error)))) == 1, error
+        together(world)
+        grads = layer.backward(x, saved)
+        layer.synchronize()
+        assert all(np.isfinite(on_host(grad).astype(np.float32)).all() for grad in grads)
 
 
 def mismatched(world):
@@ -214,10 +296,10 @@ def stalled(world):
             time.sleep(3.0)
         if sleeps and in_call:
             inner = rank.layer.executor.inner
-            launch = inner.kernels["finish"]
+            launch, sleeps_for = inner.kernels["finish"], [3.0]
 
-            def late(*arguments, launch=launch):
-                time.sleep(3.0)
+            def late(*arguments, launch=launch, sleeps_for=sleeps_for):
+                time.sleep(sleeps_for.pop() if sleeps_for else 0.0)  # in the first slice
                 launch(*arguments)
 
             inner.kernels["finish"], inner.graphs.enabled = late, False
@@ -258,7 +340,7 @@ def soak(world, calls: int):
     """Steps of layers of every `save` by turns; bits must repeat."""
     ranks, expected = [], []
     for save, tp in (("rows", 1), ("z", 2), ("nothing", 1)):
-        case = Case((world.size, tp), save=save, mode="fused", gemm="engine")
+        case = case_of(world, tp, save=save)
         inputs = make_inputs(case)
         rank = rank_of(world, case, inputs)
         ranks.append(rank)
@@ -280,8 +362,8 @@ def soak(world, calls: int):
 
 
 PARTS = (
-    every_case, orders, planned, captured, wrong_tables, too_many_rows, mismatched, stalled,
-    hidden_by_the_caller,
+    every_case, orders, planned, same_bits, counted, captured, wrong_tables, too_many_rows,
+    behind_a_failure, mismatched, stalled, hidden_by_the_caller,
 )  # fmt: skip
 
 
@@ -289,7 +371,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", choices=[[], *(part.__name__ for part in PARTS)])
     parser.add_argument("--soak", type=int, default=0)
+    parser.add_argument("--slices", type=int, default=1)
     args = parser.parse_args()
+    global SLICES
+    SLICES = args.slices
     with aborting():
         with cometrt.connect(MPI.COMM_WORLD, device="cuda", timeout_sec=30) as world:
             assert world.nodes > 1, "needs COMETRT_RANKS_PER_NODE"

@@ -2,6 +2,7 @@
 
 Arrays are in the host's memory, MPI stands for NCCL, and the kernels of nodes/rail.cu are written
 out in NumPy, over the addresses that they are launched with. A node's layer is that of the host.
+What is queued on the stream of transfers runs as late as the events allow.
 Everything else is what runs on GPUs: addresses and sizes of transfers, their order, reports, the
 thread that watches them, `reset`.
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import itertools
+import os
 import sys
 import time
 import types
@@ -21,8 +24,9 @@ from mpi4py import MPI
 import cometrt
 from cometrt.errors import CapacityError, RoutingError
 from cometrt.host import HostExecutor
-from cometrt.kernels.params import exchange_state_dtype, plan_progress_dtype
+from cometrt.kernels.params import call_stats_dtype, exchange_state_dtype, plan_progress_dtype
 from cometrt.kernels.rail_params import header_dtype, outcome_dtype, report_dtype
+from cometrt.nodes.slices import RailSlices
 from cometrt.world.failure import Failure
 from cometrt.world.layout import world_dtype
 from tests.cases import Case, Output, make_inputs
@@ -48,6 +52,8 @@ class ndarray(np.ndarray):
 
 
 class Stream:
+    """The call's stream, where work runs at once."""
+
     ptr = 5
 
     def __init__(self, non_blocking=False):
@@ -57,10 +63,45 @@ class Stream:
         return False
 
     def wait_event(self, event):
-        pass
+        SIDE.run_until(getattr(event, "position", 0))
 
     def synchronize(self):
         pass
+
+
+class SideStream(Stream):
+    """Its work waits until the call's stream waits for it."""
+
+    ptr = 7
+
+    def __init__(self):
+        self.pending, self.done = [], 0
+
+    def queue(self, stream, work):
+        if stream == self.ptr:
+            self.pending.append(work)
+        else:
+            assert stream == Stream.ptr
+            work()
+
+    def wait_event(self, event):
+        assert event.position == 0  # of the call's stream
+
+    def run_until(self, position):
+        while self.done < position:
+            self.done += 1
+            self.pending.pop(0)()
+
+
+SIDE = SideStream()
+
+
+class Event:
+    def __init__(self, disable_timing=False):
+        self.position = 0
+
+    def record(self, stream):
+        self.position = SIDE.done + len(SIDE.pending) if stream is SIDE else 0
 
 
 class NcclCommunicator:
@@ -70,29 +111,41 @@ class NcclCommunicator:
 
     def __init__(self, size, unique_id, rank):
         NcclCommunicator.made += 1
+        SIDE.run_until(SIDE.done + len(SIDE.pending))  # of a failed call
         self.aborted, self.failed = False, False
         self.tag = 40_000 + NcclCommunicator.made
         self.peers = {node: world_rank(node) for node in range(size)}
-        self.requests = []
+        self.group = []
         COMMS.append(self)
 
     def send(self, address, nbytes, datatype, node, stream):
-        self.queue(MPI.COMM_WORLD.Isend, address, nbytes, node)
+        self.queue(MPI.COMM_WORLD.Isend, address, nbytes, node, stream)
 
     def recv(self, address, nbytes, datatype, node, stream):
-        self.queue(MPI.COMM_WORLD.Irecv, address, nbytes, node)
+        self.queue(MPI.COMM_WORLD.Irecv, address, nbytes, node, stream)
 
-    def queue(self, call, address, nbytes, node):
+    def queue(self, call, address, nbytes, node, stream):
         if self.aborted:
             raise RuntimeError("of NCCL: the communicator was aborted")
-        memory = at(address, nbytes, np.uint8)
-        self.requests.append(call([memory, MPI.BYTE], self.peers[node], self.tag))
-        grouped.add(self)
+        self.group.append((call, at(address, nbytes, np.uint8), self.peers[node]))
+        grouped[self] = stream
 
-    def complete(self):
+    def end_group(self, stream):
+        group, self.group = self.group, []
+        SIDE.queue(stream, lambda: self.complete(group))
+
+    def complete(self, group):
+        if self.aborted:
+            return
+        self.requests = [call([memory, MPI.BYTE], peer, self.tag) for call, memory, peer in group]
         while self.requests and not self.aborted:
-            self.requests = [request for request in self.requests if not request.Test()]
-            time.sleep(1e-4)
+            try:
+                self.requests = [request for request in self.requests if not request.Test()]
+                time.sleep(1e-4)
+            except MPI.Exception:  # of another size: NCCL would wait
+                while not self.aborted:
+                    time.sleep(1e-4)
+                self.requests = []
         for request in self.requests:
             request.Cancel()
 
@@ -105,18 +158,19 @@ class NcclCommunicator:
 
 
 COMMS: list[NcclCommunicator] = []
-grouped: set[NcclCommunicator] = set()
+grouped: dict[NcclCommunicator, int] = {}  # the stream of each
 
 
 def group_end():
-    for comm in list(grouped):
-        grouped.discard(comm)
-        comm.complete()
+    for comm, stream in list(grouped.items()):
+        del grouped[comm]
+        comm.end_group(stream)
 
 
 def world_rank(node):
-    """The rank of this rank's rail on that node, with two ranks a node."""
-    return 2 * node + MPI.COMM_WORLD.rank % 2
+    """The rank of this rank's rail on that node."""
+    ranks_per_node = int(os.environ["COMETRT_RANKS_PER_NODE"])
+    return ranks_per_node * node + MPI.COMM_WORLD.rank % ranks_per_node
 
 
 def at(address, count, dtype):
@@ -133,7 +187,7 @@ def stand_in() -> types.ModuleType:
     nccl.available, nccl.NCCL_INT8, nccl.NcclCommunicator = True, 0, NcclCommunicator
     nccl.get_unique_id = lambda: (MPI.COMM_WORLD.rank,) * 128
     nccl.groupStart, nccl.groupEnd = lambda: None, group_end
-    cuda.nccl, cuda.Stream = nccl, Stream
+    cuda.nccl, cuda.Stream, cuda.Event = nccl, Stream, Event
     cuda.Device = lambda *_: types.SimpleNamespace(id=0, use=lambda: None)
     cuda.get_current_stream = Stream
     cuda.alloc_pinned_memory = lambda nbytes: bytearray(nbytes)
@@ -145,6 +199,7 @@ def stand_in() -> types.ModuleType:
 
     cuda.alloc = alloc
     cupy.cuda, cupy.ndarray = cuda, lambda shape, dtype: np.full(shape, 77, dtype).view(ndarray)
+    cupy.full = lambda shape, value, dtype: np.full(shape, value, dtype).view(ndarray)
     cupy.zeros = lambda shape, dtype: np.zeros(shape, dtype).view(ndarray)
     cupy.uint8, cupy.int32, cupy.float32 = np.uint8, np.int32, np.float32
     sys.modules |= {"cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.nccl": nccl}
@@ -163,9 +218,30 @@ class Kernels:
     def load(self, source, *names):
         assert source == "nodes/rail.cu"
         return [
-            lambda stream, ctas, params, name=name: getattr(self, name)(params.fields[0].copy())
+            lambda stream, ctas, params, name=name: self.queue(stream, name, params.fields[0])
             for name in names
         ]
+
+    def queue(self, stream, name, fields):
+        p = fields.copy()
+        SIDE.queue(stream, lambda: getattr(self, name)(p))
+
+    def rail_step(self, p):
+        steps = at(p["steps"], 3, np.uint64)
+        newest = int(steps[0])
+        if p["ends"]:
+            steps[1] = newest
+        if p["begins"]:
+            steps[0] = 2 * (newest // 2 + 1) + int(p["begins"]) - 1
+
+    def row_of(self, p, node, token=0):
+        tokens, part_tokens, own = (int(p[n]) for n in ("max_tokens", "part_tokens", "node"))
+        if not part_tokens:
+            return node * tokens + token
+        if node == own:
+            return token
+        slot = token // part_tokens * (int(p["nodes"]) - 1) + node - (node > own)
+        return tokens + slot * part_tokens + token % part_tokens
 
     def message(self, p, node):
         pairs = int(p["max_tokens"] * p["topk"])
@@ -180,7 +256,7 @@ class Kernels:
 
     def rail_pack(self, p):
         count, topk, hidden = int(p["num_tokens"]), int(p["topk"]), int(p["hidden"])
-        first = int(p["node"]) * int(p["max_tokens"]) * hidden * 2
+        first = self.row_of(p, int(p["node"])) * hidden * 2
         if p["rows"]:
             source = at(p["rows"], count * hidden, np.uint16)
             at(p["all_rows"] + np.uint64(first), count * hidden, np.uint16)[:] = source
@@ -192,17 +268,13 @@ class Kernels:
             ids[:], weights[:] = -1, 0
             ids[:count] = np.clip(given, limits.min, limits.max)
             weights[:count] = at(p["weights"], count * topk, np.float32).reshape(count, topk)
-        for name in ("operation", "layer", "spec_hash"):
+        for name in ("operation", "layer", "spec_hash", "forward"):
             header[name] = p[name]
-        header["forward_epoch"] = 0
-        if p["forward_epoch"]:
-            header["forward_epoch"] = at(p["forward_epoch"], 1, np.int64)[0]
-        at(p["steps"], 2, np.uint64)[0] += 1
+        self.rail_step(p)
 
     def rail_localize(self, p):
         nodes, tokens = int(p["nodes"]), int(p["max_tokens"])
-        shape = nodes * tokens, int(p["topk"])
-        pairs, all_experts = shape[0] * shape[1], int(p["num_experts"])
+        topk, all_experts = int(p["topk"]), int(p["num_experts"])
         experts = all_experts // nodes
         first = int(p["node"]) * experts
         messages = [self.message(p, node) for node in range(nodes)]
@@ -211,31 +283,41 @@ class Kernels:
             here = (ids >= first) & (ids < first + experts)
             local = np.where(here, ids - first, -1)
             wrong = (ids < -1) | (ids >= all_experts)
-            for k in range(1, shape[1]):
+            for k in range(1, topk):
                 same = (ids[:, :k] == ids[:, k : k + 1]) & (ids[:, k : k + 1] >= 0)
                 wrong[:, k] |= same.any(axis=1)
             local[wrong] = experts
-            at(p["all_ids"], pairs, np.int32)[:] = local.ravel()
             weights = np.concatenate([weights for *_, weights in messages])
-            at(p["all_weights"], pairs, np.float32)[:] = weights.ravel()
+            for index in range(nodes * tokens):
+                of, token = divmod(index, tokens)
+                if not p["own" if of == int(p["node"]) else "others"]:
+                    continue
+                row = 4 * topk * self.row_of(p, of, token)
+                at(p["all_ids"] + np.uint64(row), topk, np.int32)[:] = local[index]
+                at(p["all_weights"] + np.uint64(row), topk, np.float32)[:] = weights[index]
         calls = [
-            tuple(int(header[name]) for name in ("operation", "layer", "spec_hash"))
+            tuple(int(header[name]) for name in ("operation", "layer", "spec_hash", "forward"))
             for header, *_ in messages
         ]
-        self.inner.different = len(set(calls)) > 1
-        at(p["steps"], 2, np.uint64)[1] += 1
+        if p["others"]:
+            self.inner.different = len(set(calls)) > 1
+        self.rail_step(p)
 
     def rail_outcome(self, p):
         nodes = int(p["nodes"])
         outcomes = at(p["outcomes"], nodes, outcome_dtype)
         own = outcomes[int(p["node"])]
-        own["kind"], own["largest_need"], own["wrong_pair"] = self.inner.outcome
+        if p["slice"] == 0 or own["kind"] == 0:
+            own["kind"], own["largest_need"], own["wrong_pair"] = self.inner.outcome
+            failed = at(p["steps"], 3, np.uint64)
+            if own["kind"] == 2 and failed[2] == 0:
+                failed[2] = 256 * int(p["layer"]) + int(p["slice"]) + 1
         assert p["progress"] or not own["largest_need"]
-        at(p["steps"], 2, np.uint64)[0] += 1
+        self.rail_step(p)
 
     def rail_add(self, p):
         nodes, node, count = int(p["nodes"]), int(p["node"]), int(p["num_tokens"])
-        outcomes, tokens = at(p["outcomes"], nodes, outcome_dtype), int(p["max_tokens"])
+        outcomes = at(p["outcomes"], nodes, outcome_dtype)
         failed = self.world.is_stopped or (outcomes["kind"] != 0).any()
         bf16 = np.dtype("bfloat16")
         for out, own, other, columns, dtype in (
@@ -246,18 +328,28 @@ class Kernels:
             if not p[out]:
                 continue
             sums = np.zeros((count, width), np.float32)
-            for of in range(nodes):
-                rows = at(p[own if of == node else other], nodes * tokens * width, dtype)
-                sums += rows.reshape(nodes, tokens, width)[of, :count].astype(np.float32)
+            for of, token in itertools.product(range(nodes), range(count)):
+                begin = width * np.dtype(dtype).itemsize * self.row_of(p, of, token)
+                row = at(p[own if of == node else other] + np.uint64(begin), width, dtype)
+                sums[token] += row.astype(np.float32)
             sums[:] = np.nan if failed else sums
             at(p[out], count * width, dtype)[:] = sums.astype(dtype).ravel()
         report = at(p["report"], 1, report_dtype)[0]
+        for slice_idx in range(int(p["num_epochs"]) if outcomes["kind"][node] else 0):
+            at(p["epochs"][slice_idx], 1, np.int64)[0] = 0
         wrong = [n for n in range(nodes) if outcomes["kind"][n] > 1]
         if wrong and outcomes["kind"][node] == 0 and report["kind"] == 0:
             report["node"] = wrong[0]
             for name in ("largest_need", "wrong_pair", "kind"):
                 report[name] = outcomes[wrong[0]][name]
-        at(p["steps"], 2, np.uint64)[1] += 1
+        self.rail_step(p)
+
+
+SLICES = int(sys.argv[1]) if sys.argv[1:] else 1
+
+
+def case_of(world, **more):
+    return Case((world.size, 1), slices=SLICES, **more)
 
 
 # ---- a rank -------------------------------------------------------------------------------------
@@ -286,11 +378,15 @@ class Inner:
     def _call(self, name, results, *arguments, **more):
         try:
             if self.different:
-                text = "ranks made different calls in epoch"
+                text, self.different = "ranks made different calls in epoch", False
                 self._world.stop(Failure("mismatch", self._world.first_rank, text))
                 raise cometrt.MismatchError(text)
             self.outcome = (0, 0, 0)
             kept = getattr(self.host, name)(*arguments, **more)
+            stats = self.host.stats()
+            waits = np.array([stats.waited_us, stats.rows_waited_us], np.float32).view(np.uint32)
+            words = at(self.stats_address, len(waits) + len(stats.rows), call_stats_dtype)
+            words["epoch"], words["value"] = stats.epoch, [*waits, *stats.rows]
             if kept:
                 kept["epoch"] = kept["epoch"].view(ndarray)
             return kept
@@ -348,20 +444,32 @@ class Tight(Case):
         return dataclasses.replace(super().spec, capacity_factor=0.7)
 
 
+class Full(Case):
+    """A case in which some rank has max_tokens tokens."""
+
+    @property
+    def spec(self):
+        tokens = max(map(len, make_inputs(Case(self.ranks, seed=self.seed)).ids))
+        return dataclasses.replace(super().spec, max_tokens=tokens)
+
+
 class Rank:
     """A layer whose executor is that of CUDA."""
 
     def __init__(self, world, kernels, case):
+        from cometrt.cuda import stats
         from cometrt.nodes import cuda, cuda_rail
 
         cuda_rail.load_kernels, cuda_rail.num_sms = kernels.load, lambda: 1
         cuda_rail.world_params = lambda node: np.zeros(1, world_dtype)
-        cuda_rail.pinned = lambda dtype, count=1: np.zeros(count, dtype)
-        cuda.CudaExecutor = Inner
+        cuda_rail.pinned = stats.pinned = lambda dtype, count=1: np.zeros(count, dtype)
+        cuda_rail.auxiliary_stream = lambda number: SIDE
+        cuda.CudaExecutor, cuda.num_sms = Inner, lambda: 132
         self.world, self.case, self.inputs, self.kernels = world, case, make_inputs(case), kernels
         self.layer = cometrt.MoELayer(world, case.spec, config=case.config)
-        shape = self.layer.shape
-        self.executor = cuda.CudaNodesExecutor(world, case.spec, shape, 0, self.layer.mode)
+        slices = RailSlices(world.nodes, world.node_index, case.spec.max_tokens, case.slices)
+        given = world, case.spec, self.layer.shape, slices, 0, self.layer.mode
+        self.executor = cuda.CudaNodesExecutor(*given)
         self.layer.executor = self.executor
         kernels.inner = self.executor.inner
         r, inputs = world.rank, self.inputs
@@ -414,7 +522,8 @@ class Rank:
 
 
 def steps(world, kernels):
-    for case in cases(world.size):
+    full = [Full((world.size, 1), slices=SLICES, seed=seed) for seed in range(3)]
+    for case in (*cases(world.size, SLICES, world.ranks_per_node), *full):
         if case.dtype == "bfloat16":
             rank = Rank(world, kernels, case)
             rank.step()
@@ -424,20 +533,28 @@ def steps(world, kernels):
 
 def failures(world, kernels):
     """Wrong tables on one rank, too many rows on one node: all ranks raise when they ask."""
-    rank, last = Rank(world, kernels, Case((world.size, 1))), world.size - 1
+    rank, last = Rank(world, kernels, case_of(world)), world.size - 1
     good = rank.ids.copy()
-    if world.rank == last:
-        rank.ids[2, 1] = rank.case.spec.num_experts
-    y, _ = rank.forward()
-    error = caught(rank.layer.synchronize)
-    assert isinstance(error, cometrt.RoutingError), error
-    assert f"of rank {last}, token 2, k 1 break a rule" in str(error), error
-    assert (error.rank, error.token, error.k) == (last, 2, 1), vars(error)
-    assert np.isnan(y.astype(np.float32)).all()
-    rank.ids[...] = good
-    rank.step()
+    tokens = world.allgather(len(good))[last]
+    for token in (2, tokens - 1):  # of the first slice of its rank's tokens, and of the last
+        if world.rank == last:
+            rank.ids[token, 1] = rank.case.spec.num_experts
+        y, saved = rank.forward()
+        error = caught(rank.layer.synchronize)
+        assert isinstance(error, cometrt.RoutingError), error
+        assert f"of rank {last}, token {token}, k 1 break a rule" in str(error), error
+        assert (error.rank, error.token, error.k) == (last, token, 1), vars(error)
+        assert np.isnan(y.astype(np.float32)).all()
+        epochs = [array for array in saved[1:] if getattr(array, "dtype", None) == np.int64]
+        assert len(epochs) == SLICES
+        assert not any(epochs)  # no slice of it has a backward
+        rank.ids[...] = good
+        rank.step()
+    pairs = sum(int((ids >= 0).sum()) for ids in rank.inputs.ids)
+    rows = world.allgather(rank.layer.stats().rows)
+    assert sum(map(np.sum, rows)) == pairs
 
-    tight = Rank(world, kernels, Tight((world.size, 1)))
+    tight = Rank(world, kernels, Tight((world.size, 1), slices=SLICES))
     tight.ids[...] = [0, 1, 2]
     for call in (tight.forward, tight.plan):
         call()
@@ -448,7 +565,7 @@ def failures(world, kernels):
 
 
 def mismatched(world, kernels):
-    rank = Rank(world, kernels, Case((world.size, 1)))
+    rank = Rank(world, kernels, case_of(world))
     _, saved = rank.forward()
     rank.layer.synchronize()
     together(world)
@@ -459,9 +576,29 @@ def mismatched(world, kernels):
     rank.step()
 
 
+def bounds(world, kernels):
+    """Slices need a bound on NCCL's CTAs, and a config that leaves SMs to them."""
+    from cometrt.nodes.cuda import sms_for_nccl
+
+    def sms(ctas, given):
+        world.nccl.max_ctas = ctas
+        return sms_for_nccl(world, cometrt.TileConfig(rail_slices=3, nccl_sms=given))
+
+    bound = world.nccl.max_ctas
+    assert bound == 4  # NCCL rounds three up
+    assert sms(4, None) == 8
+    assert sms(4, 12) == 12
+    assert "set NCCL_MAX_CTAS" in str(caught(sms, None, None))
+    assert "at least 8, two for each of NCCL's 4 CTAs (got 6)" in str(caught(sms, 4, 6))
+    assert "nccl_sms must leave two of 132 SMs (got 132)" in str(caught(sms, 4, 132))
+    one_rank = None if world.rank == 1 else 4
+    assert "[rank 1]" in str(caught(sms, one_rank, None))
+    world.nccl.max_ctas = bound
+
+
 def stalled(world, kernels):
     """A node comes too late; all ranks raise in time, and a reset makes new communicators."""
-    rank = Rank(world, kernels, Case((world.size, 1)))
+    rank = Rank(world, kernels, case_of(world))
     rank.step()
     for node in range(world.nodes):
         made = NcclCommunicator.made
@@ -474,7 +611,7 @@ def stalled(world, kernels):
         assert isinstance(error, cometrt.PeerTimeout), error
         if world.node_index != node:
             assert time.monotonic() - begin < 1.4
-            assert world.nodes > 2 or error.peer // 2 == node, error
+            assert world.nodes > 2 or error.peer // world.ranks_per_node == node, error
             assert "for rail_tokens from rank" in str(error), error
         world.timeout_sec = 30.0
         world.reset()
@@ -484,7 +621,7 @@ def stalled(world, kernels):
 
 def failing(world, kernels):
     """NCCL reports an error on one rank, between calls: all ranks are told."""
-    rank = Rank(world, kernels, Case((world.size, 1)))
+    rank = Rank(world, kernels, case_of(world))
     rank.step()
     together(world)
     if world.rank == 1:
@@ -503,12 +640,13 @@ def failing(world, kernels):
 def main() -> None:
     with aborting():
         with cometrt.connect(MPI.COMM_WORLD, device="host", timeout_sec=30) as world:
+            os.environ["NCCL_MAX_CTAS"] = "3"
             stand_in()
             from cometrt.world.nccl import NcclRail
 
             world.nccl = NcclRail(world)
             kernels = Kernels(world)
-            for part in (steps, failures, mismatched, stalled, failing):
+            for part in (steps, failures, bounds, mismatched, stalled, failing):
                 part(world, kernels)
         print("all parts passed", flush=True)
 

@@ -8,21 +8,32 @@ from cometrt.world.nodes import ranks_per_node
 from tests.launch import mpirun
 
 
-@pytest.mark.parametrize("nodes", [2, 3])
-def test_calls_failures_and_resets_of_several_nodes(monkeypatch, nodes):
-    monkeypatch.setenv("COMETRT_RANKS_PER_NODE", "2")
-    result = mpirun(2 * nodes, "-m", "tests.multi.run_nodes")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("all parts passed") == 2 * nodes
+@pytest.fixture
+def run_on(monkeypatch):
+    def run(script: str, nodes: int, ranks_per_node: int, slices: int) -> None:
+        monkeypatch.setenv("COMETRT_RANKS_PER_NODE", str(ranks_per_node))
+        ranks = nodes * ranks_per_node
+        result = mpirun(ranks, "-m", script, str(slices))
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert result.stdout.count("all parts passed") == ranks
+
+    return run
 
 
-@pytest.mark.parametrize("nodes", [2, 3])
-def test_the_hosts_part_of_calls_on_cuda(monkeypatch, nodes):
+@pytest.mark.parametrize(
+    ("nodes", "ranks_per_node", "slices"), [(2, 2, 1), (3, 2, 1), (2, 2, 4), (3, 2, 3)]
+)
+def test_calls_failures_and_resets_of_several_nodes(run_on, nodes, ranks_per_node, slices):
+    run_on("tests.multi.run_nodes", nodes, ranks_per_node, slices)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "ranks_per_node", "slices"),
+    [(2, 2, 1), (3, 2, 1), (2, 2, 4), (3, 2, 3), (3, 2, 5), (2, 1, 3)],
+)
+def test_the_hosts_part_of_calls_on_cuda(run_on, nodes, ranks_per_node, slices):
     pytest.importorskip("cuda.bindings", reason="needs the compile extra")
-    monkeypatch.setenv("COMETRT_RANKS_PER_NODE", "2")
-    result = mpirun(2 * nodes, "-m", "tests.multi.run_nodes_stand_in")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("all parts passed") == 2 * nodes
+    run_on("tests.multi.run_nodes_stand_in", nodes, ranks_per_node, slices)
 
 
 @pytest.mark.parametrize(

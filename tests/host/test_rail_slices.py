@@ -1,0 +1,121 @@
+"""How calls over several nodes are cut into slices: rows, sizes, memory, rules."""
+
+import dataclasses
+
+import pytest
+
+import cometrt
+from cometrt.legality import check_layer
+from cometrt.nodes.slices import RailSlices
+from cometrt.world import partitions
+from cometrt.world.nccl import max_ctas
+
+SPEC = cometrt.MoESpec(hidden=64, intermediate=64, num_experts=24, topk=2, max_tokens=48)
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 4])
+@pytest.mark.parametrize("max_tokens", [1, 2, 7, 40, 41])
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 8])
+def test_every_token_has_a_row_of_its_own_in_one_slice(nodes, max_tokens, count):
+    for node in range(nodes):
+        slices = RailSlices(nodes, node, max_tokens, count)
+        calls = slices.calls()
+        assert len(calls) == count
+        assert max(call.end - call.begin for call in calls) <= slices.slice_tokens
+        of_row = {}
+        for index, call in enumerate(calls):
+            for row in range(call.begin, call.end):
+                assert row not in of_row
+                of_row[row] = index
+        assert sorted(of_row) == list(range(slices.rows))
+        rows = {
+            (of, token): slices.row_of(of, token)
+            for of in range(nodes)
+            for token in range(max_tokens)
+        }
+        assert len(set(rows.values())) == nodes * max_tokens
+        for (of, token), row in rows.items():
+            assert slices.token_of(row) == (of, token)
+            call = calls[of_row[row]]
+            if count > 1:
+                assert (call.part is None) == (of == node)
+            if call.part is not None and (of != node):
+                assert token in slices.tokens_of(call.part)
+                first = slices.tokens_of(call.part)[0]
+                assert row == slices.row_of(of, first) + token - first  # one transfer
+        parts = [token for part in range(slices.parts) for token in slices.tokens_of(part)]
+        assert parts == list(range(max_tokens))
+
+
+def test_slices_of_equal_size():
+    """2 * nodes of them: no slice, and so no buffer, is larger than half of a rank's tokens."""
+    for nodes in (2, 3, 4):
+        slices = RailSlices(nodes, 0, 48, 2 * nodes)
+        assert {call.end - call.begin for call in slices.calls()} == {24}
+        assert slices.slice_tokens == 24
+
+
+@pytest.mark.parametrize("device", ["host", "cuda"])
+@pytest.mark.parametrize("save", ["rows", "nothing"])
+def test_memory_of_slices(device, save):
+    """The heap and row arrays hold one slice. Residuals of equal slices take what one of all takes,
+    but for padding rows and tables."""
+    spec = dataclasses.replace(SPEC, save=save, hidden=256, max_tokens=4096)
+
+    def memory(slices):
+        config = cometrt.TileConfig(rail_slices=slices)
+        return spec.memory(4, device=device, config=config, ranks_per_node=2)
+
+    whole, four, three = memory(1), memory(4), memory(3)
+    assert four.heap < 0.3 * whole.heap
+    assert four.scratch < 0.8 * whole.scratch
+    assert four.weights == whole.weights
+    assert whole.residuals < four.residuals < 1.6 * whole.residuals
+    assert four.residuals < three.residuals
+
+
+def test_rules():
+    with pytest.raises(ValueError, match=r"rail_slices must be 1, or at least 3 \(got 2\)"):
+        cometrt.TileConfig(rail_slices=2)
+    with pytest.raises(ValueError, match=r"rail_slices must be an integer in \[1, 16\] \(got 17\)"):
+        cometrt.TileConfig(rail_slices=17)
+    with pytest.raises(ValueError, match=r"nccl_sms must be even \(got 3\)"):
+        cometrt.TileConfig(rail_slices=3, nccl_sms=3)
+    three, few = cometrt.TileConfig(rail_slices=3), cometrt.TileConfig(nccl_sms=8)
+    with pytest.raises(ValueError, match=r"rail_slices must be 1 on one node \(got 3\)"):
+        check_layer(SPEC, 4, "host", None, three)
+    with pytest.raises(ValueError, match="nccl_sms must be None with rail_slices=1"):
+        check_layer(SPEC, 4, "cuda", None, few, 2)
+    assert check_layer(SPEC, 4, "cuda", None, three, 2) == "fused"
+
+
+def test_grids_leave_sms_to_nccl(monkeypatch):
+    monkeypatch.setattr(partitions, "gpu_sms", lambda: 132)
+    from cometrt.cuda.engine import gemm_ctas
+
+    def call():
+        with partitions.leave_sms(8):
+            assert partitions.num_sms() == gemm_ctas() == 124
+            with partitions.leave_sms(0):  # a layer with one slice
+                assert partitions.num_sms() == 132
+            assert partitions.num_sms() == 124
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        call()
+    assert partitions.num_sms() == gemm_ctas() == 132
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        ({"NCCL_MAX_CTAS": "4"}, 4),
+        ({"NCCL_MAX_NCHANNELS": "6"}, 8),
+        ({"NCCL_MAX_CTAS": "16", "NCCL_MAX_NCHANNELS": "1"}, 1),
+        ({"NCCL_MAX_CTAS": "-2147483648"}, None),
+        ({"NCCL_MAX_CTAS": "0"}, None),
+    ],
+)
+def test_the_bound_on_the_ctas_of_nccl(variables, expected):
+    assert max_ctas(variables) == expected
