@@ -1,6 +1,7 @@
 """What every test needs: which of them run, and Hypothesis without its deadline."""
 
 import os
+import sys
 
 import hypothesis
 import pytest
@@ -16,6 +17,13 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 def pytest_configure(config):
     if config.getoption("--gpu"):  # before anything starts CUDA; see cometrt.spawn
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+
+def pytest_runtest_logreport(report):
+    """Where COMETRT_TESTS_TELL_AT_ONCE is set, a failure is printed when it comes: what ends pytest
+    before its summary does not hide it."""
+    if report.failed and os.environ.get("COMETRT_TESTS_TELL_AT_ONCE"):
+        print(f"\nFAILED {report.nodeid}\n{report.longreprtext}", file=sys.__stderr__, flush=True)
 
 
 def pytest_addoption(parser):

@@ -42,7 +42,7 @@ def run(command: list[str], gpus: str, limit_sec: float) -> tuple[int, str]:
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": gpus},
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "COMETRT_TESTS_TELL_AT_ONCE": "1"},
         )  # fmt: skip
         try:
             code = process.wait(limit_sec)
@@ -68,8 +68,8 @@ class Runner:
 
     def file(self, path: Path, gpus: str) -> None:
         begin = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-q", "--gpu", str(path), *self._options]
-        code, output = run(command, gpus, self._limit_sec)
+        command = [sys.executable, "-m", "pytest", "-q", "--gpu", str(path), "--durations=5"]
+        code, output = run([*command, *self._options], gpus, self._limit_sec)
         last = output.strip().splitlines()[-1:] or ["no output"]
         with self._lock:
             if code not in (0, NO_TESTS):
