@@ -815,7 +815,7 @@ SWEPT = {
 def test_the_table_of_the_sweep(results):
     assert tables.sweep_table() == ["Not measured yet."]
     found = {"machine": MACHINE, "tune_sec": 44.6, "passes": {"forward": SWEPT, "backward": SWEPT}}
-    results("sweep.json", "jax_step.json", {"cells": {"a": found}})
+    results("sweep.json", {"cells": {"a": found}})
     lines = tables.sweep_table()
     assert lines[0].startswith("A GPU, 2026-01-01; ")
     assert lines[4:] == [
@@ -843,7 +843,7 @@ def test_a_sweep_says_how_much_slower_the_tuned_config_is(found, cupy, monkeypat
     """It is what the search of `layer.tune` finds, which is another function here."""
     from benchmarks import sweep
 
-    tuned, asked, out = cometrt.TileConfig(**found), [], tmp_path / "sweep.json", "jax_step.json"
+    tuned, asked, out = cometrt.TileConfig(**found), [], tmp_path / "sweep.json"
 
     def find(world, geometry, index, base, inputs, training, budget_sec):
         asked.append((geometry.spec, base, inputs, training, budget_sec))
