@@ -117,4 +117,13 @@ class FillingNaN:
         for result in self._results:
             # The device may be broken; the first error says why.
             with contextlib.suppress(Exception):
-                result.fill(np.nan)
+                _fill_nan(result)
+
+
+def _fill_nan(result: Any) -> None:
+    """On a GPU by bytes that are NaN in bfloat16 and float32. A kernel might have to be loaded,
+    which waits for the kernels that wait for a peer."""
+    if isinstance(result, np.ndarray):
+        result.fill(np.nan)
+    else:
+        result.data.memset_async(0xFF, result.nbytes)

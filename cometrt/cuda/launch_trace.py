@@ -113,6 +113,8 @@ def events_of_launches(
         )
     events = []
     for name, (begin_ns, end_ns, tokens) in zip(names, records.tolist(), strict=False):
+        if not end_ns:  # the launch raised
+            continue
         role, label, flag = LAUNCHES[name]
         begin_ns, end_ns = begin_ns + offset_ns, end_ns + offset_ns
         link_bytes = tokens * row_bytes

@@ -256,7 +256,8 @@ def sweep(
             group[which] = ms, config
     whole = [group for group in fastest.values() if len(group) == len(passes)]
     whole.sort(key=lambda group: sum(ms for ms, _ in group.values()))
-    finalists = [best, base, *(_joined(group) for group in whole[: _FINALISTS - 1])]
+    finalists = list(dict.fromkeys((best, base)))
+    finalists += [_joined(group) for group in whole[: _FINALISTS - len(finalists)]]
     times: dict[TileConfig, list[dict[str, float]]] = {config: [] for config in finalists}
     for _ in range(_TURNS):
         for config, turns in times.items():

@@ -2,11 +2,14 @@
 
 import threading
 import time
+import types
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import cometrt
+from cometrt.call_scope import FillingNaN
 from cometrt.host import executor
 from tests.cases import Case, Output, check_case, make_inputs
 from tests.faults import at
@@ -132,6 +135,21 @@ def test_a_raising_rank_ends_the_others_at_once(where, call):
             assert "epoch" in str(error)
         assert isinstance(refused, cometrt.PeerTimeout)
     check_case(CASE, inputs, [result[-1] for result in results])
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+def test_results_on_a_gpu_become_nan_without_a_kernel(dtype):
+    """Loading a kernel may wait for kernels that wait for a peer."""
+    values = np.ones(6, dtype)
+
+    def memset_async(byte, nbytes):
+        values.view(np.uint8)[:nbytes] = byte
+
+    memory = types.SimpleNamespace(memset_async=memset_async)
+    result = types.SimpleNamespace(data=memory, nbytes=values.nbytes)
+    with pytest.raises(LookupError), FillingNaN(result):
+        raise LookupError
+    assert np.isnan(values.astype(np.float32)).all()
 
 
 def test_a_failed_call_leaves_nan_and_accumulators_alone():

@@ -417,8 +417,14 @@ def test_launches_of_a_sequential_call_are_events():
 
 def test_launches_without_room_are_counted():
     with pytest.warns(UserWarning, match="3 launches of rank 0 did not fit"):
-        events = events_of_launches(["up"] * 5, np.zeros((2, 3), np.uint64), 0, 128)
+        events = events_of_launches(["up"] * 5, np.full((2, 3), 7, np.uint64), 0, 128)
     assert len(events) == 2
+
+
+def test_a_launch_that_raised_is_no_event():
+    records = np.array([(1000, 1008, 0), (1010, 0, 0)], np.uint64)
+    (event,) = events_of_launches(["publish", "plan"], records, 0, 128)
+    assert event.name == "publish"
 
 
 class FakeMemory:
