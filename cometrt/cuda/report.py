@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from typing import Any
 
@@ -118,7 +119,7 @@ class Report:
         packed = int(found["largest_need"])
         return too_many_rows(0xFFFF - (packed & 0xFFFF), packed >> 16, shape)
 
-    def _stop_found(self, world: World) -> CometError | None:
+    def _stop_found(self, world: World) -> CometError:
         """The error that stopped the world on the device. The hosts' part of it is stopped too."""
         cp = self._cp
         assert world.gpu is not None
@@ -130,12 +131,8 @@ class Report:
         stream.synchronize()
         control = self._control[0]
         records = [r for r in control["failure"] if int(r["generation"]) >= world.generation]
-        if not records:  # a host stopped it
-            try:
-                world.check_running()
-            except CometError as error:
-                return error
-            return None
+        if not records:  # a host stopped it, and tells other hosts after their devices
+            return _told_by_hosts(world)
         record = min(records, key=lambda r: (int(r["kind"]), int(r["waiter"]) != world.rank))
         epoch = int(record["epoch"])
         if KINDS[int(record["kind"])] == "mismatch":
@@ -164,6 +161,18 @@ class Report:
         failure = failure.numbered_from(world.first_rank)
         world.stop(failure)
         return failure.error()
+
+
+def _told_by_hosts(world: World) -> CometError:
+    """Why a host has stopped the world."""
+    deadline = time.monotonic() + world.timeout_sec
+    while not world.stopped and time.monotonic() < deadline:
+        time.sleep(1e-4)
+    try:
+        world.check_running()
+    except CometError as error:
+        return error
+    return CometError("kernels were told that the world has stopped, but no rank said why")
 
 
 def pinned(dtype: np.dtype, count: int = 1) -> np.ndarray:

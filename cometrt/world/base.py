@@ -191,10 +191,12 @@ class World(Closing):
             for control_block in self.control_blocks:
                 failure.write(control_block["failure"][self.rank], self.generation)
             self.fence()
-            for control_block in self.control_blocks:
-                control_block["abort"][0] = max(int(control_block["abort"][0]), self.generation)
-            if self.gpu:
-                self.gpu.abort(self.generation)
+            try:
+                if self.gpu:  # first: a host that wakes may wait for its GPU, as cudaMalloc does
+                    self.gpu.abort(self.generation)
+            finally:
+                for block in self.control_blocks:
+                    block["abort"][0] = max(int(block["abort"][0]), self.generation)
 
     def check_running(self, prefix: str = "") -> None:
         """Raise the failure that stopped the world, with a prefix; return if the world runs."""

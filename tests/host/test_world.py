@@ -7,7 +7,7 @@ import pytest
 import threadpoolctl
 
 import cometrt
-from cometrt.world.failure import WaitTarget
+from cometrt.world.failure import Failure, WaitTarget
 from cometrt.world.threads import ThreadWorld, pause_garbage_collector
 from tests.cases import Case, check_case, make_inputs
 from tests.faults import at
@@ -155,6 +155,25 @@ def test_a_failure_from_before_a_reset_cannot_stop_the_world_after_it():
         return rank.backward(0)
 
     check_case(CASE, inputs, cometrt.spawn(fn, CASE.size))
+
+
+def test_kernels_hear_of_a_failure_before_the_hosts():
+    def fn(world):
+        seen = []
+
+        class Gpu:
+            def abort(self, generation):
+                seen.append((generation, world.stopped))
+                raise LookupError("no GPU")
+
+        world.gpu = Gpu()
+        with pytest.raises(LookupError):
+            world.stop(Failure("raised", 0, "test"))
+        world.gpu = None
+        assert seen == [(world.generation, False)]
+        assert world.stopped  # hosts wait for nothing either, though the GPU could not be told
+
+    cometrt.spawn(fn, 1)
 
 
 def test_allgather_takes_values_larger_than_a_mailbox():
