@@ -375,6 +375,9 @@ class Inner:
     def check_capture(self, operation):
         pass
 
+    def name_in_reports(self):
+        pass
+
     def _call(self, name, results, *arguments, **more):
         try:
             if self.different:
@@ -458,13 +461,13 @@ class Rank:
 
     def __init__(self, world, kernels, case):
         from cometrt.cuda import stats
-        from cometrt.nodes import cuda, cuda_rail
+        from cometrt.nodes import cuda, cuda_rail, nccl_sms
 
         cuda_rail.load_kernels, cuda_rail.num_sms = kernels.load, lambda: 1
         cuda_rail.world_params = lambda node: np.zeros(1, world_dtype)
         cuda_rail.pinned = stats.pinned = lambda dtype, count=1: np.zeros(count, dtype)
         cuda_rail.auxiliary_stream = lambda number: SIDE
-        cuda.CudaExecutor, cuda.num_sms = Inner, lambda: 132
+        cuda.CudaExecutor, nccl_sms.num_sms = Inner, lambda: 132
         self.world, self.case, self.inputs, self.kernels = world, case, make_inputs(case), kernels
         self.layer = cometrt.MoELayer(world, case.spec, config=case.config)
         slices = RailSlices(world.nodes, world.node_index, case.spec.max_tokens, case.slices)
@@ -578,7 +581,7 @@ def mismatched(world, kernels):
 
 def bounds(world, kernels):
     """Slices need a bound on NCCL's CTAs, and a config that leaves SMs to them."""
-    from cometrt.nodes.cuda import sms_for_nccl
+    from cometrt.nodes.nccl_sms import sms_for_nccl
 
     def sms(ctas, given):
         world.nccl.max_ctas = ctas
