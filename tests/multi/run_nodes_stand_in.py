@@ -15,8 +15,11 @@ import dataclasses
 import itertools
 import os
 import sys
+import tempfile
 import time
 import types
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from mpi4py import MPI
@@ -27,6 +30,7 @@ from cometrt.host import HostExecutor
 from cometrt.kernels.params import call_stats_dtype, exchange_state_dtype, plan_progress_dtype
 from cometrt.kernels.rail_params import header_dtype, outcome_dtype, report_dtype
 from cometrt.nodes.slices import RailSlices
+from cometrt.plan import PlanShape
 from cometrt.world.failure import Failure
 from cometrt.world.layout import world_dtype
 from tests.cases import Case, Output, make_inputs
@@ -100,8 +104,11 @@ class Event:
     def __init__(self, disable_timing=False):
         self.position = 0
 
-    def record(self, stream):
+    def record(self, stream=None):
         self.position = SIDE.done + len(SIDE.pending) if stream is SIDE else 0
+
+    def synchronize(self):
+        pass
 
 
 class NcclCommunicator:
@@ -358,10 +365,13 @@ def case_of(world, **more):
 class Inner:
     """The host's executor as that of a device: errors come later, results are NaN meanwhile."""
 
+    kernels = None  # of the rank
+
     def __init__(self, world, shape, layer, mode):
-        self.host = HostExecutor(world, shape, layer, mode)
+        self.host, self.shape = HostExecutor(world, shape, layer, mode), shape
+        self.graphs = types.SimpleNamespace(enabled=True)
         self.captured, self.generation, self.found, self.outcome = [], 0, None, (0, 0, 0)
-        self.different, self.ended = False, types.SimpleNamespace(record=lambda stream: None)
+        self.different, self.ended = False, Event()
         state = np.zeros(exchange_state_dtype.itemsize, np.uint8).view(ndarray)
         progress = np.zeros(plan_progress_dtype.itemsize, np.uint8).view(ndarray)
         self.queue = types.SimpleNamespace(
@@ -376,6 +386,12 @@ class Inner:
         pass
 
     def name_in_reports(self):
+        self.kernels.inner = self  # they run for the executor whose call begins
+
+    def reschedule(self, config):
+        return PlanShape(self.shape.geometry, config).digest == self.shape.digest
+
+    def retire(self):
         pass
 
     def _call(self, name, results, *arguments, **more):
@@ -439,6 +455,22 @@ class Gpu:
         pass
 
 
+class GpuOfTrials(Gpu):
+    """The memory of peers is the host's."""
+
+    def __init__(self, node):
+        self.node = node
+
+    def allocate(self, nbytes):
+        return self.node.allocate_host(nbytes)
+
+    def poison(self, memory, nbytes):
+        memory[:] = 0xFF
+
+    def free(self, memory):
+        pass
+
+
 class Tight(Case):
     """A case with little room."""
 
@@ -468,13 +500,13 @@ class Rank:
         cuda_rail.pinned = stats.pinned = lambda dtype, count=1: np.zeros(count, dtype)
         cuda_rail.auxiliary_stream = lambda number: SIDE
         cuda.CudaExecutor, nccl_sms.num_sms = Inner, lambda: 132
+        Inner.kernels = kernels
         self.world, self.case, self.inputs, self.kernels = world, case, make_inputs(case), kernels
         self.layer = cometrt.MoELayer(world, case.spec, config=case.config)
         slices = RailSlices(world.nodes, world.node_index, case.spec.max_tokens, case.slices)
         given = world, case.spec, self.layer.shape, slices, 0, self.layer.mode
         self.executor = cuda.CudaNodesExecutor(*given)
         self.layer.executor = self.executor
-        kernels.inner = self.executor.inner
         r, inputs = world.rank, self.inputs
         self.weights = [
             w.view(ndarray)
@@ -487,7 +519,6 @@ class Rank:
     @contextlib.contextmanager
     def device(self):
         """The node has a GPU while a call is queued, but not while the world meets."""
-        self.kernels.inner = self.executor.inner
         self.world.node.gpu = Gpu()
         try:
             yield
@@ -599,6 +630,96 @@ def bounds(world, kernels):
     world.nccl.max_ctas = bound
 
 
+@contextlib.contextmanager
+def tuning(rank, milliseconds):
+    """`layer.tune` of the rank finds a GPU. Trials run, and take what `milliseconds` of their
+    config and pass says."""
+    import cupy
+
+    from cometrt import memory
+    from cometrt.cuda import trials
+    from cometrt.tuner import cache, tune
+    from cometrt.world.room import Room
+
+    world, real = rank.world, trials.Trials.time
+
+    def time_of(self, config, which, counts=None):
+        real(self, config, which, (1, 2))
+        return milliseconds(config, which)
+
+    rooms = Room(f"GPU {world.rank}", 1 << 40, 1 << 40)
+    changes = [
+        (world, "device", "cuda"),
+        (world.node, "gpu", GpuOfTrials(world.node)),
+        (memory, "gpu_room", lambda: rooms),
+        (tune, "num_sms", lambda: 132),
+        (cache, "num_sms", lambda: 132),
+        (cache, "gpu_name", lambda: "a GPU"),
+        *((of, "cache_file", lambda: Path(folder) / "tuned.json") for of in (cache, tune)),
+        (trials, "_normal", lambda shape, _, dtype, rng: np.ones(shape, dtype).view(ndarray)),
+        (trials, "StartBarrier", lambda sec: types.SimpleNamespace(close=int, open=int)),
+        (trials.Trials, "time", time_of),
+        (cupy, "empty_like", np.empty_like),
+        (cupy, "asarray", lambda array: np.asarray(array).view(ndarray)),
+        (tune, "sweep", lambda base, found, *_: found),
+        (cupy.cuda, "get_elapsed_time", lambda begin, end: 1.0),
+    ]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        for owner, name, value in changes:
+            stack.enter_context(mock.patch.object(owner, name, value, create=True))
+        cuda = types.ModuleType("cometrt.cuda.arrays")
+        cuda.CudaArrays = type(rank.layer._arrays)
+        stack.enter_context(mock.patch.dict(sys.modules, {"cometrt.cuda.arrays": cuda}))
+        yield
+    rank.layer._use(rank.layer.config)  # its arrays are the host's again
+    rank.executor = rank.layer.executor
+
+
+def tuned(world, kernels):
+    """All ranks find the same config, whose layer is right; it is found again."""
+    from cometrt.agreement import agree
+
+    case = case_of(world, gemm="engine", save="z")
+    rank = Rank(world, kernels, case)
+    wanted = 3 if SLICES != 3 else 4
+    timed = []
+
+    def milliseconds(config, which):
+        timed.append((config.rail_slices, config.nccl_sms))
+        return 1.0 if timed[-1] == (wanted, 16) else 2.0 + abs(config.rail_slices - wanted)
+
+    inputs = (rank.x, rank.ids, rank.gates, *rank.weights)
+    with tuning(rank, milliseconds):
+        for given in (None, inputs):
+            timed.clear()
+            config = rank.layer.tune(given, budget_sec=60)
+            assert (config.rail_slices, config.nccl_sms) == (wanted, 16), config
+            assert len(set(world.allgather((config, *timed)))) == 1
+            assert {slices for slices, _ in timed} >= {1, 3, 4, 6}
+        assert agree(world, case.spec, None, None)[2] == config
+        bound, world.nccl.max_ctas = world.nccl.max_ctas, None
+        alone = dataclasses.replace(config, rail_slices=1, nccl_sms=None)
+        assert agree(world, case.spec, None, None)[2] == alone
+        world.nccl.max_ctas = bound
+    rank.step()
+    if world.rank == 1:
+        rank.ids[1, 1] = case.spec.num_experts
+    with tuning(rank, milliseconds):
+        error = caught(rank.layer.tune, (rank.x, rank.ids, rank.gates, *rank.weights))
+    assert isinstance(error, cometrt.RoutingError), error
+    assert (error.rank, error.token, error.k) == (1, 1, 1), vars(error)
+    assert rank.layer.config == config
+    if world.rank == 1:
+        rank.ids[1, 1] = -1
+    tables = world.allgather((rank.ids, rank.gates))
+    rank.inputs = dataclasses.replace(
+        rank.inputs,
+        ids=[np.array(ids) for ids, _ in tables],
+        weights=[np.array(of) for _, of in tables],
+    )
+    rank.step()
+
+
 def stalled(world, kernels):
     """A node comes too late; all ranks raise in time, and a reset makes new communicators."""
     rank = Rank(world, kernels, case_of(world))
@@ -649,7 +770,7 @@ def main() -> None:
 
             world.nccl = NcclRail(world)
             kernels = Kernels(world)
-            for part in (steps, failures, bounds, mismatched, stalled, failing):
+            for part in (steps, failures, bounds, tuned, mismatched, stalled, failing):
                 part(world, kernels)
         print("all parts passed", flush=True)
 
