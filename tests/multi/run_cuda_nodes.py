@@ -359,7 +359,7 @@ def tuned(world):
 
     with contextlib.ExitStack() as stack:
         for owner in (cache, tune):
-            stack.enter_context(mock.patch.object(owner, "cache_file", lambda: file))
+            stack.enter_context(mock.patch.object(owner, "cache_file", return_value=file))
         stack.enter_context(mock.patch.object(Trials, "time", time_of))
         rank = rank_of(world, case, inputs)
         given = (rank.x, rank.ids, rank.topk_weights, *rank.weights)
