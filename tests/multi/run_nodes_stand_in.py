@@ -25,6 +25,7 @@ import numpy as np
 from mpi4py import MPI
 
 import cometrt
+from cometrt.arrays import HostArrays
 from cometrt.errors import CapacityError, RoutingError
 from cometrt.host import HostExecutor
 from cometrt.kernels.params import call_stats_dtype, exchange_state_dtype, plan_progress_dtype
@@ -491,7 +492,7 @@ class Full(Case):
 class Rank:
     """A layer whose executor is that of CUDA."""
 
-    def __init__(self, world, kernels, case):
+    def __init__(self, world, kernels, case, config=None):
         from cometrt.cuda import stats
         from cometrt.nodes import cuda, cuda_rail, nccl_sms
 
@@ -502,8 +503,10 @@ class Rank:
         cuda.CudaExecutor, nccl_sms.num_sms = Inner, lambda: 132
         Inner.kernels = kernels
         self.world, self.case, self.inputs, self.kernels = world, case, make_inputs(case), kernels
-        self.layer = cometrt.MoELayer(world, case.spec, config=case.config)
-        slices = RailSlices(world.nodes, world.node_index, case.spec.max_tokens, case.slices)
+        config = config or case.config
+        self.layer = cometrt.MoELayer(world, case.spec, config=config)
+        count = config.rail_slices
+        slices = RailSlices(world.nodes, world.node_index, case.spec.max_tokens, count)
         given = world, case.spec, self.layer.shape, slices, 0, self.layer.mode
         self.executor = cuda.CudaNodesExecutor(*given)
         self.layer.executor = self.executor
@@ -668,11 +671,9 @@ def tuning(rank, milliseconds):
         for owner, name, value in changes:
             stack.enter_context(mock.patch.object(owner, name, value, create=True))
         cuda = types.ModuleType("cometrt.cuda.arrays")
-        cuda.CudaArrays = type(rank.layer._arrays)
+        cuda.CudaArrays = HostArrays
         stack.enter_context(mock.patch.dict(sys.modules, {"cometrt.cuda.arrays": cuda}))
         yield
-    rank.layer._use(rank.layer.config)  # its arrays are the host's again
-    rank.executor = rank.layer.executor
 
 
 def tuned(world, kernels):
@@ -701,7 +702,10 @@ def tuned(world, kernels):
         alone = dataclasses.replace(config, rail_slices=1, nccl_sms=None)
         assert agree(world, case.spec, None, None)[2] == alone
         world.nccl.max_ctas = bound
-    rank.step()
+    # The tuned layer's executor, in a layer with arrays of the host.
+    other = Rank(world, kernels, case, dataclasses.replace(config, nccl_sms=None))
+    other.executor = other.layer.executor = rank.layer.executor
+    other.step()
     if world.rank == 1:
         rank.ids[1, 1] = case.spec.num_experts
     with tuning(rank, milliseconds):
@@ -709,15 +713,7 @@ def tuned(world, kernels):
     assert isinstance(error, cometrt.RoutingError), error
     assert (error.rank, error.token, error.k) == (1, 1, 1), vars(error)
     assert rank.layer.config == config
-    if world.rank == 1:
-        rank.ids[1, 1] = -1
-    tables = world.allgather((rank.ids, rank.gates))
-    rank.inputs = dataclasses.replace(
-        rank.inputs,
-        ids=[np.array(ids) for ids, _ in tables],
-        weights=[np.array(of) for _, of in tables],
-    )
-    rank.step()
+    other.step()
 
 
 def stalled(world, kernels):
