@@ -36,6 +36,7 @@ from cometrt.bench.records import machine, read, write
 from cometrt.bench.workloads import Cell
 from cometrt.cuda.trials import Trials
 from cometrt.specs import Geometry
+from cometrt.tuner.rail import Rail
 from cometrt.tuner.search import (
     PASSES,
     candidates,
@@ -82,7 +83,8 @@ class Bench(NamedTuple):
         sms = min(world.allgather(num_sms()))
         base = with_own_backward(cometrt.TileConfig(), sms)
         settings = candidates(base, spec, world.size, sms, training=True)
-        trials = Trials(world, *layer, None, True, roomiest(base, settings))
+        make = Rail(world, *layer).make
+        trials = Trials(world, layer[0], make, None, True, roomiest(base, settings))
         return cls(trials, base, settings, spec, world.size)
 
     def sweep(self, which: str, tuned: cometrt.TileConfig, seconds: float) -> dict[str, Any]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from typing import Any
 
 from cometrt.legality import check_layer
+from cometrt.nodes.nccl_sms import nccl_problem
 from cometrt.plan import TileConfig
 from cometrt.specs import MoESpec, spec_of_node
 from cometrt.tuner.cache import look_up
 from cometrt.world import World
+
+_log = logging.getLogger("cometrt")
 
 # repr of an argument; for a spec or a config, its class name and its fields.
 _Described = str | tuple[str, dict[str, object]]
@@ -36,8 +41,7 @@ def agree(
         if isinstance(given, TileConfig):
             config = given
         elif world.rank == 0:
-            of_node = spec_of_node(spec, world.nodes)
-            config = look_up(world.node, of_node, mode) or config
+            config = _look_up(world, spec, mode) or config
     except ValueError as error:
         problem = str(error)
     mine = (problem, _describe(spec), repr(mode), _describe(given), config, world.num_layers)
@@ -57,8 +61,29 @@ def agree(
                     f"{_difference(other, one)} on rank {rank})"
                 )
     config = first[4]
+    if given is None and config.rail_slices > 1:
+        config = _without_refused_slices(world, config)
     mode = check_layer(spec, world.size, world.device, mode, config, world.nodes)
     return layer, mode, config
+
+
+def _look_up(world: World, spec: MoESpec, mode: str | None) -> TileConfig | None:
+    """The config that was tuned for a layer over so many nodes, else for that of one node."""
+    found = look_up(world, spec, mode)
+    if found is None and world.nodes > 1:
+        found = look_up(world.node, spec_of_node(spec, world.nodes), mode)
+    return found
+
+
+def _without_refused_slices(world: Any, config: TileConfig) -> TileConfig:
+    """Collective: a tuned config, with one slice where NCCL_MAX_CTAS is not what it was."""
+    problems = world.allgather(nccl_problem(world, config), purpose="MoELayer")
+    if not any(problems):
+        return config
+    if world.rank == 0:
+        problem = next(filter(None, problems))
+        _log.warning("the tuned rail_slices=%d is not used: %s", config.rail_slices, problem)
+    return dataclasses.replace(config, rail_slices=1, nccl_sms=None)
 
 
 def _describe(argument: object) -> _Described:

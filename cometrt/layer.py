@@ -291,7 +291,8 @@ class MoELayer(LayerLife):
     ) -> TileConfig:
         """Find the fastest config for this layer's shape on this machine, by trials, use it from
         now on, and keep it for layers made later (``$COMETRT_CACHE_DIR/tuned.json``, or in the
-        user's cache folder). Collective; on "cuda" in mode "fused". No result's bits change.
+        user's cache folder). Collective; on "cuda" in mode "fused". No result's bits change, but
+        over several nodes those of weight gradients may, with `TileConfig.rail_slices`.
 
         Args:
             inputs: (x, topk_ids, topk_weights, w_up, w_down), as for `forward`, to be tuned for:
@@ -322,8 +323,6 @@ class MoELayer(LayerLife):
         self, inputs: Any, training: bool, budget_sec: float, progress: Progress | None
     ) -> TileConfig:
         world = self.world
-        if world.nodes > 1:
-            raise ValueError(f"tune() needs all ranks on one node (got {world.nodes} nodes)")
         if world.device != "cuda" or self.mode != "fused":
             raise ValueError(
                 f"tune() needs device='cuda' and mode 'fused' (got {world.device!r}, {self.mode!r})"

@@ -141,16 +141,38 @@ def check_room(
     """Collective: check that the memory a layer needs without training is available.
 
     Args:
-        slices: as for `memory_of`.
-        caller_allocates: whether the arrays of calls are in memory that the caller has already.
+        slices, caller_allocates: as for `room_problem`.
 
     Raises:
         CometError: the same on all ranks, if any host or GPU has too little.
     """
-    memory = memory_of(shape, world.device, mode, training=False, slices=slices)
+    if problem := room_problem(world, shape, mode, slices, caller_allocates):
+        raise CometError(problem)
+
+
+def room_problem(
+    world: World,
+    shape: PlanShape,
+    mode: str,
+    slices: RailSlices | None = None,
+    caller_allocates: bool = False,
+    training: bool = False,
+) -> str:
+    """Collective: which host or GPU has too little memory for a layer; "": all have enough.
+
+    Args:
+        slices: as for `memory_of`.
+        caller_allocates: whether the arrays of calls are in memory that the caller has already.
+        training: whether residuals of one forward count on "cuda".
+
+    Returns:
+        the text of an error, the same on all ranks.
+    """
+    memory = memory_of(shape, world.device, mode, training, slices)
     needed = world.node.regions.to_allocate(region_bytes(heap_table(shape)))
     if world.device == "cuda":  # on the host, scratch takes a page only when a row is written
         needed += held_bytes(shape, mode) if caller_allocates else memory.scratch
+        needed += memory.residuals
         room = gpu_room()
     else:
         room = host_room()
@@ -165,17 +187,18 @@ def check_room(
             parts = {name: getattr(memory, name) for name in _FIELDS}
             part = max(parts, key=lambda name: parts[name])
             sizes = ", ".join(f"{name} {size:,}" for name, size in parts.items())
-            raise CometError(
+            return (
                 f"a layer of this spec takes {memory.total:,} bytes on each rank ({sizes}), "
                 f"{owner} has {total:,}; the largest part is {part}, from {_values(spec, part)}"
             )
         if needed > available:
             part = "heap and scratch" if world.device == "cuda" else "heap"
-            raise CometError(
+            return (
                 f"the {part} of a layer of this spec takes {needed:,} bytes on the {len(there)} "
                 f"ranks of {owner} together, where {available:,} are available; the size follows "
                 f"from {_values(spec, 'scratch' if world.device == 'cuda' else 'heap')}"
             )
+    return ""
 
 
 def _values(spec: MoESpec, part: str) -> str:

@@ -246,6 +246,10 @@ class CudaExecutor:
             call = Call("backward", len(dy), at, accumulate=accumulate, float32_gradients=wide)
             self.enqueue(call, (dy, saved, out, scratch))
 
+    def name_in_reports(self) -> None:
+        """Errors of calls from here on are told by this executor's shape."""
+        self._order.report.add_layer(self._layer, self._shape)
+
     def check_capture(self, operation: str) -> None:
         """Refuse a call that cannot be captured in a CUDA graph, where the stream is capturing."""
         if not self._may_capture and self._cp.cuda.get_current_stream().is_capturing():

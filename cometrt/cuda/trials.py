@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from cometrt.cuda.engine import current_stream
-from cometrt.cuda.executor import CudaExecutor
 from cometrt.errors import CallNotBegun
 from cometrt.kernels.launch import load_kernels
-from cometrt.plan import PlanShape, TileConfig
+from cometrt.plan import TileConfig
 from cometrt.residuals import Residuals
 from cometrt.specs import Geometry, Gradients
 from cometrt.trace import NullTracer
@@ -33,7 +32,7 @@ class Trials:
     Configs that differ in launches alone share an executor.
 
     Args:
-        layer: number of the layer, which headers name.
+        make: collective: makes an executor of the layer in mode "fused" with a config.
         inputs: forward's five arrays, checked; None: random ones of max_tokens tokens a rank, with
             the same number of rows for every expert.
         training: whether forwards keep residuals, and backwards may be timed.
@@ -48,7 +47,7 @@ class Trials:
         self,
         world: World,
         geometry: Geometry,
-        layer: int,
+        make: Callable[[TileConfig], Any],
         inputs: tuple[Any, ...] | None,
         training: bool,
         room: TileConfig,
@@ -57,7 +56,7 @@ class Trials:
 
         self._begin = time.monotonic()
         self.elapsed_sec = self.longest_sec = 0.0
-        self._world, self._geometry, self._layer = world, geometry, layer
+        self._world, self._geometry, self._make = world, geometry, make
         self._training, self._room, self._tracer = training, room, NullTracer()
         self._inputs = _random_inputs(geometry) if inputs is None else inputs
         self._y = cp.empty_like(self._inputs[0])
@@ -67,13 +66,13 @@ class Trials:
             self._grads = Gradients(*map(cp.empty_like, (x, weights, w_up, w_down)))
         self._events = cp.cuda.Event(), cp.cuda.Event()
         self._barrier = StartBarrier(world.timeout_sec)
-        self._executors: list[CudaExecutor] = []
+        self._executors: list[Any] = []
+        self._rail: tuple[int, int | None] = 1, None  # rail_slices and nccl_sms of the executors
         self._counts: dict[str, tuple[int, int]] = {}  # rounds and calls, by pass
 
-    def executor(self, config: TileConfig) -> CudaExecutor:
+    def executor(self, config: TileConfig) -> Any:
         """A new executor with this config. Collective."""
-        shape = PlanShape(self._geometry, config)
-        return CudaExecutor(self._world, shape, self._layer, "fused")
+        return self._make(config)
 
     def close(self) -> None:
         """Give up what trials hold, once their calls have ended."""
@@ -108,7 +107,11 @@ class Trials:
                 executor.retire()  # its kernels may run on
             raise
 
-    def _executor_for(self, config: TileConfig) -> CudaExecutor:
+    def _executor_for(self, config: TileConfig) -> Any:
+        rail = config.rail_slices, config.nccl_sms
+        if rail != self._rail:  # each has memory for the tokens of all nodes
+            self.close()
+            self._rail = rail
         for executor in self._executors:
             if executor.reschedule(config):
                 return executor
@@ -124,9 +127,19 @@ class Trials:
             executor = self.executor(config)
         executor.graphs.enabled = False  # nothing may be captured behind the barrier
         self._executors.append(executor)
+        # What is wrong with given inputs is raised on all ranks here: over several nodes no other
+        # call may be queued behind it, since transfers of ranks that queue less would be missing.
+        with _raising_reasons():
+            self._forward(executor)
+        executor.synchronize()
         return executor
 
-    def _time(self, executor: CudaExecutor, which: str, rounds: int, calls: int) -> float:
+    def _forward(self, executor: Any) -> Any:
+        return executor.forward(
+            *self._inputs, training=self._training, out=self._y, tracer=self._tracer
+        )
+
+    def _time(self, executor: Any, which: str, rounds: int, calls: int) -> float:
         import cupy as cp
 
         world, (begin, end) = self._world, self._events
@@ -153,19 +166,12 @@ class Trials:
         slowest = [max(times) for times in zip(*(times for times, _ in ranks), strict=True)]
         return statistics.median(slowest)
 
-    def _call_of(self, executor: CudaExecutor, which: str) -> Callable[[], object]:
+    def _call_of(self, executor: Any, which: str) -> Callable[[], object]:
         """What is timed: forwards, or backwards of one and the same forward."""
-
-        def forward() -> dict[str, Any] | None:
-            return executor.forward(
-                *self._inputs, training=self._training, out=self._y, tracer=self._tracer
-            )
-
         if which == "forward":
-            return forward
+            return lambda: self._forward(executor)
         with _raising_reasons():
-            kept = forward()
-        assert kept is not None
+            kept = self._forward(executor)
         _, _, _, w_up, w_down = self._inputs
         saved = Residuals(serial=0, num_tokens=len(self._y), w_up=w_up, w_down=w_down, **kept)
 

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from cometrt.cuda.executor import CudaExecutor
+from cometrt.cuda.graphs import CallGraphs
 from cometrt.cuda.stats import DeviceStats
 from cometrt.cuda.types import DeviceArray
 from cometrt.errors import CallNotBegun, CapacityError, CometError, RoutingError
 from cometrt.nodes.cuda_rail import OUTCOMES, CudaRail
 from cometrt.nodes.executor import NodesExecutor
+from cometrt.nodes.nccl_sms import sms_for_nccl
 from cometrt.nodes.slices import RailSlice, RailSlices
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.plan.reference import too_many_rows
@@ -23,7 +25,7 @@ from cometrt.stats import LayerStats, sum_stats
 from cometrt.trace import Tracer
 from cometrt.world.failure import Failure
 from cometrt.world.nodes import NodesWorld
-from cometrt.world.partitions import leave_sms, num_sms
+from cometrt.world.partitions import leave_sms
 
 _NEWS_SEC = 1.0  # the time in which another node's failure becomes known here
 
@@ -59,7 +61,7 @@ class CudaNodesExecutor(NodesExecutor):
                 return CudaExecutor(world.node, shape, layer, mode)
 
         super().__init__(world, spec, shape, slices, layer, make)
-        world.layers[layer] = slices, shape, spec
+        self._name_in_reports()
         self.rail = CudaRail(world, spec, slices, layer, self.inner)
         self._stats = [DeviceStats(shape.geometry.local_experts) for _ in slices.calls()]
         self._last_stats: LayerStats | None = None
@@ -163,11 +165,18 @@ class CudaNodesExecutor(NodesExecutor):
         """Of a call's slices. With one slice its own kernels do all that is needed."""
         return [of["epoch"] for of in made] if self._slices.count > 1 else []
 
+    def _name_in_reports(self) -> None:
+        """Errors of calls from here on name tokens of these slices. The tuner makes executors of a
+        layer with different ones."""
+        self._world.layers[self._layer] = self._slices, self._shape, self._spec
+        self.inner.name_in_reports()
+
     @contextlib.contextmanager
     def _call(self, operation: str) -> Iterator[None]:
         """Around a call: it follows the world's calls before it, on any streams."""
         self.inner.check_capture(operation)
         self._world.next_epoch()
+        self._name_in_reports()
         gpu, stream = self._world.node.gpu, self._cp.cuda.get_current_stream()
         assert gpu is not None
         capturing = bool(stream.is_capturing())
@@ -182,6 +191,23 @@ class CudaNodesExecutor(NodesExecutor):
             else:
                 self.inner.ended.record(stream)
                 gpu.last_call = self.inner.ended
+
+    @property
+    def graphs(self) -> CallGraphs:
+        return self.inner.graphs
+
+    def reschedule(self, config: TileConfig) -> bool:
+        """As `CudaExecutor.reschedule`."""
+        own = self._shape.config
+        if (config.rail_slices, config.nccl_sms) != (own.rail_slices, own.nccl_sms):
+            return False
+        with leave_sms(self._nccl_sms):
+            return self.inner.reschedule(config)
+
+    def retire(self) -> None:
+        """As `CudaExecutor.retire`."""
+        self.inner.rail = self.rail, self._stats
+        self.inner.retire()
 
     def keep_for(self, layer: Any) -> Any:
         # They live as long as the queued calls of a dropped layer.
@@ -272,32 +298,3 @@ class CudaNodesExecutor(NodesExecutor):
 def _rows_of(of: RailSlice, own: DeviceArray, all_rows: DeviceArray) -> DeviceArray:
     """The rows of a slice; own rows only of tokens that there are."""
     return all_rows[of.begin : of.end] if of.part is not None else own[of.begin : of.end]
-
-
-def sms_for_nccl(world: NodesWorld, config: TileConfig) -> int:
-    """Collective: SMs that the layer's kernels leave to NCCL. Those that wait for peers must all be
-    resident beside NCCL's CTAs. A cluster of theirs takes two SMs, so a CTA of NCCL may cost two.
-    """
-    if config.rail_slices == 1:
-        return 0
-    assert world.nccl is not None
-    ctas, problem, wanted = world.nccl.max_ctas, "", 0
-    if ctas is None:
-        problem = (
-            f"rail_slices must be 1 unless NCCL's SMs are bounded: set NCCL_MAX_CTAS, such as "
-            f"NCCL_MAX_CTAS=4, before cometrt.connect (got {config.rail_slices})"
-        )
-    else:
-        wanted = 2 * ctas if config.nccl_sms is None else config.nccl_sms
-        if wanted < 2 * ctas:
-            problem = (
-                f"nccl_sms must be at least {2 * ctas}, two for each of NCCL's {ctas} CTAs "
-                f"(got {wanted})"
-            )
-        elif num_sms() < wanted + 2:
-            problem = f"nccl_sms must leave two of {num_sms()} SMs (got {wanted})"
-    problems = world.allgather(problem, purpose="MoELayer")
-    for rank, text in enumerate(problems):
-        if text:
-            raise ValueError(f"{text} [rank {rank}]")
-    return wanted

@@ -40,6 +40,7 @@ class Key:
         ranks, ep, tp: W = ep * tp.
         tokens: the token bucket: max_tokens, rounded up to a power of two.
         link: name of the emulated link, or "none".
+        nodes: N, among which the ranks are spread. The text of a key of one node leaves it out.
     """
 
     gpu: str
@@ -54,9 +55,13 @@ class Key:
     tokens: int
     dtype: str
     link: str
+    nodes: int = 1
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
+        fields = dataclasses.asdict(self)
+        if self.nodes == 1:
+            del fields["nodes"]
+        return ", ".join(f"{name}={value}" for name, value in fields.items())
 
 
 def key_of(world: World, spec: MoESpec) -> Key:
@@ -74,6 +79,7 @@ def key_of(world: World, spec: MoESpec) -> Key:
         tokens=1 << (spec.max_tokens - 1).bit_length(),
         dtype=spec.dtype,
         link=world.link.name if world.link else "none",
+        nodes=world.nodes,
     )
 
 
@@ -97,7 +103,7 @@ def look_up(world: World, spec: MoESpec, mode: str | None) -> TileConfig | None:
             config = _config_of(path, key, entries)
             try:
                 if config is not None:
-                    check_layer(spec, world.size, "cuda", "fused", config)
+                    check_layer(spec, world.size, "cuda", "fused", config, world.nodes)
                     return config
             except ValueError as error:
                 warn_once(f"{path}: the entry for {key} is ignored: {error}")

@@ -59,6 +59,7 @@ def candidates(
 
     Args:
         base: where the search starts; in training of `with_own_backward`.
+        size: number of ranks on a node.
         sms: SMs of the smallest rank, equal on all ranks.
         training: whether backward's fields are settings too.
     """
@@ -146,11 +147,14 @@ def roomiest(base: TileConfig, settings: list[Setting]) -> TileConfig:
     return dataclasses.replace(base, order="columns", n_chunk=min(n_chunks))
 
 
-def legal(base: TileConfig, change: Change, spec: MoESpec, size: int) -> TileConfig | None:
-    """The changed config, or None if the fused kernels cannot run it for this spec and W=size."""
+def legal(
+    base: TileConfig, change: Change, spec: MoESpec, size: int, nodes: int = 1
+) -> TileConfig | None:
+    """The changed config, or None if the fused kernels cannot run it for this spec, W=size and
+    N=nodes."""
     try:
         config = dataclasses.replace(base, **change)
-        check_layer(spec, size, "cuda", "fused", config)
+        check_layer(spec, size, "cuda", "fused", config, nodes)
     except ValueError:
         return None
     return config
@@ -163,6 +167,7 @@ def search(
     size: int,
     time: Callable[[TileConfig, str], float],
     expired: Callable[[], bool] = lambda: False,
+    nodes: int = 1,
 ) -> Found:
     """Coordinate descent from `base`: change one setting at a time, and keep what is faster.
 
@@ -172,7 +177,7 @@ def search(
     Args:
         settings: of `candidates`. Changes that `legal` refuses are not timed.
         time: measures a pass with a config in milliseconds. If it is equal on all ranks, so is the
-            result.
+            result. Infinite: the config cannot be used.
         expired: whether no more may be timed; equal on all ranks. The base is timed in any case.
     """
     passes = dict.fromkeys(which for setting in settings for which in setting.passes)
@@ -195,7 +200,7 @@ def search(
         before = best
         for setting in settings:
             for change in setting.changes:
-                config = legal(best, change, spec, size)
+                config = legal(best, change, spec, size, nodes)
                 if config is None or config == best:
                     continue
                 is_new = any((p, schedule(config, p, spec)) not in times for p in setting.passes)
@@ -209,7 +214,7 @@ def search(
 
 
 def combinations(
-    best: TileConfig, settings: list[Setting], spec: MoESpec, size: int
+    best: TileConfig, settings: list[Setting], spec: MoESpec, size: int, nodes: int = 1
 ) -> Iterator[tuple[str, TileConfig]]:
     """(pass, config): all legal schedules of each pass, each once, in a random order that is equal
     on all ranks. The other pass has the fields of `best`."""
@@ -219,7 +224,7 @@ def combinations(
         own = [setting.changes for setting in settings if which in setting.passes]
         for changes in itertools.product(*own):
             change = {name: value for part in changes for name, value in part.items()}
-            if config := legal(best, change, spec, size):
+            if config := legal(best, change, spec, size, nodes):
                 found.setdefault((which, schedule(config, which, spec)), config)
     order = list(found.items())
     random.Random(0).shuffle(order)
@@ -234,6 +239,7 @@ def sweep(
     size: int,
     time: Callable[[TileConfig, str, tuple[int, int]], float],
     expired: Callable[[], bool],
+    nodes: int = 1,
 ) -> Found:
     """Time combinations of the settings, until there are none or the time is over. The fastest, the
     config that was found so far and the base then take turns: a GPU is not equally fast all the
@@ -242,12 +248,12 @@ def sweep(
     Args:
         base, found: where `search` started, and what it found.
         time: measures a pass with a config, in so many rounds of so many calls.
-        settings, spec, size, expired: as for `search`.
+        settings, spec, size, expired, nodes: as for `search`.
     """
     best, passes = found.config, tuple(found.ms)
     shared = [name for s in settings if len(s.passes) == len(passes) > 1 for name in s.changes[0]]
     fastest: dict[tuple[Any, ...], dict[str, tuple[float, TileConfig]]] = {}
-    for which, config in combinations(best, settings, spec, size):
+    for which, config in combinations(best, settings, spec, size, nodes):
         if expired():
             break
         ms = time(config, which, _QUICK)

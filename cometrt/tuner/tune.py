@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 from collections.abc import Callable
 
 from cometrt.errors import CapacityError, MismatchError, PeerTimeout, RoutingError
 from cometrt.executor import Executor
-from cometrt.plan import PlanShape, TileConfig
+from cometrt.plan import TileConfig
 from cometrt.specs import Geometry
 from cometrt.tuner.cache import cache_file, key_of, store
+from cometrt.tuner.rail import Rail
 from cometrt.tuner.search import (
     Found,
     candidates,
@@ -52,7 +55,8 @@ def tune(
         progress: called after each trial on rank 0; None: nobody watches.
 
     Returns:
-        (the fastest config, its executor). The executor is None if the config is `base`.
+        (the fastest config, its executor). The executor is None if the config is `base`, but not
+        over several nodes.
 
     Raises:
         ValueError: on all ranks, if any rank has a problem.
@@ -67,17 +71,14 @@ def tune(
         raise ValueError(
             "inputs (given or not), training and budget_sec must be equal on all ranks"
         )
-    from cometrt.cuda.executor import CudaExecutor
-
     try:
         found = find(world, geometry, layer, base, inputs, training, budget_sec, progress)
         if world.rank == 0:
             store(cache_file(), key_of(world, geometry.spec), found.config, found.ms)
         world.barrier()  # a layer that any rank makes after tune() finds the stored config
-        if found.config == base:
+        if found.config == base and world.nodes == 1:
             return base, None
-        shape = PlanShape(geometry, found.config)
-        return found.config, CudaExecutor(world, shape, layer, "fused")
+        return found.config, Rail(world, geometry, layer).make(found.config)
     except _RAISED_ON_ALL_RANKS:
         raise
     except BaseException as error:
@@ -98,21 +99,32 @@ def find(
     """Collective: the search alone. Arguments as for `tune`, equal on all ranks."""
     from cometrt.cuda.trials import Trials
 
-    assert world.gpu is not None
-    if world.gpu.last_call is not None:  # after it no kernel of any layer waits for a peer
-        world.gpu.last_call.synchronize()
-    spec, size = geometry.spec, world.size
+    gpu = world.node.gpu
+    assert gpu is not None
+    if gpu.last_call is not None:  # after it no kernel of any layer waits for a peer
+        gpu.last_call.synchronize()
+    spec, size, nodes = geometry.spec, world.size, world.nodes
     sms = min(world.allgather(num_sms(), purpose="tune"))
     if training:
         base = with_own_backward(base, sms)
-    settings = candidates(base, spec, size, sms, training=training)
-    trials = Trials(world, geometry, layer, inputs, training, roomiest(base, settings))
+    settings = candidates(base, spec, world.ranks_per_node, sms, training=training)
+    rail, own_slices = Rail(world, geometry, layer), base.rail_slices
+    of_rail = rail.settings(base, sms, training=training)
+    trials = Trials(world, geometry, rail.make, inputs, training, roomiest(base, settings))
 
     count, best_ms = 0, dict[str, float]()
 
     def time(config: TileConfig, which: str, counts: tuple[int, int] | None = None) -> float:
         nonlocal count
-        ms = trials.time(config, which, counts)
+        if not rail.has_room(config, training):
+            return math.inf
+        try:
+            ms = trials.time(config, which, counts)
+        except CapacityError:  # a slice has room for its share of the rows
+            if config.rail_slices == own_slices:
+                raise
+            rail.refused.add(config.rail_slices)
+            return math.inf
         count, best_ms[which] = count + 1, min(ms, best_ms.get(which, ms))
         if world.rank == 0:
             _log.info("%s %.4f ms: %s", which, ms, describe(config))
@@ -123,8 +135,11 @@ def find(
     def expired() -> bool:
         return trials.elapsed_sec + trials.longest_sec > budget_sec
 
-    found = search(base, settings, spec, size, time, expired)
+    found = search(base, of_rail + settings, spec, size, time, expired, nodes)
     if not expired():
-        found = sweep(base, found, settings, spec, size, time, expired)
+        # All of the sweep have the same slices: each change of them takes new executors.
+        slices, left = found.config.rail_slices, found.config.nccl_sms
+        start = dataclasses.replace(base, rail_slices=slices, nccl_sms=left)
+        found = sweep(start, found, settings, spec, size, time, expired, nodes)
     trials.close()
     return found

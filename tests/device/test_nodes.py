@@ -42,5 +42,10 @@ def test_calls_failures_and_resets(nodes, slices):
 
 
 @pytest.mark.parametrize("slices", ["1", "4"])
+def test_tune(nodes, slices):
+    run("--slices", slices, "--tune")
+
+
+@pytest.mark.parametrize("slices", ["1", "4"])
 def test_soak(nodes, slices):
     run("--slices", slices, "--soak", "2000")

@@ -223,7 +223,7 @@ def test_a_budget_that_is_over_leaves_the_schedules_as_they_are():
 def choose(monkeypatch, config):
     """Only `config` is tried, and taken: there is no other search, and no sweep after it."""
 
-    def search(base, settings, spec, size, time, expired):
+    def search(base, settings, spec, size, time, *_):
         ms = {which: time(config, which) for which in ("forward", "backward")}
         return Found(config, ms, ms)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import cometrt
+from cometrt.agreement import agree
 from cometrt.cuda import trials
 from cometrt.cuda.buffers import has_room_for
 from cometrt.cuda.fused import num_comm_ctas
@@ -19,8 +20,8 @@ from cometrt.cuda.trials import counts_for
 from cometrt.errors import CallNotBegun
 from cometrt.legality import check_layer
 from cometrt.plan import PlanShape
-from cometrt.specs import Geometry
-from cometrt.tuner import cache, search, tune
+from cometrt.specs import Geometry, spec_of_node
+from cometrt.tuner import cache, rail, search, tune
 from cometrt.tuner.cache import Key, load, look_up, store
 from cometrt.world.link import link_share
 
@@ -41,7 +42,10 @@ def machine(monkeypatch, tmp_path):
 
 def fake_world(**changes):
     world = {"device": "cuda", "rank": 0, "size": 8, "link": link_share("h100", 16, 132)}
-    return SimpleNamespace(**(world | changes))
+    world |= {"nodes": 1, "node_index": 0} | changes
+    made = SimpleNamespace(**world, ranks_per_node=world["size"] // world["nodes"])
+    made.node = world.get("node", made)
+    return made
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -70,6 +74,56 @@ def test_keys_tell_links_and_ranks_apart():
     keys = [cache.key_of(world, spec) for world in (*worlds, fake_world(size=4))]
     assert [key.link for key in keys] == ["h100", "none", "h800", "h100"]
     assert len({str(key) for key in keys}) == 4
+
+
+def test_keys_tell_nodes_apart_and_those_of_one_node_stay_as_they_were():
+    keys = [cache.key_of(fake_world(nodes=nodes, link=None), SPEC) for nodes in (1, 2, 4)]
+    assert [key.nodes for key in keys] == [1, 2, 4]
+    assert "nodes" not in str(keys[0])
+    assert str(keys[1]) == f"{keys[0]}, nodes=2"
+
+
+NODES_KEY = dataclasses.replace(KEY, nodes=2)
+SLICED = dataclasses.replace(FOUND, rail_slices=4)
+
+
+def nodes_world(max_ctas=4, bounds=None, **changes):
+    """Rank 0 of two nodes of four ranks; NCCL's CTAs on each rank."""
+
+    def allgather(value, purpose):
+        if isinstance(value, tuple) and purpose == "MoELayer":
+            return [value] * 8
+        return [value, *(bounds if bounds is not None else [value] * 7)]
+
+    # The node's layer has other keys: it has four ranks, and half of the experts.
+    node = fake_world(size=4, link=None, gpu=SimpleNamespace(last_call=None))
+    given = {"nodes": 2, "link": None, "node": node, "num_layers": 0, "barrier": lambda: None}
+    given |= {"nccl": SimpleNamespace(max_ctas=max_ctas), "allgather": allgather}
+    return fake_world(**(given | changes))
+
+
+def test_a_layer_over_nodes_takes_what_was_tuned_over_as_many_else_for_its_node(monkeypatch):
+    monkeypatch.setattr("cometrt.nodes.nccl_sms.num_sms", lambda: 132)
+    world, of_node = nodes_world(), spec_of_node(SPEC, 2)
+    alone = dataclasses.replace(FOUND, raster_group=16)
+    assert agree(world, SPEC, None, None)[2] == cometrt.TileConfig()
+    store(cache.cache_file(), cache.key_of(world.node, of_node), alone, MS)
+    assert agree(world, SPEC, None, None)[2] == alone
+    store(cache.cache_file(), dataclasses.replace(NODES_KEY, link="none", nodes=4), SLICED, MS)
+    assert agree(world, SPEC, None, None)[2] == alone
+    store(cache.cache_file(), dataclasses.replace(NODES_KEY, link="none"), SLICED, MS)
+    assert agree(world, SPEC, None, None)[2] == SLICED
+
+
+@pytest.mark.parametrize("bounds", [None, [""] * 6 + ["NCCL_MAX_CTAS is missing here"]])
+def test_tuned_slices_are_not_used_where_nccl_has_no_bound(monkeypatch, caplog, bounds):
+    """A cache keeps no layer from being made. A config that is given is refused instead."""
+    monkeypatch.setattr("cometrt.nodes.nccl_sms.num_sms", lambda: 132)
+    world = nodes_world(max_ctas=4 if bounds else None, bounds=bounds)
+    store(cache.cache_file(), dataclasses.replace(NODES_KEY, link="none"), SLICED, MS)
+    assert agree(world, SPEC, None, None)[2] == FOUND
+    assert "the tuned rail_slices=4 is not used" in caplog.text
+    assert agree(world, SPEC, None, SLICED)[2] == SLICED
 
 
 def test_what_is_stored_is_found_and_nothing_else(tmp_path):
@@ -482,6 +536,54 @@ def test_a_config_is_told_by_what_differs_from_the_usual():
     assert search.describe(config) == "TileConfig(order=columns, n_chunk=512)"
 
 
+# ---- several nodes -------------------------------------------------------------------------------
+
+
+def changes_of(settings):
+    return [[tuple(change.items()) for change in setting.changes] for setting in settings]
+
+
+def test_settings_of_the_rail():
+    base = cometrt.TileConfig()
+    slices, sms = rail.rail_settings(base, 2, 8, 132, training=True)
+    assert slices.passes == sms.passes == search.PASSES
+    assert slices.changes == [{"rail_slices": n, "nccl_sms": None} for n in (1, 3, 4, 6)]
+    assert sms.changes == [{"nccl_sms": None}, {"nccl_sms": 16}]
+    (slices,) = rail.rail_settings(base, 4, 8, 16, training=False)  # no SMs for more than eight
+    assert slices.passes == ("forward",)
+    assert [change["rail_slices"] for change in slices.changes] == [1, 3, 4, 6, 8]
+    other = dataclasses.replace(base, rail_slices=12)
+    slices, _ = rail.rail_settings(other, 16, 8, 132, training=True)
+    assert [change["rail_slices"] for change in slices.changes] == [1, 3, 4, 6, 12, 16]
+
+
+@pytest.mark.parametrize(("least", "sms"), [(None, 132), (8, 8), (132, 132)])
+def test_one_slice_alone_is_tried_where_more_are_refused(least, sms):
+    assert rail.rail_settings(cometrt.TileConfig(), 2, least, sms, training=True) == []
+
+
+def test_sms_are_left_to_nccl_with_several_slices_alone():
+    """And no schedule is timed twice."""
+    timed = []
+
+    def time(config, which):
+        timed.append((which, config))
+        own = {1: 5.0, 3: 4.0, 4: 3.0, 6: 3.5}[config.rail_slices]
+        return own - (0.5 if config.nccl_sms == 16 else 0.0)
+
+    base, settings = (
+        cometrt.TileConfig(),
+        rail.rail_settings(cometrt.TileConfig(), 2, 8, 132, training=True),
+    )
+    found = search.search(base, settings, SPEC, 8, time, nodes=2)
+    assert found.config == cometrt.TileConfig(rail_slices=4, nccl_sms=16)
+    assert found.ms == {"forward": 2.5, "backward": 2.5}
+    assert len(timed) == len(set(timed)) == 2 * 5
+    assert all(config.nccl_sms is None for _, config in timed if config.rail_slices == 1)
+    alone = search.search(base, settings, SPEC, 8, time)  # on one node slices are illegal
+    assert alone.config == base
+
+
 # ---- tune() with trials that a table answers ---------------------------------------------------
 
 
@@ -490,18 +592,25 @@ class FakeTrials:
 
     made: ClassVar[list] = []
 
-    def __init__(self, world, geometry, layer, inputs, training, room):
+    full: ClassVar[dict] = {}  # rail_slices -> the error of its first call
+
+    def __init__(self, world, geometry, make, inputs, training, room):
         self.elapsed_sec, self.longest_sec, self.timed = 0.0, 0.0, []
-        self.training, self.closed = training, False
+        self.over_nodes = world.nodes > 1
+        self.training, self.closed, self.rails = training, False, []
         FakeTrials.made.append(self)
 
     def time(self, config, which, counts=None):
+        if config.rail_slices in self.full:
+            raise self.full[config.rail_slices]
         self.timed.append(which)
+        self.rails.append((config.rail_slices, config.nccl_sms))
         self.elapsed_sec, self.longest_sec = self.elapsed_sec + 1.0, 1.0
         of = search.schedule(config, which, SPEC)
+        rail_ms = {4: 1.0, 3: 2.0, 1: 4.0}.get(config.rail_slices, 3.0) if self.over_nodes else 0.0
         if which == "forward":
-            return 1.0 if of.order == "columns" else 2.0
-        return 3.0 if of.combine_ctas == 8 else 4.0
+            return rail_ms + (1.0 if of.order == "columns" else 2.0)
+        return rail_ms + (3.0 if of.combine_ctas == 8 else 4.0)
 
     def close(self):
         self.closed = True
@@ -513,6 +622,7 @@ def tuned(monkeypatch):
     FakeTrials.made.clear()
     monkeypatch.setattr("cometrt.cuda.trials.Trials", FakeTrials)
     monkeypatch.setattr("cometrt.cuda.executor.CudaExecutor", lambda *_: "executor")
+    monkeypatch.setattr("cometrt.cuda.arrays.CudaArrays", lambda: None)
     one = {"size": 1, "link": None, "gpu": SimpleNamespace(last_call=None)}
     one |= {"allgather": lambda value, purpose: [value], "barrier": lambda: None}
     world = fake_world(**one)
@@ -581,13 +691,84 @@ def test_a_wrong_argument_is_raised_before_any_trial(tuned):
     assert not FakeTrials.made
 
 
+@pytest.fixture
+def tuned_over_nodes(monkeypatch):
+    """The same over two nodes; also returns what `make` was called with."""
+    FakeTrials.made.clear()
+    monkeypatch.setattr(FakeTrials, "full", {})
+    monkeypatch.setattr("cometrt.cuda.trials.Trials", FakeTrials)
+    monkeypatch.setattr(rail, "room_problem", lambda *_, **__: "")
+    monkeypatch.setattr(rail.Rail, "make", lambda self, config: ("executor", config))
+    monkeypatch.setattr(tune, "num_sms", lambda: 132)
+
+    def run(budget_sec=1e9, training=True, **of_world):
+        world, base = nodes_world(**of_world), cometrt.TileConfig()
+        given = (None, training, budget_sec, "", None)
+        return tune.tune(world, Geometry(SPEC, 0, 8), 0, base, *given)
+
+    return run
+
+
+def test_slices_are_tuned_over_nodes_and_stored_with_their_number(tuned_over_nodes):
+    config, executor = tuned_over_nodes()
+    assert (config.rail_slices, config.nccl_sms) == (4, None)
+    assert config.order == "columns"
+    assert executor == ("executor", config)
+    ((key, entry),) = cache.read_entries(cache.cache_file()).items()
+    assert key.endswith("nodes=2")
+    assert entry["ms"] == {"forward": 2.0, "backward": 5.0}
+    assert cometrt.TileConfig(**entry["config"]) == config
+    (made,) = FakeTrials.made
+    assert set(made.rails) == {(1, None), (3, None), (4, None), (6, None), (4, 16)}
+    swept = made.rails[-200:]  # the sweep changes no slices
+    assert set(swept) == {(4, None)}
+
+
+@pytest.mark.parametrize("bounds", [[None] * 7, [8] * 6 + [None]])
+def test_without_a_bound_of_nccl_one_slice_alone_is_timed(tuned_over_nodes, caplog, bounds):
+    world = nodes_world(max_ctas=None if bounds[0] is None else 4, bounds=bounds)
+    made = rail.Rail(world, Geometry(SPEC, 0, 8), 0)
+    assert made.settings(cometrt.TileConfig(), 132, training=True) == []
+    assert caplog.text.count("tries rail_slices=1 alone: NCCL_MAX_CTAS is not set") == 1
+    config, _ = tuned_over_nodes(max_ctas=None)
+    assert config.rail_slices == 1
+    assert set(FakeTrials.made[0].rails) == {(1, None)}
+
+
+def test_the_layer_gets_an_executor_even_if_its_config_stays(tuned_over_nodes):
+    """Those of the trials have named themselves in its errors."""
+    config, executor = tuned_over_nodes(budget_sec=1e-3)
+    assert config.rail_slices == 1
+    assert FakeTrials.made[0].timed[:2] == ["forward", "backward"]
+    assert executor == ("executor", config)
+
+
+def test_slices_without_room_are_passed_over(tuned_over_nodes, monkeypatch):
+    """In memory, or for rows: the whole layer's config is never among them."""
+    asked = []
+
+    def problem(world, shape, mode, slices, training):
+        asked.append(slices.count)
+        return "too little" if slices.count == 4 else ""
+
+    monkeypatch.setattr(rail, "room_problem", problem)
+    FakeTrials.full[3] = cometrt.CapacityError("too many rows")
+    config, _ = tuned_over_nodes()
+    assert config.rail_slices == 6
+    assert asked == [3, 4, 6]
+    assert {slices for slices, _ in FakeTrials.made[0].rails} == {1, 6}
+    FakeTrials.full[1] = cometrt.CapacityError("too many rows")
+    with pytest.raises(cometrt.CapacityError, match="too many rows"):
+        tuned_over_nodes()
+
+
 class FakeExecutor:
     """Takes any config with the phases of its own; records its calls."""
 
     made: ClassVar[list] = []
 
-    def __init__(self, world, shape, layer, mode):
-        self.phases, self.configs, self.log = shape.config.num_phases, [], []
+    def __init__(self, config):
+        self.phases, self.configs, self.log = config.num_phases, [], []
         self.graphs = SimpleNamespace(enabled=True)
         self.retired = self.given_up = False
         FakeExecutor.made.append(self)
@@ -623,7 +804,6 @@ def new_trials(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     FakeExecutor.made = []
     barrier = SimpleNamespace(close=lambda: None, open=lambda: None)
-    monkeypatch.setattr(trials, "CudaExecutor", FakeExecutor)
     monkeypatch.setattr(trials, "StartBarrier", lambda timeout_sec: barrier)
     monkeypatch.setattr(trials, "_normal", lambda shape, *_: np.zeros(shape, np.float32))
     x = np.zeros((SPEC.max_tokens, 8), np.float32)
@@ -634,7 +814,7 @@ def new_trials(monkeypatch):
 
     def make(training):
         room = cometrt.TileConfig(order="columns", n_chunk=512)
-        return trials.Trials(world, Geometry(SPEC, 0, 8), 0, inputs, training, room)
+        return trials.Trials(world, Geometry(SPEC, 0, 8), FakeExecutor, inputs, training, room)
 
     return make
 
@@ -656,12 +836,38 @@ def test_trials_of_launch_arguments_share_an_executor(new_trials):
     assert second.given_up
 
 
+def test_executors_of_other_slices_are_given_up_first(new_trials):
+    made = new_trials(True)
+    sliced = cometrt.TileConfig(rail_slices=3)
+    for config in (cometrt.TileConfig(), sliced, FOUND):
+        made.time(config, "forward")
+    one, three, again = FakeExecutor.made
+    assert [one.given_up, three.given_up, again.given_up] == [True, True, False]
+    made.time(dataclasses.replace(sliced, nccl_sms=16), "backward")
+    assert again.given_up
+
+
+def test_what_is_wrong_is_found_by_the_first_call_alone(new_trials, monkeypatch):
+    """Behind it no rank has queued another call, of which others might know nothing."""
+    log = []
+
+    def synchronize(self):
+        log.extend(self.log)
+        raise cometrt.CapacityError("too many rows")
+
+    made = new_trials(True)
+    monkeypatch.setattr(FakeExecutor, "synchronize", synchronize)
+    with pytest.raises(cometrt.CapacityError):
+        made.time(FOUND, "backward")
+    assert log == ["forward"]
+
+
 def test_backwards_are_timed_in_a_row_of_one_forward(new_trials):
     made = new_trials(True)
     made.time(FOUND, "backward")
     (executor,) = FakeExecutor.made
     # One round of one call to see how long they take; then five rounds of three, after a warm-up.
-    first = ["forward", *2 * ["backward"], "wait", *2 * ["backward"], "wait"]
+    first = ["forward", "wait", "forward", *2 * ["backward"], "wait", *2 * ["backward"], "wait"]
     rest = ["forward", *4 * ["backward"], "wait", *20 * ["backward"], "wait"]
     assert executor.log == first + rest
 

@@ -4,6 +4,7 @@ COMETRT_RANKS_PER_NODE=2 mpirun -n 4 python -m tests.multi.run_cuda_nodes [parts
 
     --slices 4     rail_slices of all layers; more than one need NCCL_MAX_CTAS
     --soak 2000    so many steps
+    --tune         tunes small layers, from that many slices on, for a few seconds each
 
 Two GPUs are two nodes of one rank: COMETRT_RANKS_PER_NODE=1 mpirun -n 2 ...
 """
@@ -11,15 +12,22 @@ Two GPUs are two nodes of one rank: COMETRT_RANKS_PER_NODE=1 mpirun -n 2 ...
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
+import tempfile
 import time
+from pathlib import Path
+from unittest import mock
 
 import cupy
 import numpy as np
 from mpi4py import MPI
 
 import cometrt
+from cometrt.cuda.trials import Trials
+from cometrt.tuner import cache, tune
+from cometrt.tuner.search import describe
 from tests.cases import (
     Case,
     Output,
@@ -336,6 +344,50 @@ def hidden_by_the_caller(world):
     recovers(world, rank, case, inputs)
 
 
+def tuned(world):
+    """All ranks find one config, with which the layer is right, and a layer made later finds it.
+    Routing that is wrong is raised on all ranks, and the layer keeps its config."""
+    case = case_of(world, save="z")
+    inputs, spec, last = make_inputs(case), case.spec, world.size - 1
+    file = Path(world.allgather(tempfile.mkdtemp())[0]) / "tuned.json"  # rank 0's
+    slices_timed = set()
+    real = Trials.time
+
+    def time_of(self, config, which, counts=None):
+        slices_timed.add(config.rail_slices)
+        return real(self, config, which, counts)
+
+    with contextlib.ExitStack() as stack:
+        for owner in (cache, tune):
+            stack.enter_context(mock.patch.object(owner, "cache_file", return_value=file))
+        stack.enter_context(mock.patch.object(Trials, "time", time_of))
+        rank = rank_of(world, case, inputs)
+        given = (rank.x, rank.ids, rank.topk_weights, *rank.weights)
+        for arrays, training in ((None, True), (given, True), (given, False)):
+            slices_timed.clear()
+            begin = time.monotonic()
+            config = rank.layer.tune(arrays, training=training, budget_sec=3)
+            if world.rank == 0:
+                seconds = time.monotonic() - begin
+                print(f"{seconds:.1f} s, slices {slices_timed}: {describe(config)}", flush=True)
+            assert len(set(world.allgather((config, *sorted(slices_timed))))) == 1
+            bounded = world.nccl.max_ctas is not None
+            assert (slices_timed > {1}) if bounded else (slices_timed == {1})
+            checked(world, case, inputs, rank.step())
+            with cometrt.MoELayer(world, spec) as later:
+                assert later.config == config
+        if world.rank == last:
+            rank.ids[2, 1] = spec.num_experts
+        error = caught(lambda: rank.layer.tune(given, budget_sec=3))
+        assert isinstance(error, cometrt.RoutingError), error
+        assert (error.rank, error.token, error.k) == (last, 2, 1), vars(error)
+        assert rank.layer.config == config
+        if world.rank == last:
+            rank.ids[...] = on_device(world)(inputs.ids[last])
+        checked(world, case, inputs, rank.step())
+        rank.layer.close()
+
+
 def soak(world, calls: int):
     """Steps of layers of every `save` by turns; bits must repeat."""
     ranks, expected = [], []
@@ -372,6 +424,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[[], *(part.__name__ for part in PARTS)])
     parser.add_argument("--soak", type=int, default=0)
     parser.add_argument("--slices", type=int, default=1)
+    parser.add_argument("--tune", action="store_true")
     args = parser.parse_args()
     global SLICES
     SLICES = args.slices
@@ -379,12 +432,14 @@ def main() -> None:
         with cometrt.connect(MPI.COMM_WORLD, device="cuda", timeout_sec=30) as world:
             assert world.nodes > 1, "needs COMETRT_RANKS_PER_NODE"
             for part in PARTS:
-                if args.soak and not args.parts:
+                if (args.soak or args.tune) and not args.parts:
                     continue
                 if not args.parts or part.__name__ in args.parts:
                     if world.rank == 0:
                         print(f"{part.__name__} ...", flush=True)
                     part(world)
+            if args.tune:
+                tuned(world)
             if args.soak:
                 soak(world, args.soak)
         print("all parts passed", flush=True)

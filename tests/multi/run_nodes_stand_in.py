@@ -15,18 +15,23 @@ import dataclasses
 import itertools
 import os
 import sys
+import tempfile
 import time
 import types
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from mpi4py import MPI
 
 import cometrt
+from cometrt.arrays import HostArrays
 from cometrt.errors import CapacityError, RoutingError
 from cometrt.host import HostExecutor
 from cometrt.kernels.params import call_stats_dtype, exchange_state_dtype, plan_progress_dtype
 from cometrt.kernels.rail_params import header_dtype, outcome_dtype, report_dtype
 from cometrt.nodes.slices import RailSlices
+from cometrt.plan import PlanShape
 from cometrt.world.failure import Failure
 from cometrt.world.layout import world_dtype
 from tests.cases import Case, Output, make_inputs
@@ -100,8 +105,11 @@ class Event:
     def __init__(self, disable_timing=False):
         self.position = 0
 
-    def record(self, stream):
+    def record(self, stream=None):
         self.position = SIDE.done + len(SIDE.pending) if stream is SIDE else 0
+
+    def synchronize(self):
+        pass
 
 
 class NcclCommunicator:
@@ -358,10 +366,13 @@ def case_of(world, **more):
 class Inner:
     """The host's executor as that of a device: errors come later, results are NaN meanwhile."""
 
+    kernels = None  # of the rank
+
     def __init__(self, world, shape, layer, mode):
-        self.host = HostExecutor(world, shape, layer, mode)
+        self.host, self.shape = HostExecutor(world, shape, layer, mode), shape
+        self.graphs = types.SimpleNamespace(enabled=True)
         self.captured, self.generation, self.found, self.outcome = [], 0, None, (0, 0, 0)
-        self.different, self.ended = False, types.SimpleNamespace(record=lambda stream: None)
+        self.different, self.ended = False, Event()
         state = np.zeros(exchange_state_dtype.itemsize, np.uint8).view(ndarray)
         progress = np.zeros(plan_progress_dtype.itemsize, np.uint8).view(ndarray)
         self.queue = types.SimpleNamespace(
@@ -373,6 +384,15 @@ class Inner:
         return self.host.buffer().view(ndarray)
 
     def check_capture(self, operation):
+        pass
+
+    def name_in_reports(self):
+        self.kernels.inner = self  # they run for the executor whose call begins
+
+    def reschedule(self, config):
+        return PlanShape(self.shape.geometry, config).digest == self.shape.digest
+
+    def retire(self):
         pass
 
     def _call(self, name, results, *arguments, **more):
@@ -436,6 +456,22 @@ class Gpu:
         pass
 
 
+class GpuOfTrials(Gpu):
+    """The memory of peers is the host's."""
+
+    def __init__(self, node):
+        self.node = node
+
+    def allocate(self, nbytes):
+        return self.node.allocate_host(nbytes)
+
+    def poison(self, memory, nbytes):
+        memory[:] = 0xFF
+
+    def free(self, memory):
+        pass
+
+
 class Tight(Case):
     """A case with little room."""
 
@@ -456,22 +492,24 @@ class Full(Case):
 class Rank:
     """A layer whose executor is that of CUDA."""
 
-    def __init__(self, world, kernels, case):
+    def __init__(self, world, kernels, case, config=None):
         from cometrt.cuda import stats
-        from cometrt.nodes import cuda, cuda_rail
+        from cometrt.nodes import cuda, cuda_rail, nccl_sms
 
         cuda_rail.load_kernels, cuda_rail.num_sms = kernels.load, lambda: 1
         cuda_rail.world_params = lambda node: np.zeros(1, world_dtype)
         cuda_rail.pinned = stats.pinned = lambda dtype, count=1: np.zeros(count, dtype)
         cuda_rail.auxiliary_stream = lambda number: SIDE
-        cuda.CudaExecutor, cuda.num_sms = Inner, lambda: 132
+        cuda.CudaExecutor, nccl_sms.num_sms = Inner, lambda: 132
+        Inner.kernels = kernels
         self.world, self.case, self.inputs, self.kernels = world, case, make_inputs(case), kernels
-        self.layer = cometrt.MoELayer(world, case.spec, config=case.config)
-        slices = RailSlices(world.nodes, world.node_index, case.spec.max_tokens, case.slices)
+        config = config or case.config
+        self.layer = cometrt.MoELayer(world, case.spec, config=config)
+        count = config.rail_slices
+        slices = RailSlices(world.nodes, world.node_index, case.spec.max_tokens, count)
         given = world, case.spec, self.layer.shape, slices, 0, self.layer.mode
         self.executor = cuda.CudaNodesExecutor(*given)
         self.layer.executor = self.executor
-        kernels.inner = self.executor.inner
         r, inputs = world.rank, self.inputs
         self.weights = [
             w.view(ndarray)
@@ -484,7 +522,6 @@ class Rank:
     @contextlib.contextmanager
     def device(self):
         """The node has a GPU while a call is queued, but not while the world meets."""
-        self.kernels.inner = self.executor.inner
         self.world.node.gpu = Gpu()
         try:
             yield
@@ -578,7 +615,7 @@ def mismatched(world, kernels):
 
 def bounds(world, kernels):
     """Slices need a bound on NCCL's CTAs, and a config that leaves SMs to them."""
-    from cometrt.nodes.cuda import sms_for_nccl
+    from cometrt.nodes.nccl_sms import sms_for_nccl
 
     def sms(ctas, given):
         world.nccl.max_ctas = ctas
@@ -594,6 +631,89 @@ def bounds(world, kernels):
     one_rank = None if world.rank == 1 else 4
     assert "[rank 1]" in str(caught(sms, one_rank, None))
     world.nccl.max_ctas = bound
+
+
+@contextlib.contextmanager
+def tuning(rank, milliseconds):
+    """`layer.tune` of the rank finds a GPU. Trials run, and take what `milliseconds` of their
+    config and pass says."""
+    import cupy
+
+    from cometrt import memory
+    from cometrt.cuda import trials
+    from cometrt.tuner import cache, tune
+    from cometrt.world.room import Room
+
+    world, real = rank.world, trials.Trials.time
+
+    def time_of(self, config, which, counts=None):
+        real(self, config, which, (1, 2))
+        return milliseconds(config, which)
+
+    rooms = Room(f"GPU {world.rank}", 1 << 40, 1 << 40)
+    changes = [
+        (world, "device", "cuda"),
+        (world.node, "gpu", GpuOfTrials(world.node)),
+        (memory, "gpu_room", lambda: rooms),
+        (tune, "num_sms", lambda: 132),
+        (cache, "num_sms", lambda: 132),
+        (cache, "gpu_name", lambda: "a GPU"),
+        *((of, "cache_file", lambda: Path(folder) / "tuned.json") for of in (cache, tune)),
+        (trials, "_normal", lambda shape, _, dtype, rng: np.ones(shape, dtype).view(ndarray)),
+        (trials, "StartBarrier", lambda sec: types.SimpleNamespace(close=int, open=int)),
+        (trials.Trials, "time", time_of),
+        (cupy, "empty_like", np.empty_like),
+        (cupy, "asarray", lambda array: np.asarray(array).view(ndarray)),
+        (tune, "sweep", lambda base, found, *_: found),
+        (cupy.cuda, "get_elapsed_time", lambda begin, end: 1.0),
+    ]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        for owner, name, value in changes:
+            stack.enter_context(mock.patch.object(owner, name, value, create=True))
+        cuda = types.ModuleType("cometrt.cuda.arrays")
+        cuda.CudaArrays = HostArrays
+        stack.enter_context(mock.patch.dict(sys.modules, {"cometrt.cuda.arrays": cuda}))
+        yield
+
+
+def tuned(world, kernels):
+    """All ranks find the same config, whose layer is right; it is found again."""
+    from cometrt.agreement import agree
+
+    case = case_of(world, gemm="engine", save="z")
+    rank = Rank(world, kernels, case)
+    wanted = 3 if SLICES != 3 else 4
+    timed = []
+
+    def milliseconds(config, which):
+        timed.append((config.rail_slices, config.nccl_sms))
+        return 1.0 if timed[-1] == (wanted, 16) else 2.0 + abs(config.rail_slices - wanted)
+
+    inputs = (rank.x, rank.ids, rank.gates, *rank.weights)
+    with tuning(rank, milliseconds):
+        for given in (None, inputs):
+            timed.clear()
+            config = rank.layer.tune(given, budget_sec=60)
+            assert (config.rail_slices, config.nccl_sms) == (wanted, 16), config
+            assert len(set(world.allgather((config, *timed)))) == 1
+            assert {slices for slices, _ in timed} >= {1, 3, 4, 6}
+        assert agree(world, case.spec, None, None)[2] == config
+        bound, world.nccl.max_ctas = world.nccl.max_ctas, None
+        alone = dataclasses.replace(config, rail_slices=1, nccl_sms=None)
+        assert agree(world, case.spec, None, None)[2] == alone
+        world.nccl.max_ctas = bound
+    # The tuned layer's executor, in a layer with arrays of the host.
+    other = Rank(world, kernels, case, dataclasses.replace(config, nccl_sms=None))
+    other.executor = other.layer.executor = rank.layer.executor
+    other.step()
+    if world.rank == 1:
+        rank.ids[1, 1] = case.spec.num_experts
+    with tuning(rank, milliseconds):
+        error = caught(rank.layer.tune, (rank.x, rank.ids, rank.gates, *rank.weights))
+    assert isinstance(error, cometrt.RoutingError), error
+    assert (error.rank, error.token, error.k) == (1, 1, 1), vars(error)
+    assert rank.layer.config == config
+    other.step()
 
 
 def stalled(world, kernels):
@@ -646,7 +766,7 @@ def main() -> None:
 
             world.nccl = NcclRail(world)
             kernels = Kernels(world)
-            for part in (steps, failures, bounds, mismatched, stalled, failing):
+            for part in (steps, failures, bounds, tuned, mismatched, stalled, failing):
                 part(world, kernels)
         print("all parts passed", flush=True)
 

@@ -1,0 +1,55 @@
+"""SMs that the kernels of a layer with several slices leave to NCCL."""
+
+from __future__ import annotations
+
+from cometrt.plan import TileConfig
+from cometrt.world.nodes import NodesWorld
+from cometrt.world.partitions import num_sms
+
+
+def least_nccl_sms(world: NodesWorld) -> int | None:
+    """The fewest SMs that a layer with several slices may leave to NCCL on this rank; None: nothing
+    bounds NCCL's CTAs.
+
+    Kernels that wait for peers must all be resident beside NCCL's CTAs. A cluster of theirs takes
+    two SMs, so a CTA of NCCL may cost two.
+    """
+    assert world.nccl is not None
+    ctas = world.nccl.max_ctas
+    return None if ctas is None else 2 * ctas
+
+
+def nccl_problem(world: NodesWorld, config: TileConfig) -> str:
+    """Why this rank cannot run the config's slices beside NCCL, or ""."""
+    if config.rail_slices == 1:
+        return ""
+    least = least_nccl_sms(world)
+    if least is None:
+        return (
+            f"rail_slices must be 1 unless NCCL's SMs are bounded: set NCCL_MAX_CTAS, such as "
+            f"NCCL_MAX_CTAS=4, before cometrt.connect (got {config.rail_slices})"
+        )
+    wanted = config.nccl_sms or least
+    if wanted < least:
+        return (
+            f"nccl_sms must be at least {least}, two for each of NCCL's {least // 2} CTAs "
+            f"(got {wanted})"
+        )
+    if num_sms() < wanted + 2:
+        return f"nccl_sms must leave two of {num_sms()} SMs (got {wanted})"
+    return ""
+
+
+def sms_for_nccl(world: NodesWorld, config: TileConfig) -> int:
+    """Collective: SMs that the layer's kernels leave to NCCL.
+
+    Raises:
+        ValueError: on all ranks, if NCCL may need more on any of them.
+    """
+    if config.rail_slices == 1:
+        return 0
+    problems = world.allgather(nccl_problem(world, config), purpose="MoELayer")
+    for rank, text in enumerate(problems):
+        if text:
+            raise ValueError(f"{text} [rank {rank}]")
+    return config.nccl_sms or least_nccl_sms(world) or 0

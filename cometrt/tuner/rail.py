@@ -1,0 +1,97 @@
+"""What the tuner does besides for a layer over several nodes: settings of the rail."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from cometrt.executor import Executor
+from cometrt.memory import room_problem
+from cometrt.nodes import make_executor
+from cometrt.nodes.nccl_sms import least_nccl_sms
+from cometrt.nodes.slices import RailSlices
+from cometrt.plan import PlanShape, TileConfig
+from cometrt.plan.config import MAX_RAIL_SLICES
+from cometrt.specs import Geometry, geometry_of_node
+from cometrt.tuner.search import PASSES, Setting
+from cometrt.world import World
+
+_log = logging.getLogger("cometrt")
+
+_RAIL_SLICES = (3, 4, 6)
+
+
+def rail_settings(
+    base: TileConfig, nodes: int, least_sms: int | None, sms: int, *, training: bool
+) -> list[Setting]:
+    """The changes to try that only a layer over several nodes has.
+
+    Args:
+        least_sms: the fewest SMs that may be left to NCCL with several slices; None: NCCL's CTAs
+            have no bound, so that one slice alone is allowed.
+        sms: SMs of the smallest rank.
+    """
+    if least_sms is None or sms < least_sms + 2:
+        return []
+    passes = PASSES if training else PASSES[:1]
+    counts = sorted({1, *_RAIL_SLICES, min(2 * nodes, MAX_RAIL_SLICES), base.rail_slices})
+    settings = [Setting(passes, [{"rail_slices": n, "nccl_sms": None} for n in counts])]
+    if sms >= 2 * least_sms + 2:  # None: the fewest
+        settings.append(Setting(passes, [{"nccl_sms": left} for left in (None, 2 * least_sms)]))
+    return settings
+
+
+class Rail:
+    """Which slices a layer can have, and its executors.
+
+    Attributes:
+        refused: values of rail_slices that memory or capacity does not suffice for.
+    """
+
+    def __init__(self, world: World, geometry: Geometry, layer: int) -> None:
+        self._world, self._geometry, self._layer = world, geometry, layer
+        self.refused: set[int] = set()
+        self._checked: set[int] = set()
+
+    def settings(self, base: TileConfig, sms: int, *, training: bool) -> list[Setting]:
+        """Collective: as `rail_settings`, equal on all ranks. None on one node.
+
+        Args:
+            sms: as for `rail_settings`, equal on all ranks.
+        """
+        world: Any = self._world
+        self._checked.add(base.rail_slices)  # the layer itself has them
+        if world.nodes == 1:
+            return []
+        least = [int(n or 0) for n in world.allgather(least_nccl_sms(world), purpose="tune")]
+        settings = rail_settings(
+            base, world.nodes, max(least) if all(least) else None, sms, training=training
+        )
+        if not settings and world.rank == 0:
+            reason = "no SMs are left" if all(least) else "NCCL_MAX_CTAS is not set on all ranks"
+            _log.warning("tune() tries rail_slices=1 alone: %s", reason)
+        return settings
+
+    def has_room(self, config: TileConfig, training: bool) -> bool:
+        """Collective: whether the memory of a layer with the config's slices is available, and they
+        are not refused."""
+        count = config.rail_slices
+        if count not in self._checked:
+            self._checked.add(count)
+            shape, slices = self._shape(config)
+            if room_problem(self._world, shape, "fused", slices, training=training):
+                self.refused.add(count)
+        return count not in self.refused
+
+    def make(self, config: TileConfig) -> Executor:
+        """Collective: an executor of the layer with this config."""
+        shape, slices = self._shape(config)
+        spec = self._geometry.spec
+        _, executor = make_executor(self._world, spec, shape, slices, self._layer, "fused")
+        return executor
+
+    def _shape(self, config: TileConfig) -> tuple[PlanShape, RailSlices]:
+        world, spec, count = self._world, self._geometry.spec, config.rail_slices
+        of_node = geometry_of_node(spec, world.rank, world.size, world.nodes, count)
+        slices = RailSlices(world.nodes, world.node_index, spec.max_tokens, count)
+        return PlanShape(of_node, config), slices
