@@ -275,6 +275,8 @@ def test_replays_behind_a_failed_call_do_nothing():
         forward()
         rank.layer.synchronize()
         good = on_host(y)
+        y.fill(1)  # its kernel is loaded now: loading may wait for kernels that wait for a peer
+        stream.synchronize()
         world.barrier()
         stream.begin_capture()
         forward()

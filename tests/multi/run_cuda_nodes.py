@@ -67,9 +67,14 @@ def every_case(world):
     """Every routing with every `save`; bits repeat."""
     found = cases(world.size, SLICES, world.ranks_per_node)
     for case, (mode, gemm) in zip(found, itertools.cycle(MODES), strict=False):
-        case = dataclasses.replace(case, dtype="bfloat16", mode=mode, gemm=gemm)
+        case, begin = (
+            dataclasses.replace(case, dtype="bfloat16", mode=mode, gemm=gemm),
+            time.monotonic(),
+        )
         inputs = make_inputs(case)
         checked(world, case, inputs, run_case(world, case, inputs))
+        if world.rank == 0:
+            print(f"{case}: {time.monotonic() - begin:.1f} s", flush=True)
     case = case_of(world, mode="sequential", gemm="cublas")
     inputs = make_inputs(case)
     checked(world, case, inputs, run_case(world, case, inputs))
@@ -435,9 +440,10 @@ def main() -> None:
                 if (args.soak or args.tune) and not args.parts:
                     continue
                 if not args.parts or part.__name__ in args.parts:
-                    if world.rank == 0:
-                        print(f"{part.__name__} ...", flush=True)
+                    begin = time.monotonic()
                     part(world)
+                    if world.rank == 0:
+                        print(f"{part.__name__}: {time.monotonic() - begin:.0f} s", flush=True)
             if args.tune:
                 tuned(world)
             if args.soak:
