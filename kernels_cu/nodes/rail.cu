@@ -76,9 +76,17 @@ __device__ RailOutcome outcome_of(const RailParams& params) {
 }
 
 // By one thread, of a call that has completed on this node alone: else `finish` has reported it.
+// In a stopped world the other nodes' outcomes may never have arrived.
 __device__ void report_other_node(const RailParams& params) {
   volatile RailReport& report = *params.report;
   if (params.outcomes[params.node].kind != kCompleted || report.kind != kCompleted) return;
+  if (is_stopped(params.world)) {
+    report.node = params.node;
+    report.largest_need = report.wrong_pair = 0;
+    fence_host();
+    report.kind = kWorldStopped;
+    return;
+  }
   for (int node = 0; node < params.nodes; ++node) {
     const RailOutcome& outcome = params.outcomes[node];
     if (outcome.kind == kCompleted || outcome.kind == kCallHeld) continue;
