@@ -24,12 +24,13 @@ extern "C" __global__ void __launch_bounds__(kPrepareThreads, 1)
                      const __grid_constant__ TileOrderParams down_dgrad,
                      const __grid_constant__ TileOrderParams up_dgrad,
                      const __grid_constant__ WgradParams wgrads) {
-  __shared__ int shared[kWarps];
+  __shared__ int warps[kWarps];
+  __shared__ PlacedRun placed[kPrepareThreads];
+  const auto team = Team<kPrepareThreads>::of_block(warps);
   if (params.state->status != kActive) return;
-  write_tile_order<kPrepareThreads>(recompute, tiles, blockIdx.x, gridDim.x, shared);
-  write_tile_order<kPrepareThreads>(down_dgrad, tiles, blockIdx.x, gridDim.x, shared);
-  const int steps =
-      write_tile_order<kPrepareThreads>(up_dgrad, tiles, blockIdx.x, gridDim.x, shared);
+  write_tile_order(recompute, tiles, team, blockIdx.x, gridDim.x, placed);
+  write_tile_order(down_dgrad, tiles, team, blockIdx.x, gridDim.x, placed);
+  const int steps = write_tile_order(up_dgrad, tiles, team, blockIdx.x, gridDim.x, placed);
   write_wgrad_order(wgrads, up_dgrad.work_tiles, up_dgrad.num_steps, up_dgrad.progress, steps,
                     kFirstWgrad);
   const int warp = blockIdx.x * kWarps + threadIdx.x / 32;

@@ -2,22 +2,21 @@
 // rows.
 #pragma once
 
-#include "common/scan.cuh"
 #include "plan/token_tile.cuh"
 
 namespace cometrt {
 
-// Step 3, a block per (token tile, source). Writes
+// Step 3, a team per (token tile, source). Writes
 //   - this rank's rows: pair_row, row_pair, row_weight;
 //   - for own tokens, pair_list;
 //   - first_order_idx: the first tile that needs a token, on this rank for all sources, and on
 //   every
 //     rank for own tokens;
 //   - run_counts: how many tokens need each tile first.
-__device__ inline void place_rows(const PlanParams& p, int token_tile_idx, int source,
-                                  u32* members) {
+__device__ inline void place_rows(const PlanParams& p, const PlanTeam& team, int token_tile_idx,
+                                  int source, u32* members) {
   const int experts = p.g.local_experts, num_experts = p.g.num_experts, topk = p.g.topk;
-  const int tp = p.g.tp, size = p.g.size, rank = p.g.rank, thread = threadIdx.x;
+  const int tp = p.g.tp, size = p.g.size, rank = p.g.rank, thread = team.thread;
   const bool own = source == rank;
   // Of another source, only pairs of this rank's experts matter.
   const int first_local = rank / tp * experts;
@@ -49,16 +48,16 @@ __device__ inline void place_rows(const PlanParams& p, int token_tile_idx, int s
   firsts[rank * kTokenTile + thread] = kNoOrderIdx;
 #pragma unroll 1
   for (int c = 0; c < size && own; ++c) firsts[c * kTokenTile + thread] = kNoOrderIdx;
-  __syncthreads();
+  team.sync();
 #pragma unroll 1
   for (int k = 0; k < topk && used; k += kPairsAtOnce) {
     if (k > 0) load_pairs(p.ids + first_pair, k, topk, ids);
 #pragma unroll
     for (int i = 0; i < kPairsAtOnce; ++i) {
-      if (ids[i] >= begin && ids[i] < end) choose(members, ids[i]);
+      if (ids[i] >= begin && ids[i] < end) choose(members, ids[i], thread);
     }
   }
-  __syncthreads();
+  team.sync();
 #pragma unroll 1
   for (int k = 0; k < topk && used; k += kPairsAtOnce) {
     if (topk > kPairsAtOnce) load_pairs(p.ids + first_pair, k, topk, ids);
@@ -67,7 +66,7 @@ __device__ inline void place_rows(const PlanParams& p, int token_tile_idx, int s
 #pragma unroll
     for (int i = 0; i < kPairsAtOnce; ++i) {
       const bool matters = ids[i] >= begin && ids[i] < end;
-      indices[i] = matters ? chosen_before(members, ids[i]) : -1;
+      indices[i] = matters ? chosen_before(members, ids[i], thread) : -1;
     }
 #pragma unroll 1
     for (int shard = first_shard; shard < end_shard; ++shard) {
@@ -113,13 +112,16 @@ __device__ inline void place_rows(const PlanParams& p, int token_tile_idx, int s
   }
 }
 
-// Step 4, a block per column j. Prefix sums of run_counts along an order. j = -1: pulls of all
-// sources in dispatch order. j >= 0: sends or staging rows in the order of gemm_combine, which is
-// backwards.
-__device__ inline void sum_runs(const PlanParams& p, int j, int* warps) {
-  const int size = p.g.size, max_tiles = p.g.max_tiles;
+// Items of sum_runs: the pulls; then a column of sends and one of staging rows for each other rank.
+__device__ inline int num_run_sums(const PlanParams& p) { return 2 * p.g.size - 1; }
+
+// Step 4, a team per item. Prefix sums of run_counts along an order. Pulls of all sources (j = -1)
+// are in dispatch order; sends and staging rows in the order of gemm_combine, which is backwards.
+__device__ inline void sum_runs(const PlanParams& p, const PlanTeam& team, int item) {
+  const int size = p.g.size, max_tiles = p.g.max_tiles, other = (item + 1) / 2;
+  const int j = item == 0 ? -1 : item % 2 * size + (p.g.rank + other) % size;
   const int share = (max_tiles + kTokenTile - 1) / kTokenTile;
-  const int begin = threadIdx.x * share, end = min(begin + share, max_tiles);
+  const int begin = team.thread * share, end = min(begin + share, max_tiles);
   const auto order_idx = [&](int i) { return j < 0 ? i : max_tiles - 1 - i; };
   const auto count = [&](int i) {
     if (j >= 0) return p.run_counts[j * max_tiles + order_idx(i)];
@@ -131,7 +133,7 @@ __device__ inline void sum_runs(const PlanParams& p, int j, int* warps) {
   int mine = 0, total;
 #pragma unroll 1
   for (int i = begin; i < end; ++i) mine += count(i);
-  int sum = block_scan(mine, warps, &total);
+  int sum = team.scan(mine, &total);
   int* out = j < 0 ? p.pull_offsets : p.run_starts + j * max_tiles;
 #pragma unroll 1
   for (int i = begin; i < end; ++i) {
@@ -139,7 +141,7 @@ __device__ inline void sum_runs(const PlanParams& p, int j, int* warps) {
     out[order_idx(i)] = sum;
     sum += here;
   }
-  if (threadIdx.x == 0) {
+  if (team.thread == 0) {
     if (j < 0) {
       p.pull_offsets[max_tiles] = total;
     } else {

@@ -2,7 +2,6 @@
 // alone.
 #pragma once
 
-#include "common/scan.cuh"
 #include "plan/token_tile.cuh"
 
 namespace cometrt {
@@ -44,18 +43,21 @@ struct RankTiles {
   }
 };
 
-// Step 2, a block per rank c. Orders rank c's tiles. For this rank it also writes the plan's
+// Threads that write an expert's tiles. Few experts have many tiles each, many have few.
+constexpr int kTileLanes = 8;
+
+// Step 2, a team per rank c. Orders rank c's tiles. For this rank it also writes the plan's
 // tables.
-__device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* warps) {
+__device__ inline void make_tiles(const PlanParams& p, const PlanTeam& team, int c, int* shared) {
   const RankTiles tiles(p.g, shared);
-  const int experts = p.g.local_experts, size = p.g.size, thread = threadIdx.x;
+  const int experts = p.g.local_experts, size = p.g.size, thread = team.thread;
   const int first_expert = c / p.g.tp * experts;
 #pragma unroll 1
   for (int i = thread; i < size * experts; i += kTokenTile) {
     const int source = (c + i / experts) % size;
     tiles.before[experts + i] = p.counts[source * p.g.num_experts + first_expert + i % experts];
   }
-  __syncthreads();
+  team.sync();
 #pragma unroll 1
   for (int e = thread; e < experts; e += kTokenTile) {
     int sum = tiles.before[e] = 0;
@@ -65,7 +67,7 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
       tiles.before[d * experts + e] = sum;
     }
   }
-  __syncthreads();
+  team.sync();
   int num_tiles = 0;  // order indices by (phase, expert)
 #pragma unroll 1
   for (int first = 0; first < p.g.num_phases * experts; first += kTokenTile) {
@@ -74,7 +76,7 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
     const int count =
         valid ? tiles.tiles_upto_phase(phase, e) - tiles.tiles_upto_phase(phase - 1, e) : 0;
     int total;
-    const int before = block_scan(count, warps, &total);
+    const int before = team.scan(count, &total);
     if (valid) tiles.order_idx[i] = num_tiles + before;
     num_tiles += total;
   }
@@ -84,7 +86,7 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
     const int e = first + thread;
     const int count = e < experts ? tiles.tiles_within(size - 1, e) : 0;
     int total;
-    const int before = block_scan(count, warps, &total);
+    const int before = team.scan(count, &total);
     if (e < experts) tiles.first_tile[e] = first_tile + before;
     first_tile += total;
   }
@@ -95,7 +97,7 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
       atomicMax(&p.progress->largest_need, need << 16 | static_cast<u64>(0xffff - c));
     }
   }
-  __syncthreads();
+  team.sync();
   if (num_tiles > p.g.max_tiles) return;
   const bool mine = c == p.g.rank;
 #pragma unroll 1
@@ -105,9 +107,10 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
   }
   const long long first_of_rank = static_cast<long long>(c) * p.g.max_tiles;
 #pragma unroll 1
-  for (int e = thread / 32; e < experts; e += kWarps) {  // a warp each
+  for (int e = thread / kTileLanes; e < experts; e += kTokenTile / kTileLanes) {
 #pragma unroll 1
-    for (int index = thread % 32; index < tiles.tiles_within(size - 1, e); index += 32) {
+    for (int index = thread % kTileLanes; index < tiles.tiles_within(size - 1, e);
+         index += kTileLanes) {
       const int d = tiles.tile_distance(e, index), order_idx = tiles.tile_order_idx(e, index, d);
       const int tile = tiles.first_tile[e] + index;
       p.rank_order[first_of_rank + order_idx] = tile * experts + e;
@@ -130,14 +133,14 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
   }
 }
 
-// Step 2, one block. Offsets of staging rows, of sends and of the lists of own tokens by expert.
-__device__ inline void make_bases(const PlanParams& p, int* tokens, int* warps) {
-  const int size = p.g.size, ep = p.g.ep, tp = p.g.tp, rank = p.g.rank, thread = threadIdx.x;
+// Step 2, one team. Offsets of staging rows, of sends and of the lists of own tokens by expert.
+__device__ inline void make_bases(const PlanParams& p, const PlanTeam& team, int* tokens) {
+  const int size = p.g.size, ep = p.g.ep, tp = p.g.tp, rank = p.g.rank, thread = team.thread;
 #pragma unroll 1
   for (int i = thread; i < size * ep; i += kTokenTile) tokens[i] = p.token_counts[i];
 #pragma unroll 1
   for (int s = thread; s < size; s += kTokenTile) p.out_num_tokens[s] = p.num_tokens[s];
-  __syncthreads();
+  team.sync();
   // A home's staging buffer: contributors by ring distance. The home's own sum is not staged.
 #pragma unroll 1
   for (int home = thread; home < size; home += kTokenTile) {
@@ -173,26 +176,31 @@ __device__ inline void make_bases(const PlanParams& p, int* tokens, int* warps) 
     const int e = first + thread;
     const int count = e < p.g.num_experts ? p.counts[rank * p.g.num_experts + e] : 0;
     int total;
-    const int before = block_scan(count, warps, &total);
+    const int before = team.scan(count, &total);
     if (e < p.g.num_experts) p.list_start[e] = start + before;
     start += total;
   }
 }
 
-// Columns of token_tile_counts that a block sums at once: with few token tiles a thread sums one,
+// Columns of token_tile_counts that a team sums at once: with few token tiles a thread sums one,
 // otherwise a warp.
 constexpr int kMaxSerialTiles = 4;
 __device__ inline int columns_at_once(const PlanParams& p) {
   return num_token_tiles(p) <= kMaxSerialTiles ? kTokenTile : kWarps;
 }
+// Items of sum_token_tiles.
+__device__ inline int num_token_tile_sums(const PlanParams& p) {
+  const int columns = p.g.num_experts + p.g.size * p.g.local_experts;
+  return (columns + columns_at_once(p) - 1) / columns_at_once(p);
+}
 
-// Step 2, a block per columns_at_once(). Prefix sums over token tiles of token_tile_counts, in
+// Step 2, a team per columns_at_once(). Prefix sums over token tiles of token_tile_counts, in
 // place. Columns: all experts for this rank as source, then this rank's experts for all other
 // sources.
-__device__ inline void sum_token_tiles(const PlanParams& p, int item) {
-  const int experts = p.g.num_experts, token_tiles = num_token_tiles(p), lane = threadIdx.x % 32;
+__device__ inline void sum_token_tiles(const PlanParams& p, const PlanTeam& team, int item) {
+  const int experts = p.g.num_experts, token_tiles = num_token_tiles(p), lane = team.thread % 32;
   const bool serial = token_tiles <= kMaxSerialTiles;
-  const int column = item * columns_at_once(p) + (serial ? threadIdx.x : threadIdx.x / 32);
+  const int column = item * columns_at_once(p) + (serial ? team.thread : team.thread / 32);
   int source = p.g.rank, expert = column;
   if (column >= experts) {
     source = (column - experts) / p.g.local_experts;
