@@ -67,6 +67,7 @@ __device__ inline void count_pairs(const PlanParams& p, const PlanTeam& team, in
   const bool used = token < routing.tokens;
   const int* from = routing.ids + static_cast<long long>(token) * topk;
   const long long first_pair = (static_cast<long long>(source) * p.g.max_tokens + token) * topk;
+  const Divisor local_experts(p.g.local_experts);
   u64 groups = 0;
 #pragma unroll 1
   for (int k = 0; k < topk; k += kPairsAtOnce) {
@@ -78,17 +79,19 @@ __device__ inline void count_pairs(const PlanParams& p, const PlanTeam& team, in
       team.sync();
     }
     if (used) store_pairs(p.ids + first_pair, k, topk, ids);
-#pragma unroll 1
-    for (int i = 0; i < min(topk - k, kPairsAtOnce); ++i) {
-      if (!used) break;
-      const int id = select(ids, i);
-      bool wrong = id < -1 || id >= p.g.num_experts;
-      if (id >= 0 && !wrong) {
-        wrong = choose(members, id, thread) >> lane & 1;  // an id must not repeat within a token
-        groups |= 1ull << quotient(id, p.g.local_experts);
+    u32 wrong = 0;  // a bit a pair
+#pragma unroll
+    for (int i = 0; i < kPairsAtOnce; ++i) {
+      const int id = used ? ids[i] : -1;  // -1 beyond topk too
+      if (id >= 0 && id < p.g.num_experts) {
+        const u32 repeated = choose(members, id, thread) >> lane & 1;  // within the token
+        wrong |= repeated << i;
+        groups |= 1ull << local_experts.quotient(id);
+      } else {
+        wrong |= (id != -1) << i;
       }
-      if (wrong) report_wrong_pair(p, first_pair + k + i);
     }
+    if (wrong != 0) report_wrong_pair(p, first_pair + k + __ffs(wrong) - 1);
   }
 #pragma unroll 1
   for (int first = 0; first < p.g.ep; first += 32) {  // one EP group a lane

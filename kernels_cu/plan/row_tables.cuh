@@ -33,6 +33,7 @@ __device__ inline void place_rows(const PlanParams& p, const PlanTeam& team, int
   const bool used = token < p.num_tokens[source];
   const long long global_token = static_cast<long long>(source) * p.g.max_tokens + token;
   const long long first_pair = global_token * topk;
+  const Divisor by_experts(experts);
   int ids[kPairsAtOnce];  // loaded early, since most layers have topk <= kPairsAtOnce
   if (token < p.g.max_tokens) load_pairs(p.ids + first_pair, 0, topk, ids);
 #pragma unroll 1
@@ -41,8 +42,9 @@ __device__ inline void place_rows(const PlanParams& p, const PlanTeam& team, int
     starts[e] = p.list_start[e] + counts[e];
 #pragma unroll 1
     for (int shard = first_shard; shard < end_shard; ++shard) {
-      const int c = e / experts * tp + shard, d = ring_distance(p.g, c, source);
-      rows[shard * num_experts + e] = p.rank_rows[rank_rows_idx(p, c, d, e % experts)] + counts[e];
+      const int c = by_experts.quotient(e) * tp + shard, d = ring_distance(p.g, c, source);
+      rows[shard * num_experts + e] =
+          p.rank_rows[rank_rows_idx(p, c, d, by_experts.remainder(e))] + counts[e];
     }
   }
   firsts[rank * kTokenTile + thread] = kNoOrderIdx;
@@ -58,6 +60,7 @@ __device__ inline void place_rows(const PlanParams& p, const PlanTeam& team, int
     }
   }
   team.sync();
+  const Divisor by_block_m(p.g.block_m);
 #pragma unroll 1
   for (int k = 0; k < topk && used; k += kPairsAtOnce) {
     if (topk > kPairsAtOnce) load_pairs(p.ids + first_pair, k, topk, ids);
@@ -74,21 +77,21 @@ __device__ inline void place_rows(const PlanParams& p, const PlanTeam& team, int
 #pragma unroll
       for (int i = 0; i < kPairsAtOnce; ++i) {
         if (indices[i] < 0) continue;
-        const int c = quotient(ids[i], experts) * tp + shard;
-        const int tile = quotient(rows[shard * num_experts + ids[i]] + indices[i], p.g.block_m);
+        const int c = by_experts.quotient(ids[i]) * tp + shard;
+        const int tile = by_block_m.quotient(rows[shard * num_experts + ids[i]] + indices[i]);
         order_indices[i] = p.rank_tile_order_idx[static_cast<long long>(c) * p.g.max_tiles + tile];
       }
-#pragma unroll 1
+#pragma unroll
       for (int i = 0; i < kPairsAtOnce; ++i) {
-        if (select(indices, i) < 0) continue;
-        const int c = quotient(select(ids, i), experts) * tp + shard;
+        if (indices[i] < 0) continue;
+        const int c = by_experts.quotient(ids[i]) * tp + shard;
         u32* first = &firsts[c * kTokenTile + thread];
-        *first = min(*first, select(order_indices, i));
+        *first = min(*first, order_indices[i]);
       }
     }
-#pragma unroll 1
+#pragma unroll
     for (int i = 0; i < kPairsAtOnce; ++i) {
-      const int index = select(indices, i), id = select(ids, i);
+      const int index = indices[i], id = ids[i];
       if (index < 0) continue;
       const long long pair = first_pair + k + i;
       if (own) p.pair_list[starts[id] + index] = token;
@@ -96,7 +99,7 @@ __device__ inline void place_rows(const PlanParams& p, const PlanTeam& team, int
       const int row = rows[rank % tp * num_experts + id] + index;
       p.pair_row[pair] = row;
       p.row_pair[row] = static_cast<int>(pair);
-      p.row_weight[row] = __int_as_float(select(weights, i));
+      p.row_weight[row] = __int_as_float(weights[i]);
     }
   }
   if (!used) return;
@@ -154,16 +157,16 @@ __device__ inline void sum_runs(const PlanParams& p, const PlanTeam& team, int i
 // by (when gemm_combine finishes them, ring distance of the home, block). So the index is the
 // number of blocks that are complete before, those of nearer homes with the same order index
 // included.
-__device__ inline int push_idx(const PlanParams& p, int home, int block, int order_idx) {
+__device__ inline int push_idx(const PlanParams& p, int home, int block, int order_idx,
+                               const Divisor& by_block) {
   int index = block;
-  const int block_tokens = p.block_tokens[0];
   const int mine = ring_distance(p.g, p.g.rank, home);
 #pragma unroll 4
   for (int d = 1; d < p.g.size; ++d) {
-    const int other = (p.g.rank + d) % p.g.size, at = other * p.g.max_tiles + order_idx;
+    const int other = rank_at(p.g, p.g.rank, d), at = other * p.g.max_tiles + order_idx;
     const int tokens = p.run_starts[at] + (d < mine ? p.run_counts[at] : 0);
     const bool all = tokens == p.column_tokens[other];  // a home's last block may be partial
-    const int whole = quotient(tokens + (all ? block_tokens - 1 : 0), block_tokens);
+    const int whole = by_block.quotient(tokens + (all ? p.block_tokens[0] - 1 : 0));
     index += d == mine ? 0 : whole;
   }
   return index;
@@ -174,6 +177,7 @@ __device__ inline int push_idx(const PlanParams& p, int home, int block, int ord
 __device__ inline void place_pulls(const PlanParams& p, int order_idx) {
   const int lane = threadIdx.x % 32, max_tiles = p.g.max_tiles, block_tokens = p.block_tokens[0];
   if (order_idx >= p.rank_num_tiles[p.g.rank]) return;
+  const Divisor by_topk(p.g.topk), by_max_tokens(p.g.max_tokens), by_block(block_tokens);
   const long long first_row = static_cast<long long>(p.tile_order[order_idx]) * p.g.block_m;
   int pulls = p.pull_offsets[order_idx];
   int last_source = -1, sent = 0;  // source of the last row so far, and its tokens so far
@@ -185,7 +189,7 @@ __device__ inline void place_pulls(const PlanParams& p, int order_idx) {
     for (int i = 0; i < kRowsAtOnce; ++i) {
       const int row = first + 32 * i + lane;
       const int pair = row < p.g.block_m ? p.row_pair[first_row + row] : -1;
-      tokens[i] = pair < 0 ? -1 : quotient(pair, p.g.topk);
+      tokens[i] = pair < 0 ? -1 : by_topk.quotient(pair);
     }
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
@@ -197,7 +201,7 @@ __device__ inline void place_pulls(const PlanParams& p, int order_idx) {
       const bool is_here = select(here, i);
       const u32 all = __ballot_sync(~0u, is_here), left = all & ((1u << lane) - 1);
       if (all == 0) continue;
-      const int s = is_here ? quotient(token, p.g.max_tokens) : -1;
+      const int s = is_here ? by_max_tokens.quotient(token) : -1;
       const u32 same = __match_any_sync(~0u, s);
       const int index = __popc(same & left) + (s == last_source ? sent : 0);
       if (is_here) {
@@ -205,11 +209,11 @@ __device__ inline void place_pulls(const PlanParams& p, int order_idx) {
         if (s != p.g.rank) {
           const int at = p.run_starts[s * max_tiles + order_idx] + index;
           p.send_tokens[p.send_offsets[s] + at] = token;
-          const int block = quotient(at, block_tokens);
+          const int block = by_block.quotient(at);
           if (at + 1 == (block + 1) * block_tokens || at + 1 == p.column_tokens[s]) {
             const int item = s * p.g.blocks_per_home + block;
             p.block_order_idx[item] = order_idx;
-            p.push_blocks[push_idx(p, s, block, order_idx)] = item;
+            p.push_blocks[push_idx(p, s, block, order_idx, by_block)] = item;
           }
         }
       }
@@ -234,7 +238,7 @@ __device__ inline void place_staging_rows(const PlanParams& p, int c, int first_
     const int packed = p.rank_order[static_cast<long long>(c) * max_tiles + mine];
     const int tokens = p.run_counts[column];
     first_row = p.staging_base[back] + p.run_starts[column];
-    const int expert = packed % experts, tile = packed / experts;
+    const int tile = static_cast<u32>(packed) / experts, expert = packed - tile * experts;
     const long long rows = rank_rows_idx(p, c, ring_distance(p.g, c, p.g.rank), expert);
     const int first = p.rank_rows[rows], end = p.rank_rows[rows + experts];
     const int start = p.list_start[c / p.g.tp * experts + expert] - first;

@@ -9,11 +9,13 @@ namespace cometrt {
 // Rows and tiles of one rank's experts, in shared memory.
 struct RankTiles {
   const Geometry& g;
+  Divisor block_m;
   int* before;      // [size + 1, local_experts]: rows from sources nearer than d
   int* order_idx;   // [num_phases, local_experts]: order index of the first tile
   int* first_tile;  // [local_experts]
 
-  __device__ RankTiles(const Geometry& geometry, int* shared) : g(geometry), before(shared) {
+  __device__ RankTiles(const Geometry& geometry, int* shared)
+      : g(geometry), block_m(g.block_m), before(shared) {
     order_idx = before + (g.size + 1) * g.local_experts;
     first_tile = order_idx + g.num_phases * g.local_experts;
   }
@@ -21,7 +23,7 @@ struct RankTiles {
   // Tiles of the expert whose rows all come from ring distances up to d.
   __device__ int tiles_within(int d, int expert) const {
     const int end = before[(d + 1) * g.local_experts + expert], all = rows(expert);
-    return quotient(end == all ? all + g.block_m - 1 : end, g.block_m);
+    return block_m.quotient(end == all ? all + g.block_m - 1 : end);
   }
   // Ring distance of the farthest row of the expert's index-th tile.
   __device__ int tile_distance(int expert, int index) const {
@@ -43,19 +45,17 @@ struct RankTiles {
   }
 };
 
-// Threads that write an expert's tiles. Few experts have many tiles each, many have few.
-constexpr int kTileLanes = 8;
-
 // Step 2, a team per rank c. Orders rank c's tiles. For this rank it also writes the plan's
 // tables.
 __device__ inline void make_tiles(const PlanParams& p, const PlanTeam& team, int c, int* shared) {
   const RankTiles tiles(p.g, shared);
   const int experts = p.g.local_experts, size = p.g.size, thread = team.thread;
   const int first_expert = c / p.g.tp * experts;
+  const Divisor by_experts(experts);
 #pragma unroll 1
   for (int i = thread; i < size * experts; i += kTokenTile) {
-    const int source = (c + i / experts) % size;
-    tiles.before[experts + i] = p.counts[source * p.g.num_experts + first_expert + i % experts];
+    const int source = rank_at(p.g, c, by_experts.quotient(i)), e = by_experts.remainder(i);
+    tiles.before[experts + i] = p.counts[source * p.g.num_experts + first_expert + e];
   }
   team.sync();
 #pragma unroll 1
@@ -71,7 +71,7 @@ __device__ inline void make_tiles(const PlanParams& p, const PlanTeam& team, int
   int num_tiles = 0;  // order indices by (phase, expert)
 #pragma unroll 1
   for (int first = 0; first < p.g.num_phases * experts; first += kTokenTile) {
-    const int i = first + thread, phase = i / experts, e = i % experts;
+    const int i = first + thread, phase = by_experts.quotient(i), e = by_experts.remainder(i);
     const bool valid = i < p.g.num_phases * experts;
     const int count =
         valid ? tiles.tiles_upto_phase(phase, e) - tiles.tiles_upto_phase(phase - 1, e) : 0;
@@ -102,15 +102,16 @@ __device__ inline void make_tiles(const PlanParams& p, const PlanTeam& team, int
   const bool mine = c == p.g.rank;
 #pragma unroll 1
   for (int i = thread; i < (size + 1) * experts; i += kTokenTile) {
-    const int row = tiles.first_tile[i % experts] * p.g.block_m + tiles.before[i];
+    const int row = tiles.first_tile[by_experts.remainder(i)] * p.g.block_m + tiles.before[i];
     p.rank_rows[rank_rows_idx(p, c, 0, i)] = row;
   }
   const long long first_of_rank = static_cast<long long>(c) * p.g.max_tiles;
+  const int lanes = max(1, kTokenTile / experts);  // threads of an expert
 #pragma unroll 1
-  for (int e = thread / kTileLanes; e < experts; e += kTokenTile / kTileLanes) {
+  for (int e = thread / lanes; e < experts; e += kTokenTile / lanes) {
+    const int num_tiles_of_expert = tiles.tiles_within(size - 1, e);
 #pragma unroll 1
-    for (int index = thread % kTileLanes; index < tiles.tiles_within(size - 1, e);
-         index += kTileLanes) {
+    for (int index = thread % lanes; index < num_tiles_of_expert; index += lanes) {
       const int d = tiles.tile_distance(e, index), order_idx = tiles.tile_order_idx(e, index, d);
       const int tile = tiles.first_tile[e] + index;
       p.rank_order[first_of_rank + order_idx] = tile * experts + e;
@@ -148,7 +149,7 @@ __device__ inline void make_bases(const PlanParams& p, const PlanTeam& team, int
     if (home == rank) p.send_base[home] = p.staging_base[0] = 0;
 #pragma unroll 1
     for (int d = 1; d < size; ++d) {
-      const int c = (home + d) % size;
+      const int c = rank_at(p.g, home, d);
       if (c == rank) p.send_base[home] = base;
       if (home == rank) p.staging_base[d] = base;
       base += tokens[home * ep + c / tp];
@@ -159,13 +160,14 @@ __device__ inline void make_bases(const PlanParams& p, const PlanTeam& team, int
 #pragma unroll 1
     for (int s = 0; s < size; ++s) most = max(most, p.num_tokens[s]);
     const int block_tokens = p.block_tokens[0] = tokens_per_block(p.g, most);
+    const Divisor by_block(block_tokens);
 #pragma unroll 1
     for (int home = 0; home < size; ++home) {
       p.send_offsets[home] = sends;
       if (home == rank) continue;
       const int count = tokens[home * ep + rank / tp];
       sends += count;
-      blocks += (count + block_tokens - 1) / block_tokens;
+      blocks += by_block.quotient(count + block_tokens - 1);
     }
     p.send_offsets[size] = sends;
     p.num_blocks[0] = blocks;

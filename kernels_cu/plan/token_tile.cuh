@@ -2,6 +2,7 @@
 // experts.
 #pragma once
 
+#include "common/divisor.cuh"
 #include "common/team.cuh"
 #include "plan/plan.cuh"
 
@@ -19,9 +20,9 @@ __device__ inline int num_token_tiles(const PlanParams& p) {
   return (p.g.max_tokens + kTokenTile - 1) / kTokenTile;
 }
 
-// value / divisor of numbers that are not negative, in fewer instructions than by signed ones.
-__device__ inline int quotient(int value, int divisor) {
-  return static_cast<u32>(value) / static_cast<u32>(divisor);
+// The rank at ring distance d of rank c.
+__device__ inline int rank_at(const Geometry& g, int c, int d) {
+  return c + d < g.size ? c + d : c + d - g.size;
 }
 
 // values[index]. The array stays in registers, though the index is no constant.

@@ -9,6 +9,7 @@
 // Every team derives where all runs begin, then writes its share of the steps.
 #pragma once
 
+#include "common/divisor.cuh"
 #include "common/team.cuh"
 #include "scheduler/pipeline_chunk.cuh"
 #include "scheduler/work_tile.cuh"
@@ -101,11 +102,12 @@ struct alignas(16) PlacedRun {
 // Writes the step that belongs to the tile at `index` and N-tile first + n_tile of an N-chunk, if
 // there is one: for a pair, the second tile writes; for a single tile, every other N-tile.
 __device__ inline void write_step(const Order& order, const PlacedRun& placed, int index, int first,
-                                  int n_tiles, int raster_group, int n_tile, WorkTile* work_tiles) {
+                                  int n_tiles, const Divisor& raster_group, int n_tile,
+                                  WorkTile* work_tiles) {
   const TileRun& run = placed.run;
   const int pairs = run.pairs(), large = run.large_before(index);
-  const int done = n_tile / raster_group * raster_group;
-  const int here = min(raster_group, n_tiles - done), in = n_tile - done;
+  const int in = raster_group.remainder(n_tile), done = n_tile - in;
+  const int here = min(raster_group.divisor(), n_tiles - done);
   const bool is_small = index == run.small, paired = !is_small && large < 2 * pairs;
   if (paired ? large % 2 == 0 : in % 2 != 0) return;
   const int single = (run.small >= 0 && run.small < index) + max(0, large - 2 * pairs);
@@ -129,9 +131,11 @@ __device__ inline int write_steps(const TileOrderParams& p, const Order& order, 
                                   const Team<kThreads>& team, int share, int shares,
                                   PlacedRun* placed) {
   WorkTile* work_tiles = p.work_tiles + 2ll * chunk * p.max_steps;
+  const Divisor raster_group(p.raster_group);
   int before = 0;
   for (int n_tile = 0; n_tile < p.num_n_tiles; n_tile += p.n_chunk) {
     const int n_tiles = min(p.n_chunk, p.num_n_tiles - n_tile);
+    const Divisor by_n_tiles(n_tiles);
     for (int first = 0; first < order.num_tiles; first += kThreads) {
       const int index = first + team.thread;
       const bool used = index < order.num_tiles;
@@ -144,8 +148,9 @@ __device__ inline int write_steps(const TileOrderParams& p, const Order& order, 
       team.sync();
       const int count = min(kThreads, order.num_tiles - first) * n_tiles;
       for (int i = share * kThreads + team.thread; i < count; i += shares * kThreads) {
-        write_step(order, placed[i / n_tiles], first + i / n_tiles, n_tile, n_tiles, p.raster_group,
-                   i % n_tiles, work_tiles);
+        const int of_run = by_n_tiles.quotient(i);
+        write_step(order, placed[of_run], first + of_run, n_tile, n_tiles, raster_group,
+                   i - of_run * n_tiles, work_tiles);
       }
       team.sync();
       before += total;
@@ -165,12 +170,14 @@ __device__ inline int write_tile_order(const TileOrderParams& p, const PlannedTi
                                        const Team<kThreads>& team, int share, int shares,
                                        PlacedRun* placed) {
   const int num_tiles = *tiles.num_tiles;
-  int steps = 0;
+  int steps = 0, first = 0;
   for (int chunk = 0; chunk < p.num_pipeline_chunks; ++chunk) {
-    const int first = pipeline_chunk_begin(num_tiles, chunk, p.num_pipeline_chunks);
-    const int end = pipeline_chunk_begin(num_tiles, chunk + 1, p.num_pipeline_chunks);
+    const bool is_last = chunk + 1 == p.num_pipeline_chunks;  // most orders have one chunk
+    const int end =
+        is_last ? num_tiles : pipeline_chunk_begin(num_tiles, chunk + 1, p.num_pipeline_chunks);
     const Order order{tiles, p.backwards != 0, first, end - first};
     steps = write_steps(p, order, chunk, team, share, shares, placed);
+    first = end;
   }
   return steps;
 }
