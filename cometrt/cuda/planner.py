@@ -64,7 +64,7 @@ def is_small(shape: PlanShape) -> bool:
     tokens the other ranks have."""
     pairs = shape.global_tokens * shape.geometry.spec.topk
     items = shape.geometry.size * math.ceil(shape.geometry.spec.max_tokens / TOKEN_TILE)
-    return fits_in_shared(shape) and pairs <= _SMALL_PAIRS and items <= 2 * PLAN_TEAMS
+    return pairs <= _SMALL_PAIRS and items <= 2 * PLAN_TEAMS and fits_in_shared(shape)
 
 
 def fits_in_shared(shape: PlanShape) -> bool:
@@ -75,7 +75,7 @@ def fits_in_shared(shape: PlanShape) -> bool:
 def _shared_tables(shape: PlanShape) -> tuple[ParamStruct, int]:
     """The SharedTables of a small plan, and their bytes."""
     counters = {name: words for name, words in _counter_words(shape).items() if name != "progress"}
-    scratch = planner_scratch(shape)
+    scratch = _scratch_words(shape)
     zero, end = _offsets(counters | {"run_counts": scratch["run_counts"]})
     tables = plan_table_shapes(shape)
     kept, kept_end = _offsets({name: math.prod(tables[name]) for name in PLAN_KEPT}, end)
@@ -108,8 +108,15 @@ def _counter_words(shape: PlanShape) -> dict[str, int]:
     return {name: -(-count // 4) * 4 for name, count in words.items()}
 
 
-def planner_scratch(shape: PlanShape) -> dict[str, int]:
-    """32-bit words of each array that DevicePlanner keeps for itself."""
+def planner_scratch(shape: PlanShape, small: bool | None = None) -> dict[str, int]:
+    """32-bit words of each array that DevicePlanner keeps for itself. A small plan's lie in shared
+    memory, but for the one that later kernels read."""
+    small = is_small(shape) if small is None else small
+    words = _scratch_words(shape)
+    return {name: words[name] for name in words if not small or name not in PLAN_SHARED}
+
+
+def _scratch_words(shape: PlanShape) -> dict[str, int]:
     geometry, spec = shape.geometry, shape.geometry.spec
     size, experts = geometry.size, geometry.local_experts
     return {
@@ -183,7 +190,8 @@ class DevicePlanner:
         import cupy as cp
 
         self._shape, self._counters = shape, counters
-        lengths = planner_scratch(shape)
+        self._small = is_small(shape) if small is None else small
+        lengths = planner_scratch(shape, self._small)
         self.scratch = {name: cp.empty(length, cp.int32) for name, length in lengths.items()}
         self.block_order_idx = int(self.scratch["block_order_idx"].data.ptr)
         arrays, begin = dict(self.scratch), 0
@@ -199,7 +207,6 @@ class DevicePlanner:
         offsets, num_words = _layout(self._shapes)
         self.table_offsets = {name: 4 * words for name, words in offsets.items()}
         shared_bytes = 4 * _shared_words(shape)
-        self._small = is_small(shape) if small is None else small
         self._grid = _blocks_per_sm(shared_bytes) * num_sms()
         source, names = "plan/plan.cu", "plan prepare".split()
         if self._small:

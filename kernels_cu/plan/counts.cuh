@@ -38,7 +38,7 @@ __device__ inline Routing find_routing(const ExchangeParams& params, const Emula
   __shared__ int shared_tokens;
   u64 transferred_ns = 0;
   if (threadIdx.x == 0) {
-    const int tokens = shared_tokens = wait_source(params, source);
+    const int tokens = shared_tokens = wait_source(params, params.world.epoch(), source);
     if (token_tile_idx == 0) p.num_tokens[source] = tokens;
     const int here = max(0, min(kTokenTile, tokens - token_tile_idx * kTokenTile));
     if (source != params.world.rank) transferred_ns = begin_transfer(link, 4ull * here * p.g.topk);

@@ -198,7 +198,7 @@ struct PlanOfCall {
     const float* weights = params.routing<float>(source, epoch, params.weights_offset);
     return cometrt::copy_weights(p, team, token_tile, source, weights, &link);
   }
-  __device__ bool agree() const { return all_agree(params); }
+  __device__ bool agree() const { return all_agree(params, params.world.epoch()); }
   // Its deadline is longer than that of waits for peers within a step, whose reports say more.
   __device__ bool wait(PlanStep step, const u32* flag, u32 count) const {
     return wait_until(

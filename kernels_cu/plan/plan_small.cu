@@ -184,23 +184,24 @@ struct PlanAlone {
 // From all ranks' heaps.
 struct PlanOfCall {
   const ExchangeParams& params;
+  u64 epoch;
   const TileOrderParams &up, &down;
   const EmulatedLink& link;
 
   // Ids and weights cross the link in one transfer.
   __device__ int wait_source(int s) const {
-    const int tokens = cometrt::wait_source(params, s);
+    const int tokens = cometrt::wait_source(params, epoch, s);
     const u64 bytes = s == params.world.rank ? 0 : 8ull * max(0, tokens) * params.g.topk;
     wait_transferred(begin_transfer(link, bytes));
     return tokens;
   }
   __device__ const int* ids(int s) const {
-    return params.routing<int>(s, params.world.epoch(), params.ids_offset);
+    return params.routing<int>(s, epoch, params.ids_offset);
   }
   __device__ const float* weights(int s) const {
-    return params.routing<float>(s, params.world.epoch(), params.weights_offset);
+    return params.routing<float>(s, epoch, params.weights_offset);
   }
-  __device__ bool agree() const { return all_agree(params); }
+  __device__ bool agree() const { return all_agree(params, epoch); }
   // Shares of both GEMMs' tile orders, for teams without one of `items` that place rows.
   __device__ int num_orders(int items) const {
     return up.work_tiles == nullptr ? 0 : 2 * max(2, (kTeams - items) / 2);
@@ -229,8 +230,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                   const __grid_constant__ TileOrderParams down,
                   const __grid_constant__ EmulatedLink link) {
   extern __shared__ uint4 shared[];
+  // Volatile: the compiler leaves this load before the branch, where it overlaps with the status's.
+  const u64 epoch = static_cast<const volatile ControlBlock&>(params.world.own()).epoch;
   if (params.state->status != kActive) return;
-  const PlanOfCall call{params, up, down, link};
+  const PlanOfCall call{params, epoch, up, down, link};
   const bool planned = make_small_plan(out, at, reinterpret_cast<char*>(shared), call);
   if (planned && threadIdx.x == 0) params.state->ok = 1;
 }

@@ -11,11 +11,10 @@ namespace cometrt {
 
 constexpr u64 kLeastWaitNs = 1000;  // shorter ones are the time of a load
 
-// By one thread: waits for source s and returns its number of tokens. 0 if the number cannot belong
-// to this layer: all_agree() then finds the mismatch. -1 if the world has stopped. Acquires
-// source_ready at system scope; its partner is begin_exchange() of publish.cu.
-__device__ inline int wait_source(const ExchangeParams& params, int s) {
-  const u64 epoch = params.world.epoch();
+// By one thread: waits for source s in an epoch and returns its number of tokens. 0 if the number
+// cannot belong to this layer: all_agree() then finds the mismatch. -1 if the world has stopped.
+// Acquires source_ready at system scope; its partner is begin_exchange() of publish.cu.
+__device__ inline int wait_source(const ExchangeParams& params, u64 epoch, int s) {
   const u64* flag = &params.world.own().source_ready[s];
   const auto measure = [&](u64 begin_ns) {
     const u64 waited_ns = global_timer_ns() - begin_ns;
@@ -32,8 +31,8 @@ __device__ inline int wait_source(const ExchangeParams& params, int s) {
 // By a warp behind a barrier with the threads that waited for the sources: whether all ranks make
 // the same call and the world still runs. A mismatch stops the world. A lane a source, and
 // comparisons without branches, so that all loads overlap.
-__device__ inline bool all_agree(const ExchangeParams& params) {
-  const Header* headers = params.world.own().header[params.world.epoch() & 1];
+__device__ inline bool all_agree(const ExchangeParams& params, u64 epoch) {
+  const Header* headers = params.world.own().header[epoch & 1];
   const Header mine = headers[params.world.rank];
   const bool stopped = __any_sync(~0u, is_stopped(params.world));
   long long different = 0;
@@ -53,10 +52,11 @@ __device__ inline bool all_agree(const ExchangeParams& params) {
 // By all threads of a block, in a call that has its plan: waits for all ranks and sets `ok` if all
 // make the same call. Acquires source_ready.
 __device__ inline void agree_on_call(const ExchangeParams& params) {
-  for (int s = threadIdx.x; s < params.world.size; s += blockDim.x) wait_source(params, s);
+  const u64 epoch = params.world.epoch();
+  for (int s = threadIdx.x; s < params.world.size; s += blockDim.x) wait_source(params, epoch, s);
   __syncthreads();
   if (threadIdx.x >= 32) return;
-  const bool ok = all_agree(params);
+  const bool ok = all_agree(params, epoch);
   if (threadIdx.x == 0) params.state->ok = ok;
 }
 
