@@ -146,7 +146,7 @@ __device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, c
   for (int part; (part = to_stage.pop(item)) >= 0; ++done) {
     const int i = threadIdx.x / 32 * parts + part;  // one a warp, spread over blocks
     if (i < staging_items) {
-      place_staging_rows(p, i % size, i / size * 32);
+      place_staging_rows<32>(p, i % size, i / size * 32);
     } else if (i < all) {
       place_pulls(p, i - staging_items);
     }

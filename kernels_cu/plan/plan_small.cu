@@ -16,6 +16,7 @@ using namespace cometrt;
 namespace {
 
 constexpr int kTeams = COMETRT_PLAN_TEAMS, kThreads = kTeams * kTokenTile;
+constexpr int kRuns = 4;  // that a warp walks in step 5: runs are short, and warps many
 
 template <typename T>
 __device__ void put(T*& table, char* shared, int offset) {
@@ -149,11 +150,13 @@ __device__ bool make_small_plan(const PlanParams& out, const SharedTables& at, c
   items.run(num_run_sums(p), [&](int i) { sum_runs(p, team, i); });
   __syncthreads();
 
-  const int groups = (p.g.max_tiles + 31) / 32, staging_items = size * groups;
+  const int groups = (p.g.max_tiles + kRuns - 1) / kRuns, staging_items = (size - 1) * groups;
+  const Divisor by_groups(groups);
 #pragma unroll 1
   for (int i = warp; i < staging_items + p.g.max_tiles; i += kThreads / 32) {
     if (i < staging_items) {
-      place_staging_rows(p, i % size, i / size * 32);
+      const int d = by_groups.quotient(i);
+      place_staging_rows<kRuns>(p, rank_at(p.g, rank, d + 1), (i - d * groups) * kRuns);
     } else {
       place_pulls(p, i - staging_items);
     }

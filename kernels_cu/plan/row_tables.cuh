@@ -225,15 +225,17 @@ __device__ inline void place_pulls(const PlanParams& p, int order_idx) {
   }
 }
 
-// Step 5, a warp per rank c and 32 order indices. Writes staging_row for this home's tokens in rank
-// c's runs. Each lane looks up one run; then all lanes walk each run that is not empty.
+// Step 5, a warp per rank c and kRuns <= 32 order indices. Writes staging_row for this home's
+// tokens in rank c's runs. Each lane looks up one run; then all lanes walk each run that is not
+// empty.
+template <int kRuns>
 __device__ inline void place_staging_rows(const PlanParams& p, int c, int first_order_idx) {
   const int lane = threadIdx.x % 32, max_tiles = p.g.max_tiles, mine = first_order_idx + lane;
   const int experts = p.g.local_experts, back = ring_distance(p.g, p.g.rank, c);
   if (back == 0) return;  // the home's own sum is not staged
   int begin_of = 0, end_of = 0,
       first_row = 0;  // the lane's run in pair_list; its first staging row
-  if (mine < p.rank_num_tiles[c]) {
+  if (lane < kRuns && mine < p.rank_num_tiles[c]) {
     const int column = (p.g.size + c) * max_tiles + mine;
     const int packed = p.rank_order[static_cast<long long>(c) * max_tiles + mine];
     const int tokens = p.run_counts[column];

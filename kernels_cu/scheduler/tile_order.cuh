@@ -152,8 +152,7 @@ __device__ inline int write_steps(const TileOrderParams& p, const Order& order, 
         write_step(order, placed[of_run], first + of_run, n_tile, n_tiles, raster_group,
                    i - of_run * n_tiles, work_tiles);
       }
-      team.sync();
-      before += total;
+      before += total;  // barriers of the next scan() keep `placed` until all have read it
     }
   }
   if (share == 0 && team.thread == 0) {
@@ -163,8 +162,8 @@ __device__ inline int write_steps(const TileOrderParams& p, const Order& order, 
   return before;
 }
 
-// By a team: share `share` of `shares`. placed: [kThreads], in shared memory. Returns the steps of
-// the last list.
+// By a team: share `share` of `shares`. placed: [kThreads], in shared memory; free again behind the
+// team's next barrier. Returns the steps of the last list.
 template <int kThreads>
 __device__ inline int write_tile_order(const TileOrderParams& p, const PlannedTiles& tiles,
                                        const Team<kThreads>& team, int share, int shares,
