@@ -125,7 +125,7 @@ __device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, c
 
   done = 0;
   for (int i; (i = to_place.pop(item)) >= 0; ++done) {  // own token tiles first: the longest
-    place_rows(p, team, i % token_tiles, (rank + i / token_tiles) % size, shared);
+    place_rows<kPairsAtOnce>(p, team, i % token_tiles, (rank + i / token_tiles) % size, shared);
   }
   // Idle blocks do these before the barrier; step 5 counts them.
   auto to_order = steps.queue(kOrderList, calls.num_orders());
@@ -146,9 +146,9 @@ __device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, c
   for (int part; (part = to_stage.pop(item)) >= 0; ++done) {
     const int i = threadIdx.x / 32 * parts + part;  // one a warp, spread over blocks
     if (i < staging_items) {
-      place_staging_rows<32>(p, i % size, i / size * 32);
+      place_staging_rows<32, kRowsAtOnce>(p, i % size, i / size * 32);
     } else if (i < all) {
-      place_pulls(p, i - staging_items);
+      place_pulls<kRowsAtOnce>(p, i - staging_items);
     }
   }
   __syncthreads();

@@ -137,7 +137,7 @@ __device__ bool make_small_plan(const PlanParams& out, const SharedTables& at, c
   }
 
   items.run(pairs, [&](int i) {  // own token tiles first: the longest
-    place_rows(p, team, i % token_tiles, (rank + i / token_tiles) % size, words);
+    place_rows<1>(p, team, i % token_tiles, (rank + i / token_tiles) % size, words);
   });
   const int orders = call.num_orders(pairs);
   items.run(orders, [&](int i) {
@@ -156,9 +156,9 @@ __device__ bool make_small_plan(const PlanParams& out, const SharedTables& at, c
   for (int i = warp; i < staging_items + p.g.max_tiles; i += kThreads / 32) {
     if (i < staging_items) {
       const int d = by_groups.quotient(i);
-      place_staging_rows<kRuns>(p, rank_at(p.g, rank, d + 1), (i - d * groups) * kRuns);
+      place_staging_rows<kRuns, 1>(p, rank_at(p.g, rank, d + 1), (i - d * groups) * kRuns);
     } else {
-      place_pulls(p, i - staging_items);
+      place_pulls<1>(p, i - staging_items);
     }
   }
   const int4* kept = reinterpret_cast<const int4*>(shared + at.zero_bytes);

@@ -6,16 +6,17 @@
 
 namespace cometrt {
 
-// Step 3, a team per (token tile, source). Writes
+// Step 3, a team per (token tile, source), whose threads share the tile's pairs. Writes
 //   - this rank's rows: pair_row, row_pair, row_weight;
 //   - for own tokens, pair_list;
 //   - first_order_idx: the first tile that needs a token, on this rank for all sources, and on
-//   every
-//     rank for own tokens;
+//     every rank for own tokens;
 //   - run_counts: how many tokens need each tile first.
+// kAtOnce: pairs of a thread whose loads overlap.
+template <int kAtOnce>
 __device__ inline void place_rows(const PlanParams& p, const PlanTeam& team, int token_tile_idx,
                                   int source, u32* members) {
-  const int experts = p.g.local_experts, num_experts = p.g.num_experts, topk = p.g.topk;
+  const int experts = p.g.local_experts, num_experts = p.g.num_experts;
   const int tp = p.g.tp, size = p.g.size, rank = p.g.rank, thread = team.thread;
   const bool own = source == rank;
   // Of another source, only pairs of this rank's experts matter.
@@ -29,13 +30,17 @@ __device__ inline void place_rows(const PlanParams& p, const PlanTeam& team, int
   const int* counts =
       p.token_tile_counts +
       (static_cast<long long>(source) * num_token_tiles(p) + token_tile_idx) * num_experts;
-  const int token = token_tile_idx * kTokenTile + thread;
-  const bool used = token < p.num_tokens[source];
-  const long long global_token = static_cast<long long>(source) * p.g.max_tokens + token;
-  const long long first_pair = global_token * topk;
-  const Divisor by_experts(experts);
-  int ids[kPairsAtOnce];  // loaded early, since most layers have topk <= kPairsAtOnce
-  if (token < p.g.max_tokens) load_pairs(p.ids + first_pair, 0, topk, ids);
+  const int first_token = token_tile_idx * kTokenTile;
+  const int tokens = min(kTokenTile, p.num_tokens[source] - first_token), pairs = tokens * p.g.topk;
+  const long long first_global_token =
+      static_cast<long long>(source) * p.g.max_tokens + first_token;
+  const long long first_pair = first_global_token * p.g.topk;
+  const Divisor by_experts(experts), by_topk(p.g.topk), by_block_m(p.g.block_m);
+  // The id of a pair of the tile, -1 if it does not matter.
+  const auto load_id = [&](int pair) {
+    const int id = pair < pairs ? p.ids[first_pair + pair] : -1;
+    return id >= begin && id < end ? id : -1;
+  };
 #pragma unroll 1
   for (int e = begin + thread; e < end; e += kTokenTile) {
     reinterpret_cast<uint4*>(members)[e] = make_uint4(0, 0, 0, 0);
@@ -52,66 +57,73 @@ __device__ inline void place_rows(const PlanParams& p, const PlanTeam& team, int
   for (int c = 0; c < size && own; ++c) firsts[c * kTokenTile + thread] = kNoOrderIdx;
   team.sync();
 #pragma unroll 1
-  for (int k = 0; k < topk && used; k += kPairsAtOnce) {
-    if (k > 0) load_pairs(p.ids + first_pair, k, topk, ids);
+  for (int first = thread; first < pairs; first += kAtOnce * kTokenTile) {
+    int ids[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kPairsAtOnce; ++i) {
-      if (ids[i] >= begin && ids[i] < end) choose(members, ids[i], thread);
+    for (int i = 0; i < kAtOnce; ++i) ids[i] = load_id(first + i * kTokenTile);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (ids[i] >= 0) choose(members, ids[i], by_topk.quotient(first + i * kTokenTile));
     }
   }
   team.sync();
-  const Divisor by_block_m(p.g.block_m);
 #pragma unroll 1
-  for (int k = 0; k < topk && used; k += kPairsAtOnce) {
-    if (topk > kPairsAtOnce) load_pairs(p.ids + first_pair, k, topk, ids);
-    int indices[kPairsAtOnce], weights[kPairsAtOnce];  // all loads before the stores
-    load_pairs(reinterpret_cast<const int*>(p.weights) + first_pair, k, topk, weights);
+  for (int first = thread; first < pairs; first += kAtOnce * kTokenTile) {
+    int ids[kAtOnce], indices[kAtOnce];
+    float weights[kAtOnce];  // all loads before the stores
 #pragma unroll
-    for (int i = 0; i < kPairsAtOnce; ++i) {
-      const bool matters = ids[i] >= begin && ids[i] < end;
-      indices[i] = matters ? chosen_before(members, ids[i], thread) : -1;
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int pair = first + i * kTokenTile;
+      ids[i] = load_id(pair);
+      weights[i] = ids[i] >= 0 ? p.weights[first_pair + pair] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (ids[i] < 0) continue;
+      indices[i] = chosen_before(members, ids[i], by_topk.quotient(first + i * kTokenTile));
     }
 #pragma unroll 1
     for (int shard = first_shard; shard < end_shard; ++shard) {
-      u32 order_indices[kPairsAtOnce];
+      u32 order_indices[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kPairsAtOnce; ++i) {
-        if (indices[i] < 0) continue;
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (ids[i] < 0) continue;
         const int c = by_experts.quotient(ids[i]) * tp + shard;
         const int tile = by_block_m.quotient(rows[shard * num_experts + ids[i]] + indices[i]);
         order_indices[i] = p.rank_tile_order_idx[static_cast<long long>(c) * p.g.max_tiles + tile];
       }
 #pragma unroll
-      for (int i = 0; i < kPairsAtOnce; ++i) {
-        if (indices[i] < 0) continue;
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (ids[i] < 0) continue;
         const int c = by_experts.quotient(ids[i]) * tp + shard;
-        u32* first = &firsts[c * kTokenTile + thread];
-        *first = min(*first, order_indices[i]);
+        const int token = by_topk.quotient(first + i * kTokenTile);
+        atomicMin(&firsts[c * kTokenTile + token], order_indices[i]);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kPairsAtOnce; ++i) {
-      const int index = indices[i], id = ids[i];
-      if (index < 0) continue;
-      const long long pair = first_pair + k + i;
-      if (own) p.pair_list[starts[id] + index] = token;
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int id = ids[i], pair = first + i * kTokenTile;
+      if (id < 0) continue;
+      if (own) p.pair_list[starts[id] + indices[i]] = first_token + by_topk.quotient(pair);
       if (id < first_local || id >= first_local + experts) continue;
-      const int row = rows[rank % tp * num_experts + id] + index;
-      p.pair_row[pair] = row;
-      p.row_pair[row] = static_cast<int>(pair);
-      p.row_weight[row] = __int_as_float(weights[i]);
+      const int row = rows[rank % tp * num_experts + id] + indices[i];
+      p.pair_row[first_pair + pair] = row;
+      p.row_pair[row] = static_cast<int>(first_pair + pair);
+      p.row_weight[row] = weights[i];
     }
   }
-  if (!used) return;
+  team.sync();
+  if (thread >= tokens) return;
   const auto add_first_use = [&](int j, long long at, int c) {
     const u32 first = firsts[c * kTokenTile + thread];
     p.first_order_idx[at] = first;
     if (first != kNoOrderIdx) atomicAdd(&p.run_counts[j * p.g.max_tiles + first], 1);
   };
-  add_first_use(source, global_token, rank);
+  add_first_use(source, first_global_token + thread, rank);
 #pragma unroll 1
   for (int c = 0; c < size && own; ++c) {
-    add_first_use(size + c, static_cast<long long>(size + c) * p.g.max_tokens + token, c);
+    const long long column = static_cast<long long>(size + c) * p.g.max_tokens;
+    add_first_use(size + c, column + first_token + thread, c);
   }
 }
 
@@ -173,7 +185,9 @@ __device__ inline int push_idx(const PlanParams& p, int home, int block, int ord
 }
 
 // Step 5, a warp per order index. Writes pull_tokens, send_tokens and push_blocks for the tokens
-// that need this tile first. In a tile they are sorted by (ring distance, token).
+// that need this tile first. In a tile they are sorted by (ring distance, token). kAtOnce: rows of
+// a lane whose loads overlap.
+template <int kAtOnce>
 __device__ inline void place_pulls(const PlanParams& p, int order_idx) {
   const int lane = threadIdx.x % 32, max_tiles = p.g.max_tiles, block_tokens = p.block_tokens[0];
   if (order_idx >= p.rank_num_tiles[p.g.rank]) return;
@@ -182,21 +196,22 @@ __device__ inline void place_pulls(const PlanParams& p, int order_idx) {
   int pulls = p.pull_offsets[order_idx];
   int last_source = -1, sent = 0;  // source of the last row so far, and its tokens so far
 #pragma unroll 1
-  for (int first = 0; first < p.g.block_m; first += 32 * kRowsAtOnce) {
-    int tokens[kRowsAtOnce];
-    bool here[kRowsAtOnce];
+  for (int first = 0; first < p.g.block_m; first += 32 * kAtOnce) {
+    int tokens[kAtOnce];
+    bool here[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kRowsAtOnce; ++i) {
+    for (int i = 0; i < kAtOnce; ++i) {
       const int row = first + 32 * i + lane;
       const int pair = row < p.g.block_m ? p.row_pair[first_row + row] : -1;
       tokens[i] = pair < 0 ? -1 : by_topk.quotient(pair);
     }
+    if (__all_sync(~0u, tokens[0] < 0)) break;  // only padding rows from here
 #pragma unroll
-    for (int i = 0; i < kRowsAtOnce; ++i) {
+    for (int i = 0; i < kAtOnce; ++i) {
       here[i] = tokens[i] >= 0 && p.first_order_idx[tokens[i]] == static_cast<u32>(order_idx);
     }
 #pragma unroll 1
-    for (int i = 0; i < kRowsAtOnce; ++i) {
+    for (int i = 0; i < kAtOnce; ++i) {
       const int token = select(tokens, i);
       const bool is_here = select(here, i);
       const u32 all = __ballot_sync(~0u, is_here), left = all & ((1u << lane) - 1);
@@ -227,8 +242,8 @@ __device__ inline void place_pulls(const PlanParams& p, int order_idx) {
 
 // Step 5, a warp per rank c and kRuns <= 32 order indices. Writes staging_row for this home's
 // tokens in rank c's runs. Each lane looks up one run; then all lanes walk each run that is not
-// empty.
-template <int kRuns>
+// empty. kAtOnce: as for place_pulls.
+template <int kRuns, int kAtOnce>
 __device__ inline void place_staging_rows(const PlanParams& p, int c, int first_order_idx) {
   const int lane = threadIdx.x % 32, max_tiles = p.g.max_tiles, mine = first_order_idx + lane;
   const int experts = p.g.local_experts, back = ring_distance(p.g, p.g.rank, c);
@@ -254,20 +269,20 @@ __device__ inline void place_staging_rows(const PlanParams& p, int c, int first_
     const int begin = __shfl_sync(~0u, begin_of, which), end = __shfl_sync(~0u, end_of, which);
     int next_row = __shfl_sync(~0u, first_row, which);
 #pragma unroll 1
-    for (int first = begin; first < end; first += 32 * kRowsAtOnce) {
-      int tokens[kRowsAtOnce];
-      bool here[kRowsAtOnce];
+    for (int first = begin; first < end; first += 32 * kAtOnce) {
+      int tokens[kAtOnce];
+      bool here[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kRowsAtOnce; ++i) {
+      for (int i = 0; i < kAtOnce; ++i) {
         const int at = first + 32 * i + lane;
         tokens[i] = at < end ? p.pair_list[at] : -1;
       }
 #pragma unroll
-      for (int i = 0; i < kRowsAtOnce; ++i) {
+      for (int i = 0; i < kAtOnce; ++i) {
         here[i] = tokens[i] >= 0 && needed[tokens[i]] == static_cast<u32>(order_idx);
       }
 #pragma unroll
-      for (int i = 0; i < kRowsAtOnce; ++i) {
+      for (int i = 0; i < kAtOnce; ++i) {
         const u32 all = __ballot_sync(~0u, here[i]);
         const int row = next_row + __popc(all & ((1u << lane) - 1));
         if (here[i]) p.staging_row[static_cast<long long>(tokens[i]) * p.g.size + back] = row;

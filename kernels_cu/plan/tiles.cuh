@@ -38,8 +38,7 @@ struct RankTiles {
   }
   // Order index of the expert's index-th tile, whose farthest row has ring distance d.
   __device__ int tile_order_idx(int expert, int index, int d) const {
-    int phase = 0;
-    while (last_distance(g, phase) < d) ++phase;
+    const int phase = phase_of(g, d);
     return order_idx[phase * g.local_experts + expert] + index -
            tiles_upto_phase(phase - 1, expert);
   }

@@ -20,11 +20,6 @@ __device__ inline int num_token_tiles(const PlanParams& p) {
   return (p.g.max_tokens + kTokenTile - 1) / kTokenTile;
 }
 
-// The rank at ring distance d of rank c.
-__device__ inline int rank_at(const Geometry& g, int c, int d) {
-  return c + d < g.size ? c + d : c + d - g.size;
-}
-
 // values[index]. The array stays in registers, though the index is no constant.
 template <typename T, int kCount>
 __device__ inline T select(const T (&values)[kCount], int index) {
