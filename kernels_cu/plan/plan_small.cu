@@ -17,6 +17,8 @@ namespace {
 
 constexpr int kTeams = COMETRT_PLAN_TEAMS, kThreads = kTeams * kTokenTile;
 constexpr int kRuns = 4;  // that a warp walks in step 5: runs are short, and warps many
+// cometrt/cuda/planner.py gives a team's scratch room for so many.
+static_assert(sizeof(PlacedRun) == 32);
 
 template <typename T>
 __device__ void put(T*& table, char* shared, int offset) {
@@ -45,12 +47,22 @@ __device__ PlanParams in_shared(PlanParams p, const SharedTables& at, char* shar
   return p;
 }
 
-// By thread `first` of `step`: fills shared memory with a byte.
-__device__ void fill_shared(char* to, int bytes, int word, int first, int step) {
+// By thread `first` of `step`: fills `bytes` of shared memory with a word.
+__device__ void fill(char* to, int bytes, int word, int first, int step) {
 #pragma unroll 1
   for (int i = first; i < bytes / 16; i += step) {
     reinterpret_cast<int4*>(to)[i] = make_int4(word, word, word, word);
   }
+}
+
+// By all threads: leaves what is wrong for the report of `finish`, with the routing that it shows.
+__device__ void leave_failure(const PlanParams& out, const PlanParams& p) {
+  for (int i = threadIdx.x; i < p.g.size * p.g.max_tokens * p.g.topk; i += kThreads) {
+    out.ids[i] = p.ids[i], out.weights[i] = p.weights[i];
+  }
+  if (threadIdx.x != 0) return;
+  out.progress->wrong_pair = p.progress->wrong_pair;
+  out.progress->largest_need = p.progress->largest_need;
 }
 
 // Shares the items of a step among the teams.
@@ -75,13 +87,12 @@ class Items {
   int next_;
 };
 
-// All steps, by all threads. Returns whether there is a plan, to all of them. If not, it leaves for
-// `finish` what is wrong, with the routing. `call` has what differs between planning alone and
-// planning for a call:
+// All steps, by all threads. Returns whether there is a plan, to all of them. `call` has what
+// differs between planning alone and planning for a call:
 //   wait_source(s): by one thread, the number of the source's tokens, or -1;
 //   ids(s), weights(s): the source's routing;
 //   agree(): by a warp, whether all ranks make the same call;
-//   num_orders(count), order(team, placed, i, n): items that need only this rank's tiles.
+//   num_orders(count), order(tiles, team, placed, i, n): items that need only this rank's tiles.
 template <typename Call>
 __device__ bool make_small_plan(const PlanParams& out, const SharedTables& at, char* shared,
                                 const Call& call) {
@@ -100,13 +111,13 @@ __device__ bool make_small_plan(const PlanParams& out, const SharedTables& at, c
   } else {
     const int first = threadIdx.x - 32, step = kThreads - 32;
     if (first == 0) progress.wrong_pair = progress.largest_need = 0;
-    fill_shared(shared, at.zero_bytes, 0, first, step);
-    fill_shared(shared + at.zero_bytes, at.kept_bytes, -1, first, step);
+    fill(shared, at.zero_bytes, 0, first, step);
+    fill(shared + at.zero_bytes, at.kept_bytes, -1, first, step);
     clear_tables(p, first, step);
   }
   __syncthreads();
 
-  Items items(team);
+  Items items(team);  // 1. count, and copy weights
   items.run(pairs, [&](int i) {
     const int source = (rank + i) % size;
     const Routing routing{p.num_tokens[source], call.ids(source), 0};
@@ -118,7 +129,7 @@ __device__ bool make_small_plan(const PlanParams& out, const SharedTables& at, c
   });
   __syncthreads();
 
-  items.run(1, [&](int) {
+  items.run(1, [&](int) {  // 2. tile; the comparison of headers takes longest
     if (team.thread < 32 && !call.agree()) atomicMax(&progress.largest_need, ~0ull);
   });
   items.run(size, [&](int c) { make_tiles(p, team, c, reinterpret_cast<int*>(words)); });
@@ -126,17 +137,11 @@ __device__ bool make_small_plan(const PlanParams& out, const SharedTables& at, c
   items.run(num_token_tile_sums(p), [&](int i) { sum_token_tiles(p, team, i); });
   __syncthreads();
   if (progress.wrong_pair != 0 || progress.largest_need != 0) {
-    for (int i = threadIdx.x; i < size * p.g.max_tokens * p.g.topk; i += kThreads) {
-      out.ids[i] = p.ids[i], out.weights[i] = p.weights[i];
-    }
-    if (threadIdx.x == 0) {
-      out.progress->wrong_pair = progress.wrong_pair;
-      out.progress->largest_need = progress.largest_need;
-    }
+    leave_failure(out, p);
     return false;
   }
 
-  items.run(pairs, [&](int i) {  // own token tiles first: the longest
+  items.run(pairs, [&](int i) {  // 3. place, own token tiles first; tile orders beside it
     place_rows<1>(p, team, i % token_tiles, (rank + i / token_tiles) % size, words);
   });
   const int orders = call.num_orders(pairs);
@@ -147,9 +152,10 @@ __device__ bool make_small_plan(const PlanParams& out, const SharedTables& at, c
   });
   __syncthreads();
 
-  items.run(num_run_sums(p), [&](int i) { sum_runs(p, team, i); });
+  items.run(num_run_sums(p), [&](int i) { sum_runs(p, team, i); });  // 4. sum
   __syncthreads();
 
+  // 5. stage, a warp an item.
   const int groups = (p.g.max_tiles + kRuns - 1) / kRuns, staging_items = (size - 1) * groups;
   const Divisor by_groups(groups);
 #pragma unroll 1
