@@ -36,11 +36,16 @@ __device__ inline void place_rows(const PlanParams& p, const PlanTeam& team, int
       static_cast<long long>(source) * p.g.max_tokens + first_token;
   const long long first_pair = first_global_token * p.g.topk;
   const Divisor by_experts(experts), by_topk(p.g.topk), by_block_m(p.g.block_m);
-  // The id of a pair of the tile, -1 if it does not matter.
-  const auto load_id = [&](int pair) {
-    const int id = pair < pairs ? p.ids[first_pair + pair] : -1;
-    return id >= begin && id < end ? id : -1;
+  int ids[kAtOnce];  // of this thread's pairs first + i * kTokenTile; -1 if a pair does not matter
+  const auto load_ids = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int pair = first + i * kTokenTile;
+      const int id = pair < pairs ? p.ids[first_pair + pair] : -1;
+      ids[i] = id >= begin && id < end ? id : -1;
+    }
   };
+  load_ids(thread);  // early, and once where a thread has no more pairs
 #pragma unroll 1
   for (int e = begin + thread; e < end; e += kTokenTile) {
     reinterpret_cast<uint4*>(members)[e] = make_uint4(0, 0, 0, 0);
@@ -58,9 +63,7 @@ __device__ inline void place_rows(const PlanParams& p, const PlanTeam& team, int
   team.sync();
 #pragma unroll 1
   for (int first = thread; first < pairs; first += kAtOnce * kTokenTile) {
-    int ids[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) ids[i] = load_id(first + i * kTokenTile);
+    if (first != thread) load_ids(first);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (ids[i] >= 0) choose(members, ids[i], by_topk.quotient(first + i * kTokenTile));
@@ -69,13 +72,13 @@ __device__ inline void place_rows(const PlanParams& p, const PlanTeam& team, int
   team.sync();
 #pragma unroll 1
   for (int first = thread; first < pairs; first += kAtOnce * kTokenTile) {
-    int ids[kAtOnce], indices[kAtOnce];
+    if (pairs > kAtOnce * kTokenTile) load_ids(first);
+    int indices[kAtOnce];
     float weights[kAtOnce];  // all loads before the stores
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int pair = first + i * kTokenTile;
-      ids[i] = load_id(pair);
-      weights[i] = ids[i] >= 0 ? p.weights[first_pair + pair] : 0;
+      weights[i] = pair < pairs ? p.weights[first_pair + pair] : 0;
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
