@@ -46,7 +46,7 @@ def _offsets(words: dict[str, int], begin: int = 0) -> tuple[dict[str, int], int
     return offsets, end
 
 
-def _layout(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, int], int]:
+def table_layout(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, int], int]:
     """First word of each table in a plan's memory, and of row_weight, which is the last."""
     others = [name for name in shapes if name not in (*PLAN_KEPT, "row_weight")]
     names = (*PLAN_KEPT, *others, "row_weight")
@@ -69,10 +69,10 @@ def is_small(shape: PlanShape) -> bool:
 
 def fits_in_shared(shape: PlanShape) -> bool:
     """Whether one block's shared memory holds all tables that the planner's steps read again."""
-    return _shared_tables(shape)[1] <= _SMALL_BYTES
+    return shared_tables(shape)[1] <= _SMALL_BYTES
 
 
-def _shared_tables(shape: PlanShape) -> tuple[ParamStruct, int]:
+def shared_tables(shape: PlanShape) -> tuple[ParamStruct, int]:
     """The SharedTables of a small plan, and their bytes."""
     counters = {name: words for name, words in _counter_words(shape).items() if name != "progress"}
     scratch = _scratch_words(shape)
@@ -144,7 +144,7 @@ def planner_routing(shape: PlanShape) -> dict[str, tuple[int, ...]]:
 
 def table_words(shape: PlanShape) -> int:
     """32-bit words of a plan's memory."""
-    return _layout(plan_table_shapes(shape))[1] + shape.capacity
+    return table_layout(plan_table_shapes(shape))[1] + shape.capacity
 
 
 def planner_counters(shape: PlanShape) -> int:
@@ -204,14 +204,14 @@ class DevicePlanner:
         self.weights = cp.empty(routing["weights"], cp.float32)
         self._num_tokens = cp.zeros(routing["num_tokens"], cp.int32)
         self._shapes = plan_table_shapes(shape)
-        offsets, num_words = _layout(self._shapes)
+        offsets, num_words = table_layout(self._shapes)
         self.table_offsets = {name: 4 * words for name, words in offsets.items()}
         shared_bytes = 4 * _shared_words(shape)
         self._grid = _blocks_per_sm(shared_bytes) * num_sms()
         source, names = "plan/plan.cu", "plan prepare".split()
         if self._small:
             source, names = "plan/plan_small.cu", "plan_small prepare_small pad".split()
-            self._shared_tables, shared_bytes = _shared_tables(shape)
+            self._shared_tables, shared_bytes = shared_tables(shape)
         kernels = load_kernels(source, *names, macros=macros)
         self._kernels = {
             name: kernel.with_shared(0 if name == "pad" else shared_bytes)

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from cometrt.cuda import planner
-from cometrt.kernels.constants import PLAN_TEAMS
+from cometrt.kernels.constants import PLAN_TEAMS, TOKEN_TILE
 from cometrt.kernels.params import PLAN_KEPT, PLAN_OUTPUTS, PLAN_SHARED
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.plan.tables import plan_table_shapes
@@ -21,15 +21,19 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: str(shape.geometry))
 def test_tables_in_shared_memory_overlap_nowhere(shape):
-    record, num_bytes = planner._shared_tables(shape)
+    record, num_bytes = planner.shared_tables(shape)
     at = {name: int(record.fields[name][0]) for name in record.fields.dtype.names}
-    words = planner._scratch_words(shape) | planner._counter_words(shape)
+    geometry = shape.geometry
+    words = planner.planner_scratch(shape, small=False)
+    words["counts"] = geometry.size * geometry.spec.num_experts
+    words["token_counts"] = geometry.size * geometry.ep
     words |= {name: math.prod(size) for name, size in planner.planner_routing(shape).items()}
     tables, fields = plan_table_shapes(shape), dict(PLAN_OUTPUTS)
     ranges = [(at[name], 4 * words[name]) for name in PLAN_SHARED]
     ranges += [(at[fields[name]], 4 * math.prod(tables[name])) for name in PLAN_KEPT]
     ranges.append((at["team"], PLAN_TEAMS * at["team_bytes"]))
-    assert at["team_bytes"] >= 4 * planner._shared_words(shape)
+    place_rows = (5 + geometry.spec.tp) * geometry.spec.num_experts + TOKEN_TILE * geometry.size
+    assert at["team_bytes"] >= 4 * place_rows
     ranges.sort()
     for (begin, size), (after, _) in zip(ranges, [*ranges[1:], (num_bytes, 0)], strict=True):
         assert begin % 16 == 0
@@ -38,11 +42,11 @@ def test_tables_in_shared_memory_overlap_nowhere(shape):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: str(shape.geometry))
 def test_what_begins_as_zero_and_what_is_copied_out(shape):
-    record, _ = planner._shared_tables(shape)
+    record, _ = planner.shared_tables(shape)
     at = {name: int(record.fields[name][0]) for name in record.fields.dtype.names}
     zero = {name for name in PLAN_SHARED if at[name] < at["zero_bytes"]}
     assert zero == {"counts", "token_counts", "run_counts"}
-    offsets, _ = planner._layout(plan_table_shapes(shape))
+    offsets, _ = planner.table_layout(plan_table_shapes(shape))
     fields = dict(PLAN_OUTPUTS)
     for name in PLAN_KEPT:  # as in the plan's memory
         assert at[fields[name]] == at["zero_bytes"] + 4 * offsets[name]
