@@ -44,21 +44,6 @@ extern "C" __global__ void distance(const void* found, const void* expected,
 """
 
 
-def _kernels(*names):
-    import cupy
-
-    module = _module(cupy.cuda.Device().id)
-    return [module.get_function(name) for name in names]
-
-
-@functools.cache
-def _module(device_id):
-    """Of the current device."""
-    import cupy
-
-    return cupy.RawModule(code=_KERNELS)
-
-
 class Pauses:
     """Of one rank, on its stream.
 
@@ -69,7 +54,8 @@ class Pauses:
     def __init__(self):
         import cupy
 
-        (self._spin,) = _kernels("spin")
+        module = cupy.RawModule(code=_KERNELS)
+        self._spin = module.get_function("spin")
         self.next = iter(())
         self.pause(1)  # loaded now: nothing waits on the device yet
         cupy.cuda.get_current_stream().synchronize()
@@ -98,7 +84,8 @@ class Differences:
     def __init__(self, numbers):
         import cupy
 
-        self._differ, self._distance = _kernels("differ", "distance")
+        module = cupy.RawModule(code=_KERNELS)
+        self._differ, self._distance = map(module.get_function, ("differ", "distance"))
         self._counts = cupy.zeros(numbers, cupy.uint32)
         self._sums = cupy.zeros((numbers, 2), cupy.float64)
         self.count(0, self._counts, self._counts)
