@@ -48,6 +48,7 @@ SECONDS = {
 }  # fmt: skip
 UNKNOWN_SEC = 60.0
 PART_SEC = 60.0  # a longer file for one GPU has several parts
+MAX_BLAS_THREADS = 16
 NO_TESTS = 5  # pytest's exit status: all were deselected
 TREE = ("cometrt", "kernels_cu", "tests", "examples", "benchmarks", "pyproject.toml")
 NUM_SLOWEST = 15  # tests that the summary names
@@ -116,6 +117,7 @@ class Kept:
     def add(self, name: str, seconds: float) -> None:
         self.passed[name] = round(seconds, 1)
         if self._path:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             new = self._path.with_name(self._path.name + ".new")
             new.write_text(json.dumps({"tree": self._digest, "passed": self.passed}, indent=1))
             new.replace(self._path)
@@ -210,7 +212,7 @@ class Runner:
         left: queue.SimpleQueue[Job] = queue.SimpleQueue()
         for job in jobs:
             left.put(job)
-        threads_each = max(1, num_cores() // len(groups))
+        threads_each = max(1, min(MAX_BLAS_THREADS, num_cores() // len(groups)))
 
         def work(gpus: str) -> None:
             with contextlib.suppress(queue.Empty):

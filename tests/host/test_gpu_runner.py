@@ -127,7 +127,7 @@ def test_jobs_are_spread_over_gpus_and_failures_are_told(monkeypatch, capsys, st
 
 
 def test_what_has_passed_on_the_same_tree_is_passed_over(monkeypatch, capsys, tmp_path):
-    keep, tree = tmp_path / "passed.json", tmp_path / "tree"
+    keep, tree = tmp_path / "out" / "passed.json", tmp_path / "tree"
     (tree / "cometrt").mkdir(parents=True)
     (tree / "cometrt" / "layer.py").write_text("1")
     (tree / "pyproject.toml").write_text("2")
