@@ -71,12 +71,12 @@ class Job(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """As measured before, for a whole file."""
+        """As measured for the whole file."""
         return SECONDS.get(self.path.name, UNKNOWN_SEC) / self.parts
 
 
 def jobs_of(match: list[str]) -> tuple[list[Job], list[Job], list[Job]]:
-    """Jobs for one GPU each, for two GPUs, and for all GPUs, the longest first."""
+    """Jobs for one GPU each, for two GPUs, and for all GPUs."""
     found: tuple[list[Job], list[Job], list[Job]] = [], [], []
     for path in sorted(FOLDER.glob("test_*.py")):
         if not any(word in path.name for word in match):
@@ -86,9 +86,13 @@ def jobs_of(match: list[str]) -> tuple[list[Job], list[Job], list[Job]]:
             continue
         parts = -int(-Job(path).seconds // PART_SEC)
         found[0].extend(Job(path, part, parts) for part in range(1, parts + 1))
-    for jobs in found:
-        jobs.sort(key=lambda job: -job.seconds)
     return found
+
+
+def name_on(job: Job, gpus: str) -> str:
+    """On one GPU ranks share it; on several their number may depend on it."""
+    count = gpus.count(",") + 1
+    return f"{job} on {count} GPUs" if count > 1 else str(job)
 
 
 def tree_digest(options: list[str]) -> str:
@@ -104,22 +108,30 @@ def tree_digest(options: list[str]) -> str:
 
 
 class Kept:
-    """What has passed with this tree, in a file that other runs read; None: in no file."""
+    """What other runs have found, in a file; None: in no file.
+
+    Attributes:
+        passed: names of jobs that have passed with this tree and these options of pytest.
+        seconds: how long jobs took, with any tree, by name.
+    """
 
     def __init__(self, path: Path | None, options: list[str]) -> None:
         self._path, self._digest = path, tree_digest(options) if path else ""
-        self.passed: dict[str, float] = {}  # seconds by job
-        with contextlib.suppress(FileNotFoundError):
-            found = json.loads(path.read_text()) if path else {}
-            if found.get("tree") == self._digest:
-                self.passed = found["passed"]
+        self.passed: list[str] = []
+        self.seconds: dict[str, float] = {}
+        if path and path.exists():
+            found = json.loads(path.read_text())
+            self.seconds = found["seconds"]
+            self.passed = found["passed"] if found["tree"] == self._digest else []
 
-    def add(self, name: str, seconds: float) -> None:
-        self.passed[name] = round(seconds, 1)
+    def add(self, name: str, seconds: float, *, passed: bool) -> None:
+        self.seconds[name] = round(seconds, 1)
+        self.passed += [name] * passed
         if self._path:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             new = self._path.with_name(self._path.name + ".new")
-            new.write_text(json.dumps({"tree": self._digest, "passed": self.passed}, indent=1))
+            found = {"tree": self._digest, "passed": self.passed, "seconds": self.seconds}
+            new.write_text(json.dumps(found, indent=1))
             new.replace(self._path)
 
 
@@ -176,16 +188,18 @@ class Runner:
         self.slowest: list[tuple[float, str]] = []
         self.num_run = 0
 
+    def seconds(self, job: Job, gpus: str) -> float:
+        """That it will probably take."""
+        return self._kept.seconds.get(name_on(job, gpus), job.seconds)
+
     def job(self, job: Job, gpus: str, threads: int) -> None:
         """Run it on these GPUs, unless it has passed on as many before."""
-        count = gpus.count(",") + 1
-        name = f"{job} on {count} GPUs" if count > 1 else str(job)
-        begin = time.monotonic()
+        name, begin = name_on(job, gpus), time.monotonic()
         with self._lock:
             if name in self._kept.passed:
                 self.earlier.append(name)
                 return
-            if begin + job.seconds > self._end:
+            if begin + self.seconds(job, gpus) > self._end:
                 self.left.append(name)
                 return
             self.num_run += 1
@@ -199,18 +213,17 @@ class Runner:
         last = output.strip().splitlines()[-1:] or ["no output"]
         with self._lock:
             self.slowest += [(float(sec), test) for sec, test in DURATION.findall(output)]
-            if code in (0, NO_TESTS):
-                self._kept.add(name, seconds)
-            else:
+            self._kept.add(name, seconds, passed=code in (0, NO_TESTS))
+            if code not in (0, NO_TESTS):
                 self.failed.append(name)
                 print(output[-6000:])
             end = "was stopped" if code == -1 else last[0]
             print(f"{job} on GPU {gpus}, {seconds:.0f} s: {end}", flush=True)
 
     def spread(self, jobs: list[Job], groups: list[str]) -> None:
-        """Each group of GPUs takes the next job when it has ended one."""
+        """Each group of GPUs takes the longest job that is left when it has ended one."""
         left: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        for job in jobs:
+        for job in sorted(jobs, key=lambda job: -self.seconds(job, groups[0])):
             left.put(job)
         threads_each = max(1, min(MAX_BLAS_THREADS, num_cores() // len(groups)))
 

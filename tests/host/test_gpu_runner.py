@@ -13,10 +13,6 @@ from tests import gpu
 from tests.launch import ROOT, environment
 
 
-def names_of(jobs):
-    return [str(job) for job in jobs]
-
-
 def test_every_device_test_is_in_one_of_the_lists():
     one, two, every = gpu.jobs_of([""])
     files = {job.path for job in one + two + every}
@@ -31,15 +27,19 @@ def test_every_device_test_is_in_one_of_the_lists():
     assert [job.path.name for job in gpu.jobs_of(["peers", "cli"])[1]] == ["test_cli.py"]
 
 
-def test_the_longest_come_first_and_long_files_are_several(monkeypatch):
-    monkeypatch.setattr(
-        gpu, "SECONDS", {"test_layer.py": 100, "test_plan.py": 70, "test_cli.py": 9}
-    )
-    one, _, _ = gpu.jobs_of(["layer", "test_plan.py", "memory"])
-    assert names_of(one) == [
-        "test_memory.py", "test_layer.py 1/2", "test_layer.py 2/2", "test_plan.py 1/2",
-        "test_plan.py 2/2",
-    ]  # fmt: skip
+def test_the_longest_come_first_and_long_files_are_several(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "SECONDS", {"test_layer.py": 100, "test_plan.py": 40})
+    stand_in = StandIn(monkeypatch, ["0"])
+    match = ["--match", "layer,test_plan.py,memory", "--keep", str(tmp_path / "kept")]
+    assert stand_in.main(*match) == 0
+    layer, plan = [("test_layer.py", "1/2"), ("test_layer.py", "2/2")], ("test_plan.py", "1/1")
+    assert stand_in.jobs() == [("test_memory.py", "1/1"), *layer, plan]
+    kept = json.loads((tmp_path / "kept").read_text())
+    assert all(0 <= seconds < 10 for seconds in kept["seconds"].values())
+    kept |= {"passed": [], "seconds": {"test_plan.py": 80, "test_layer.py 2/2": 70}}
+    (tmp_path / "kept").write_text(json.dumps(kept))
+    assert stand_in.main(*match) == 0
+    assert stand_in.jobs() == [plan, layer[1], ("test_memory.py", "1/1"), layer[0]]
 
 
 def test_parts_of_a_file_are_all_of_its_tests():
@@ -84,10 +84,10 @@ time.sleep(60)
 class StandIn:
     """Pytest: notes what it runs; `status` by file, 0 by default."""
 
-    def __init__(self, monkeypatch, **status):
+    def __init__(self, monkeypatch, gpus=("0", "1", "2", "3"), **status):
         self.ran, self.status = [], status
         monkeypatch.setattr(gpu, "run", self.run)
-        monkeypatch.setattr(gpu, "visible_gpus", lambda: ["0", "1", "2", "3"])
+        monkeypatch.setattr(gpu, "visible_gpus", lambda: list(gpus))
 
     def run(self, command, gpus, limit_sec, threads):
         name = os.path.basename(command[5])
@@ -95,6 +95,9 @@ class StandIn:
         time.sleep(0.02)
         test = f"tests/device/{name}::test_a"
         return self.status.get(name[5:-3], 0), f"output of {name}\n3.25s call     {test}\n3 passed"
+
+    def jobs(self):
+        return [(name, part.removeprefix("--part=")) for name, part, _ in self.ran]
 
     def main(self, *arguments):
         """Its exit status; `ran` begins again."""
@@ -121,9 +124,8 @@ def test_jobs_are_spread_over_gpus_and_failures_are_told(monkeypatch, capsys, st
     assert stand_in.ran[-1] == ("test_peers.py", "--part=1/1", "0,1,2,3")
     others = set(gpus) - {"test_cli.py", "test_jax_pairs.py", "test_peers.py"}
     assert set.union(*(gpus[name] for name in others)) == {"0", "1", "2", "3"}
-    jobs = [(name, part) for name, part, _ in stand_in.ran]
-    assert len(jobs) == len(set(jobs)) == sum(map(len, gpu.jobs_of(
-        ["layer", "orders", "plan", "cli", "pairs", "peers"])))  # fmt: skip
+    wanted = gpu.jobs_of(["layer", "orders", "plan", "cli", "pairs", "peers"])
+    assert len(stand_in.jobs()) == len(set(stand_in.jobs())) == sum(map(len, wanted))
 
 
 def test_what_has_passed_on_the_same_tree_is_passed_over(monkeypatch, capsys, tmp_path):
