@@ -213,7 +213,8 @@ class Runner:
         last = output.strip().splitlines()[-1:] or ["no output"]
         with self._lock:
             self.slowest += [(float(sec), test) for sec, test in DURATION.findall(output)]
-            self._kept.add(name, seconds, passed=code in (0, NO_TESTS))
+            if code != -1:
+                self._kept.add(name, seconds, passed=code in (0, NO_TESTS))
             if code not in (0, NO_TESTS):
                 self.failed.append(name)
                 print(output[-6000:])
@@ -275,6 +276,13 @@ def num_cores() -> int:
     return count
 
 
+def compile_kernels() -> None:
+    """All of them, before tests wait for one after the other."""
+    status = subprocess.call([sys.executable, "-m", "tests.compile_all"], cwd=ROOT)
+    if status:
+        raise SystemExit("a kernel does not compile")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -291,6 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     if not gpus:
         raise SystemExit("there is no NVIDIA GPU")
     begin = time.monotonic()
+    compile_kernels()
     kept = Kept(args.keep, options)
     runner = Runner(options, args.limit_sec, kept, args.within_sec, args.logs)
     for jobs, size in zip(jobs_of(args.match.split(",")), (1, 2, len(gpus)), strict=True):

@@ -9,7 +9,9 @@ import time
 
 import pytest
 
-from tests import gpu
+import cometrt
+from cometrt.kernels import compiler
+from tests import compile_all, gpu
 from tests.launch import ROOT, environment
 
 
@@ -87,6 +89,7 @@ class StandIn:
     def __init__(self, monkeypatch, gpus=("0", "1", "2", "3"), **status):
         self.ran, self.status = [], status
         monkeypatch.setattr(gpu, "run", self.run)
+        monkeypatch.setattr(gpu, "compile_kernels", lambda: None)
         monkeypatch.setattr(gpu, "visible_gpus", lambda: list(gpus))
 
     def run(self, command, gpus, limit_sec, threads):
@@ -202,6 +205,33 @@ def test_pairs_of_gpus(count, pairs):
     assert gpu.groups_of(gpus, 2) == pairs
     assert gpu.groups_of(gpus, 1) == gpus
     assert gpu.groups_of(gpus, count) == [",".join(gpus)]
+
+
+@pytest.mark.parametrize("code", ["", "not C++"])
+def test_all_kernels_are_compiled_first(monkeypatch, tmp_path, code):
+    pytest.importorskip("cuda.bindings", reason="needs the compile extra")
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.cu").write_text(code)
+    cached = tmp_path / "cache"
+    monkeypatch.setattr(compile_all, "builds", lambda: [("one.cu", (("A", 1),)), ("two.cu", ())])
+    monkeypatch.setattr(compiler, "kernels_folder", lambda: tmp_path)
+    monkeypatch.setenv("COMETRT_CACHE_DIR", str(cached))
+    if code:
+        with pytest.raises(cometrt.CometError, match="could not compile"):
+            compile_all.main()
+        return
+    compile_all.main()
+    assert sorted(path.name[:4] for path in cached.glob("*.cubin")) == ["one-", "two-"]
+
+
+def test_a_kernel_that_does_not_compile_ends_it(monkeypatch):
+    stand_in = StandIn(monkeypatch)
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu, "run", stand_in.run)
+    monkeypatch.setattr(gpu, "visible_gpus", lambda: ["0"])
+    monkeypatch.setattr(subprocess, "call", lambda command, cwd: 1)
+    assert stand_in.main("--match", "memory") == "a kernel does not compile"
+    assert stand_in.ran == []
 
 
 def test_without_a_gpu_it_says_so(monkeypatch):
