@@ -8,6 +8,7 @@
     --within-sec 600      begin nothing that would probably end later
     --logs FOLDER         keep the output of each pytest
 
+First all kernels that are not cached are compiled, on all cores.
 Each file is a pytest of its own, which ends with all that it started. A long file is several: each
 runs a part of its tests. Files whose ranks share one GPU run on each GPU one after the other, the
 longest first. Then those for two GPUs run on each pair of them, and last those for all GPUs, alone.
