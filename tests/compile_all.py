@@ -6,6 +6,7 @@ A test that needs a kernel would wait for it, while other cores have nothing to 
 from __future__ import annotations
 
 import concurrent.futures
+import multiprocessing
 import time
 
 from cometrt.kernels import compiler
@@ -21,7 +22,8 @@ def compile_build(build: Build) -> None:
 def main() -> None:
     begin, wanted = time.monotonic(), builds()
     wanted.sort(key=lambda build: "wgrad" not in build[0])  # these take longest
-    with concurrent.futures.ProcessPoolExecutor(min(num_cores(), len(wanted))) as pool:
+    workers, forks = min(num_cores(), len(wanted)), multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=forks) as pool:
         for _ in pool.map(compile_build, wanted):
             pass
     print(f"{len(wanted)} kernels are compiled, after {time.monotonic() - begin:.0f} s")
