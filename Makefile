@@ -56,8 +56,9 @@ dist-test: venv
 	$(RUN) -m tests.dist --python $(DIST_PYTHON)
 
 # Where CuPy is installed already, it is used as it is: make gpu-test RUN=python3
+# KEEP=FILE: what has passed on this tree, as that file says, is passed over.
 gpu-test: $(if $(filter $(VENV)/%,$(RUN)),venv)
-	$(RUN) -m tests.gpu
+	$(RUN) -m tests.gpu $(if $(KEEP),--keep $(KEEP)) $(GPU_TEST_OPTIONS)
 
 # Pure refactoring: every kernel has the machine code that it has in that commit.
 machine-code: venv

@@ -1,10 +1,12 @@
-"""The reference layer: dense NumPy in float64, over all tokens and all experts at once.
+"""The reference layer: NumPy in float64, one expert after the other, over all tokens.
 
 Tests compare every executor with it. The formulas are those of docs/architecture.md,
 "The mathematics".
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -33,12 +35,15 @@ def moe_forward(
     Raises:
         ValueError: if shapes do not match, an id is out of range or the activation is unknown.
     """
-    x, topk_weights, w_up, w_down = _float64(x, topk_weights, w_up, w_down)
-    topk_ids = np.asarray(topk_ids)
+    x, topk_weights = _float64(x, topk_weights)
+    topk_ids, w_up, w_down = map(np.asarray, (topk_ids, w_up, w_down))
     _check(x, topk_ids, topk_weights, w_up, w_down, activation)
-    share = _shares(topk_ids, topk_weights, len(w_up))  # [T, E]
-    a = activate(activation, _pre_activations(x, w_up))  # [T, E, I]
-    return _flat(share[:, :, None] * a) @ _down_matrix(w_down)
+    y = np.zeros_like(x)
+    for expert, token, k in _rows_of_experts(topk_ids, len(w_up)):
+        up, down = _float64(w_up[expert], w_down[expert])
+        a = activate(activation, x[token] @ up.T)  # [rows, I]
+        np.add.at(y, token, (topk_weights[token, k, None] * a) @ down.T)
+    return y
 
 
 def moe_backward(
@@ -63,54 +68,41 @@ def moe_backward(
     Raises:
         ValueError: as `moe_forward`, or if dy has another shape than x.
     """
-    dy, x, topk_weights, w_up, w_down = _float64(dy, x, topk_weights, w_up, w_down)
-    topk_ids = np.asarray(topk_ids)
+    dy, x, topk_weights = _float64(dy, x, topk_weights)
+    topk_ids, w_up, w_down = map(np.asarray, (topk_ids, w_up, w_down))
     _check(x, topk_ids, topk_weights, w_up, w_down, activation)
     if dy.shape != x.shape:
         raise ValueError(f"dy must have x's shape {x.shape} (got {dy.shape})")
-    num_experts, up_columns, hidden = w_up.shape
-    share = _shares(topk_ids, topk_weights, num_experts)  # [T, E]
-    z = _pre_activations(x, w_up)  # [T, E, 2I]
-    a = activate(activation, z)  # [T, E, I]
-    da = (dy @ _down_matrix(w_down).T).reshape(a.shape)  # da': without the router weight
-    dshare = (da * a).sum(axis=2)  # [T, E]
-    dz = activate_backward(activation, z, share[:, :, None] * da)  # [T, E, 2I]
-
-    kept = topk_ids >= 0
-    dweights = np.where(kept, np.take_along_axis(dshare, np.where(kept, topk_ids, 0), 1), 0.0)
-    dw_down = (dy.T @ _flat(share[:, :, None] * a)).reshape(hidden, num_experts, -1)
-    return Gradients(
-        x=_flat(dz) @ w_up.reshape(-1, hidden),
-        topk_weights=dweights,
-        w_up=(_flat(dz).T @ x).reshape(num_experts, up_columns, hidden),
-        w_down=np.ascontiguousarray(dw_down.transpose(1, 0, 2)),
-    )
+    dx, dweights = np.zeros_like(x), np.zeros_like(topk_weights)
+    dw_up, dw_down = np.zeros(w_up.shape), np.zeros(w_down.shape)
+    for expert, token, k in _rows_of_experts(topk_ids, len(w_up)):
+        up, down = _float64(w_up[expert], w_down[expert])
+        weights = topk_weights[token, k, None]  # [rows, 1]
+        z = x[token] @ up.T  # [rows, 2I]
+        a = activate(activation, z)  # [rows, I]
+        da = dy[token] @ down  # da': without the router weight
+        dz = activate_backward(activation, z, weights * da)
+        dweights[token, k] = (da * a).sum(axis=1)
+        np.add.at(dx, token, dz @ up)
+        dw_up[expert] = dz.T @ x[token]
+        dw_down[expert] = dy[token].T @ (weights * a)
+    return Gradients(dx, dweights, dw_up, dw_down)
 
 
 def _float64(*arrays: np.ndarray) -> list[np.ndarray]:
     return [np.asarray(array).astype(np.float64) for array in arrays]
 
 
-def _flat(per_expert: np.ndarray) -> np.ndarray:
-    return per_expert.reshape(len(per_expert), per_expert.shape[1] * per_expert.shape[2])
-
-
-def _shares(topk_ids: np.ndarray, topk_weights: np.ndarray, num_experts: int) -> np.ndarray:
-    """[T, E]: the weight of each expert for each token, 0 for an expert that was not chosen."""
-    share = np.zeros((len(topk_ids), num_experts))
-    token, k = np.nonzero(topk_ids >= 0)
-    np.add.at(share, (token, topk_ids[token, k]), topk_weights[token, k])
-    return share
-
-
-def _pre_activations(x: np.ndarray, w_up: np.ndarray) -> np.ndarray:
-    num_experts, up_columns, hidden = w_up.shape
-    return (x @ w_up.reshape(-1, hidden).T).reshape(len(x), num_experts, up_columns)
-
-
-def _down_matrix(w_down: np.ndarray) -> np.ndarray:
-    """w_down as one matrix [E * I, H]."""
-    return w_down.transpose(0, 2, 1).reshape(-1, w_down.shape[1])
+def _rows_of_experts(
+    topk_ids: np.ndarray, num_experts: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(expert, tokens [rows], k [rows]): the pairs of each expert that has any."""
+    expert_of_row = topk_ids.ravel()
+    order = np.argsort(expert_of_row, kind="stable")
+    bounds = np.searchsorted(expert_of_row[order], np.arange(num_experts + 1))
+    for expert in range(num_experts):
+        if len(pairs := order[bounds[expert] : bounds[expert + 1]]):
+            yield expert, *np.divmod(pairs, topk_ids.shape[1])
 
 
 def _check(

@@ -101,4 +101,6 @@ def epoch_of(world: cometrt_jax.JaxWorld) -> int:
 
 def environment() -> dict[str, str]:
     """Of a process whose JAX has one CPU device."""
-    return os.environ | {"XLA_FLAGS": ""}
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    kept = [flag for flag in flags if not flag.startswith("--xla_force_host_platform_device_count")]
+    return os.environ | {"XLA_FLAGS": " ".join(kept)}

@@ -23,6 +23,15 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": python_path()}
 
 
+def run_python(*arguments: str, timeout_sec: float = 280) -> str:
+    """What ``python arguments...`` prints; a failure shows all of it."""
+    result = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=timeout_sec, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
 def mpirun_command(ranks: int) -> list[str]:
     """The begin of a command on that many ranks; [] where there is no mpirun."""
     beside = str(Path(sys.executable).parent)

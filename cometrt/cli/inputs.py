@@ -100,8 +100,8 @@ def errors_against_reference(
 ) -> dict[str, float]:
     """Collective: relative error ||found - expected|| / ||expected|| of this rank's results.
 
-    The reference is dense: its time and memory grow as T * E * I. It runs over this rank's tokens
-    and all experts, and over all tokens and this rank's experts, of which weight gradients are.
+    The reference runs over this rank's tokens and all experts, and over all tokens and this rank's
+    experts, whose weight gradients the rank has.
 
     Args:
         weights: w_up and w_down of the whole model, of `random_weights`.

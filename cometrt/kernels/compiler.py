@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 
 from cometrt.errors import CometError
@@ -38,6 +39,8 @@ _OPTIONS = (
 
 _temporary: Path | None = None  # the result of temporary_folder
 _temporary_lock = threading.Lock()
+_compile_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # by cubin's name
+_compile_locks_lock = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +104,18 @@ def compile_cubin(source: Path, defines: tuple[tuple[str, int], ...] = ()) -> Cu
         repr((source.name, text, options, nvrtc_version(), _sources_digest())).encode()
     ).hexdigest()[:32]
     name = f"{source.stem}-{key}.cubin"
-    for folder in (cache_folder(), _temporary):
-        if folder and (found := _read(folder / name)):
-            return found
-    begin = time.monotonic()
-    _log.info("compiling %s %s", source.name, dict(defines))
-    code, log = nvrtc_compile(source.name, text, options)
-    path = _store(name, code, log)
-    _log.info("compiled %s in %.1f s", source.name, time.monotonic() - begin)
-    return Cubin(path, _parse_report(log))
+    with _compile_locks_lock:
+        lock = _compile_locks[name]
+    with lock:  # ranks that are threads want the same kernel at the same time
+        for folder in (cache_folder(), _temporary):
+            if folder and (found := _read(folder / name)):
+                return found
+        begin = time.monotonic()
+        _log.info("compiling %s %s", source.name, dict(defines))
+        code, log = nvrtc_compile(source.name, text, options)
+        path = _store(name, code, log)
+        _log.info("compiled %s in %.1f s", source.name, time.monotonic() - begin)
+        return Cubin(path, _parse_report(log))
 
 
 def replace_files(folder: Path, contents: dict[str, bytes]) -> None:

@@ -42,12 +42,11 @@ def test_cases_under_mpirun(service):
 
 
 @pytest.mark.parametrize("service", [False, True], ids=["time-sliced", "service"], indirect=True)
-@pytest.mark.parametrize("model", list(MODELS))
-def test_scaled_models_under_mpirun(service, model):
-    options = ["--model", model, "--scale", "32", "--tokens", "96", "--device", "cuda"]
-    result = mpirun(4, "-m", "mpi4py", "examples/moe_layer.py", *options, timeout_sec=100)
+def test_scaled_models_under_mpirun(service):
+    options = ["--scale", "32", "--tokens", "96", "--device", "cuda"]
+    result = mpirun(4, "-m", "tests.multi.run_models", *options, timeout_sec=250)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "checked: y " in result.stdout
+    assert result.stdout.count("checked: y ") == len(MODELS)
 
 
 @pytest.mark.parametrize("service", [True], ids=["service"], indirect=True)

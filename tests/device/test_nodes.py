@@ -20,32 +20,35 @@ SOCKETS = {
 }
 
 
-@pytest.fixture(params=["nvlink", "sockets"])
-def nodes(monkeypatch, request):
+PROGRAMS = [  # each begins with a start of all ranks, which takes some seconds
+    ("nvlink", 1, "calls --tune --soak 300"),
+    ("nvlink", 3, "calls"),
+    ("nvlink", 4, "calls deadlines --soak 300"),
+    ("sockets", 1, "calls deadlines --soak 100"),
+    ("sockets", 4, "calls --tune --soak 100"),
+]
+MORE = [
+    ("nvlink", 1, "deadlines --soak 2000"),
+    ("nvlink", 3, "deadlines"),
+    ("nvlink", 4, "--tune --soak 2000"),
+    ("sockets", 1, "--tune --soak 2000"),
+    ("sockets", 3, "calls deadlines"),
+    ("sockets", 4, "deadlines --soak 2000"),
+]
+
+
+@pytest.mark.parametrize(
+    ("network", "slices", "parts"),
+    [*PROGRAMS, *(pytest.param(*program, marks=pytest.mark.full) for program in MORE)],
+)
+def test_layers_over_two_nodes(network, slices, parts, monkeypatch):
     monkeypatch.setenv("COMETRT_RANKS_PER_NODE", str(RANKS // 2))
     monkeypatch.setenv("NCCL_MAX_CTAS", "4")
     # Many hardware queues are for ranks that share a process.
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
-    for name, value in SOCKETS.items() if request.param == "sockets" else ():
+    for name, value in SOCKETS.items() if network == "sockets" else ():
         monkeypatch.setenv(name, value)
-
-
-def run(*arguments: str) -> None:
+    arguments = [*parts.split(), "--slices", str(slices)]
     result = mpirun(RANKS, "-m", "tests.multi.run_cuda_nodes", *arguments, timeout_sec=290)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     assert result.stdout.count("all parts passed") == RANKS
-
-
-@pytest.mark.parametrize("slices", ["1", "3", "4"])
-def test_calls_failures_and_resets(nodes, slices):
-    run("--slices", slices)
-
-
-@pytest.mark.parametrize("slices", ["1", "4"])
-def test_tune(nodes, slices):
-    run("--slices", slices, "--tune")
-
-
-@pytest.mark.parametrize("slices", ["1", "4"])
-def test_soak(nodes, slices):
-    run("--slices", slices, "--soak", "2000")

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -250,10 +251,29 @@ def test_a_file_that_is_missing_or_cannot_be_read_is_compiled_again(suffix, sour
     assert len(compiled) == 3
 
 
-def test_ranks_replace_a_torn_file_together(source, compiled):
+class NewLocks:
+    """Processes share no lock."""
+
+    def __getitem__(self, name):
+        return threading.Lock()
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_ranks_replace_a_torn_file_together(source, compiled, threads, monkeypatch):
+    """Threads of one process compile it once."""
     cubin = compile_cubin(source)
     cubin.path.write_bytes(CODE[:100])
+    compile_one = compiler.nvrtc_compile
+
+    def slowly(*arguments):
+        time.sleep(0.05)
+        return compile_one(*arguments)
+
+    monkeypatch.setattr(compiler, "nvrtc_compile", slowly)
+    if not threads:
+        monkeypatch.setattr(compiler, "_compile_locks", NewLocks())
     assert set(compile_at_once(source)) == {cubin.path}
+    assert (len(compiled) == 2) == threads
     check_whole(cubin)
 
 

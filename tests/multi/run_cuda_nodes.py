@@ -2,9 +2,11 @@
 
 COMETRT_RANKS_PER_NODE=2 mpirun -n 4 python -m tests.multi.run_cuda_nodes [parts] [options]
 
+    parts          their names, or "calls", or "deadlines": those that wait for a deadline.
+                   None: all, or none with --soak or --tune
     --slices 4     rail_slices of all layers; more than one need NCCL_MAX_CTAS
-    --soak 2000    so many steps
-    --tune         tunes small layers, from that many slices on, for a few seconds each
+    --soak 2000    then so many steps
+    --tune         then tunes small layers, from that many slices on, for a few seconds each
 
 Two GPUs are two nodes of one rank: COMETRT_RANKS_PER_NODE=1 mpirun -n 2 ...
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import tempfile
 import time
@@ -419,36 +422,38 @@ def soak(world, calls: int):
         rank.layer.close()
 
 
-PARTS = (
+CALLS = (
     every_case, orders, planned, same_bits, counted, captured, wrong_tables, too_many_rows,
-    behind_a_failure, mismatched, stalled, hidden_by_the_caller,
+    behind_a_failure, mismatched,
 )  # fmt: skip
+DEADLINES = (stalled, hidden_by_the_caller)
+PARTS = {part.__name__: (part,) for part in CALLS + DEADLINES}
+PARTS |= {"calls": CALLS, "deadlines": DEADLINES}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("parts", nargs="*", choices=[[], *(part.__name__ for part in PARTS)])
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS])
     parser.add_argument("--soak", type=int, default=0)
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--tune", action="store_true")
     args = parser.parse_args()
     global SLICES
     SLICES = args.slices
+    names = args.parts or ([] if args.soak or args.tune else ["calls", "deadlines"])
     with aborting():
         with cometrt.connect(MPI.COMM_WORLD, device="cuda", timeout_sec=30) as world:
             assert world.nodes > 1, "needs COMETRT_RANKS_PER_NODE"
-            for part in PARTS:
-                if (args.soak or args.tune) and not args.parts:
-                    continue
-                if not args.parts or part.__name__ in args.parts:
-                    begin = time.monotonic()
-                    part(world)
-                    if world.rank == 0:
-                        print(f"{part.__name__}: {time.monotonic() - begin:.0f} s", flush=True)
+            parts = {part.__name__: part for name in names for part in PARTS[name]}
             if args.tune:
-                tuned(world)
+                parts["tuned"] = tuned
             if args.soak:
-                soak(world, args.soak)
+                parts["soak"] = functools.partial(soak, calls=args.soak)
+            for name, part in parts.items():
+                begin = time.monotonic()
+                part(world)
+                if world.rank == 0:
+                    print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
         print("all parts passed", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""One process of test_jax.py without MPI: `jax.distributed`, shard_map, and training steps."""
+"""One process of tests of JAX without MPI: `jax.distributed`, shard_map, and training steps."""
 
 from __future__ import annotations
 
