@@ -40,6 +40,7 @@ struct Roles {
     for (DispatchStages<Copies>& stages : memory.dispatch) stages.init();
   }
   __device__ void load(Shared& shared, const DownDgradParams& p, const Operands& operands) {
+    let_next_kernel_begin();  // all rows are where dispatch warps find them
     // Loads of B ahead need more than this warpgroup's registers.
     RowsReady<Copies, false> ready(params, kDownDgrad);
     produce(shared, p, operands, ready);
@@ -62,6 +63,9 @@ struct Roles {
 
 // Bytes of dynamic shared memory. The host reads it from the compiled kernel.
 extern "C" __constant__ const int shared_bytes = sizeof(Memory);
+
+// wait_for_previous_kernel().
+extern "C" __constant__ const int begins_early = 1;
 
 // Grid and num_comm: as in dispatch_gemm.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)

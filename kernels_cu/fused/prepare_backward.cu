@@ -13,6 +13,9 @@ constexpr int kPrepareThreads = 1024, kWarps = kPrepareThreads / 32;
 
 }  // namespace
 
+// wait_for_previous_kernel().
+extern "C" __constant__ const int begins_early = 1;
+
 // Any grid. The list of the up dgrad goes on with the tiles of the weight gradients. The plan in
 // `saved` is complete if the call is active, so only the last block waits for peers, after its
 // share. It sets `ok`. recompute: of dispatch_gemm, where the backward computes z again; else no
@@ -26,6 +29,7 @@ extern "C" __global__ void __launch_bounds__(kPrepareThreads, 1)
                      const __grid_constant__ WgradParams wgrads) {
   __shared__ int warps[kWarps];
   __shared__ PlacedRun placed[kPrepareThreads];
+  wait_for_previous_kernel();
   const auto team = Team<kPrepareThreads>::of_block(warps);
   if (params.state->status != kActive) return;
   write_tile_order(recompute, tiles, team, blockIdx.x, gridDim.x, placed);

@@ -102,6 +102,7 @@ __device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, c
   const int num_tile_items = size + 1 + num_token_tile_sums(p);
   auto to_tile = steps.queue(kTileList, num_tile_items + pairs);
   if (!steps.end(kCounted, done, pairs + slices)) return false;
+  let_next_kernel_begin();  // all ranks have published
 
   u64 transferred_ns = 0;
   done = 0;
@@ -227,10 +228,14 @@ struct PlanOfCall {
 
 }  // namespace
 
+// wait_for_previous_kernel().
+extern "C" __constant__ const int begins_early = 1;
+
 extern "C" __global__ void __launch_bounds__(kTokenTile, kBlocksPerSm)
     plan(const __grid_constant__ PlanParams p) {
   extern __shared__ uint4 shared[];
   __shared__ BlockState block;
+  wait_for_previous_kernel();
   make_plan(p, reinterpret_cast<u32*>(shared), block, PlanAlone{p});
 }
 
@@ -243,6 +248,7 @@ extern "C" __global__ void __launch_bounds__(kTokenTile, kBlocksPerSm)
             const __grid_constant__ int pads) {
   extern __shared__ uint4 shared[];
   __shared__ BlockState block;
+  wait_for_previous_kernel();
   if (params.state->status != kActive) return;
   const PlanOfCall calls{params, p, up, down, link, pads};
   const bool planned = make_plan(p, reinterpret_cast<u32*>(shared), block, calls);

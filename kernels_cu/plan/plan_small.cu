@@ -116,6 +116,7 @@ __device__ bool make_small_plan(const PlanParams& out, const SharedTables& at, c
     clear_tables(p, first, step);
   }
   __syncthreads();
+  let_next_kernel_begin();  // all ranks have published
 
   Items items(team);  // 1. count, and copy weights
   items.run(pairs, [&](int i) {
@@ -224,9 +225,13 @@ struct PlanOfCall {
 
 }  // namespace
 
+// wait_for_previous_kernel().
+extern "C" __constant__ const int begins_early = 1;
+
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     plan_small(const __grid_constant__ PlanParams out, const __grid_constant__ SharedTables at) {
   extern __shared__ uint4 shared[];
+  wait_for_previous_kernel();
   make_small_plan(out, at, reinterpret_cast<char*>(shared), PlanAlone{out});
 }
 
@@ -239,6 +244,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                   const __grid_constant__ TileOrderParams down,
                   const __grid_constant__ EmulatedLink link) {
   extern __shared__ uint4 shared[];
+  wait_for_previous_kernel();
   // Volatile: the compiler leaves this load before the branch, where it overlaps with the status's.
   const u64 epoch = static_cast<const volatile ControlBlock&>(params.world.own()).epoch;
   if (params.state->status != kActive) return;
@@ -250,6 +256,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 // Behind `prepare_small`: zeroes the padding rows of a training forward. Any grid.
 extern "C" __global__ void __launch_bounds__(kTokenTile)
     pad(const __grid_constant__ ExchangeParams params) {
+  wait_for_previous_kernel();
+  let_next_kernel_begin();
   if (!params.state->ok) return;
   const int warp = blockIdx.x * kWarps + threadIdx.x / 32;
   zero_padding_rows(params, params.rows, BLOCK_K, warp, gridDim.x * kWarps);
