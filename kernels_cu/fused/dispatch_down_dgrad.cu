@@ -3,6 +3,9 @@
 // multiply. With save="z" they then pull x again. The launch ends after the last pull, and partial
 // rows of dx leave in a later launch. Macros: ACTIVATION as in gemm/grouped_down_dgrad.cu, TRACE,
 // LINK.
+
+// One stage fewer than other kernels have: rows on their way need the room more.
+#define GEMM_STAGES 3
 #include "fused/arrivals.cuh"
 #include "fused/rows_ready.cuh"
 #include "gemm/down_dgrad_epilogue.cuh"
@@ -19,7 +22,7 @@ namespace {
 
 // z and the copy stages share what the GEMM's stages leave.
 constexpr int kZStages = 2;
-using Copies = CopyShape<2, 2048>;
+using Copies = CopyShape<6, 4096>;
 
 struct Memory {
   DownDgradShared<kZStages> gemm;
