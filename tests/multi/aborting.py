@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 
@@ -19,6 +20,7 @@ def aborting() -> Iterator[None]:
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
+        time.sleep(0.5)  # a launcher may drop what it has not read when ranks abort
         if MPI.Is_finalized():
             os._exit(1)
         MPI.COMM_WORLD.Abort(1)
