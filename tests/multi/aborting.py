@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 from mpi4py import MPI
 
+from cometrt.cli.ranks import LAST_WORDS_SEC
+
 
 @contextlib.contextmanager
 def aborting() -> Iterator[None]:
@@ -20,7 +22,7 @@ def aborting() -> Iterator[None]:
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        time.sleep(0.5)  # a launcher may drop what it has not read when ranks abort
+        time.sleep(LAST_WORDS_SEC)
         if MPI.Is_finalized():
             os._exit(1)
         MPI.COMM_WORLD.Abort(1)
