@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar, cast
 
@@ -12,6 +14,7 @@ Result = TypeVar("Result")
 
 HOST_RANKS = 4  # threads, where nothing says how many
 TIMEOUT_SEC = 60.0  # of a wait: the reference and the compiler take their time
+LAST_WORDS_SEC = 0.5  # a launcher may drop what it has not read yet when ranks abort
 RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID")
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE")
 
@@ -90,6 +93,9 @@ class Processes:
 
     def abort(self) -> None:
         """End all processes, with status 1."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(LAST_WORDS_SEC)
         self._comm.Abort(1)
 
 

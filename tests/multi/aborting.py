@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 
 from mpi4py import MPI
+
+from cometrt.cli.ranks import LAST_WORDS_SEC
 
 
 @contextlib.contextmanager
@@ -19,6 +22,7 @@ def aborting() -> Iterator[None]:
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
+        time.sleep(LAST_WORDS_SEC)
         if MPI.Is_finalized():
             os._exit(1)
         MPI.COMM_WORLD.Abort(1)

@@ -10,7 +10,6 @@ import os
 import statistics
 import sys
 import time
-import traceback
 from pathlib import Path
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -22,6 +21,7 @@ from cupy.cuda import nccl
 from mpi4py import MPI
 
 import cometrt
+from tests.multi.aborting import aborting
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOPK, TOKENS = 2048, 768, 128, 8, 4096
 REDUCED_BYTES = 256 << 20
@@ -128,9 +128,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
+    with aborting():
         main()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(1)
