@@ -51,6 +51,7 @@ BUILDS: dict[str, list[Defines]] = {
     "fused/up_dgrad_combine_wgrad.cu": _with_options([()], TRACED, LINKED),
     "fused/gemm_combine.cu": _with_options([()], TRACED, LINKED),
     "plan/plan.cu": _with_options([()], LINKED),
+    "plan/plan_small.cu": _with_options([()], LINKED),
     "sequential/rows.cu": _with_options([()], LINKED),
     "router/router.cu": [(("EXPERTS_PER_LANE", n),) for n in EXPERTS_PER_LANE],
     "router/losses.cu": [(("EXPERTS_PER_LANE", n),) for n in EXPERTS_PER_LANE],

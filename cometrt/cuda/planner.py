@@ -12,33 +12,45 @@ import numpy as np
 
 from cometrt.cuda.engine import current_stream
 from cometrt.cuda.types import DeviceArray
-from cometrt.kernels.constants import PLAN_BLOCKS_PER_SM, PLAN_CLUSTER_SIZE, TOKEN_TILE
+from cometrt.kernels.constants import PLAN_BLOCKS_PER_SM, PLAN_TEAMS, TOKEN_TILE
 from cometrt.kernels.launch import Macros, load_kernels
 from cometrt.kernels.params import (
+    PLAN_KEPT,
     PLAN_OUTPUTS,
+    PLAN_SHARED,
     KernelArgument,
     ParamStruct,
     geometry_params,
     plan_params_dtype,
     plan_progress_dtype,
+    shared_tables_dtype,
 )
 from cometrt.plan import Plan, PlanShape
 from cometrt.plan.tables import plan_table_shapes
 from cometrt.world.partitions import num_sms
 
 _SM_BYTES, _BLOCK_BYTES = 228 * 1024, 4 * 1024  # shared memory; what a block takes besides its own
-_SMALL_PAIRS = 8192  # that one cluster plans faster than a grid, whose barriers take longer
+_SMALL_BYTES = 224 * 1024  # of shared memory that the tables of a small plan may take
+_SMALL_PAIRS = 8192  # that one block plans faster than a grid, whose barriers take longer
+_PLACED_WORDS = 8 * TOKEN_TILE  # of the PlacedRuns of a team
 FLAGS = tuple(KernelArgument(np.int32(flag)) for flag in (False, True))
 _ALIGNMENT = 64  # words of a table: a bulk copy's, and a cache line's
 
 
-def _layout(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, int], int]:
-    """First word of each table in a plan's memory, and of row_weight, which is the last."""
-    names = [*(name for name in shapes if name != "row_weight"), "row_weight"]
-    offsets, end = {}, 0
-    for name in names:
+def _offsets(words: dict[str, int], begin: int = 0) -> tuple[dict[str, int], int]:
+    """First word of each array, one behind the other and aligned, and the end of the last."""
+    offsets, end = {}, begin
+    for name, count in words.items():
         offsets[name] = end
-        end += -(-math.prod(shapes[name]) // _ALIGNMENT) * _ALIGNMENT
+        end += -(-count // _ALIGNMENT) * _ALIGNMENT
+    return offsets, end
+
+
+def table_layout(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, int], int]:
+    """First word of each table in a plan's memory, and of row_weight, which is the last."""
+    others = [name for name in shapes if name not in (*PLAN_KEPT, "row_weight")]
+    names = (*PLAN_KEPT, *others, "row_weight")
+    offsets, _ = _offsets({name: math.prod(shapes[name]) for name in names})
     return offsets, offsets["row_weight"]
 
 
@@ -48,12 +60,41 @@ def _blocks_per_sm(shared_bytes: int) -> int:
 
 
 def is_small(shape: PlanShape) -> bool:
-    """Whether one cluster makes the plans. It depends on max_tokens: only the device knows how many
+    """Whether one block makes the plans. It depends on max_tokens: only the device knows how many
     tokens the other ranks have."""
     pairs = shape.global_tokens * shape.geometry.spec.topk
     items = shape.geometry.size * math.ceil(shape.geometry.spec.max_tokens / TOKEN_TILE)
-    fits = 4 * _shared_words(shape) + _BLOCK_BYTES <= 2 * _SM_BYTES // PLAN_CLUSTER_SIZE
-    return fits and pairs <= _SMALL_PAIRS and items <= 2 * PLAN_CLUSTER_SIZE
+    return pairs <= _SMALL_PAIRS and items <= 2 * PLAN_TEAMS and fits_in_shared(shape)
+
+
+def fits_in_shared(shape: PlanShape) -> bool:
+    """Whether one block's shared memory holds all tables that the planner's steps read again."""
+    return shared_tables(shape)[1] <= _SMALL_BYTES
+
+
+def shared_tables(shape: PlanShape) -> tuple[ParamStruct, int]:
+    """The SharedTables of a small plan, and their bytes."""
+    counters = {name: words for name, words in _counter_words(shape).items() if name != "progress"}
+    scratch = _scratch_words(shape)
+    zero, end = _offsets(counters | {"run_counts": scratch["run_counts"]})
+    tables = plan_table_shapes(shape)
+    kept, kept_end = _offsets({name: math.prod(tables[name]) for name in PLAN_KEPT}, end)
+    routing = {name: math.prod(size) for name, size in planner_routing(shape).items()}
+    rest = {name: (routing | scratch)[name] for name in PLAN_SHARED if name not in zero}
+    others, others_end = _offsets(rest, kept_end)
+    team_words = -(-max(_shared_words(shape), _PLACED_WORDS) // 4) * 4
+    words = {
+        **{name: (zero | others)[name] for name in PLAN_SHARED},
+        **{field: kept[name] for name, field in PLAN_OUTPUTS if name in kept},
+        "zero_bytes": end,
+        "kept_bytes": kept_end - end,
+        "team": others_end,
+        "team_bytes": team_words,
+    }
+    record = ParamStruct(shared_tables_dtype)
+    for name, count in words.items():
+        record.fields[name] = 4 * count
+    return record, 4 * (others_end + PLAN_TEAMS * team_words)
 
 
 def _counter_words(shape: PlanShape) -> dict[str, int]:
@@ -67,8 +108,15 @@ def _counter_words(shape: PlanShape) -> dict[str, int]:
     return {name: -(-count // 4) * 4 for name, count in words.items()}
 
 
-def planner_scratch(shape: PlanShape) -> dict[str, int]:
-    """32-bit words of each array that DevicePlanner keeps for itself."""
+def planner_scratch(shape: PlanShape, small: bool | None = None) -> dict[str, int]:
+    """32-bit words of each array that DevicePlanner keeps for itself. A small plan's lie in shared
+    memory, but for the one that later kernels read."""
+    small = is_small(shape) if small is None else small
+    words = _scratch_words(shape)
+    return {name: words[name] for name in words if not small or name not in PLAN_SHARED}
+
+
+def _scratch_words(shape: PlanShape) -> dict[str, int]:
     geometry, spec = shape.geometry, shape.geometry.spec
     size, experts = geometry.size, geometry.local_experts
     return {
@@ -96,7 +144,7 @@ def planner_routing(shape: PlanShape) -> dict[str, tuple[int, ...]]:
 
 def table_words(shape: PlanShape) -> int:
     """32-bit words of a plan's memory."""
-    return _layout(plan_table_shapes(shape))[1] + shape.capacity
+    return table_layout(plan_table_shapes(shape))[1] + shape.capacity
 
 
 def planner_counters(shape: PlanShape) -> int:
@@ -121,7 +169,7 @@ class DevicePlanner:
     Args:
         counters: [planner_counters(shape)] uint32, zero whenever `prepare` begins.
         macros: that the kernels are compiled with.
-        small: whether one cluster plans; None: as `is_small` says.
+        small: whether one block plans; None: as `is_small` says.
 
     Attributes:
         ids, weights: [W, max_tokens, K], all ranks' routing in the last forward.
@@ -142,7 +190,8 @@ class DevicePlanner:
         import cupy as cp
 
         self._shape, self._counters = shape, counters
-        lengths = planner_scratch(shape)
+        self._small = is_small(shape) if small is None else small
+        lengths = planner_scratch(shape, self._small)
         self.scratch = {name: cp.empty(length, cp.int32) for name, length in lengths.items()}
         self.block_order_idx = int(self.scratch["block_order_idx"].data.ptr)
         arrays, begin = dict(self.scratch), 0
@@ -155,15 +204,17 @@ class DevicePlanner:
         self.weights = cp.empty(routing["weights"], cp.float32)
         self._num_tokens = cp.zeros(routing["num_tokens"], cp.int32)
         self._shapes = plan_table_shapes(shape)
-        offsets, num_words = _layout(self._shapes)
+        offsets, num_words = table_layout(self._shapes)
         self.table_offsets = {name: 4 * words for name, words in offsets.items()}
         shared_bytes = 4 * _shared_words(shape)
-        self._small = is_small(shape) if small is None else small
         self._grid = _blocks_per_sm(shared_bytes) * num_sms()
-        names = ("plan", "prepare", "plan_small", "prepare_small", "pad")
-        kernels = load_kernels("plan/plan.cu", *names, macros=macros)
+        source, names = "plan/plan.cu", "plan prepare".split()
+        if self._small:
+            source, names = "plan/plan_small.cu", "plan_small prepare_small pad".split()
+            self._shared_tables, shared_bytes = shared_tables(shape)
+        kernels = load_kernels(source, *names, macros=macros)
         self._kernels = {
-            name: kernel.with_shared(shared_bytes)
+            name: kernel.with_shared(0 if name == "pad" else shared_bytes)
             for name, kernel in zip(names, kernels, strict=True)
         }
         arrays |= {"ids": self.ids, "weights": self.weights, "num_tokens": self._num_tokens}
@@ -201,11 +252,13 @@ class DevicePlanner:
             pads: whether padding rows are zeroed too.
         """
         self._point_to(tables)
-        arguments = (params, self._params, *orders, link)
         if not self._small:
-            self._kernels["prepare"](stream, self._grid, *arguments, FLAGS[pads])
+            arguments = (params, self._params, *orders, link, FLAGS[pads])
+            self._kernels["prepare"](stream, self._grid, *arguments)
             return
-        self._kernels["prepare_small"](stream, PLAN_CLUSTER_SIZE, *arguments)
+        self._kernels["prepare_small"](
+            stream, 1, params, self._params, self._shared_tables, *orders, link
+        )
         if pads:
             self._kernels["pad"](stream, self._grid, params)
 
@@ -221,8 +274,10 @@ class DevicePlanner:
         self.ids[...], self.weights[...], self._num_tokens[...] = ids, weights, num_tokens
         self._point_to(tables.data.ptr)
         self._counters.fill(0)
-        name, grid = ("plan_small", PLAN_CLUSTER_SIZE) if self._small else ("plan", self._grid)
-        self._kernels[name](current_stream(), grid, self._params)
+        if self._small:
+            self._kernels["plan_small"](current_stream(), 1, self._params, self._shared_tables)
+        else:
+            self._kernels["plan"](current_stream(), self._grid, self._params)
         return self.plan_of(tables)
 
     def plan_of(self, tables: DeviceArray) -> Plan:

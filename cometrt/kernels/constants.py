@@ -8,9 +8,9 @@ from __future__ import annotations
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64  # the engine's tile
 CLUSTER_SIZE = 2  # CTAs that share an operand
-TOKEN_TILE = 128  # tokens that a block of the planner counts or places, one a thread
+TOKEN_TILE = 128  # tokens that a team of the planner counts or places, one a thread
 PLAN_BLOCKS_PER_SM = 6  # of the planner; as many as get by without spills
-PLAN_CLUSTER_SIZE = 8  # blocks that plan a small exchange
+PLAN_TEAMS = 8  # teams of TOKEN_TILE threads in the block that plans a small exchange
 PLAN_PATIENCE = 2  # a wait within a plan lasts so many times the world's timeout
 MAX_RANKS = 64
 MAX_TOPK = 1024

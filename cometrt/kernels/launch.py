@@ -20,20 +20,50 @@ if TYPE_CHECKING:
 Macros = tuple[tuple[str, int], ...]
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_BEGINS_EARLY = _Attribute(6, b"", (1,))
+
+
 class Kernel:
     """A kernel on one device. Arguments go by value.
+
+    A kernel of a file that exports `begins_early` may begin while the kernel in front of it on the
+    stream ends (programmatic dependent launch): see wait_for_previous_kernel() of
+    kernels_cu/hopper/memory.cuh.
 
     Attributes:
         block: threads of a CTA, from the kernel's launch bounds.
         shared_bytes: dynamic shared memory of a launch, unless it says otherwise.
     """
 
-    def __init__(self, function: RawKernel, shared_bytes: int = 0) -> None:
+    def __init__(
+        self, function: RawKernel, shared_bytes: int = 0, *, begins_early: bool = False
+    ) -> None:
         self._function, self._handle = function, function.kernel.ptr
+        self._num_attributes = int(begins_early)
         self.block, self.shared_bytes = int(function.max_threads_per_block), 0
-        # function, grid, block, bytes of shared memory, stream, addresses of arguments, none
-        pointer, number = ctypes.c_void_p, ctypes.c_uint
-        self._launch = driver_function("cuLaunchKernel", pointer, *[number] * 7, *[pointer] * 3)
+        # config, function, addresses of arguments, none
+        pointer, config = ctypes.c_void_p, ctypes.POINTER(_Config)
+        self._launch = driver_function("cuLaunchKernelEx", config, *[pointer] * 3)
         self.allow_shared(shared_bytes)
 
     def __call__(self, stream: int, grid: int, *arguments: KernelArgument | np.generic) -> None:
@@ -45,9 +75,15 @@ class Kernel:
         """
         values = [a if isinstance(a, KernelArgument) else KernelArgument(a) for a in arguments]
         pointers = (ctypes.c_void_p * len(values))(*[value.address for value in values])
-        error = self._launch(
-            self._handle, grid, 1, 1, self.block, 1, 1, self.shared_bytes, stream, pointers, None
+        config = _Config(
+            (grid, 1, 1),
+            (self.block, 1, 1),
+            self.shared_bytes,
+            stream,
+            ctypes.pointer(_BEGINS_EARLY),
+            self._num_attributes,
         )
+        error = self._launch(config, self._handle, pointers, None)
         if error:
             raise CometError(
                 f"no launch of {grid} x {self.block} threads with {self.shared_bytes} bytes of "
@@ -62,7 +98,8 @@ class Kernel:
 
     def with_shared(self, shared_bytes: int) -> Kernel:
         """The same kernel for launches with another amount of dynamic shared memory."""
-        return Kernel(self._function, shared_bytes)
+        early = bool(self._num_attributes)
+        return Kernel(self._function, shared_bytes, begins_early=early)
 
 
 def load_kernels(source: str, *names: str, macros: Macros = ()) -> tuple[Kernel, ...]:
@@ -83,5 +120,7 @@ def _load(device_id: int, source: str, names: tuple[str, ...], macros: Macros) -
     import cupy
 
     path = compile_cubin(kernels_folder() / source, macros).path
-    module, shared_bytes = cupy.RawModule(path=str(path)), constants(path).get("shared_bytes", 0)
-    return tuple(Kernel(module.get_function(name), shared_bytes) for name in names)
+    module, found = cupy.RawModule(path=str(path)), constants(path)
+    shared_bytes, early = found.get("shared_bytes", 0), bool(found.get("begins_early", 0))
+    functions = map(module.get_function, names)
+    return tuple(Kernel(one, shared_bytes, begins_early=early) for one in functions)

@@ -11,10 +11,7 @@ import numpy as np
 
 from cometrt.activations import ACTIVATIONS
 from cometrt.kernels import rail_params
-from cometrt.kernels.constants import (
-    MAX_TOPK,
-    TRACE_EVENTS,
-)
+from cometrt.kernels.constants import MAX_TOPK, TRACE_EVENTS
 from cometrt.plan import Plan, PlanShape
 from cometrt.plan.tile_order import work_tile_dtype
 from cometrt.world.layout import device_control_block_dtype, header_dtype, record_dtype, world_dtype
@@ -52,6 +49,25 @@ plan_params_dtype = np.dtype(
             *PLAN_SCRATCH,
             *"progress tables num_words".split(),
             *(name for _, name in PLAN_OUTPUTS),
+        )
+    ]
+)
+
+# Tables of a plan that the planner's steps read again: a plan's memory begins with them.
+PLAN_KEPT = (
+    "expert_offsets expert_rows row_pair num_tiles tile_expert tile_order pull_offsets "
+    "send_offsets block_tokens staging_base"
+).split()
+# Arrays that a small plan has in shared memory besides those, in the order of SharedTables.
+PLAN_SHARED = "ids weights num_tokens".split()
+PLAN_SHARED += [name for name in PLAN_SCRATCH if name != "block_order_idx"]
+shared_tables_dtype = np.dtype(
+    [
+        (name, np.int32)
+        for name in (
+            *PLAN_SHARED,
+            *(_PLAN_OUTPUTS.get(name, name) for name in PLAN_KEPT),
+            *"zero_bytes kept_bytes team team_bytes".split(),
         )
     ]
 )
@@ -225,6 +241,7 @@ router_bias_params_dtype = np.dtype(
 MIRRORS = {
     "Geometry": ("common/geometry.cuh", geometry_dtype),
     "PlanParams": ("plan/plan.cuh", plan_params_dtype),
+    "SharedTables": ("plan/plan.cuh", shared_tables_dtype),
     "PlanProgress": ("protocol/plan_progress.cuh", plan_progress_dtype),
     "Header": ("protocol/control_block.cuh", header_dtype),
     "FailureRecord": ("protocol/control_block.cuh", record_dtype),

@@ -24,13 +24,23 @@ __device__ inline int tokens_per_block(const Geometry& g, int num_tokens) {
 
 // (to - from) mod ranks: 0 for the rank itself.
 __device__ inline int ring_distance(const Geometry& g, int from, int to) {
-  return (to - from + g.size) % g.size;
+  return to >= from ? to - from : to - from + g.size;
+}
+
+// The rank at ring distance d from rank `from`.
+__device__ inline int rank_at(const Geometry& g, int from, int d) {
+  return from + d < g.size ? from + d : from + d - g.size;
 }
 
 // The largest ring distance of a phase of the dispatch order, as TileConfig.last_distances has it.
 __device__ inline int last_distance(const Geometry& g, int phase) {
   if (g.num_phases == 1) return g.size - 1;
   return phase == 0 ? 0 : (phase * (g.size - 1) + g.num_phases - 2) / (g.num_phases - 1);
+}
+
+// The first phase whose last_distance is at least d.
+__device__ inline int phase_of(const Geometry& g, int d) {
+  return d == 0 || g.num_phases == 1 ? 0 : (d - 1) * (g.num_phases - 1) / (g.size - 1) + 1;
 }
 
 }  // namespace cometrt

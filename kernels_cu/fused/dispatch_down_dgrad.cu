@@ -3,6 +3,9 @@
 // multiply. With save="z" they then pull x again. The launch ends after the last pull, and partial
 // rows of dx leave in a later launch. Macros: ACTIVATION as in gemm/grouped_down_dgrad.cu, TRACE,
 // LINK.
+
+// One stage fewer than other kernels have: rows on their way need the room more.
+#define GEMM_STAGES 3
 #include "fused/arrivals.cuh"
 #include "fused/rows_ready.cuh"
 #include "gemm/down_dgrad_epilogue.cuh"
@@ -19,7 +22,7 @@ namespace {
 
 // z and the copy stages share what the GEMM's stages leave.
 constexpr int kZStages = 2;
-using Copies = CopyShape<2, 2048>;
+using Copies = CopyShape<6, 4096>;
 
 struct Memory {
   DownDgradShared<kZStages> gemm;
@@ -40,6 +43,7 @@ struct Roles {
     for (DispatchStages<Copies>& stages : memory.dispatch) stages.init();
   }
   __device__ void load(Shared& shared, const DownDgradParams& p, const Operands& operands) {
+    let_next_kernel_begin();  // all rows are where dispatch warps find them
     // Loads of B ahead need more than this warpgroup's registers.
     RowsReady<Copies, false> ready(params, kDownDgrad);
     produce(shared, p, operands, ready);
@@ -62,6 +66,9 @@ struct Roles {
 
 // Bytes of dynamic shared memory. The host reads it from the compiled kernel.
 extern "C" __constant__ const int shared_bytes = sizeof(Memory);
+
+// wait_for_previous_kernel().
+extern "C" __constant__ const int begins_early = 1;
 
 // Grid and num_comm: as in dispatch_gemm.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)

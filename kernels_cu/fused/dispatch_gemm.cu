@@ -41,6 +41,7 @@ struct Roles {
     for (DispatchStages<Copies>& stages : memory.dispatch) stages.init();
   }
   __device__ void load(Shared& shared, const GemmParams& p, const Operands& operands) {
+    let_next_kernel_begin();  // all rows are where dispatch warps find them
     RowsReady<Copies, true> ready(params, kUp);
     produce(shared, p, operands, ready);
   }
@@ -63,6 +64,9 @@ struct Roles {
 
 // Bytes of dynamic shared memory. The host reads it from the compiled kernel.
 extern "C" __constant__ const int shared_bytes = sizeof(Memory);
+
+// wait_for_previous_kernel().
+extern "C" __constant__ const int begins_early = 1;
 
 // Grid: an even number of CTAs. Any number of them may be resident, since tiles and copy chunks are
 // popped from queues. num_comm: dispatch warps of so many CTAs work. They wait for no tile, so one

@@ -33,6 +33,9 @@ struct Roles : CombineRole<false> {
 // Bytes of dynamic shared memory. The host reads it from the compiled kernel.
 extern "C" __constant__ const int shared_bytes = sizeof(CombineMemory);
 
+// wait_for_previous_kernel().
+extern "C" __constant__ const int begins_early = 1;
+
 // Grid: as in dispatch_gemm. num_comm: combine warps and helpers of so many CTAs work; ranks may
 // differ. No deadlock: tiles wait for no combine warp; a push waits for tiles of this rank only; a
 // reduction at home waits for pushes of its N-chunk, which every warp of every rank does first.

@@ -13,6 +13,9 @@ constexpr int kPrepareThreads = 1024, kWarps = kPrepareThreads / 32;
 
 }  // namespace
 
+// wait_for_previous_kernel().
+extern "C" __constant__ const int begins_early = 1;
+
 // Any grid. The list of the up dgrad goes on with the tiles of the weight gradients. The plan in
 // `saved` is complete if the call is active, so only the last block waits for peers, after its
 // share. It sets `ok`. recompute: of dispatch_gemm, where the backward computes z again; else no
@@ -24,12 +27,14 @@ extern "C" __global__ void __launch_bounds__(kPrepareThreads, 1)
                      const __grid_constant__ TileOrderParams down_dgrad,
                      const __grid_constant__ TileOrderParams up_dgrad,
                      const __grid_constant__ WgradParams wgrads) {
-  __shared__ int shared[kWarps];
+  __shared__ int warps[kWarps];
+  __shared__ PlacedRun placed[kPrepareThreads];
+  wait_for_previous_kernel();
+  const auto team = Team<kPrepareThreads>::of_block(warps);
   if (params.state->status != kActive) return;
-  write_tile_order<kPrepareThreads>(recompute, tiles, blockIdx.x, gridDim.x, shared);
-  write_tile_order<kPrepareThreads>(down_dgrad, tiles, blockIdx.x, gridDim.x, shared);
-  const int steps =
-      write_tile_order<kPrepareThreads>(up_dgrad, tiles, blockIdx.x, gridDim.x, shared);
+  write_tile_order(recompute, tiles, team, blockIdx.x, gridDim.x, placed);
+  write_tile_order(down_dgrad, tiles, team, blockIdx.x, gridDim.x, placed);
+  const int steps = write_tile_order(up_dgrad, tiles, team, blockIdx.x, gridDim.x, placed);
   write_wgrad_order(wgrads, up_dgrad.work_tiles, up_dgrad.num_steps, up_dgrad.progress, steps,
                     kFirstWgrad);
   const int warp = blockIdx.x * kWarps + threadIdx.x / 32;

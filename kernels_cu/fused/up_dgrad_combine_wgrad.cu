@@ -40,6 +40,9 @@ struct Roles : CombineRole<true> {
 // Bytes of dynamic shared memory. The host reads it from the compiled kernel.
 extern "C" __constant__ const int shared_bytes = sizeof(CombineMemory);
 
+// wait_for_previous_kernel().
+extern "C" __constant__ const int begins_early = 1;
+
 // Grid and num_comm: as in gemm_combine. No deadlock: tiles wait for no combine warp.
 extern "C" __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     up_dgrad_combine_wgrad(

@@ -19,11 +19,13 @@ extern "C" __global__ void __launch_bounds__(kOrderThreads, 1)
                    const __grid_constant__ TileOrderParams down_dgrad,
                    const __grid_constant__ TileOrderParams up_dgrad,
                    const __grid_constant__ WgradParams wgrads) {
-  __shared__ int shared[kOrderThreads / 32];
+  __shared__ int warps[kOrderThreads / 32];
+  __shared__ PlacedRun placed[kOrderThreads];
+  const auto team = Team<kOrderThreads>::of_block(warps);
   if (!*wgrads.ok) return;
-  write_tile_order<kOrderThreads>(recompute, tiles, blockIdx.x, gridDim.x, shared);
-  write_tile_order<kOrderThreads>(down_dgrad, tiles, blockIdx.x, gridDim.x, shared);
-  write_tile_order<kOrderThreads>(up_dgrad, tiles, blockIdx.x, gridDim.x, shared);
+  write_tile_order(recompute, tiles, team, blockIdx.x, gridDim.x, placed);
+  write_tile_order(down_dgrad, tiles, team, blockIdx.x, gridDim.x, placed);
+  write_tile_order(up_dgrad, tiles, team, blockIdx.x, gridDim.x, placed);
   write_wgrad_order(wgrads, const_cast<WorkTile*>(wgrads.work_tiles),
                     const_cast<int*>(wgrads.num_steps), wgrads.progress);
 }

@@ -25,6 +25,7 @@ __device__ inline void run_cta(Shared& shared, const Params& p,
     roles.init();
     mbarrier_init_fence();
   }
+  wait_for_previous_kernel();
   cluster_barrier();
   if (warp < kFirstMultiplyWarp) {
     register_dealloc<Roles::Registers::kFirstWarpgroup>();

@@ -13,7 +13,10 @@ namespace cometrt {
 
 constexpr int kWarpgroups = 2;  // multiply; each computes 64 rows and all columns of a tile
 constexpr int kHalfM = BLOCK_M / kWarpgroups, kHalfN = BLOCK_N / 2;
-constexpr int kStages = 4;                         // of operands: 192 KB
+#ifndef GEMM_STAGES
+#define GEMM_STAGES 4
+#endif
+constexpr int kStages = GEMM_STAGES;               // of operands: 48 KB each
 constexpr int kThreads = 128 * (1 + kWarpgroups);  // warpgroup 0 loads, schedules, communicates
 constexpr int kSubtileRows = 8, kSubtileColumns = 64;
 constexpr u32 kMaxSharedBytes = 227 * 1024;  // that a CTA may have

@@ -22,6 +22,20 @@ __device__ inline int thread_index() {
   return index;
 }
 
+// A kernel of a file that exports `begins_early` may begin before the kernel in front of it on the
+// stream has ended. All its threads wait for that end before they touch global memory: then all
+// that was written before is visible. So kernels end in their order, too.
+__device__ inline void wait_for_previous_kernel() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// By one thread of each CTA. The next kernel may begin when all CTAs have come here, or have ended.
+// Its CTAs hold room on the SMs while they wait. So no kernel calls this while it may still wait
+// for another rank: that rank, or NCCL, may need the room.
+__device__ inline void let_next_kernel_begin() {
+  asm volatile("griddepcontrol.launch_dependents;");
+}
+
 // Flags. Scope gpu: threads of this rank's kernels. Scope sys: other ranks and the host; kernels
 // use those only through protocol/peers.cuh.
 

@@ -9,11 +9,9 @@
 
 namespace cometrt {
 
-// Step 1. Clears slice `slice` of `count`: tables to -1, row_weight and counters of later steps to
-// 0.
-__device__ inline void clear_tables(const PlanParams& p, int slice, int count) {
-  const long long first = static_cast<long long>(slice) * kTokenTile + threadIdx.x;
-  const long long step = static_cast<long long>(count) * kTokenTile;
+// Step 1, by thread `first` of `step`. Clears tables to -1, row_weight and counters of later steps
+// to 0.
+__device__ inline void clear_tables(const PlanParams& p, long long first, long long step) {
   int4* tables = reinterpret_cast<int4*>(p.tables);
 #pragma unroll 1
   for (long long i = first; i < p.num_words / 4; i += step) tables[i] = make_int4(-1, -1, -1, -1);
@@ -40,7 +38,7 @@ __device__ inline Routing find_routing(const ExchangeParams& params, const Emula
   __shared__ int shared_tokens;
   u64 transferred_ns = 0;
   if (threadIdx.x == 0) {
-    const int tokens = shared_tokens = wait_source(params, source);
+    const int tokens = shared_tokens = wait_source(params, params.world.epoch(), source);
     if (token_tile_idx == 0) p.num_tokens[source] = tokens;
     const int here = max(0, min(kTokenTile, tokens - token_tile_idx * kTokenTile));
     if (source != params.world.rank) transferred_ns = begin_transfer(link, 4ull * here * p.g.topk);
@@ -54,20 +52,22 @@ __device__ inline void report_wrong_pair(const PlanParams& p, long long pair) {
   atomicMax(&p.progress->wrong_pair, ~static_cast<u64>(pair));  // the lowest pair wins
 }
 
-// Step 1, a block per (token tile, source). Copies the tile's ids into this rank's table and checks
+// Step 1, a team per (token tile, source). Copies the tile's ids into this rank's table and checks
 // them. Counts pairs by (source, token tile, expert) and (source, expert), and tokens by (source,
 // EP group). `meanwhile()` runs while the ids arrive. If the world has stopped, blocks may see
 // different numbers of tokens; largest_need then keeps later steps from using them.
 template <typename Meanwhile>
-__device__ inline void count_pairs(const PlanParams& p, int token_tile_idx, int source,
-                                   const Routing& routing, u32* members, Meanwhile meanwhile) {
-  const int thread = threadIdx.x, lane = thread % 32, topk = p.g.topk;
+__device__ inline void count_pairs(const PlanParams& p, const PlanTeam& team, int token_tile_idx,
+                                   int source, const Routing& routing, u32* members,
+                                   Meanwhile meanwhile) {
+  const int thread = team.thread, lane = thread % 32, topk = p.g.topk;
 #pragma unroll 1
   for (int i = thread; i < 4 * p.g.num_experts; i += kTokenTile) members[i] = 0;
   const int token = token_tile_idx * kTokenTile + thread;
   const bool used = token < routing.tokens;
   const int* from = routing.ids + static_cast<long long>(token) * topk;
   const long long first_pair = (static_cast<long long>(source) * p.g.max_tokens + token) * topk;
+  const Divisor local_experts(p.g.local_experts);
   u64 groups = 0;
 #pragma unroll 1
   for (int k = 0; k < topk; k += kPairsAtOnce) {
@@ -76,20 +76,22 @@ __device__ inline void count_pairs(const PlanParams& p, int token_tile_idx, int 
     if (k == 0) {
       meanwhile();
       if (thread == 0) wait_transferred(routing.transferred_ns);
-      __syncthreads();
+      team.sync();
     }
     if (used) store_pairs(p.ids + first_pair, k, topk, ids);
-#pragma unroll 1
-    for (int i = 0; i < min(topk - k, kPairsAtOnce); ++i) {
-      if (!used) break;
-      const int id = select(ids, i);
-      bool wrong = id < -1 || id >= p.g.num_experts;
-      if (id >= 0 && !wrong) {
-        wrong = choose(members, id) >> lane & 1;  // an id must not repeat within a token
-        groups |= 1ull << quotient(id, p.g.local_experts);
+    u32 wrong = 0;  // a bit a pair
+#pragma unroll
+    for (int i = 0; i < kPairsAtOnce; ++i) {
+      const int id = used ? ids[i] : -1;  // -1 beyond topk too
+      if (id >= 0 && id < p.g.num_experts) {
+        const u32 repeated = choose(members, id, thread) >> lane & 1;  // within the token
+        wrong |= repeated << i;
+        groups |= 1ull << local_experts.quotient(id);
+      } else {
+        wrong |= (id != -1) << i;
       }
-      if (wrong) report_wrong_pair(p, first_pair + k + i);
     }
+    if (wrong != 0) report_wrong_pair(p, first_pair + k + __ffs(wrong) - 1);
   }
 #pragma unroll 1
   for (int first = 0; first < p.g.ep; first += 32) {  // one EP group a lane
@@ -102,7 +104,7 @@ __device__ inline void count_pairs(const PlanParams& p, int token_tile_idx, int 
     if (count) atomicAdd(&p.token_counts[source * p.g.ep + first + lane], count);
   }
   if (routing.tokens < 0 && thread == 0) p.progress->largest_need = ~0ull;
-  __syncthreads();
+  team.sync();
   int* counts =
       p.token_tile_counts +
       (static_cast<long long>(source) * num_token_tiles(p) + token_tile_idx) * p.g.num_experts;
@@ -115,20 +117,20 @@ __device__ inline void count_pairs(const PlanParams& p, int token_tile_idx, int 
   }
 }
 
-// Step 2, a block per (token tile, source). Copies the tile's router weights from the source's
-// table into this rank's and checks them. Thread 0 returns the end of their link transfer.
-__device__ inline u64 copy_weights(const PlanParams& p, int token_tile_idx, int source,
-                                   const float* from, const EmulatedLink* link) {
+// Step 2, a team per (token tile, source). Copies the tile's router weights from the source's table
+// into this rank's and checks them. Thread 0 returns the end of their link transfer.
+__device__ inline u64 copy_weights(const PlanParams& p, const PlanTeam& team, int token_tile_idx,
+                                   int source, const float* from, const EmulatedLink* link) {
   const int tokens = p.num_tokens[source], topk = p.g.topk;
   const int begin = token_tile_idx * kTokenTile * topk,
             end = min(tokens, (token_tile_idx + 1) * kTokenTile) * topk;
   const long long to = static_cast<long long>(source) * p.g.max_tokens * topk;
   u64 transferred_ns = 0;
-  if (link != nullptr && threadIdx.x == 0 && begin < end && source != p.g.rank) {
+  if (link != nullptr && team.thread == 0 && begin < end && source != p.g.rank) {
     transferred_ns = begin_transfer(*link, 4ull * (end - begin));
   }
 #pragma unroll 1
-  for (int first = begin + threadIdx.x; first < end; first += kPairsAtOnce * kTokenTile) {
+  for (int first = begin + team.thread; first < end; first += kPairsAtOnce * kTokenTile) {
     float weights[kPairsAtOnce];
 #pragma unroll
     for (int i = 0; i < kPairsAtOnce; ++i) {

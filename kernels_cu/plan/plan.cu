@@ -1,8 +1,8 @@
 // The device planner: the tables of cometrt/plan/reference.py, bit for bit, in one launch and
 // without host synchronisation. `plan` makes only the plan. `prepare` is everything between
 // `publish` and the first GEMM of a forward: it waits for all ranks (source_ready), copies their
-// routing, plans, and writes the tile orders of both GEMMs. `plan_small` and `prepare_small` do the
-// same by one cluster, for exchanges of few pairs.
+// routing, plans, and writes the tile orders of both GEMMs. plan_small.cu does the same by one
+// block, for exchanges of few pairs.
 //
 // Five steps, in this order:
 //   1. count:   copy ids, count pairs by expert        (counts.cuh)
@@ -11,11 +11,9 @@
 //   4. sum:     prefix sums along the orders           (row_tables.cuh)
 //   5. stage:   pulls, sends and staging rows          (row_tables.cuh)
 //
-// Blocks of a grid pop a step's items from a queue (work_queue.cuh). A grid barrier ends the step
-// when all its items are done (GridSteps). It counts items and not blocks, so any number of
-// resident blocks makes progress. A block that starts late finds the queues empty. The blocks of a
-// cluster run at the same time, so they take items in turn and meet at the cluster's barrier
-// (ClusterSteps).
+// Blocks pop a step's items from a queue (work_queue.cuh). A grid barrier ends the step when all
+// its items are done (GridSteps). It counts items and not blocks, so any number of resident blocks
+// makes progress. A block that starts late finds the queues empty.
 //
 // Latency bounds the planner: chains of dependent loads, and grid barriers. So an item issues its
 // loads together, independent work shares a step, and router weights cross the link during step 2.
@@ -23,7 +21,6 @@
 // A run (c, s, i) is the set of rows of source s in the tile with order index i of rank c. Rows of
 // one expert and source lie in token order. So a run is a range of the sorted pairs of (s, expert),
 // and every rank derives every other's runs from pair counts alone.
-#include "hopper/cluster.cuh"
 #include "plan/counts.cuh"
 #include "plan/padding.cuh"
 #include "plan/row_tables.cuh"
@@ -36,18 +33,15 @@ using namespace cometrt;
 namespace {
 
 constexpr int kBlocksPerSm = COMETRT_PLAN_BLOCKS_PER_SM;
-// Two SMs hold a cluster of the planner: no more than a cluster of the GEMMs needs.
-constexpr int kClusterBlocks = COMETRT_PLAN_CLUSTER_SIZE, kSmallPerSm = kClusterBlocks / 2;
 constexpr u64 kPlanAloneNs = 10000000000ull;  // deadline of `plan`, which has no world's timeout
 
 // Shared memory of a block.
 struct BlockState {
-  int warps[kWarps];  // for block_scan
+  int warps[kWarps];  // for PlanTeam::scan
   int item;           // the last popped item
   bool goes_on;       // result of GridSteps::end
 };
 
-// The steps of any number of blocks.
 template <typename Calls>
 struct GridSteps {
   PlanProgress& progress;
@@ -72,37 +66,19 @@ struct GridSteps {
   }
 };
 
-// The steps of one cluster.
-struct ClusterSteps {
-  u32 num_scheduled = 0;  // items of all queues so far: the next queue goes on with the next block
-
-  __device__ StaticItems queue(WorkList, int count) {
-    constexpr u32 kBlocks = kClusterBlocks;
-    const u32 first = (blockIdx.x - num_scheduled) % kBlocks;
-    num_scheduled += count;
-    return StaticItems(first, count, kBlocks);
-  }
-  // Each thread releases what it wrote at cluster scope, and acquires what the others wrote. All
-  // blocks go on: one whose wait for a peer failed has said so in largest_need.
-  __device__ bool end(PlanStep, int, int) {
-    __syncthreads();
-    cluster_barrier();
-    return true;
-  }
-};
-
 // All steps. Returns true in one thread of the grid, after the last item of the last step. Tables
 // stay unfilled if the routing is wrong or a rank exceeds its capacity. `calls` has what differs
 // between planning alone and planning for a call:
 //   find_routing(token_tile, source): a Routing;
 //   copy_weights(token_tile, source): the end of their link transfer;
-//   agree(): by one thread, whether all ranks make the same call;
+//   agree(): by a warp, whether all ranks make the same call;
 //   wait(step, flag, count): by one thread, for GridSteps;
-//   num_orders(), order(i): items that need only this rank's tiles: tile orders and padding.
+//   num_orders(), order(team, i): items that need only this rank's tiles: tile orders and padding.
 // Shared memory: _shared_words of cometrt/cuda/planner.py.
-template <typename Calls, typename Steps>
-__device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, const Calls& calls,
-                          Steps steps) {
+template <typename Calls>
+__device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, const Calls& calls) {
+  const PlanTeam team = PlanTeam::of_block(block.warps);
+  GridSteps<Calls> steps{*p.progress, block, calls};
   const int size = p.g.size, token_tiles = num_token_tiles(p), rank = p.g.rank;
   const int pairs = token_tiles * size;
   int *words = reinterpret_cast<int*>(shared), *item = &block.item;
@@ -111,34 +87,36 @@ __device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, c
   int done = 0;
   const auto clear = [&] {
     const int slice = to_clear.pop(item);
-    if (slice >= 0) clear_tables(p, slice, slices), ++done;
+    const long long first = static_cast<long long>(slice) * kTokenTile + team.thread;
+    if (slice >= 0) clear_tables(p, first, static_cast<long long>(slices) * kTokenTile), ++done;
     return slice >= 0;
   };
   for (int i; (i = to_count.pop(item)) >= 0; ++done) {  // each rank starts at its own source
     const int source = (rank + i) % size;
     const Routing routing = calls.find_routing(i / size, source);
-    count_pairs(p, i / size, source, routing, shared, clear);  // clears tables while ids arrive
+    count_pairs(p, team, i / size, source, routing, shared,
+                clear);  // clears tables while ids arrive
   }
   while (clear()) {
   }
-  const int columns = p.g.num_experts + size * p.g.local_experts;
-  const int num_tile_items = size + 1 + (columns + columns_at_once(p) - 1) / columns_at_once(p);
+  const int num_tile_items = size + 1 + num_token_tile_sums(p);
   auto to_tile = steps.queue(kTileList, num_tile_items + pairs);
   if (!steps.end(kCounted, done, pairs + slices)) return false;
+  let_next_kernel_begin();  // all ranks have published
 
   u64 transferred_ns = 0;
   done = 0;
   for (int i; (i = to_tile.pop(item)) >= 0; ++done) {
     if (i < size) {
-      make_tiles(p, i, words, block.warps);
+      make_tiles(p, team, i, words);
     } else if (i == size) {
-      make_bases(p, words, block.warps);
-      if (threadIdx.x == 0 && !calls.agree()) atomicMax(&p.progress->largest_need, ~0ull);
+      make_bases(p, team, words);
+      if (team.thread < 32 && !calls.agree()) atomicMax(&p.progress->largest_need, ~0ull);
     } else if (i < num_tile_items) {
-      sum_token_tiles(p, i - size - 1);
+      sum_token_tiles(p, team, i - size - 1);
     } else {
       const int at = i - num_tile_items;
-      transferred_ns = max(transferred_ns, calls.copy_weights(at / size, (rank + at) % size));
+      transferred_ns = max(transferred_ns, calls.copy_weights(team, at / size, (rank + at) % size));
     }
   }
   wait_transferred(transferred_ns);
@@ -148,30 +126,30 @@ __device__ bool make_plan(const PlanParams& p, u32* shared, BlockState& block, c
 
   done = 0;
   for (int i; (i = to_place.pop(item)) >= 0; ++done) {  // own token tiles first: the longest
-    place_rows(p, i % token_tiles, (rank + i / token_tiles) % size, shared);
+    place_rows<kPairsAtOnce>(p, team, i % token_tiles, (rank + i / token_tiles) % size, shared);
   }
   // Idle blocks do these before the barrier; step 5 counts them.
   auto to_order = steps.queue(kOrderList, calls.num_orders());
   int ordered = 0;
-  for (int i; (i = to_order.pop(item)) >= 0; ++ordered) calls.order(i, block.warps);
-  auto to_sum = steps.queue(kSumList, 1 + 2 * size);
+  for (int i; (i = to_order.pop(item)) >= 0; ++ordered) calls.order(team, i);
+  auto to_sum = steps.queue(kSumList, num_run_sums(p));
   if (!steps.end(kPlaced, done, pairs)) return false;
 
   done = 0;
-  for (int i; (i = to_sum.pop(item)) >= 0; ++done) sum_runs(p, i - 1, block.warps);
+  for (int i; (i = to_sum.pop(item)) >= 0; ++done) sum_runs(p, team, i);
   const int groups = (p.g.max_tiles + 31) / 32;  // of order indices
   const int staging_items = size * groups, all = staging_items + p.g.max_tiles;
   const int parts = (all + kWarps - 1) / kWarps;
   auto to_stage = steps.queue(kStagingList, parts);
-  if (!steps.end(kSummed, done, 1 + 2 * size)) return false;
+  if (!steps.end(kSummed, done, num_run_sums(p))) return false;
 
   done = ordered;
   for (int part; (part = to_stage.pop(item)) >= 0; ++done) {
     const int i = threadIdx.x / 32 * parts + part;  // one a warp, spread over blocks
     if (i < staging_items) {
-      place_staging_rows(p, i % size, i / size * 32);
+      place_staging_rows<32, kRowsAtOnce>(p, i % size, i / size * 32);
     } else if (i < all) {
-      place_pulls(p, i - staging_items);
+      place_pulls<kRowsAtOnce>(p, i - staging_items);
     }
   }
   __syncthreads();
@@ -188,8 +166,9 @@ struct PlanAlone {
   __device__ Routing find_routing(int, int source) const {
     return {p.num_tokens[source], p.ids + source * pairs(), 0};
   }
-  __device__ u64 copy_weights(int token_tile, int source) const {
-    return cometrt::copy_weights(p, token_tile, source, p.weights + source * pairs(), nullptr);
+  __device__ u64 copy_weights(const PlanTeam& team, int token_tile, int source) const {
+    return cometrt::copy_weights(p, team, token_tile, source, p.weights + source * pairs(),
+                                 nullptr);
   }
   __device__ bool agree() const { return true; }
   __device__ bool wait(PlanStep, const u32* flag, u32 count) const {
@@ -200,7 +179,7 @@ struct PlanAlone {
     return true;
   }
   __device__ int num_orders() const { return 0; }
-  __device__ void order(int, int*) const {}
+  __device__ void order(const PlanTeam&, int) const {}
 };
 
 // `prepare`: the plan of a forward from all ranks' heaps, the tile orders of both GEMMs, and zeros
@@ -215,12 +194,12 @@ struct PlanOfCall {
   __device__ Routing find_routing(int token_tile, int source) const {
     return cometrt::find_routing(params, link, p, token_tile, source);
   }
-  __device__ u64 copy_weights(int token_tile, int source) const {
+  __device__ u64 copy_weights(const PlanTeam& team, int token_tile, int source) const {
     const u64 epoch = params.world.epoch();
     const float* weights = params.routing<float>(source, epoch, params.weights_offset);
-    return cometrt::copy_weights(p, token_tile, source, weights, &link);
+    return cometrt::copy_weights(p, team, token_tile, source, weights, &link);
   }
-  __device__ bool agree() const { return all_agree(params); }
+  __device__ bool agree() const { return all_agree(params, params.world.epoch()); }
   // Its deadline is longer than that of waits for peers within a step, whose reports say more.
   __device__ bool wait(PlanStep step, const u32* flag, u32 count) const {
     return wait_until(
@@ -233,7 +212,8 @@ struct PlanOfCall {
   }
   __device__ int num_padding_shares() const { return pads ? gridDim.x : 0; }
   __device__ int num_orders() const { return 2 * num_order_shares() + num_padding_shares(); }
-  __device__ void order(int i, int* warps) const {
+  __device__ void order(const PlanTeam& team, int i) const {
+    __shared__ PlacedRun placed[kTokenTile];
     const int shares = num_order_shares();
     if (i >= 2 * shares) {
       const int warp = (i - 2 * shares) * kWarps + threadIdx.x / 32;
@@ -242,27 +222,21 @@ struct PlanOfCall {
     }
     const PlannedTiles tiles{p.tile_order, p.out_num_tiles, p.tile_expert, p.expert_offsets,
                              p.expert_rows};
-    write_tile_order<kTokenTile>(i < shares ? up : down, tiles, i % shares, shares, warps);
+    write_tile_order(i < shares ? up : down, tiles, team, i % shares, shares, placed);
   }
 };
 
 }  // namespace
 
+// wait_for_previous_kernel().
+extern "C" __constant__ const int begins_early = 1;
+
 extern "C" __global__ void __launch_bounds__(kTokenTile, kBlocksPerSm)
     plan(const __grid_constant__ PlanParams p) {
   extern __shared__ uint4 shared[];
   __shared__ BlockState block;
-  const PlanAlone calls{p};
-  make_plan(p, reinterpret_cast<u32*>(shared), block, calls,
-            GridSteps<PlanAlone>{*p.progress, block, calls});
-}
-
-// Grid: one cluster.
-extern "C" __global__ void __cluster_dims__(kClusterBlocks, 1, 1)
-    __launch_bounds__(kTokenTile, kSmallPerSm) plan_small(const __grid_constant__ PlanParams p) {
-  extern __shared__ uint4 shared[];
-  __shared__ BlockState block;
-  make_plan(p, reinterpret_cast<u32*>(shared), block, PlanAlone{p}, ClusterSteps{});
+  wait_for_previous_kernel();
+  make_plan(p, reinterpret_cast<u32*>(shared), block, PlanAlone{p});
 }
 
 // Sets params.state->ok at the end: later kernels do nothing while it is 0. pads: whether a fused
@@ -274,32 +248,9 @@ extern "C" __global__ void __launch_bounds__(kTokenTile, kBlocksPerSm)
             const __grid_constant__ int pads) {
   extern __shared__ uint4 shared[];
   __shared__ BlockState block;
+  wait_for_previous_kernel();
   if (params.state->status != kActive) return;
   const PlanOfCall calls{params, p, up, down, link, pads};
-  const bool planned = make_plan(p, reinterpret_cast<u32*>(shared), block, calls,
-                                 GridSteps<PlanOfCall>{*p.progress, block, calls});
+  const bool planned = make_plan(p, reinterpret_cast<u32*>(shared), block, calls);
   if (planned) params.state->ok = 1;
-}
-
-// Grid: one cluster, too few blocks for the padding rows of a training forward.
-extern "C" __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kTokenTile,
-                                                                                    kSmallPerSm)
-    prepare_small(const __grid_constant__ ExchangeParams params,
-                  const __grid_constant__ PlanParams p, const __grid_constant__ TileOrderParams up,
-                  const __grid_constant__ TileOrderParams down,
-                  const __grid_constant__ EmulatedLink link) {
-  extern __shared__ uint4 shared[];
-  __shared__ BlockState block;
-  if (params.state->status != kActive) return;
-  const PlanOfCall calls{params, p, up, down, link, 0};
-  const bool planned = make_plan(p, reinterpret_cast<u32*>(shared), block, calls, ClusterSteps{});
-  if (planned) params.state->ok = 1;
-}
-
-// Behind `prepare_small`: zeroes the padding rows of a training forward. Any grid.
-extern "C" __global__ void __launch_bounds__(kTokenTile)
-    pad(const __grid_constant__ ExchangeParams params) {
-  if (!params.state->ok) return;
-  const int warp = blockIdx.x * kWarps + threadIdx.x / 32;
-  zero_padding_rows(params, params.rows, BLOCK_K, warp, gridDim.x * kWarps);
 }

@@ -42,4 +42,19 @@ struct PlanParams {
   int *push_blocks, *num_blocks, *block_tokens, *staging_row, *staging_base, *out_num_tokens;
 };
 
+// Where plan_small.cu keeps the arrays of PlanParams that its steps read again: byte offsets in
+// shared memory. Mirrored by shared_tables_dtype in cometrt/kernels/params.py.
+struct SharedTables {
+  int ids, weights, num_tokens;
+  int token_tile_counts, counts, token_counts, list_start, pair_list;
+  int rank_rows, rank_num_tiles, rank_order, rank_tile_order_idx;
+  int run_counts, run_starts, column_tokens, first_order_idx;
+  int expert_offsets, expert_rows, row_pair, out_num_tiles, tile_expert, tile_order;
+  int pull_offsets, send_offsets, block_tokens, staging_base;
+  // Counters that begin as 0 lie in the first zero_bytes. Behind them lie kept_bytes of the plan:
+  // the first of PlanParams::tables, in the same layout. Scratch of team i begins at team + i *
+  // team_bytes.
+  int zero_bytes, kept_bytes, team, team_bytes;
+};
+
 }  // namespace cometrt

@@ -2,7 +2,6 @@
 // alone.
 #pragma once
 
-#include "common/scan.cuh"
 #include "plan/token_tile.cuh"
 
 namespace cometrt {
@@ -10,11 +9,13 @@ namespace cometrt {
 // Rows and tiles of one rank's experts, in shared memory.
 struct RankTiles {
   const Geometry& g;
+  Divisor block_m;
   int* before;      // [size + 1, local_experts]: rows from sources nearer than d
   int* order_idx;   // [num_phases, local_experts]: order index of the first tile
   int* first_tile;  // [local_experts]
 
-  __device__ RankTiles(const Geometry& geometry, int* shared) : g(geometry), before(shared) {
+  __device__ RankTiles(const Geometry& geometry, int* shared)
+      : g(geometry), block_m(g.block_m), before(shared) {
     order_idx = before + (g.size + 1) * g.local_experts;
     first_tile = order_idx + g.num_phases * g.local_experts;
   }
@@ -22,7 +23,7 @@ struct RankTiles {
   // Tiles of the expert whose rows all come from ring distances up to d.
   __device__ int tiles_within(int d, int expert) const {
     const int end = before[(d + 1) * g.local_experts + expert], all = rows(expert);
-    return quotient(end == all ? all + g.block_m - 1 : end, g.block_m);
+    return block_m.quotient(end == all ? all + g.block_m - 1 : end);
   }
   // Ring distance of the farthest row of the expert's index-th tile.
   __device__ int tile_distance(int expert, int index) const {
@@ -37,25 +38,25 @@ struct RankTiles {
   }
   // Order index of the expert's index-th tile, whose farthest row has ring distance d.
   __device__ int tile_order_idx(int expert, int index, int d) const {
-    int phase = 0;
-    while (last_distance(g, phase) < d) ++phase;
+    const int phase = phase_of(g, d);
     return order_idx[phase * g.local_experts + expert] + index -
            tiles_upto_phase(phase - 1, expert);
   }
 };
 
-// Step 2, a block per rank c. Orders rank c's tiles. For this rank it also writes the plan's
+// Step 2, a team per rank c. Orders rank c's tiles. For this rank it also writes the plan's
 // tables.
-__device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* warps) {
+__device__ inline void make_tiles(const PlanParams& p, const PlanTeam& team, int c, int* shared) {
   const RankTiles tiles(p.g, shared);
-  const int experts = p.g.local_experts, size = p.g.size, thread = threadIdx.x;
+  const int experts = p.g.local_experts, size = p.g.size, thread = team.thread;
   const int first_expert = c / p.g.tp * experts;
+  const Divisor by_experts(experts);
 #pragma unroll 1
   for (int i = thread; i < size * experts; i += kTokenTile) {
-    const int source = (c + i / experts) % size;
-    tiles.before[experts + i] = p.counts[source * p.g.num_experts + first_expert + i % experts];
+    const int source = rank_at(p.g, c, by_experts.quotient(i)), e = by_experts.remainder(i);
+    tiles.before[experts + i] = p.counts[source * p.g.num_experts + first_expert + e];
   }
-  __syncthreads();
+  team.sync();
 #pragma unroll 1
   for (int e = thread; e < experts; e += kTokenTile) {
     int sum = tiles.before[e] = 0;
@@ -65,16 +66,16 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
       tiles.before[d * experts + e] = sum;
     }
   }
-  __syncthreads();
+  team.sync();
   int num_tiles = 0;  // order indices by (phase, expert)
 #pragma unroll 1
   for (int first = 0; first < p.g.num_phases * experts; first += kTokenTile) {
-    const int i = first + thread, phase = i / experts, e = i % experts;
+    const int i = first + thread, phase = by_experts.quotient(i), e = by_experts.remainder(i);
     const bool valid = i < p.g.num_phases * experts;
     const int count =
         valid ? tiles.tiles_upto_phase(phase, e) - tiles.tiles_upto_phase(phase - 1, e) : 0;
     int total;
-    const int before = block_scan(count, warps, &total);
+    const int before = team.scan(count, &total);
     if (valid) tiles.order_idx[i] = num_tiles + before;
     num_tiles += total;
   }
@@ -84,7 +85,7 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
     const int e = first + thread;
     const int count = e < experts ? tiles.tiles_within(size - 1, e) : 0;
     int total;
-    const int before = block_scan(count, warps, &total);
+    const int before = team.scan(count, &total);
     if (e < experts) tiles.first_tile[e] = first_tile + before;
     first_tile += total;
   }
@@ -95,19 +96,21 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
       atomicMax(&p.progress->largest_need, need << 16 | static_cast<u64>(0xffff - c));
     }
   }
-  __syncthreads();
+  team.sync();
   if (num_tiles > p.g.max_tiles) return;
   const bool mine = c == p.g.rank;
 #pragma unroll 1
   for (int i = thread; i < (size + 1) * experts; i += kTokenTile) {
-    const int row = tiles.first_tile[i % experts] * p.g.block_m + tiles.before[i];
+    const int row = tiles.first_tile[by_experts.remainder(i)] * p.g.block_m + tiles.before[i];
     p.rank_rows[rank_rows_idx(p, c, 0, i)] = row;
   }
   const long long first_of_rank = static_cast<long long>(c) * p.g.max_tiles;
+  const int lanes = max(1, kTokenTile / experts);  // threads of an expert
 #pragma unroll 1
-  for (int e = thread / 32; e < experts; e += kWarps) {  // a warp each
+  for (int e = thread / lanes; e < experts; e += kTokenTile / lanes) {
+    const int num_tiles_of_expert = tiles.tiles_within(size - 1, e);
 #pragma unroll 1
-    for (int index = thread % 32; index < tiles.tiles_within(size - 1, e); index += 32) {
+    for (int index = thread % lanes; index < num_tiles_of_expert; index += lanes) {
       const int d = tiles.tile_distance(e, index), order_idx = tiles.tile_order_idx(e, index, d);
       const int tile = tiles.first_tile[e] + index;
       p.rank_order[first_of_rank + order_idx] = tile * experts + e;
@@ -130,14 +133,14 @@ __device__ inline void make_tiles(const PlanParams& p, int c, int* shared, int* 
   }
 }
 
-// Step 2, one block. Offsets of staging rows, of sends and of the lists of own tokens by expert.
-__device__ inline void make_bases(const PlanParams& p, int* tokens, int* warps) {
-  const int size = p.g.size, ep = p.g.ep, tp = p.g.tp, rank = p.g.rank, thread = threadIdx.x;
+// Step 2, one team. Offsets of staging rows, of sends and of the lists of own tokens by expert.
+__device__ inline void make_bases(const PlanParams& p, const PlanTeam& team, int* tokens) {
+  const int size = p.g.size, ep = p.g.ep, tp = p.g.tp, rank = p.g.rank, thread = team.thread;
 #pragma unroll 1
   for (int i = thread; i < size * ep; i += kTokenTile) tokens[i] = p.token_counts[i];
 #pragma unroll 1
   for (int s = thread; s < size; s += kTokenTile) p.out_num_tokens[s] = p.num_tokens[s];
-  __syncthreads();
+  team.sync();
   // A home's staging buffer: contributors by ring distance. The home's own sum is not staged.
 #pragma unroll 1
   for (int home = thread; home < size; home += kTokenTile) {
@@ -145,7 +148,7 @@ __device__ inline void make_bases(const PlanParams& p, int* tokens, int* warps) 
     if (home == rank) p.send_base[home] = p.staging_base[0] = 0;
 #pragma unroll 1
     for (int d = 1; d < size; ++d) {
-      const int c = (home + d) % size;
+      const int c = rank_at(p.g, home, d);
       if (c == rank) p.send_base[home] = base;
       if (home == rank) p.staging_base[d] = base;
       base += tokens[home * ep + c / tp];
@@ -156,13 +159,14 @@ __device__ inline void make_bases(const PlanParams& p, int* tokens, int* warps) 
 #pragma unroll 1
     for (int s = 0; s < size; ++s) most = max(most, p.num_tokens[s]);
     const int block_tokens = p.block_tokens[0] = tokens_per_block(p.g, most);
+    const Divisor by_block(block_tokens);
 #pragma unroll 1
     for (int home = 0; home < size; ++home) {
       p.send_offsets[home] = sends;
       if (home == rank) continue;
       const int count = tokens[home * ep + rank / tp];
       sends += count;
-      blocks += (count + block_tokens - 1) / block_tokens;
+      blocks += by_block.quotient(count + block_tokens - 1);
     }
     p.send_offsets[size] = sends;
     p.num_blocks[0] = blocks;
@@ -173,26 +177,31 @@ __device__ inline void make_bases(const PlanParams& p, int* tokens, int* warps) 
     const int e = first + thread;
     const int count = e < p.g.num_experts ? p.counts[rank * p.g.num_experts + e] : 0;
     int total;
-    const int before = block_scan(count, warps, &total);
+    const int before = team.scan(count, &total);
     if (e < p.g.num_experts) p.list_start[e] = start + before;
     start += total;
   }
 }
 
-// Columns of token_tile_counts that a block sums at once: with few token tiles a thread sums one,
+// Columns of token_tile_counts that a team sums at once: with few token tiles a thread sums one,
 // otherwise a warp.
 constexpr int kMaxSerialTiles = 4;
 __device__ inline int columns_at_once(const PlanParams& p) {
   return num_token_tiles(p) <= kMaxSerialTiles ? kTokenTile : kWarps;
 }
+// Items of sum_token_tiles.
+__device__ inline int num_token_tile_sums(const PlanParams& p) {
+  const int columns = p.g.num_experts + p.g.size * p.g.local_experts;
+  return (columns + columns_at_once(p) - 1) / columns_at_once(p);
+}
 
-// Step 2, a block per columns_at_once(). Prefix sums over token tiles of token_tile_counts, in
+// Step 2, a team per columns_at_once(). Prefix sums over token tiles of token_tile_counts, in
 // place. Columns: all experts for this rank as source, then this rank's experts for all other
 // sources.
-__device__ inline void sum_token_tiles(const PlanParams& p, int item) {
-  const int experts = p.g.num_experts, token_tiles = num_token_tiles(p), lane = threadIdx.x % 32;
+__device__ inline void sum_token_tiles(const PlanParams& p, const PlanTeam& team, int item) {
+  const int experts = p.g.num_experts, token_tiles = num_token_tiles(p), lane = team.thread % 32;
   const bool serial = token_tiles <= kMaxSerialTiles;
-  const int column = item * columns_at_once(p) + (serial ? threadIdx.x : threadIdx.x / 32);
+  const int column = item * columns_at_once(p) + (serial ? team.thread : team.thread / 32);
   int source = p.g.rank, expert = column;
   if (column >= experts) {
     source = (column - experts) / p.g.local_experts;

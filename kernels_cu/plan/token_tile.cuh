@@ -2,22 +2,22 @@
 // experts.
 #pragma once
 
+#include "common/divisor.cuh"
+#include "common/team.cuh"
 #include "plan/plan.cuh"
 
 namespace cometrt {
 
-constexpr int kTokenTile = COMETRT_TOKEN_TILE;  // tokens of a work item: one a thread of the block
+constexpr int kTokenTile = COMETRT_TOKEN_TILE;  // tokens of a work item: one a thread of the team
 constexpr int kWarps = kTokenTile / 32;
 constexpr u32 kNoOrderIdx = 0xffffffffu;          // first_order_idx of a token that no tile needs
 constexpr int kPairsAtOnce = 8, kRowsAtOnce = 4;  // loads in flight per thread
 
+// The threads that do a work item of the planner together.
+using PlanTeam = Team<kTokenTile>;
+
 __device__ inline int num_token_tiles(const PlanParams& p) {
   return (p.g.max_tokens + kTokenTile - 1) / kTokenTile;
-}
-
-// value / divisor of numbers that are not negative, in fewer instructions than by signed ones.
-__device__ inline int quotient(int value, int divisor) {
-  return static_cast<u32>(value) / static_cast<u32>(divisor);
 }
 
 // values[index]. The array stays in registers, though the index is no constant.
@@ -60,14 +60,14 @@ __device__ inline void store_pairs(int* words, int k, int topk, const int (&from
 }
 
 // `members` [experts, 4], in shared memory: bit mask of the tile's tokens that chose an expert.
-// Sets this thread's bit and returns the word before.
-__device__ inline u32 choose(u32* members, int expert) {
-  return atomicOr(&members[4 * expert + threadIdx.x / 32], 1u << (threadIdx.x % 32));
+// Sets the bit of the team's thread and returns the word before.
+__device__ inline u32 choose(u32* members, int expert, int thread) {
+  return atomicOr(&members[4 * expert + thread / 32], 1u << (thread % 32));
 }
 // Tokens before this thread's that chose the expert.
-__device__ inline int chosen_before(const u32* members, int expert) {
-  const int warp = threadIdx.x / 32;
-  int count = __popc(members[4 * expert + warp] & ((1u << (threadIdx.x % 32)) - 1));
+__device__ inline int chosen_before(const u32* members, int expert, int thread) {
+  const int warp = thread / 32;
+  int count = __popc(members[4 * expert + warp] & ((1u << (thread % 32)) - 1));
 #pragma unroll
   for (int w = 0; w < kWarps - 1; ++w) count += w < warp ? __popc(members[4 * expert + w]) : 0;
   return count;

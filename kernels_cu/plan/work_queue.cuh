@@ -1,6 +1,5 @@
-// How blocks of the planner share the items of a step. WorkQueue: blocks of a grid pop items as
-// they come free; its head is a relaxed atomic in PlanProgress, which protects no data.
-// StaticItems: blocks of one cluster get items in turn.
+// How blocks of the planner share the items of a step: they pop items as they come free. A queue's
+// head is a relaxed atomic in PlanProgress, which protects no data.
 #pragma once
 
 #include "hopper/memory.cuh"
@@ -36,24 +35,6 @@ class WorkQueue {
   u32* queue_head_;
   int count_;
   int ticket_ = 0;  // in thread 0
-};
-
-// One block's items of [0, count): `first`, and every num_blocks-th after it.
-class StaticItems {
- public:
-  __device__ StaticItems(int first, int count, int num_blocks)
-      : next_(first), count_(count), num_blocks_(num_blocks) {}
-
-  // As WorkQueue::pop().
-  __device__ int pop(int*) {
-    __syncthreads();
-    const int item = next_ < count_ ? next_ : -1;
-    next_ += num_blocks_;
-    return item;
-  }
-
- private:
-  int next_, count_, num_blocks_;
 };
 
 }  // namespace cometrt

@@ -184,6 +184,9 @@ __device__ void publish_share(const ExchangeParams& params, u64 epoch) {
 
 }  // namespace
 
+// wait_for_previous_kernel().
+extern "C" __constant__ const int begins_early = 1;
+
 // Copies x, dy, ids and router weights into the heap. The last block to finish begins the exchange,
 // so no block waits for another. An inert call writes nothing to the heap: slow peers may still
 // read what the call before it published. The call is inert if any warp has seen the world stopped.
@@ -192,6 +195,8 @@ __device__ void publish_share(const ExchangeParams& params, u64 epoch) {
 extern "C" __global__ void __launch_bounds__(kPublishThreads)
     publish(const __grid_constant__ ExchangeParams params) {
   __shared__ u32 before;
+  wait_for_previous_kernel();
+  let_next_kernel_begin();
   const u64 epoch = params.world.epoch() + 1;
   ExchangeStatus status = StatusInputs(params).status(params);
   if (status == kActive) publish_share(params, epoch);
@@ -210,6 +215,7 @@ extern "C" __global__ void __launch_bounds__(kPublishThreads)
 // One CTA, in a backward that is not fused.
 extern "C" __global__ void __launch_bounds__(kThreads)
     agree(const __grid_constant__ ExchangeParams params) {
+  wait_for_previous_kernel();
   if (params.state->status == kActive) agree_on_call(params);
 }
 
@@ -220,6 +226,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 extern "C" __global__ void __launch_bounds__(kThreads)
     finish(const __grid_constant__ ExchangeParams params) {
   __shared__ bool failed;
+  wait_for_previous_kernel();
+  let_next_kernel_begin();
   if (threadIdx.x == 0) {
     const bool stopped = is_stopped(params.world);
     failed = !params.state->ok || stopped;

@@ -127,3 +127,27 @@ def test_production_builds_contain_no_link_emulation(file):
     for instruction in LINK_ATOMICS:
         assert instruction not in production
         assert instruction in emulated
+
+
+def test_kernels_that_begin_early_wait_before_all_else():
+    """A kernel of a file with `begins_early` touches global memory behind its wait alone."""
+    harmless = ("extern __shared__", "__shared__", "Memory& ", "CombineMemory& ", "Roles roles")
+    harmless += ("const UpDgradWgradOperands",)
+    waits, found = ("wait_for_previous_kernel();", "run_cta("), 0
+    body = (kernels_folder() / "gemm/kernel_body.cuh").read_text()
+    assert body.count(waits[0]) == 1
+    assert body.index(waits[0]) < body.index("cluster_barrier();") < body.index("roles.load(")
+    for path in kernels_folder().rglob("*.cu"):
+        text = path.read_text()
+        if "begins_early = 1" not in text:
+            assert waits[0] not in text, path
+            continue
+        for kernel in re.split(r'extern "C" __global__', text)[1:]:
+            begin = kernel.index(") {\n") + 4
+            statements = [
+                " ".join(s.split()) for s in kernel[begin : kernel.index("\n}")].split(";")
+            ]
+            first = next(s for s in statements if not s.startswith(harmless))
+            assert f"{first};".startswith(waits), (path, first)
+            found += 1
+    assert found == 14

@@ -76,7 +76,7 @@ def zeroing(launches):
     return found
 
 
-@pytest.mark.parametrize("small", [True, False], ids=["cluster", "grid"])
+@pytest.mark.parametrize("small", [True, False], ids=["block", "grid"])
 @pytest.mark.parametrize(
     ("mode", "save", "padded"),
     [
