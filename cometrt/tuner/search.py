@@ -21,8 +21,9 @@ from cometrt.specs import MoESpec
 PASSES = ("forward", "backward")
 _SWEEPS = 2
 _MIN_GAIN = 0.01  # fraction of the time; a smaller gain counts as noise
+_MIN_GAIN_OF_MEDIANS = 0.002  # the same for medians of trials that took turns
 _QUICK = 1, 2  # rounds and calls of a sweep's trial
-_FINALISTS, _TURNS = 4, 7
+_GROUPS, _FINALISTS, _TURNS = 2, 2, 7  # groups of a sweep, of each pass in a group, of each of them
 _N_CHUNKS = (512, 1024, 2048)
 _NUM_PHASES = (1, 2, 4)
 _CTAS_PER_COMM_CTA = (2, 4, 8)  # every second, fourth or eighth CTA transfers rows
@@ -48,6 +49,14 @@ class Found(NamedTuple):
     config: TileConfig
     ms: dict[str, float]
     base_ms: dict[str, float]
+
+
+class Timed(NamedTuple):
+    """A trial of a pass."""
+
+    ms: float
+    which: str
+    config: TileConfig
 
 
 def candidates(
@@ -241,9 +250,9 @@ def sweep(
     expired: Callable[[], bool],
     nodes: int = 1,
 ) -> Found:
-    """Time combinations of the settings, until there are none or the time is over. The fastest, the
-    config that was found so far and the base then take turns: a GPU is not equally fast all the
-    time, so times of different moments may mislead.
+    """Time combinations of the settings, those that differ least from what was found first, until
+    there are none or the time is over. The fastest of each pass, what was found and the base then
+    take turns: a GPU is not equally fast all the time, so times of different moments may mislead.
 
     Args:
         base, found: where `search` started, and what it found.
@@ -251,43 +260,59 @@ def sweep(
         settings, spec, size, expired, nodes: as for `search`.
     """
     best, passes = found.config, tuple(found.ms)
+    own = {p: [set(s.changes[0]) for s in settings if p in s.passes] for p in passes}
     shared = [name for s in settings if len(s.passes) == len(passes) > 1 for name in s.changes[0]]
-    fastest: dict[tuple[Any, ...], dict[str, tuple[float, TileConfig]]] = {}
-    for which, config in combinations(best, settings, spec, size, nodes):
+
+    def distance(of: tuple[str, TileConfig]) -> int:
+        """How many settings of its pass differ from those of `best`."""
+        which, config = of
+        names = [name for names in own[which] for name in names]
+        changed = {name for name in names if getattr(config, name) != getattr(best, name)}
+        return sum(not changed.isdisjoint(names) for names in own[which])
+
+    timed: list[Timed] = []
+    for which, config in sorted(combinations(best, settings, spec, size, nodes), key=distance):
         if expired():
             break
-        ms = time(config, which, _QUICK)
-        group = fastest.setdefault(tuple(getattr(config, name) for name in shared), {})
-        if which not in group or ms < group[which][0]:
-            group[which] = ms, config
-    whole = [group for group in fastest.values() if len(group) == len(passes)]
-    whole.sort(key=lambda group: sum(ms for ms, _ in group.values()))
-    finalists = list(dict.fromkeys((best, base)))
-    finalists += [_joined(group) for group in whole[: _FINALISTS - len(finalists)]]
-    times: dict[TileConfig, list[dict[str, float]]] = {config: [] for config in finalists}
+        timed.append(Timed(time(config, which, _QUICK), which, config))
+    turns: dict[tuple[str, TileConfig], list[float]]
+    turns = {(which, config): [] for config in (best, base) for which in passes}
+    for of_passes in _by_group(timed, shared, passes)[:_GROUPS]:
+        for which, fastest in of_passes.items():
+            turns |= {(which, one.config): [] for one in fastest[:_FINALISTS]}
     for _ in range(_TURNS):
-        for config, turns in times.items():
-            turns.append({which: time(config, which, _QUICK) for which in passes})
-    medians = {
-        config: {which: statistics.median(turn[which] for turn in turns) for which in passes}
-        for config, turns in times.items()
-    }
-    totals = {config: sum(ms.values()) for config, ms in medians.items()}
-    winner = min(totals, key=totals.__getitem__)
-    if totals[winner] >= (1 - _MIN_GAIN) * totals[best]:
+        for (which, config), times in turns.items():
+            times.append(time(config, which, _QUICK))
+    medians = {of: statistics.median(times) for of, times in turns.items()}
+    taken = [Timed(ms, which, config) for (which, config), ms in medians.items()]
+    winner = _by_group(taken, shared, passes)[0]
+    ms = {which: winner[which][0].ms for which in passes}
+    if sum(ms.values()) >= (1 - _MIN_GAIN_OF_MEDIANS) * sum(medians[p, best] for p in passes):
         return found
-    return found._replace(config=winner, ms=medians[winner])
+    return found._replace(config=_joined(*(winner[p][0].config for p in passes)), ms=ms)
 
 
-def _joined(group: dict[str, tuple[float, TileConfig]]) -> TileConfig:
+def _by_group(
+    timed: list[Timed], shared: list[str], passes: tuple[str, ...]
+) -> list[dict[str, list[Timed]]]:
+    """Groups of configs that are equal in the fields `shared`: of one group, each pass may have
+    another config. A group's configs by pass. The fastest come first, of groups that have each pass
+    and of configs."""
+    groups: dict[tuple[Any, ...], dict[str, list[Timed]]] = {}
+    for one in sorted(timed, key=lambda one: one.ms):
+        key = tuple(getattr(one.config, name) for name in shared)
+        groups.setdefault(key, {which: [] for which in passes})[one.which].append(one)
+    whole = [group for group in groups.values() if all(group.values())]
+    return sorted(whole, key=lambda group: sum(fastest[0].ms for fastest in group.values()))
+
+
+def _joined(forward: TileConfig, backward: TileConfig | None = None) -> TileConfig:
     """The forward's config, with the fields that are the backward's own from the backward's."""
-    _, config = group["forward"]
-    if "backward" not in group:
-        return config
-    _, other = group["backward"]
-    names = [f.name for f in dataclasses.fields(config) if f.name.startswith("backward_")]
-    own: Change = {name: getattr(other, name) for name in names}
-    return dataclasses.replace(config, **own)
+    if backward is None:
+        return forward
+    names = [f.name for f in dataclasses.fields(forward) if f.name.startswith("backward_")]
+    own: Change = {name: getattr(backward, name) for name in names}
+    return dataclasses.replace(forward, **own)
 
 
 def describe(config: TileConfig) -> str:

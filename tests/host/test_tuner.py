@@ -504,6 +504,39 @@ def test_a_sweep_returns_to_the_base_where_the_search_was_misled():
     assert swept.ms == dict.fromkeys(search.PASSES, 1.0)
 
 
+def test_a_sweep_takes_the_fastest_of_each_pass():
+    """Where the passes share the rest: here what was found has the faster forward, and the base
+    the faster backward."""
+    base, settings = settings_of(cometrt.TileConfig(), SPEC, 8, 16, training=True)
+    best = dataclasses.replace(base, combine_ctas=4, backward_combine_ctas=4)
+    found = search.Found(best, {"forward": 1.0, "backward": 2.0}, {"forward": 1.1, "backward": 2.1})
+
+    def time(config, which, counts):
+        if which == "forward":
+            return 1.1 - 0.1 * (config.combine_ctas == 4)
+        return 2.0 + 0.1 * (config.backward_combine_ctas == 4)
+
+    swept = search.sweep(base, found, settings, SPEC, 8, time, lambda: True)
+    own = base.backward_combine_ctas
+    assert swept.config == dataclasses.replace(best, backward_combine_ctas=own)
+    assert swept.ms == {"forward": 1.0, "backward": 2.0}
+
+
+def test_a_sweep_begins_with_what_differs_least():
+    base, settings = settings_of(cometrt.TileConfig(), SPEC, 8, 16, training=False)
+    found = search.Found(base, {"forward": 1.0}, {"forward": 1.0})
+    changed = []
+
+    def time(config, which, counts):
+        names = [of.changes[0] for of in settings]
+        changed.append(sum(any(getattr(config, n) != getattr(base, n) for n in of) for of in names))
+        return 1.0
+
+    search.sweep(base, found, settings, SPEC, 8, time, lambda: len(changed) >= 60)
+    assert changed[:60] == sorted(changed[:60])
+    assert {0, 1, 2} <= set(changed[:60])
+
+
 def test_a_sweep_ends_when_the_time_is_over():
     quick = []
 
@@ -513,7 +546,10 @@ def test_a_sweep_ends_when_the_time_is_over():
         return 1.0
 
     sweep_of(time, expired=lambda: len(quick) >= 100)
-    assert len(quick) == 100 + 4 * 7 * 2  # then the fastest take turns
+    turns = quick[100:]  # then the fastest of each pass take turns
+    finalists = set(turns)
+    assert len(turns) == 7 * len(finalists)
+    assert len(finalists) <= 2 * (2 + 2 * 2)
 
 
 def test_a_sweep_times_each_schedule_once():
@@ -525,7 +561,8 @@ def test_a_sweep_times_each_schedule_once():
         return 1.0
 
     sweep_of(time)
-    combinations = quick[: -4 * 7 * 2]
+    turn = next(n for n in range(1, 99) if quick[-n:] == quick[-2 * n : -n])
+    combinations = quick[: -7 * turn]
     assert len(combinations) == len(set(combinations))
     assert len(combinations) > 500
 
