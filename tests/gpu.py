@@ -102,7 +102,7 @@ def tree_digest(options: list[str]) -> str:
     for name in TREE:
         top = ROOT / name
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-            if path.is_file() and "__pycache__" not in path.parts:
+            if path.is_file() and not {"__pycache__", "results"} & set(path.parts):
                 digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode())
                 digest.update(path.read_bytes())
     return digest.hexdigest()
