@@ -35,11 +35,11 @@ def held(shape: PlanShape, mode: str) -> Buffers:
     buffers: Buffers = {name: ((count,), _INT32) for name, count in words.items()}
     buffers |= {name: (routing, _INT32) for name, routing in planner_routing(shape).items()}
     buffers["state"] = ((traced_exchange_state_dtype.itemsize,), _UINT8)
-    block_n = forward_block_n(shape) if mode == "fused" else BLOCK_N
+    block_n = forward_block_n(shape) if mode == "fused" else (BLOCK_N, BLOCK_N)
     up, down = layer_n_tiles(shape, block_n)
     if shape.config.gemm == "cublas":
         return buffers
-    n_chunk = n_chunk_tiles(shape, block_n) if mode == "fused" else None
+    n_chunk = n_chunk_tiles(shape, block_n[1]) if mode == "fused" else None
     chunks = num_pipeline_chunks(shape, mode)
     for name, n_tiles, size in (("up", up, None), ("down", down, n_chunk)):
         tile_bytes, counts = tile_order_size(shape.max_tiles, n_tiles, size, chunks)

@@ -155,7 +155,7 @@ def layer_orders(
     *,
     n_chunk: int | None = None,
     pipeline_chunks: int = 1,
-    block_n: int = BLOCK_N,
+    block_n: tuple[int, int] = (BLOCK_N, BLOCK_N),
 ) -> tuple[TileOrder, TileOrder]:
     """Tile orders of a layer's up and down GEMM; n_chunk: N-tiles of the down GEMM's N-chunks."""
     up, down = layer_n_tiles(shape, block_n)
@@ -180,11 +180,13 @@ def layer_raster_groups(shape: PlanShape) -> tuple[int, int]:
     return of_config or raster_group_of(up), of_config or raster_group_of(down)
 
 
-def layer_n_tiles(shape: PlanShape, block_n: int = BLOCK_N) -> tuple[int, int]:
-    """Number of N-tiles of a layer's up and down GEMM."""
+def layer_n_tiles(
+    shape: PlanShape, block_n: tuple[int, int] = (BLOCK_N, BLOCK_N)
+) -> tuple[int, int]:
+    """Number of N-tiles of a layer's up and down GEMM, whose tiles have so many columns."""
     geometry, spec = shape.geometry, shape.geometry.spec
-    up = num_n_tiles(geometry.local_intermediate, gated=spec.gated, block_n=block_n)
-    return up, num_n_tiles(spec.hidden, gated=False, block_n=block_n)
+    up = num_n_tiles(geometry.local_intermediate, gated=spec.gated, block_n=block_n[0])
+    return up, num_n_tiles(spec.hidden, gated=False, block_n=block_n[1])
 
 
 def raster_group_of(inner: int) -> int:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import cometrt
+import cometrt.cuda.fused as fused
 from cometrt.cuda.engine import layer_n_tiles
-from cometrt.cuda.fused import forward_block_n
 from cometrt.cuda.launch_trace import ROOM
 from cometrt.plan import PlanShape
 from cometrt.plan.reference import make_plan
@@ -77,7 +77,7 @@ def test_every_tile_block_and_row_is_recorded_and_changes_nothing(size, order):
         events = [e for e in timeline.events if e.rank == rank]
         tiles = plan.dispatch_order()
         for name, columns in zip(
-            ("up", "down"), layer_n_tiles(shape, forward_block_n(shape)), strict=True
+            ("up", "down"), layer_n_tiles(shape, fused.forward_block_n(shape)), strict=True
         ):
             found = sorted((e.tile, e.column) for e in events if e.name == name)
             assert found == sorted(itertools.product(map(int, tiles), range(columns))), name
