@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cometrt.activations import ACTIVATIONS
 from cometrt.kernels import compiler
-from cometrt.kernels.constants import MACROS
+from cometrt.kernels.constants import MACROS, SMALL_BLOCK_N
 from cometrt.router.cuda import EXPERTS_PER_LANE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,16 +40,19 @@ def _with_options(builds: list[Defines], *options: tuple[str, int]) -> list[Defi
 ACTIVATED: list[Defines] = [
     (("ACTIVATION", a), ("WRITE_Z", z)) for a in range(len(ACTIVATIONS)) for z in (0, 1)
 ]
-TRACED, LINKED = ("TRACE", 1), ("LINK", 1)
+TRACED, LINKED, NARROW = ("TRACE", 1), ("LINK", 1), ("N_TILE", SMALL_BLOCK_N)
+NARROW_OR_WIDE: list[Defines] = [(), (NARROW,)]
 BUILDS: dict[str, list[Defines]] = {
     "gemm/grouped_gemm.cu": [(("ACTIVATION", -1), ("WRITE_Z", 0)), *ACTIVATED],
     "gemm/grouped_down_dgrad.cu": [(("ACTIVATION", a),) for a in range(len(ACTIVATIONS))],
-    "fused/dispatch_gemm.cu": _with_options(ACTIVATED, TRACED, LINKED),
+    "fused/dispatch_gemm.cu": _with_options(
+        [of + width for width in NARROW_OR_WIDE for of in ACTIVATED], TRACED, LINKED
+    ),
     "fused/dispatch_down_dgrad.cu": _with_options(
         [(("ACTIVATION", a),) for a in range(len(ACTIVATIONS))], TRACED, LINKED
     ),
     "fused/up_dgrad_combine_wgrad.cu": _with_options([()], TRACED, LINKED),
-    "fused/gemm_combine.cu": _with_options([()], TRACED, LINKED),
+    "fused/gemm_combine.cu": _with_options(NARROW_OR_WIDE, TRACED, LINKED),
     "plan/plan.cu": _with_options([()], LINKED),
     "plan/plan_small.cu": _with_options([()], LINKED),
     "sequential/rows.cu": _with_options([()], LINKED),

@@ -8,10 +8,11 @@ from cometrt.buffers import Buffers, plan_rows, total_bytes
 from cometrt.cuda.backward import dgrad_tiles, wgrad_shapes
 from cometrt.cuda.engine import layer_n_tiles, tile_order_size
 from cometrt.cuda.exchange_params import num_dweight_partials
-from cometrt.cuda.fused import fused_counter_words, n_chunk_tiles
+from cometrt.cuda.fused import forward_block_n, fused_counter_words, n_chunk_tiles
 from cometrt.cuda.planner import planner_counters, planner_routing, planner_scratch, table_words
 from cometrt.cuda.wgrad import max_wgrad_steps, wgrad_order_size
 from cometrt.heap import heap_table, region_bytes
+from cometrt.kernels.constants import BLOCK_N
 from cometrt.kernels.params import traced_exchange_state_dtype
 from cometrt.plan import PlanShape
 from cometrt.residuals import META_SHAPE
@@ -34,10 +35,11 @@ def held(shape: PlanShape, mode: str) -> Buffers:
     buffers: Buffers = {name: ((count,), _INT32) for name, count in words.items()}
     buffers |= {name: (routing, _INT32) for name, routing in planner_routing(shape).items()}
     buffers["state"] = ((traced_exchange_state_dtype.itemsize,), _UINT8)
-    up, down = layer_n_tiles(shape)
+    block_n = forward_block_n(shape) if mode == "fused" else (BLOCK_N, BLOCK_N)
+    up, down = layer_n_tiles(shape, block_n)
     if shape.config.gemm == "cublas":
         return buffers
-    n_chunk = n_chunk_tiles(shape) if mode == "fused" else None
+    n_chunk = n_chunk_tiles(shape, block_n[1]) if mode == "fused" else None
     chunks = num_pipeline_chunks(shape, mode)
     for name, n_tiles, size in (("up", up, None), ("down", down, n_chunk)):
         tile_bytes, counts = tile_order_size(shape.max_tiles, n_tiles, size, chunks)

@@ -31,7 +31,7 @@ from cometrt.plan.tile_order import (
 )
 from cometrt.world.partitions import gpu_sms, num_sms
 
-_HALF_M, _HALF_N = BLOCK_M // 2, BLOCK_N // 2
+_HALF_M = BLOCK_M // 2
 _ORDER_CTAS = 8  # of the launch that orders tiles
 _COUNTS = 3  # of a tile order: cluster steps; steps popped, clusters finished
 
@@ -151,10 +151,14 @@ def order_tiles(
 
 
 def layer_orders(
-    shape: PlanShape, *, n_chunk: int | None = None, pipeline_chunks: int = 1
+    shape: PlanShape,
+    *,
+    n_chunk: int | None = None,
+    pipeline_chunks: int = 1,
+    block_n: tuple[int, int] = (BLOCK_N, BLOCK_N),
 ) -> tuple[TileOrder, TileOrder]:
     """Tile orders of a layer's up and down GEMM; n_chunk: N-tiles of the down GEMM's N-chunks."""
-    up, down = layer_n_tiles(shape)
+    up, down = layer_n_tiles(shape, block_n)
     up_group, down_group = layer_raster_groups(shape)
     return (
         TileOrder(shape.max_tiles, up, raster_group=up_group, pipeline_chunks=pipeline_chunks),
@@ -176,11 +180,13 @@ def layer_raster_groups(shape: PlanShape) -> tuple[int, int]:
     return of_config or raster_group_of(up), of_config or raster_group_of(down)
 
 
-def layer_n_tiles(shape: PlanShape) -> tuple[int, int]:
-    """Number of N-tiles of a layer's up and down GEMM."""
+def layer_n_tiles(
+    shape: PlanShape, block_n: tuple[int, int] = (BLOCK_N, BLOCK_N)
+) -> tuple[int, int]:
+    """Number of N-tiles of a layer's up and down GEMM, whose tiles have so many columns."""
     geometry, spec = shape.geometry, shape.geometry.spec
-    up = num_n_tiles(geometry.local_intermediate, gated=spec.gated)
-    return up, num_n_tiles(spec.hidden, gated=False)
+    up = num_n_tiles(geometry.local_intermediate, gated=spec.gated, block_n=block_n[0])
+    return up, num_n_tiles(spec.hidden, gated=False, block_n=block_n[1])
 
 
 def raster_group_of(inner: int) -> int:
@@ -198,6 +204,7 @@ class GemmArguments:
         ok: address of a word that is 0 while the order is not valid; 0: it always is valid.
         pipeline_chunk: index of the pipeline chunk to compute.
         reads_weights_once: whether hardly any expert has rows of more than two M-tiles.
+        block_n: columns of an N-tile.
     """
 
     def __init__(
@@ -212,6 +219,7 @@ class GemmArguments:
         ok: int = 0,
         pipeline_chunk: int = 0,
         reads_weights_once: bool = False,
+        block_n: int = BLOCK_N,
     ) -> None:
         self._params = ParamStruct(gemm_params_dtype)
         fields = self._params.fields
@@ -220,14 +228,14 @@ class GemmArguments:
             fields[name] = address
         problem = fields["problems"][0, 0]
         problem["num_k_blocks"], problem["num_columns"] = -(-inner // BLOCK_K), columns
-        halves = 2 if gated else 1
+        halves, self._block_n = 2 if gated else 1, block_n
         self._a, self._b = (1, 1, rows, inner), (experts, halves, columns, inner)
 
     def __call__(self, a: int, b: int, out: int, z: int = 0) -> tuple[KernelArgument, ...]:
         """The parameter struct, and the tensor maps of a and b. All arrays by address."""
         uint64s = self._params.uint64s
         uint64s[_OUT], uint64s[_Z] = out, z
-        return self._params, *_operand_maps(a, self._a, b, self._b)
+        return self._params, *_operand_maps(a, self._a, b, self._b, self._block_n)
 
 
 class GroupedGemm:
@@ -302,7 +310,7 @@ def current_stream() -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _operand_maps(
-    a: int, a_shape: tuple[int, ...], b: int, b_shape: tuple[int, ...]
+    a: int, a_shape: tuple[int, ...], b: int, b_shape: tuple[int, ...], block_n: int
 ) -> tuple[KernelArgument, KernelArgument, KernelArgument]:
     """Tensor maps, from addresses: of a by M-tiles, of a by half M-tiles, and of b by half N-tiles.
 
@@ -311,7 +319,7 @@ def _operand_maps(
     return (
         encode(a, a_shape, (1, 1, BLOCK_M, BLOCK_K)),
         encode(a, a_shape, (1, 1, _HALF_M, BLOCK_K)),
-        encode(b, b_shape, (1, 1, _HALF_N, BLOCK_K)),
+        encode(b, b_shape, (1, 1, block_n // 2, BLOCK_K)),
     )
 
 

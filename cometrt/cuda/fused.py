@@ -10,15 +10,24 @@ import abc
 import numpy as np
 
 from cometrt.activations import ACTIVATIONS
-from cometrt.cuda.engine import GemmArguments, gemm_ctas, layer_orders, layer_raster_groups
+from cometrt.cuda.engine import (
+    GemmArguments,
+    gemm_ctas,
+    layer_n_tiles,
+    layer_orders,
+    layer_raster_groups,
+)
 from cometrt.cuda.exchange_params import Call
 from cometrt.cuda.links import Links
 from cometrt.cuda.types import Launches
 from cometrt.heap import max_n_chunks
-from cometrt.kernels.constants import BLOCK_M, BLOCK_N, NUM_ARRIVALS
+from cometrt.kernels.constants import BLOCK_M, BLOCK_N, NUM_ARRIVALS, SMALL_BLOCK_N
 from cometrt.kernels.launch import Kernel, Macros, load_kernels
 from cometrt.kernels.params import KernelArgument, ParamStruct
 from cometrt.plan import PlanShape
+
+# Of the down GEMM, wide: so few that each of Hopper's 132 SMs has less than two.
+_FEW_TILES = 230
 
 
 def fused_counter_words(shape: PlanShape) -> dict[str, dict[str, int]]:
@@ -38,9 +47,24 @@ def fused_counter_words(shape: PlanShape) -> dict[str, dict[str, int]]:
     return {"pass": of_pass, "recompute": of_dispatch if recomputes else {}}
 
 
-def n_chunk_tiles(shape: PlanShape) -> int:
+def n_chunk_tiles(shape: PlanShape, block_n: int = BLOCK_N) -> int:
     """N-tiles of the down GEMM, or of the up dgrad, that make an N-chunk."""
-    return -(-shape.config.n_chunks(shape.geometry.spec.hidden)[0][1] // BLOCK_N)
+    return -(-shape.config.n_chunks(shape.geometry.spec.hidden)[0][1] // block_n)
+
+
+def forward_block_n(shape: PlanShape) -> tuple[int, int]:
+    """Columns of an N-tile of the fused forward's up and down GEMM.
+
+    In a small batch a tile takes as long as its weights take to come. Narrow tiles keep more SMs
+    busy where there are few, and end closer together. A tile of the down GEMM has few K blocks: so
+    narrow ones pay only where wide ones would leave SMs without work.
+    """
+    rows, experts = shape.balanced_rows, shape.geometry.local_experts
+    if rows > BLOCK_M // 2 * experts:
+        return BLOCK_N, BLOCK_N
+    _, n_tiles = layer_n_tiles(shape)
+    few = min(rows, experts) * n_tiles < _FEW_TILES
+    return SMALL_BLOCK_N, SMALL_BLOCK_N if few else BLOCK_N
 
 
 class FusedPath(abc.ABC):
@@ -86,7 +110,9 @@ class FusedForward(FusedPath):
         geometry, spec = shape.geometry, shape.geometry.spec
         width, experts = geometry.local_intermediate, geometry.local_experts
         self._links, self._activation = links, spec.activation
-        self._tile_orders = up, down = layer_orders(shape, n_chunk=n_chunk_tiles(shape))
+        self._block_n = block_n = forward_block_n(shape)
+        n_chunk = n_chunk_tiles(shape, block_n[1])
+        self._tile_orders = up, down = layer_orders(shape, n_chunk=n_chunk, block_n=block_n)
         self.orders = up.params, down.params
         # A pair of M-tiles of one expert is multiplied at once, and shares what it reads.
         once = shape.balanced_rows <= BLOCK_M * experts
@@ -99,9 +125,17 @@ class FusedForward(FusedPath):
             gated=spec.gated,
             ok=ok,
             reads_weights_once=once,
+            block_n=block_n[0],
         )
         self._down = GemmArguments(
-            down, shape.capacity, width, spec.hidden, experts, ok=ok, reads_weights_once=once
+            down,
+            shape.capacity,
+            width,
+            spec.hidden,
+            experts,
+            ok=ok,
+            reads_weights_once=once,
+            block_n=block_n[1],
         )
         self.num_ctas = gemm_ctas()
         self.reschedule(shape)
@@ -111,20 +145,23 @@ class FusedForward(FusedPath):
     def reschedule(self, shape: PlanShape) -> None:
         (up, down), (up_group, down_group) = self._tile_orders, layer_raster_groups(shape)
         up.walk(None, up_group)
-        down.walk(n_chunk_tiles(shape), down_group)
+        down.walk(n_chunk_tiles(shape, self._block_n[1]), down_group)
         self._dispatch_ctas = num_comm_ctas(shape.config.dispatch_ctas, self.num_ctas)
         self._combine_ctas = num_comm_ctas(shape.config.combine_ctas, self.num_ctas)
 
     def load(self, *, trace: bool = False) -> dict[str, Kernel]:
         macros = (*self._links.macros, *trace_macros(trace))
+        up, down = ((("N_TILE", n),) if n != BLOCK_N else () for n in self._block_n)
         activation = list(ACTIVATIONS).index(self._activation)
         kernels = {}
         for write_z, name in enumerate(("inference", "training")):
-            of_kind = (("ACTIVATION", activation), ("WRITE_Z", write_z), *macros)
+            of_kind = (("ACTIVATION", activation), ("WRITE_Z", write_z), *up, *macros)
             (kernels[name],) = load_kernels(
                 "fused/dispatch_gemm.cu", "dispatch_gemm", macros=of_kind
             )
-        (kernels["combine"],) = load_kernels("fused/gemm_combine.cu", "gemm_combine", macros=macros)
+        (kernels["combine"],) = load_kernels(
+            "fused/gemm_combine.cu", "gemm_combine", macros=(*down, *macros)
+        )
         return kernels
 
     def launch(self, kernels: Launches, stream: int, params: ParamStruct, call: Call) -> None:

@@ -7,6 +7,7 @@ shared memory) is read from the compiled kernel instead: see `cometrt.kernels.la
 from __future__ import annotations
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64  # the engine's tile
+SMALL_BLOCK_N = 128  # the same for the fused forward of small batches
 CLUSTER_SIZE = 2  # CTAs that share an operand
 TOKEN_TILE = 128  # tokens that a team of the planner counts or places, one a thread
 PLAN_BLOCKS_PER_SM = 6  # of the planner; as many as get by without spills

@@ -29,10 +29,10 @@ work_tile_dtype = np.dtype(
 )
 
 
-def num_n_tiles(columns: int, *, gated: bool) -> int:
-    """N-tiles of a result of that many columns. A gated tile has half of its columns from gate and
-    half from up."""
-    return -(-columns // (BLOCK_N // 2 if gated else BLOCK_N))
+def num_n_tiles(columns: int, *, gated: bool, block_n: int = BLOCK_N) -> int:
+    """N-tiles of `block_n` columns of a result of that many columns. A gated tile has half of its
+    columns from gate and half from up."""
+    return -(-columns // (block_n // 2 if gated else block_n))
 
 
 def max_cluster_steps(max_tiles: int, n_tiles: int, n_chunk: int | None = None) -> int:

@@ -21,22 +21,23 @@ __device__ inline void release_stage(Shared& shared, int stage) {
 // Issues the wgmma of one stage for a warpgroup. `first`: they overwrite d, otherwise they add to
 // it.
 template <typename Operands>
-__device__ inline void issue_stage(const Stage& stage, int warpgroup, bool first, float (&d)[128]) {
+__device__ inline void issue_stage(const Stage& stage, int warpgroup, bool first,
+                                   float (&d)[kAccumulators]) {
   const u64 a = Operands::a_descriptor(stage, warpgroup), b = Operands::b_descriptor(stage);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < BLOCK_K / 16; ++step) {
-    wgmma_m64n256k16<Operands::kMajorA, Operands::kMajorB>(
+    wgmma_m64k16<Operands::kMajorA, Operands::kMajorB>(
         d, a + Operands::kStepA * step, b + Operands::kStepB * step, !first || step > 0);
   }
   wgmma_commit();
 }
 
-// d [64, 256] += a [64, BLOCK_K] b [256, BLOCK_K]^T. The first stage of a tile overwrites d. Where
-// the operand policy depends on it (kByKind), `kind` is the work tile's kind.
+// d [64, BLOCK_N] += a [64, BLOCK_K] b [BLOCK_N, BLOCK_K]^T. The first stage of a tile overwrites
+// d. Where the operand policy depends on it (kByKind), `kind` is the work tile's kind.
 template <typename Operands>
 __device__ inline void multiply_stage(Shared& shared, const StageState& state, u32 kind,
-                                      int warpgroup, bool first, float (&d)[128]) {
+                                      int warpgroup, bool first, float (&d)[kAccumulators]) {
   mbarrier_wait(&shared.full[state.stage], state.parity);
   const Stage& stage = shared.stages[state.stage];
   if constexpr (!Operands::kByKind) {
@@ -48,12 +49,12 @@ __device__ inline void multiply_stage(Shared& shared, const StageState& state, u
   }
 }
 
-// d [64, 256] = a [64, K] b [256, K]^T. Meanwhile the epilogue stores the previous tile, one step
-// every few K blocks. A stage is released after the next stage's wgmma are issued and its own are
-// complete. Returns the last stage, whose wgmma still run and which the caller releases.
+// d [64, BLOCK_N] = a [64, K] b [BLOCK_N, K]^T. Meanwhile the epilogue stores the previous tile,
+// one step every few K blocks. A stage is released after the next stage's wgmma are issued and its
+// own are complete. Returns the last stage, whose wgmma still run and which the caller releases.
 template <typename Operands, typename Epilogue>
 __device__ inline int multiply(Shared& shared, StageState& state, u32 kind, int num_k_blocks,
-                               int warpgroup, float (&d)[128], Epilogue& epilogue) {
+                               int warpgroup, float (&d)[kAccumulators], Epilogue& epilogue) {
   int last = state.stage;
   const auto next = [&](bool first) {
     multiply_stage<Operands>(shared, state, kind, warpgroup, first, d);
@@ -103,7 +104,7 @@ __device__ inline void consume(Shared& shared, const Params& p, int warpgroup, E
     const int num_k_blocks = p.num_k_blocks(tile);
     const bool is_empty = Params::kMayBeEmpty && num_k_blocks == 0;
     if (warpgroup * kHalfM < tile.rows && !is_empty) {
-      float d[128];
+      float d[kAccumulators];
       // The traced event begins when the first stage is full.
       if (Recorder::kOn) mbarrier_wait(&shared.full[state.stage], state.parity);
       recorder.begin_tile(tile.m_tile, tile.n_tile);

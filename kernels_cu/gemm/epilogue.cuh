@@ -78,20 +78,21 @@ template <int kActivation, bool kWriteZ, bool kStoresPadding = true>
 struct Forward {
   static constexpr bool kActivates = kActivation >= 0, kGated = kActivates && is_gated(kActivation);
   static constexpr int kColumns = kGated ? kHalfN : BLOCK_N;  // columns of out in an N-tile
+  static constexpr int kUpBehind = kAccumulators / 4;         // pairs from gate's to up's
   // Steps of a subtile: store z (gate, then up); activate its first half; activate the rest and
   // store out. Kernels without z or activation have no such steps.
   static constexpr int kStoresOfZ = kActivates && kWriteZ ? (kGated ? 2 : 1) : 0;
   static constexpr int kSteps = kStoresOfZ + (kActivates ? 2 : 1);
 
   // Does one step of the subtile that begins at `row` and `column` of out. `first` [16]: its
-  // stashed pairs (of gate, if gated; then up's are 32 further), replaced by out when activated.
-  // `rows`: of the warp's 16 rows, those that are no padding; 0 or less: none.
-  // `step` must be a compile-time constant after unrolling, since `first` is indexed in registers.
+  // stashed pairs (of gate, if gated; then up's are kUpBehind further), replaced by out when
+  // activated. `rows`: of the warp's 16 rows, those that are no padding; 0 or less: none. `step`
+  // must be a compile-time constant after unrolling, since `first` is indexed in registers.
   __device__ static void store(int step, u32* first, SubtileStore& subtile, const Problem& problem,
                                int, long long row, int column, int rows) {
     if (kStoresPadding) rows = 2 * kSubtileRows;
     if (rows <= 0) return;
-    const u32* up = kGated ? first + 32 : first;
+    const u32* up = kGated ? first + kUpBehind : first;
     const int columns = problem.num_columns - column;
     if (step < kStoresOfZ) {
       const int stride = kGated ? 2 * problem.num_columns : problem.num_columns;
@@ -128,7 +129,7 @@ struct NoSignal {
 // a step stores. `TileStored`: signal(tile) is called one step after the tile's last store.
 template <typename Math, typename TileStored, typename Params = GemmParams>
 class Epilogue {
-  static constexpr int kWarpRows = kHalfM / 4;
+  static constexpr int kWarpRows = kHalfM / 4, kPairs = kAccumulators / 2;  // of bf16
 
  public:
   static constexpr int kSteps =
@@ -142,15 +143,15 @@ class Epilogue {
   // Before the main loop of a tile.
   __device__ void expect(const WorkTile&) {}
   // Rounds a tile's accumulators into the stash.
-  __device__ void stash(const WorkTile& tile, const float (&d)[128]) {
+  __device__ void stash(const WorkTile& tile, const float (&d)[kAccumulators]) {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) stash_[i] = pack(d[2 * i], d[2 * i + 1]);
+    for (int i = 0; i < kPairs; ++i) stash_[i] = pack(d[2 * i], d[2 * i + 1]);
     tile_ = tile;
   }
   // For a tile whose rows of this warp are all padding: their results, if stored, are zero.
   __device__ void stash_zeros(const WorkTile& tile) {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) stash_[i] = 0;
+    for (int i = 0; i < kPairs; ++i) stash_[i] = 0;
     tile_ = tile;
   }
 
@@ -179,7 +180,7 @@ class Epilogue {
   const Params& p_;
   int warp_;
   const TileStored& tile_stored_;
-  u32 stash_[64];  // bf16 pairs in accumulator order
+  u32 stash_[kPairs];  // in accumulator order
   WorkTile tile_{-1, 0, 0, 0, 0};
 };
 

@@ -13,10 +13,12 @@ namespace cometrt {
 
 constexpr int kWarpgroups = 2;  // multiply; each computes 64 rows and all columns of a tile
 constexpr int kHalfM = BLOCK_M / kWarpgroups, kHalfN = BLOCK_N / 2;
+constexpr int kAccumulators = BLOCK_N / 2;  // of a multiplying thread
+static_assert(BLOCK_N == 256 || BLOCK_N == 128, "wgmma_m64k16 has these widths");
 #ifndef GEMM_STAGES
-#define GEMM_STAGES 4
+#define GEMM_STAGES (BLOCK_N == 256 ? 4 : 6)
 #endif
-constexpr int kStages = GEMM_STAGES;               // of operands: 48 KB each
+constexpr int kStages = GEMM_STAGES;               // of operands: 48 KB each, or 32 KB
 constexpr int kThreads = 128 * (1 + kWarpgroups);  // warpgroup 0 loads, schedules, communicates
 constexpr int kSubtileRows = 8, kSubtileColumns = 64;
 constexpr u32 kMaxSharedBytes = 227 * 1024;  // that a CTA may have

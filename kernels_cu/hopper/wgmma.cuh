@@ -36,15 +36,17 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// d [64, 256] = a [64, 16] b [256, 16]^T, added to d unless `accumulate` is 0. Asynchronous:
-// complete after wgmma_commit and wgmma_wait. Thread t of the warpgroup holds d[i] at row 16 * (t /
-// 32) + t % 32 / 4 + 8 * (i / 2 % 2), column 8 * (i / 4) + 2 * (t % 4) + i % 2. MN-major operands
-// lie in shared memory as a^T and b^T.
-template <Major kMajorA = Major::kK, Major kMajorB = Major::kK>
-__device__ inline void wgmma_m64n256k16(float (&d)[128], u64 a, u64 b, int accumulate) {
+// The operands of eight accumulators, from d[i] on.
 #define COMETRT_D8(i)                                                                         \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
+
+// d [64, N] = a [64, 16] b [N, 16]^T, added to d unless `accumulate` is 0. N = 256 or 128, by the
+// size of d. Asynchronous: complete after wgmma_commit and wgmma_wait. Thread t of the warpgroup
+// holds d[i] at row 16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2), column 8 * (i / 4) + 2 * (t % 4)
+// + i % 2. MN-major operands lie in shared memory as a^T and b^T.
+template <Major kMajorA = Major::kK, Major kMajorB = Major::kK>
+__device__ inline void wgmma_m64k16(float (&d)[128], u64 a, u64 b, int accumulate) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
@@ -68,7 +70,27 @@ __device__ inline void wgmma_m64n256k16(float (&d)[128], u64 a, u64 b, int accum
       : "l"(a), "l"(b), "r"(accumulate), "n"(static_cast<int>(kMajorA)),
         "n"(static_cast<int>(kMajorB))
       : "memory");
-#undef COMETRT_D8
 }
+
+template <Major kMajorA = Major::kK, Major kMajorB = Major::kK>
+__device__ inline void wgmma_m64k16(float (&d)[64], u64 a, u64 b, int accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+      "}, %64, %65, p, 1, 1, %67, %68;\n"
+      "}\n"
+      : COMETRT_D8(0), COMETRT_D8(8), COMETRT_D8(16), COMETRT_D8(24), COMETRT_D8(32),
+        COMETRT_D8(40), COMETRT_D8(48), COMETRT_D8(56)
+      : "l"(a), "l"(b), "r"(accumulate), "n"(static_cast<int>(kMajorA)),
+        "n"(static_cast<int>(kMajorB))
+      : "memory");
+}
+#undef COMETRT_D8
 
 }  // namespace cometrt

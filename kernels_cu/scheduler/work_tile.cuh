@@ -8,7 +8,11 @@
 namespace cometrt {
 
 // COMETRT_ macros come from cometrt/kernels/constants.py.
-constexpr int BLOCK_M = COMETRT_BLOCK_M, BLOCK_N = COMETRT_BLOCK_N, BLOCK_K = COMETRT_BLOCK_K;
+// N_TILE: columns of a tile. Kernels for small batches have half as many.
+#ifndef N_TILE
+#define N_TILE COMETRT_BLOCK_N
+#endif
+constexpr int BLOCK_M = COMETRT_BLOCK_M, BLOCK_N = N_TILE, BLOCK_K = COMETRT_BLOCK_K;
 constexpr int kClusterSize = COMETRT_CLUSTER_SIZE;
 
 // What a CTA loads of an operand: nothing, one half that it multicasts to both CTAs, or both halves

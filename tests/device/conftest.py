@@ -1,12 +1,26 @@
-"""What tests of JAX programs share: GPUs that JAX sees, and the environment of its processes."""
+"""What tests on GPUs share: the width of tiles, GPUs that JAX sees, the environment of JAX."""
 
 import os
 import subprocess
 import sys
+import zlib
 
 import pytest
 
 from tests.launch import python_path
+
+# Columns of an N-tile of the up and the down GEMM; None: as `forward_block_n` says. By that, small
+# cases have narrow ones alone.
+WIDTHS = (None, (128, 128), (128, 256), (256, 256))
+
+
+@pytest.fixture(autouse=True)
+def tile_width(request, monkeypatch):
+    """A test has one of WIDTHS, by its name, in this process."""
+    if width := WIDTHS[zlib.crc32(request.node.nodeid.encode()) % len(WIDTHS)]:
+        for module in ("fused", "buffers"):
+            monkeypatch.setattr(f"cometrt.cuda.{module}.forward_block_n", lambda shape: width)
+
 
 CODE = """
 import jax

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import cometrt
+import cometrt.cuda.fused as fused
+from cometrt.cuda.engine import layer_n_tiles
 from cometrt.cuda.launch_trace import ROOM
-from cometrt.kernels.constants import BLOCK_N
 from cometrt.plan import PlanShape
 from cometrt.plan.reference import make_plan
 from cometrt.plan.routing import RoutingTables
-from cometrt.plan.tile_order import num_n_tiles
 from cometrt.specs import Geometry
 from tests.cases import Case, make_inputs, on_device, on_host
 
@@ -76,8 +76,9 @@ def test_every_tile_block_and_row_is_recorded_and_changes_nothing(size, order):
         spec = case.spec
         events = [e for e in timeline.events if e.rank == rank]
         tiles = plan.dispatch_order()
-        up = num_n_tiles(shape.geometry.local_intermediate, gated=spec.gated)
-        for name, columns in (("up", up), ("down", -(-spec.hidden // BLOCK_N))):
+        for name, columns in zip(
+            ("up", "down"), layer_n_tiles(shape, fused.forward_block_n(shape)), strict=True
+        ):
             found = sorted((e.tile, e.column) for e in events if e.name == name)
             assert found == sorted(itertools.product(map(int, tiles), range(columns))), name
         crossing = crossing_tokens(case, inputs, rank)
