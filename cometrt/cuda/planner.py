@@ -29,7 +29,8 @@ from cometrt.plan import Plan, PlanShape
 from cometrt.plan.tables import plan_table_shapes
 from cometrt.world.partitions import num_sms
 
-_SM_BYTES, _BLOCK_BYTES = 228 * 1024, 4 * 1024  # shared memory; what a block takes besides its own
+_SM_BYTES = 228 * 1024  # of shared memory
+_BLOCK_BYTES = 5632  # that a block takes besides its tables: static and reserved ones
 _SMALL_BYTES = 224 * 1024  # of shared memory that the tables of a small plan may take
 _SMALL_PAIRS = 8192  # that one block plans faster than a grid, whose barriers take longer
 _PLACED_WORDS = 8 * TOKEN_TILE  # of the PlacedRuns of a team
@@ -172,7 +173,8 @@ class DevicePlanner:
         small: whether one block plans; None: as `is_small` says.
 
     Attributes:
-        ids, weights: [W, max_tokens, K], all ranks' routing in the last forward.
+        ids, weights: [W, max_tokens, K], all ranks' routing in the last forward. A small plan
+            leaves them there only where the routing is wrong.
         progress: PlanProgress of the last plan, as bytes.
         scratch: array by name; see `planner_scratch`.
         block_order_idx: address of that array.

@@ -43,10 +43,10 @@ struct Roles {
     for (DispatchStages<Copies>& stages : memory.dispatch) stages.init();
   }
   __device__ void load(Shared& shared, const DownDgradParams& p, const Operands& operands) {
-    let_next_kernel_begin();  // all rows are where dispatch warps find them
     // Loads of B ahead need more than this warpgroup's registers.
     RowsReady<Copies, false> ready(params, kDownDgrad);
     produce(shared, p, operands, ready);
+    let_next_kernel_begin();  // as in dispatch_gemm
   }
   __device__ void communicate(int warp) {
     if (warp < kFirstCommWarp || !params.state->ok) return;

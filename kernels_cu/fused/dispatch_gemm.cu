@@ -41,9 +41,9 @@ struct Roles {
     for (DispatchStages<Copies>& stages : memory.dispatch) stages.init();
   }
   __device__ void load(Shared& shared, const GemmParams& p, const Operands& operands) {
-    let_next_kernel_begin();  // all rows are where dispatch warps find them
     RowsReady<Copies, true> ready(params, kUp);
     produce(shared, p, operands, ready);
+    let_next_kernel_begin();  // not before: its CTAs would take SMs that are left to NCCL
   }
   __device__ void communicate(int warp) {
     if (warp < kFirstCommWarp || !params.state->ok) return;

@@ -9,7 +9,8 @@ namespace cometrt {
 
 struct PlanParams {
   Geometry g;
-  // Routing of all ranks: [size, max_tokens, topk] and [size]. `prepare` copies it from the heaps.
+  // Routing of all ranks: [size, max_tokens, topk] and [size]. `prepare` copies it from the heaps,
+  // `prepare_small` only for the report of a failure.
   int* ids;
   float* weights;
   int* num_tokens;

@@ -91,7 +91,7 @@ struct ExchangeParams {
   long long* saved_epoch;
   void* saved_x;
   // Plan and forward: the planner's copy of all ranks' routing tables, and its progress. Read for
-  // reports.
+  // reports of failures.
   const int* all_ids;
   const float* all_weights;
   const PlanProgress* progress;

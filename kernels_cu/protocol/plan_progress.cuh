@@ -1,5 +1,6 @@
 // Progress of the planner within one call: its queue heads and step counters. `publish` zeroes it,
-// plan/plan.cu advances it, and `finish` reads its errors for the report.
+// plan/plan.cu advances it, and `finish` reads its errors for the report. plan/plan_small.cu writes
+// these errors alone.
 #pragma once
 
 #include "hopper/memory.cuh"
