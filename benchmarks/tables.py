@@ -284,7 +284,20 @@ def sweep_table() -> list[str]:
             counts = f"{found['timed']} of {found['combinations']}"
             cells_of_row = [name, which, *times, counts, f"{entry['tune_sec']:.0f}", commit(entry)]
             lines.append(row(cells_of_row))
-    return lines
+    return lines + others_configs(cells)
+
+
+def others_configs(cells: dict[str, Any]) -> list[str]:
+    """Of a sweep: cells with what was tuned for other cells."""
+    head = ["layer", "tuned for", "both passes, ms", "with its own config", "longer by"]
+    rows = []
+    for name, entry in cells.items():
+        by_config = entry.get("with_configs_of", {})
+        for other, ms in by_config.items():
+            if other != name:
+                own, longer = by_config[name], 100 * (ms / by_config[name] - 1)
+                rows.append(row([name, other, f"{ms:.3f}", f"{own:.3f}", f"{longer:.1f}%"]))
+    return ["", *heading(head), *rows] if rows else []
 
 
 def jax_step_table() -> list[str]:

@@ -822,6 +822,10 @@ def test_the_table_of_the_sweep(results):
         f"| a | {which} | 1.020 | 1.000 | 2.0% | 1.500 | 600 of 768 | 45 | abc |"
         for which in ("forward", "backward")
     ]
+    found["with_configs_of"] = {"a": 2.0, "b": 2.1}
+    results("sweep.json", {"cells": {"a": found}})
+    assert tables.sweep_table()[: len(lines)] == lines
+    assert tables.sweep_table()[-1] == "| a | b | 2.100 | 2.000 | 5.0% |"
 
 
 class Trial:
