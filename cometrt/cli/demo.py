@@ -24,7 +24,7 @@ from cometrt.cli.inputs import (
     to_host,
 )
 from cometrt.cli.output import Say, table
-from cometrt.cli.trace import files, line_of_share, lines_of_paths, show_files
+from cometrt.cli.trace import check_folder, files, line_of_share, lines_of_paths, show_files
 from cometrt.models import scaled_spec
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ def run(world: cometrt.World, scale: int, tokens: int, out: Path, say: Say) -> d
 
     Raises:
         CometError: on all ranks, if a result of any rank is wrong.
+        ValueError: if `out` is a file.
     """
+    check_folder(out)
     rank, size = world.rank, world.size
     spec = scaled_spec(MODEL, scale, max_tokens=tokens, capacity_factor=float(size))
     text = standard_library(size * tokens + 1)

@@ -38,8 +38,9 @@ def run(
         title: of the picture; None: what was recorded.
 
     Raises:
-        ValueError: if there is no such rank.
+        ValueError: if there is no such rank, or `out` is a file.
     """
+    check_folder(out)
     if rank is not None and rank >= world.size:
         raise ValueError(f"--rank must be below the number of ranks, {world.size} (got {rank})")
     timelines = {}
@@ -59,6 +60,16 @@ def run(
         result |= files(timelines, title, out, rank)
     world.barrier()
     return result
+
+
+def check_folder(out: Path) -> None:
+    """Before the work whose files it will hold.
+
+    Raises:
+        ValueError: if it is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder (got {str(out)!r}, a file)")
 
 
 def record(layer: cometrt.MoELayer, say: Say) -> Timeline:

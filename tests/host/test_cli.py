@@ -115,6 +115,15 @@ def test_memory_as_a_table(cli, model):
 # ---- commands that run layers --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("command", ["demo", "trace"])
+def test_a_file_in_the_place_of_the_folder_is_said_at_once(cli, tmp_path, command, monkeypatch):
+    monkeypatch.setattr("cometrt.MoELayer", None)  # no layer is made
+    (tmp_path / "out").write_text("")
+    status, _, problem = cli(f"{command} --device host --scale 64 --tokens 8 --out {tmp_path}/out")
+    assert status == 2
+    assert "--out must be a folder (got" in problem
+
+
 def test_demo(cli, tmp_path):
     status, printed, _ = cli("demo --device host --ranks 2 --scale 64 --tokens 32 --json")
     assert status == 0
