@@ -102,8 +102,9 @@ def tree_digest(options: list[str]) -> str:
     for name in TREE:
         top = ROOT / name
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-            if path.is_file() and not {"__pycache__", "results"} & set(path.parts):
-                digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode())
+            inside = path.relative_to(ROOT)
+            if path.is_file() and not {"__pycache__", "results"} & set(inside.parts):
+                digest.update(f"{inside} {path.stat().st_size}\n".encode())
                 digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -26,7 +26,7 @@ from cometrt.kernels.launch import Kernel, Macros, load_kernels
 from cometrt.kernels.params import KernelArgument, ParamStruct
 from cometrt.plan import PlanShape
 
-# Of the down GEMM, wide: so few that each of Hopper's 132 SMs has less than two.
+# Of the down GEMM, wide: fewer than 1.75 for each of Hopper's 132 SMs (docs/performance_log.md).
 _FEW_TILES = 230
 
 
@@ -57,7 +57,7 @@ def forward_block_n(shape: PlanShape) -> tuple[int, int]:
 
     In a small batch a tile takes as long as its weights take to come. Narrow tiles keep more SMs
     busy where there are few, and end closer together. A tile of the down GEMM has few K blocks: so
-    narrow ones pay only where wide ones would leave SMs without work.
+    narrow ones pay only where wide ones would be less than two for each SM.
     """
     rows, experts = shape.balanced_rows, shape.geometry.local_experts
     if rows > BLOCK_M // 2 * experts:

@@ -124,6 +124,7 @@ class Trials:
         )
         executor = self.executor(room)
         if not executor.reschedule(config):
+            executor.give_up()
             executor = self.executor(config)
         executor.graphs.enabled = False  # nothing may be captured behind the barrier
         self._executors.append(executor)

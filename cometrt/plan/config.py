@@ -24,7 +24,7 @@ class TileConfig:
         block_m: rows of an M-tile. The first row of each expert is a multiple of it. On "cuda"
             with gemm="engine" it must be 128.
         block_n: columns of an N-tile on "host"; a multiple of 16. The last N-tile may be narrower.
-            The engine on "cuda" always has 256.
+            The engine on "cuda" has 256, or 128 in the fused forward of small batches.
         block_tokens: the most tokens of a token block, the unit that combine reduces and pushes.
         min_token_blocks: a call has smaller token blocks where it would otherwise have fewer of
             them than this. Its blocks follow from the largest number of tokens of a rank.

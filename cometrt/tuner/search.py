@@ -252,7 +252,8 @@ def sweep(
 ) -> Found:
     """Time combinations of the settings, those that differ least from what was found first, until
     there are none or the time is over. The fastest of each pass, what was found and the base then
-    take turns: a GPU is not equally fast all the time, so times of different moments may mislead.
+    take turns, also when the time is over: a GPU is not equally fast all the time, so times of
+    different moments may mislead. These are at most 42 trials of each pass.
 
     Args:
         base, found: where `search` started, and what it found.

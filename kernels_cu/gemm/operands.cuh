@@ -44,8 +44,8 @@ struct RowsOperand {
   }
 };
 
-// Forward: b [expert, columns, K], K innermost. `kGated`: an N-tile is 128 gate columns and the up
-// columns that belong to them.
+// Forward: b [expert, columns, K], K innermost. `kGated`: an N-tile is kHalfN gate columns and
+// the up columns that belong to them.
 template <bool kGated>
 struct RowsTimesWeights : RowsOperand {
   const TensorMap* b;  // boxes of kHalfN columns

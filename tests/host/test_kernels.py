@@ -12,7 +12,7 @@ from cometrt import CometError
 from cometrt.cuda.trace import KINDS
 from cometrt.kernels import compiler
 from cometrt.kernels.compiler import compile_cubin, kernels_folder
-from cometrt.kernels.constants import MACROS, TRACE_LANES
+from cometrt.kernels.constants import MACROS, SMALL_BLOCK_N, TRACE_LANES
 from cometrt.kernels.elf import constants
 from cometrt.kernels.params import MIRRORS, trace_lane_dtype
 from tests.launch import ROOT
@@ -92,7 +92,10 @@ def test_structs_are_laid_out_as_their_mirrors(struct):
 
 
 def test_kernels_say_how_much_shared_memory_they_need():
-    (gemm,) = layout_of("Shared", "gemm/tile.cuh", [])
+    gemm, narrow = (
+        layout_of("Shared", "gemm/tile.cuh", [], define)[0]
+        for define in ("", f"#define N_TILE {SMALL_BLOCK_N}")
+    )
     (dispatch,) = layout_of(
         "DispatchStages<cometrt::CopyShape<3, 4096>>", "fused/dispatch_warp.cuh", []
     )
@@ -105,19 +108,29 @@ def test_kernels_say_how_much_shared_memory_they_need():
         for stages, define in ((3, ""), (2, "#define GEMM_STAGES 3"))
     )
     (wgrad,) = layout_of("WgradShared", "gemm/wgrad_epilogue.cuh", [])
+    plain = {("ACTIVATION", -1), ("ACTIVATION", 0), ("WRITE_Z", 0), ("N_TILE", SMALL_BLOCK_N)}
+    num_sizes, two_widths = {}, ("fused/dispatch_gemm.cu", "fused/gemm_combine.cu")
     for file, wanted in (
         ("gemm/grouped_gemm.cu", gemm),
         ("gemm/grouped_dgrad.cu", gemm),
         ("gemm/grouped_down_dgrad.cu", down_dgrad),
         ("gemm/grouped_wgrad.cu", wgrad),
         ("fused/dispatch_gemm.cu", gemm + 2 * dispatch),
+        ("fused/dispatch_gemm.cu", -(-narrow // 128) * 128 + 2 * dispatch),
         ("fused/gemm_combine.cu", gemm + 2 * combine),
+        ("fused/gemm_combine.cu", -(-narrow // 128) * 128 + 2 * combine),
         ("fused/dispatch_down_dgrad.cu", -(-fused_down_dgrad // 128) * 128 + 2 * dispatch_dy),
         ("fused/up_dgrad_combine_wgrad.cu", gemm + 2 * combine),
     ):
-        macros = next(macros for source, macros in builds() if source == file)
-        found = constants(compile_cubin(kernels_folder() / file, macros).path)
-        assert found["shared_bytes"] == wanted <= 227 * 1024, file
+        sizes = {
+            constants(compile_cubin(kernels_folder() / file, macros).path)["shared_bytes"]
+            for source, macros in builds()
+            if source == file and set(dict(macros).items()) <= plain
+        }
+        assert wanted in sizes, file
+        assert max(sizes) <= 227 * 1024, file
+        num_sizes[file] = len(sizes)
+    assert num_sizes == dict.fromkeys(num_sizes, 1) | dict.fromkeys(two_widths, 2)
 
 
 def test_nothing_is_read_as_if_it_never_changed():
