@@ -150,7 +150,7 @@ class FusedForward(FusedPath):
         self._combine_ctas = num_comm_ctas(shape.config.combine_ctas, self.num_ctas)
 
     def load(self, *, trace: bool = False) -> dict[str, Kernel]:
-        macros = (*self._links.macros, *trace_macros(trace))
+        macros = (*trace_macros(trace), *self._links.macros)
         up, down = ((("N_TILE", n),) if n != BLOCK_N else () for n in self._block_n)
         activation = list(ACTIVATIONS).index(self._activation)
         kernels = {}

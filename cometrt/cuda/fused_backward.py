@@ -110,7 +110,7 @@ class FusedBackward(FusedPath):
         self._combine_ctas = num_comm_ctas(config.combine_ctas, self.num_ctas)
 
     def load(self, *, trace: bool = False) -> dict[str, Kernel]:
-        macros = (*self._links.macros, *trace_macros(trace))
+        macros = (*trace_macros(trace), *self._links.macros)
         activation = (("ACTIVATION", list(ACTIVATIONS).index(self._activation)), *macros)
         (dispatch,) = load_kernels(
             "fused/dispatch_down_dgrad.cu", "dispatch_down_dgrad", macros=activation
