@@ -40,7 +40,7 @@ class _Config(ctypes.Structure):
 
 
 # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_BEGINS_EARLY = _Attribute(6, b"", (1,))
+_BEGINS_EARLY = ctypes.pointer(_Attribute(6, b"", (1,)))
 
 
 class Kernel:
@@ -80,7 +80,7 @@ class Kernel:
             (self.block, 1, 1),
             self.shared_bytes,
             stream,
-            ctypes.pointer(_BEGINS_EARLY),
+            _BEGINS_EARLY,
             self._num_attributes,
         )
         error = self._launch(config, self._handle, pointers, None)

@@ -261,15 +261,16 @@ def sweep(
         settings, spec, size, expired, nodes: as for `search`.
     """
     best, passes = found.config, tuple(found.ms)
-    own = {p: [set(s.changes[0]) for s in settings if p in s.passes] for p in passes}
     shared = [name for s in settings if len(s.passes) == len(passes) > 1 for name in s.changes[0]]
 
     def distance(of: tuple[str, TileConfig]) -> int:
         """How many settings of its pass differ from those of `best`."""
         which, config = of
-        names = [name for names in own[which] for name in names]
-        changed = {name for name in names if getattr(config, name) != getattr(best, name)}
-        return sum(not changed.isdisjoint(names) for names in own[which])
+        return sum(
+            any(getattr(config, name) != getattr(best, name) for name in s.changes[0])
+            for s in settings
+            if which in s.passes
+        )
 
     timed: list[Timed] = []
     for which, config in sorted(combinations(best, settings, spec, size, nodes), key=distance):

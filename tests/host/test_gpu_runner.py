@@ -132,7 +132,7 @@ def test_jobs_are_spread_over_gpus_and_failures_are_told(monkeypatch, capsys, st
 
 
 def test_what_has_passed_on_the_same_tree_is_passed_over(monkeypatch, capsys, tmp_path):
-    keep, tree = tmp_path / "out" / "passed.json", tmp_path / "tree"
+    keep, tree = tmp_path / "out" / "passed.json", tmp_path / "results" / "tree"
     (tree / "cometrt").mkdir(parents=True)
     (tree / "cometrt" / "layer.py").write_text("1")
     (tree / "pyproject.toml").write_text("2")
@@ -172,6 +172,8 @@ def test_what_has_passed_on_the_same_tree_is_passed_over(monkeypatch, capsys, tm
 
     (tree / "cometrt" / "__pycache__").mkdir()
     (tree / "cometrt" / "__pycache__" / "layer.pyc").write_text("3")
+    (tree / "benchmarks" / "results").mkdir(parents=True)
+    (tree / "benchmarks" / "results" / "passes.json").write_text("{}")
     assert stand_in.main(*options) == 0
     assert stand_in.ran == []
     (tree / "cometrt" / "layer.py").write_text("4")

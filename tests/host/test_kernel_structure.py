@@ -129,6 +129,14 @@ def test_production_builds_contain_no_link_emulation(file):
         assert instruction in emulated
 
 
+def test_a_second_gemm_begins_behind_the_loads_of_the_first():
+    """Before, its waiting CTAs would take SMs that slices leave to NCCL."""
+    for name in ("dispatch_gemm", "dispatch_down_dgrad"):
+        text = (kernels_folder() / f"fused/{name}.cu").read_text()
+        assert text.count("let_next_kernel_begin();") == 1
+        assert text.index("produce(") < text.index("let_next_kernel_begin();")
+
+
 def test_kernels_that_begin_early_wait_before_all_else():
     """A kernel of a file with `begins_early` touches global memory behind its wait alone."""
     harmless = ("extern __shared__", "__shared__", "Memory& ", "CombineMemory& ", "Roles roles")
