@@ -186,7 +186,7 @@ def short_table() -> list[str]:
 
 
 def passes_table() -> list[str]:
-    """Both passes on several GPUs, in files of this package's modes alone."""
+    """Both passes with a GPU for each rank, in files of this package's modes alone."""
     entries = [
         entry for path in sorted(RESULTS.glob("passes_*.json")) for entry in entries_of(path)
     ]

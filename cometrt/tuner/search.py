@@ -253,7 +253,8 @@ def sweep(
     """Time combinations of the settings, those that differ least from what was found first, until
     there are none or the time is over. The fastest of each pass, what was found and the base then
     take turns, also when the time is over: a GPU is not equally fast all the time, so times of
-    different moments may mislead. These are at most 42 trials of each pass.
+    different moments may mislead. These are at most 42 trials of each pass, and all times of the
+    result are their medians.
 
     Args:
         base, found: where `search` started, and what it found.
@@ -289,9 +290,10 @@ def sweep(
     taken = [Timed(ms, which, config) for (which, config), ms in medians.items()]
     winner = _by_group(taken, shared, passes)[0]
     ms = {which: winner[which][0].ms for which in passes}
-    if sum(ms.values()) >= (1 - _MIN_GAIN_OF_MEDIANS) * sum(medians[p, best] for p in passes):
-        return found
-    return found._replace(config=_joined(*(winner[p][0].config for p in passes)), ms=ms)
+    of_best, of_base = ({p: medians[p, config] for p in passes} for config in (best, base))
+    if sum(ms.values()) >= (1 - _MIN_GAIN_OF_MEDIANS) * sum(of_best.values()):
+        return Found(best, of_best, of_base)
+    return Found(_joined(*(winner[p][0].config for p in passes)), ms, of_base)
 
 
 def _by_group(

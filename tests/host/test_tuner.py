@@ -504,6 +504,25 @@ def test_a_sweep_returns_to_the_base_where_the_search_was_misled():
     assert swept.ms == dict.fromkeys(search.PASSES, 1.0)
 
 
+@pytest.mark.parametrize("gain", [0.0, 0.5])
+def test_times_of_a_result_are_of_the_same_moments(gain):
+    """The GPU becomes slower: times of the search are not beside those of the turns."""
+    base, settings = settings_of(cometrt.TileConfig(), SPEC, 8, 16, training=True)
+    best = dataclasses.replace(base, order="columns", n_chunk=512)
+    ms = dict.fromkeys(search.PASSES, 0.5)
+
+    def time(config, which, counts):
+        faster = config.order == "columns" and which == "forward"
+        return 2.0 - gain * faster
+
+    swept = search.sweep(
+        base, search.Found(best, ms, ms), settings, SPEC, 8, time, lambda: True
+    )
+    assert swept.config == best
+    assert swept.ms == {"forward": 2.0 - gain, "backward": 2.0}
+    assert swept.base_ms == {"forward": 2.0, "backward": 2.0}
+
+
 def test_a_sweep_takes_the_fastest_of_each_pass():
     """Where the passes share the rest: here what was found has the faster forward, and the base
     the faster backward."""
