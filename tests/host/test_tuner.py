@@ -515,9 +515,7 @@ def test_times_of_a_result_are_of_the_same_moments(gain):
         faster = config.order == "columns" and which == "forward"
         return 2.0 - gain * faster
 
-    swept = search.sweep(
-        base, search.Found(best, ms, ms), settings, SPEC, 8, time, lambda: True
-    )
+    swept = search.sweep(base, search.Found(best, ms, ms), settings, SPEC, 8, time, lambda: True)
     assert swept.config == best
     assert swept.ms == {"forward": 2.0 - gain, "backward": 2.0}
     assert swept.base_ms == {"forward": 2.0, "backward": 2.0}
