@@ -78,7 +78,7 @@ class Contenders:
             )
             for count, sms in slices.items()
         }
-        (self.whole_rail,) = RailSlices(nodes.nodes, nodes.node_index, cell.tokens).calls()
+        (self.whole_rail,) = RailSlices.of(cell.spec, nodes.nodes, nodes.node_index).calls()
         self.whole = cometrt.MoELayer(whole, cell.spec, "fused")
         self.planner = cometrt.MoELayer(whole, cell.spec, "sequential")
         model, ids = SHAPES[cell.model], routing(cell)

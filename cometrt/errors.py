@@ -49,14 +49,15 @@ class RoutingError(CometError):
 
 
 class CapacityError(CometError):
-    """A rank would need more rows than its buffers hold: see ``MoESpec.capacity_factor``.
+    """A rank would need more rows than its buffers hold: see ``MoESpec.capacity_factor``. Or, over
+    several nodes, more of its tokens would cross to a node than ``MoESpec.rail_tokens``.
 
     Every rank raises the same error. No tokens were exchanged. The layer may be called again.
 
     Attributes:
         rank: the rank that needs most rows.
-        need: rows that it needs, padding rows included.
-        capacity: rows that its buffers hold.
+        need: rows that it needs, padding rows included; or tokens that would cross.
+        capacity: rows that its buffers hold; or ``rail_tokens``.
         capacity_factor: the ``MoESpec.capacity_factor`` that would have been enough.
     """
 

@@ -266,9 +266,11 @@ class MoELayer(LayerLife):
         world, slices = self.world, config.rail_slices
         of_node = geometry_of_node(self.spec, world.rank, world.size, world.nodes, slices)
         self.config, self.shape = config, PlanShape(of_node, config)
-        self._slices = RailSlices(world.nodes, world.node_index, self.spec.max_tokens, slices)
+        self._slices = RailSlices.of(self.spec, world.nodes, world.node_index, slices)
         residuals = buffers_of(world.device).residuals(self.shape)
-        self._saved_specs = array_specs(self.shape, residuals, slices)
+        self._saved_specs = array_specs(
+            self.shape, residuals, slices, self._slices.slots_shape
+        )
         self._plan_specs = plan_specs(self._saved_specs)
 
     def _exchange(self, name: str, stream: Any) -> contextlib.AbstractContextManager[None]:

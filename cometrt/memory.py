@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from types import ModuleType
 
 from cometrt.arguments import check_bool
@@ -73,7 +74,7 @@ def memory_of_layer(
     of_node = geometry_of_node(spec, 0, size, nodes, config.rail_slices)
     shape = PlanShape(of_node, config)
     return memory_of(
-        shape, device, mode, training, RailSlices(nodes, 0, spec.max_tokens, config.rail_slices)
+        shape, device, mode, training, RailSlices.of(spec, nodes, 0, config.rail_slices)
     )
 
 
@@ -90,6 +91,8 @@ def memory_of(
     if slices is not None and slices.nodes == 1:
         slices = None
     residuals = total_bytes(buffers.residuals(shape)) * (slices.count if slices else 1)
+    if slices and slices.slots_shape:
+        residuals += 4 * math.prod(slices.slots_shape)
     geometry = shape.geometry
     shared = device_control_block_dtype if device == "cuda" else control_block_dtype(geometry.size)
     weights: Buffers = {

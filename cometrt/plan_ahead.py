@@ -2,7 +2,7 @@
 
 (meta [7] int64 on the host, read-only; epoch [1] int64; the plan's tables, on "cuda" in one array).
 The tables are those of `saved`, where a planned forward's refer to its plan's. With rail_slices > 1
-epoch and tables come once for each slice.
+epoch and tables come once for each slice. `slots` comes last, as in `saved`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cometrt.residuals import ArraySpec, Origin, by_slice, unpack_arrays
+from cometrt.residuals import SLOTS, ArraySpec, Origin, by_slice, unpack_arrays
 from cometrt.types import Arrays
 
 _OF_FORWARD = ("x", "z", "w_up", "w_down")  # arrays of `saved` that no plan has
@@ -27,6 +27,7 @@ class PlanAhead(NamedTuple):
         epoch: of the plan; on "cuda" 0 if it failed.
         tables: the plan's.
         others: epoch and tables of the slices behind the first.
+        slots: as in `Residuals`.
     """
 
     serial: int
@@ -34,6 +35,7 @@ class PlanAhead(NamedTuple):
     epoch: Any
     tables: tuple[Any, ...]
     others: tuple[dict[str, Any], ...] = ()
+    slots: Any = None
 
     def of_slices(self) -> list[PlanAhead]:
         """Those of each slice."""
@@ -44,10 +46,9 @@ class PlanAhead(NamedTuple):
         """`plan`."""
         meta = np.array([*origin, self.num_tokens, self.serial], np.int64)
         meta.flags.writeable = False
-        if not self.others:
-            return (meta, self.epoch, *self.tables)
         others = (array for of in self.others for array in (of["epoch"], *of["tables"]))
-        return (meta, self.epoch, *self.tables, *others)
+        slots = () if self.slots is None else (self.slots,)
+        return (meta, self.epoch, *self.tables, *others, *slots)
 
     @staticmethod
     def unpack(
@@ -62,12 +63,13 @@ class PlanAhead(NamedTuple):
             ValueError: if it is not of that origin, or an array is not as its spec says.
         """
         numbers, kept = unpack_arrays(plan, "plan", "plan", origin, specs, arrays)
+        slots = kept.pop() if specs[-1].name == SLOTS else None
         (num_tokens, serial), (epoch, *tables) = numbers, kept
         others: tuple[dict[str, Any], ...] = ()
         if slices > 1:
             (epoch, *tables), *behind = by_slice(kept, slices)
             others = tuple({"epoch": of[0], "tables": tuple(of[1:])} for of in behind)
-        return PlanAhead(serial, num_tokens, epoch, tuple(tables), others)
+        return PlanAhead(serial, num_tokens, epoch, tuple(tables), others, slots)
 
 
 def plan_specs(saved: tuple[ArraySpec, ...]) -> tuple[ArraySpec, ...]:

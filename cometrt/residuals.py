@@ -6,7 +6,7 @@ tables, on "cuda" in one array; w_up; w_down), where x is the gathered rows [cap
 save="nothing". Activations without a gate have z [capacity, I_s].
 
 A layer over several nodes with rail_slices > 1 has epoch, x, z and tables once for each slice, one
-slice behind the other.
+slice behind the other. Where only wanted tokens cross, `slots` (`nodes.crossing`) comes behind.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Origin(NamedTuple):
 
 
 _Z = 3  # place of z in `saved`, if it is there
+SLOTS = "slots"  # name of that array, where only wanted tokens cross between nodes
 META_SHAPE = (len(Origin._fields) + 2,)  # num_tokens and serial come behind
 
 
@@ -55,6 +56,7 @@ class Residuals(NamedTuple):
         z: None with save="nothing".
         tables: the plan's.
         others: epoch, x, z and tables of the slices behind the first.
+        slots: of `nodes.crossing`; None: all tokens cross.
     """
 
     serial: int
@@ -66,6 +68,7 @@ class Residuals(NamedTuple):
     w_up: Any
     w_down: Any
     others: tuple[dict[str, Any], ...] = ()
+    slots: Any = None
 
     def of_slices(self) -> list[Residuals]:
         """Those of each slice."""
@@ -78,7 +81,9 @@ class Residuals(NamedTuple):
         meta.flags.writeable = False
         z = () if self.z is None else (self.z,)
         others = _flat(self.others) if self.others else ()
-        return (meta, self.epoch, self.x, *z, *self.tables, *others, self.w_up, self.w_down)
+        slots = () if self.slots is None else (self.slots,)
+        behind = (*others, *slots, self.w_up, self.w_down)
+        return (meta, self.epoch, self.x, *z, *self.tables, *behind)
 
     @staticmethod
     def unpack(
@@ -93,14 +98,17 @@ class Residuals(NamedTuple):
             ValueError: if it is not of that origin, or an array is not as its spec says.
         """
         numbers, kept = unpack_arrays(saved, "saved", "forward", origin, specs, arrays)
-        (num_tokens, serial), (epoch, x, *tables, w_up, w_down) = numbers, kept
+        w_down, w_up = kept.pop(), kept.pop()
+        slots = kept.pop() if specs[-3].name == SLOTS else None
+        (num_tokens, serial), (epoch, x, *tables) = numbers, kept
         saves_z = specs[_Z].name == "z"
         others: tuple[dict[str, Any], ...] = ()
         if slices > 1:
-            (epoch, x, *tables), *behind = by_slice(kept[:-2], slices)
+            (epoch, x, *tables), *behind = by_slice(kept, slices)
             others = tuple(_named(saves_z, *of) for of in behind)
         z = tables.pop(0) if saves_z else None
-        return Residuals(serial, num_tokens, epoch, x, z, tuple(tables), w_up, w_down, others)
+        of_all = w_up, w_down, others, slots
+        return Residuals(serial, num_tokens, epoch, x, z, tuple(tables), *of_all)
 
 
 def unpack_arrays(
@@ -233,9 +241,18 @@ class ArraySpec:
         return (self.dtype,)
 
 
-def array_specs(shape: PlanShape, buffers: Buffers, slices: int = 1) -> tuple[ArraySpec, ...]:
+def array_specs(
+    shape: PlanShape,
+    buffers: Buffers,
+    slices: int = 1,
+    slots: tuple[int, int] | None = None,
+) -> tuple[ArraySpec, ...]:
     """Specs of all arrays of `saved`: those of `buffers`, in its order, then the weights. All of
-    `buffers` but meta comes again for each slice: "x of slice 1" behind "x"."""
+    `buffers` but meta comes again for each slice: "x of slice 1" behind "x".
+
+    Args:
+        slots: the shape of `Residuals.slots`, if it is there.
+    """
     geometry, dtype = shape.geometry, shape.geometry.spec.numpy_dtype
     weights: Buffers = {
         "w_up": (geometry.w_up_shape, dtype),
@@ -244,5 +261,7 @@ def array_specs(shape: PlanShape, buffers: Buffers, slices: int = 1) -> tuple[Ar
     of_slice = {name: of for name, of in buffers.items() if name != "meta"}
     for index in range(1, slices):
         buffers = buffers | {f"{name} of slice {index}": of for name, of in of_slice.items()}
+    if slots is not None:
+        buffers = buffers | {SLOTS: (slots, np.dtype(np.int32))}
     named = (buffers | weights).items()
     return tuple(ArraySpec(name, *of, index) for index, (name, of) in enumerate(named))

@@ -54,6 +54,11 @@ class MoESpec:
             max_tokens * K / EP, W * max_tokens * min(K, E_l)), plus up to block_m - 1 padding
             rows per local expert. A call that needs more raises CapacityError: its padding rows
             count, and rows may use the room that padding leaves. EP suffices always.
+        rail_tokens: of a layer over several nodes: the most tokens of a rank that want experts of
+            any one other node, at most max_tokens. With fewer than max_tokens only wanted tokens
+            cross, and a home has memory for so many of each other node. This pays where the router
+            limits the nodes of a token. A call with more raises CapacityError. None: all tokens
+            cross to all nodes. On one node it means nothing.
 
     Raises:
         ValueError: naming the argument, its value and the rule.
@@ -69,6 +74,7 @@ class MoESpec:
     dtype: str = "bfloat16"
     save: str = "rows"
     capacity_factor: float = 2.0
+    rail_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden", "intermediate", "num_experts", "topk", "max_tokens", "tp"):
@@ -91,6 +97,13 @@ class MoESpec:
             raise ValueError(f"topk must be <= num_experts={self.num_experts} (got {self.topk})")
         factor = check_positive("capacity_factor", self.capacity_factor)
         object.__setattr__(self, "capacity_factor", factor)
+        if self.rail_tokens is not None:
+            rail_tokens = check_int("rail_tokens", self.rail_tokens, minimum=1)
+            if rail_tokens > self.max_tokens:
+                raise ValueError(
+                    f"rail_tokens must be at most max_tokens={self.max_tokens} (got {rail_tokens})"
+                )
+            object.__setattr__(self, "rail_tokens", rail_tokens)
 
     @functools.cached_property
     def numpy_dtype(self) -> np.dtype:
@@ -99,6 +112,11 @@ class MoESpec:
     @property
     def gated(self) -> bool:
         return is_gated(self.activation)
+
+    @property
+    def crossing_tokens(self) -> int:
+        """Tokens of a rank for which every other node has room."""
+        return self.rail_tokens or self.max_tokens
 
     def memory(
         self,
@@ -205,18 +223,23 @@ class Geometry:
         return [(self.rank + d) % self.size for d in range(self.size)]
 
 
-def slice_tokens(max_tokens: int, nodes: int, slices: int) -> int:
-    """The most tokens of a home in one slice of a call over several nodes (`nodes.RailSlices`)."""
+def slice_tokens(max_tokens: int, crossing: int, nodes: int, slices: int) -> int:
+    """The most tokens of a home in one slice of a call over several nodes (`nodes.RailSlices`).
+
+    Args:
+        crossing: `MoESpec.crossing_tokens`.
+    """
     if slices == 1:
-        return nodes * max_tokens
-    own, others = -(-max_tokens // 2), (nodes - 1) * -(-max_tokens // (slices - 2))
+        return max_tokens + (nodes - 1) * crossing
+    own, others = -(-max_tokens // 2), (nodes - 1) * -(-crossing // (slices - 2))
     return max(own, others)
 
 
 def spec_of_node(spec: MoESpec, nodes: int, slices: int = 1) -> MoESpec:
     """The spec of the layer within one of several nodes: it has the node's experts, and each rank
     is the home of the tokens of all ranks of its rail, or of one slice of them. In one slice a rank
-    has as much capacity as in `spec`; smaller slices have their share of it.
+    has as much capacity as in `spec`, however few of the tokens cross; smaller slices have their
+    share of it.
 
     Args:
         slices: `TileConfig.rail_slices`.
@@ -232,11 +255,13 @@ def spec_of_node(spec: MoESpec, nodes: int, slices: int = 1) -> MoESpec:
             f"topk must be at most the number of experts of a node, {spec.num_experts} / {nodes} = "
             f"{experts} (got {spec.topk})"
         )
+    own, crossing = spec.max_tokens, spec.crossing_tokens
     return dataclasses.replace(
         spec,
         num_experts=experts,
-        max_tokens=slice_tokens(spec.max_tokens, nodes, slices),
-        capacity_factor=spec.capacity_factor / nodes,
+        max_tokens=slice_tokens(own, crossing, nodes, slices),
+        capacity_factor=spec.capacity_factor * own / (own + (nodes - 1) * crossing),
+        rail_tokens=None,
     )
 
 

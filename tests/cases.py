@@ -43,7 +43,9 @@ class Case:
     mode: str | None = None
     seed: int = 0
     gemm: str = "cublas"  # on "cuda"; the engine has M-tiles of 128
-    slices: int = 1  # over several nodes; they have the same inputs
+    # Over several nodes; they have the same inputs.
+    slices: int = 1
+    wanted_only: bool = False  # whether only wanted tokens cross, of which as many as there are may
 
     @property
     def size(self) -> int:
@@ -52,17 +54,19 @@ class Case:
     @property
     def spec(self) -> cometrt.MoESpec:
         size, tp = self.ranks
+        more = {"rail_tokens": MAX_TOKENS} if self.wanted_only else {}
         return cometrt.MoESpec(
             hidden=HIDDEN,
             intermediate=self.shard_columns * tp,
             num_experts=4 * (size // tp),
             topk=TOPK,
-            max_tokens=MAX_TOKENS,
+            max_tokens=MAX_TOKENS + 5 * self.wanted_only,
             tp=tp,
             activation=self.activation,
             dtype=self.dtype,
             save=self.save,
             capacity_factor=4.0 * size,  # every routing fits
+            **more,
         )
 
     @property
@@ -80,7 +84,7 @@ class Case:
         )
 
     def __str__(self) -> str:
-        return "-".join(str(v) for v in dataclasses.astuple(self)[:-1]).replace(" ", "")
+        return "-".join(str(v) for v in dataclasses.astuple(self)[:-2]).replace(" ", "")
 
 
 def make_inputs(case: Case) -> Inputs:

@@ -80,7 +80,7 @@ class NodesExecutor:
 
     def too_many_rows(self, rank: int, rows: int) -> CapacityError:
         """The CapacityError of a slice for which that rank of all nodes needs so many rows."""
-        return too_many_rows(rank, rows, self._shape, self._slices.nodes)
+        return too_many_rows(rank, rows, self._shape, self._spec.capacity_factor)
 
     def keep_until_done(self, arrays: list[Any]) -> None:
         self.inner.keep_until_done(arrays)

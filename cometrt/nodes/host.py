@@ -8,6 +8,7 @@ import numpy as np
 
 from cometrt.errors import CapacityError, CometError, RoutingError
 from cometrt.host import HostExecutor
+from cometrt.nodes.crossing import slots_of, too_many_tokens
 from cometrt.nodes.executor import NodesExecutor
 from cometrt.nodes.host_rail import HostRail
 from cometrt.nodes.slices import RailSlices
@@ -26,7 +27,7 @@ Tables = tuple[np.ndarray, np.ndarray]
 class HostNodesExecutor(NodesExecutor):
     """Runs a layer's calls: rail, the slices in the node's layer, rail. Nothing overlaps.
 
-    Rows of the rank on node i are those from i * max_tokens on, also with several slices.
+    Rows are where one slice has them, also with several.
     """
 
     inner: HostExecutor
@@ -45,8 +46,9 @@ class HostNodesExecutor(NodesExecutor):
             world, spec, shape, slices, layer, lambda: HostExecutor(world.node, shape, layer, mode)
         )
         self.rail = HostRail(world, spec, layer)
-        self._rows = slices.nodes * spec.max_tokens
-        self._places = _places(slices)
+        whole = RailSlices.of(spec, slices.nodes, slices.node)
+        self._rows, self._first_row = whole.rows, whole.row_of
+        self._places = _places(slices, whole)
         self._stats: LayerStats | None = None
         # x of all. With one slice it is where the node's layer wants it.
         self._all_x = self.inner.buffer()
@@ -55,7 +57,7 @@ class HostNodesExecutor(NodesExecutor):
 
     def buffer(self) -> np.ndarray:
         """This rank's tokens among those of its rail."""
-        begin = self._world.node_index * self._spec.max_tokens
+        begin = self._first_row(self._world.node_index)
         return self._all_x[begin : begin + self._spec.max_tokens]
 
     def buffer_range(self) -> tuple[int, int]:
@@ -82,11 +84,15 @@ class HostNodesExecutor(NodesExecutor):
             rail, all_x, local, tables = self.rail, self._all_x, None, None
             if plan is None:
                 tables = self._tables(ids, weights)
-                num_tokens = rail.gather("forward", len(x), [(x, all_x), *tables])
-                local = self._localize(tables)
+                slots, refused = self._slots(tables)
+                arrays = [(x, all_x), *tables]
+                num_tokens = rail.gather(
+                    "forward", len(x), arrays, slots=slots, refused=refused
+                )
+                local = self._localize(tables, num_tokens)
             else:
-                of_plan = int(plan.epoch[0])
-                num_tokens = rail.gather("planned forward", len(x), [(x, all_x)], of_plan)
+                of_plan, slots = int(plan.epoch[0]), plan.slots
+                num_tokens = rail.gather("planned forward", len(x), [(x, all_x)], of_plan, slots)
             plans = plan.of_slices() if plan else [None] * self._slices.count
             partials, calls = np.empty_like(all_x), _Calls()
             for place, planned in zip(self._places, plans, strict=True):
@@ -105,22 +111,25 @@ class HostNodesExecutor(NodesExecutor):
                     )
                     calls.add(kept, self.inner.stats())
                 partials[place] = result
-            self._return(num_tokens, [(partials, out)], calls.failed, tables)
+            self._return(num_tokens, [(partials, out)], slots, calls.failed, tables)
         self._stats = calls.stats()
-        return calls.kept() if training else None
+        return calls.kept() | {"slots": slots} if training else None
 
     def plan(self, ids: np.ndarray, weights: np.ndarray, *, tracer: Tracer) -> dict[str, Any]:
         with self._guard("plan"):
             tables, calls = self._tables(ids, weights), _Calls()
-            num_tokens = self.rail.gather("plan", len(ids), list(tables))
-            local_ids, local_weights = self._localize(tables)
+            slots, refused = self._slots(tables)
+            num_tokens = self.rail.gather(
+                "plan", len(ids), list(tables), slots=slots, refused=refused
+            )
+            local_ids, local_weights = self._localize(tables, num_tokens)
             for place in self._places:
                 with calls:
                     made = self.inner.plan(local_ids[place], local_weights[place], tracer=tracer)
                     calls.add(made, self.inner.stats())
-            self._return(num_tokens, [], calls.failed, tables)
+            self._return(num_tokens, [], slots, calls.failed, tables)
         self._stats = calls.stats()
-        return calls.kept()
+        return calls.kept() | {"slots": slots}
 
     def backward(
         self, dy: np.ndarray, saved: Residuals, *, out: Gradients, accumulate: bool, tracer: Tracer
@@ -129,7 +138,8 @@ class HostNodesExecutor(NodesExecutor):
         with self._guard("backward"):
             all_dy = np.empty((self._rows, self._spec.hidden), dy.dtype)
             of_forward, calls = int(saved.epoch[0]), _Calls()
-            num_tokens = self.rail.gather("backward", len(dy), [(dy, all_dy)], of_forward)
+            arrays = [(dy, all_dy)]
+            num_tokens = self.rail.gather("backward", len(dy), arrays, of_forward, saved.slots)
             grads = Gradients(
                 np.empty_like(all_dy),
                 np.empty((self._rows, self._spec.topk), np.float32),
@@ -146,7 +156,7 @@ class HostNodesExecutor(NodesExecutor):
                 grads.x[place], grads.topk_weights[place] = dx, dweight
                 calls.add({}, self.inner.stats())
             results = [(grads.x, out.x), (grads.topk_weights, out.topk_weights)]
-            self._return(num_tokens, results)
+            self._return(num_tokens, results, saved.slots)
         for result, value in ((out.w_up, grads.w_up), (out.w_down, grads.w_down)):
             result[:] = result + value if accumulate else value
         self._stats = calls.stats()
@@ -161,9 +171,23 @@ class HostNodesExecutor(NodesExecutor):
         all_ids, all_weights = np.full(pairs, -1, np.int32), np.zeros(pairs, np.float32)
         return (clipped, all_ids), (weights, all_weights)
 
-    def _localize(self, tables: tuple[Tables, Tables]) -> Tables:
+    def _slots(self, tables: tuple[Tables, Tables]) -> tuple[np.ndarray | None, int]:
+        """(slots as in `Residuals`, how many tokens should cross if they are too many, else 0)."""
+        if not self._slices.wanted_only:
+            return None, 0
+        spec, (own_ids, _), (own_weights, _) = self._spec, *tables
+        nodes, node = self._slices.nodes, self._slices.node
+        slots, most = slots_of(own_ids, own_weights, spec, nodes, node)
+        return slots, most if most > spec.crossing_tokens else 0
+
+    def _localize(self, tables: tuple[Tables, Tables], num_tokens: list[int]) -> Tables:
         """The rail's tables for this node: ids of other nodes become -1. A token that breaks a rule
-        gets an id that breaks it on every node."""
+        gets an id that breaks it on every node; so does the first row of a rank of which too many
+        tokens should cross.
+
+        Args:
+            num_tokens: of `HostRail.gather`.
+        """
         (_, ids), (_, weights) = tables
         experts = self._shape.geometry.spec.num_experts
         first = self._world.node_index * experts
@@ -173,17 +197,21 @@ class HostNodesExecutor(NodesExecutor):
         for k in range(1, self._spec.topk):
             same = (ids[:, :k] == ids[:, k : k + 1]) & (ids[:, k : k + 1] >= 0)
             local[same.any(axis=1), k] = experts
+        for node, count in enumerate(num_tokens):
+            if count < 0:
+                local[self._first_row(node), 0] = experts
         return local, weights
 
     def _return(
         self,
         num_tokens: list[int],
         results: list[Tables],
+        slots: np.ndarray | None,
         failed: CometError | None = None,
         tables: Any = None,
     ) -> None:
         """Partial results go back. If the call failed on any node, all ranks raise."""
-        if not self.rail.send_back(num_tokens, results, failed is not None):
+        if not self.rail.send_back(num_tokens, results, failed is not None, slots):
             raise self._agreed_error(failed, tables)
         self.check_running()
 
@@ -201,20 +229,24 @@ class HostNodesExecutor(NodesExecutor):
             check_routing(own, spec, world.rank)
         except RoutingError as error:
             wrong = error
-        ranks = world.allgather((wrong, need), purpose="errors of a call")
-        errors: list[RoutingError] = [wrong for wrong, _ in ranks if wrong is not None]
+        found = wrong, need, self._slots(tables)[1]
+        ranks = world.allgather(found, purpose="errors of a call")
+        errors: list[RoutingError] = [wrong for wrong, *_ in ranks if wrong is not None]
         if errors:
             return errors[0]
-        rows, rank = max(of for _, of in ranks)
+        for rank, (*_, refused) in enumerate(ranks):
+            if refused:
+                return too_many_tokens(rank, refused, spec)
+        rows, rank = max(of for _, of, _ in ranks)
         return self.too_many_rows(-rank, rows)
 
 
-def _places(slices: RailSlices) -> list[Any]:
-    """Where the rows of each slice are."""
-    tokens, own = slices.max_tokens, slices.node * slices.max_tokens
+def _places(slices: RailSlices, whole: RailSlices) -> list[Any]:
+    """Where the rows of each slice are, among those of one slice, `whole`."""
+    own = whole.row_of(slices.node)
     if slices.count == 1:
         return [slice(0, slices.rows)]
-    others = [node * tokens for node in range(slices.nodes) if node != slices.node]
+    others = [whole.row_of(node) for node in range(slices.nodes) if node != slices.node]
     return [
         slice(own + call.begin, own + call.end)
         if call.part is None

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cometrt.errors import MismatchError
+from cometrt.nodes.slices import RailSlices
 from cometrt.specs import MoESpec
 from cometrt.world.failure import Failure, WaitTarget
 from cometrt.world.layout import header_dtype
@@ -29,22 +30,32 @@ class HostRail:
 
         self._mpi, self._world, self._spec, self._layer = MPI, world, spec, layer
         own = world.node_index
+        self._first_row = RailSlices.of(spec, world.nodes, own).row_of
         self._others = [(own + d) % world.nodes for d in range(1, world.nodes)]
         self._header = np.zeros((), header_dtype)
 
     def gather(
-        self, operation: str, num_tokens: int, arrays: list[Pair], forward_epoch: int = 0
+        self,
+        operation: str,
+        num_tokens: int,
+        arrays: list[Pair],
+        forward_epoch: int = 0,
+        slots: np.ndarray | None = None,
+        refused: int = 0,
     ) -> list[int]:
         """Begin a call: gather the rows of all ranks of the rail.
 
         Args:
             num_tokens: of this rank.
-            arrays: (own [T, n], of the rail [N * max_tokens, n]): rows of the rank on node i come
-                behind row i * max_tokens. Other rows stay as they are.
+            arrays: (own [T, n], of the rail [R, n]): rows of the rank on node i come where
+                `RailSlices.row_of` of one slice says. Other rows stay as they are.
             forward_epoch: of a backward's forward, or of a planned forward's plan.
+            slots: as in `Residuals`; None: all tokens cross.
+            refused: not 0: so many tokens should cross, which are too many, and none does.
 
         Returns:
-            the number of tokens of each rank of the rail.
+            the number of tokens that have come from each rank of the rail, and of this rank all; -n
+            where n should have crossed.
 
         Raises:
             PeerTimeout, MismatchError: as a call within a node.
@@ -56,7 +67,7 @@ class HostRail:
             self._layer,
             self._spec.digest(),
             forward_epoch,
-            num_tokens,
+            -refused if refused else num_tokens,
         )
         for own, all_rows in arrays:
             target = self._rows(all_rows, world.node_index, num_tokens)
@@ -64,26 +75,36 @@ class HostRail:
                 target[...] = own  # which may lie in all_rows too: it is not read any more
         with _Messages(self, "rail_tokens") as messages:
             for node in self._others:
-                messages.send(node, self._header)
-                for _, all_rows in arrays:
-                    messages.send(node, self._rows(all_rows, world.node_index, num_tokens))
+                header, wanted = self._header.copy(), _wanted(slots, node, num_tokens)
+                if not refused:
+                    header["num_tokens"] = len(np.arange(num_tokens)[wanted])
+                messages.send(node, header)
+                for _, all_rows in arrays if not refused else ():
+                    own = self._rows(all_rows, world.node_index, num_tokens)
+                    messages.send(node, own[wanted])
             headers = messages.headers()
             self._check(headers)
             for node in self._others:
-                for _, all_rows in arrays:
-                    messages.receive(
-                        node, self._rows(all_rows, node, int(headers[node]["num_tokens"]))
-                    )
+                count = int(headers[node]["num_tokens"])
+                for _, all_rows in arrays if count >= 0 else ():
+                    messages.receive(node, self._rows(all_rows, node, count))
             messages.complete()
         return [int(headers[node]["num_tokens"]) for node in range(world.nodes)]
 
-    def send_back(self, num_tokens: list[int], results: list[Pair], failed: bool) -> bool:
+    def send_back(
+        self,
+        num_tokens: list[int],
+        results: list[Pair],
+        failed: bool,
+        slots: np.ndarray | None = None,
+    ) -> bool:
         """End a call: return each rank its tokens' partial sums, and add them in node order.
 
         Args:
-            num_tokens: of each rank of the rail.
-            results: (partial sums [N * max_tokens, n] of this node, out [T, n]).
+            num_tokens: what `gather` has returned.
+            results: (partial sums [R, n] of this node, out [T, n]).
             failed: whether the call failed on this node; then nothing is sent.
+            slots: as for `gather`.
 
         Returns:
             whether it succeeded on all nodes. Otherwise `out` is as before.
@@ -100,21 +121,22 @@ class HostRail:
             for node in self._others:
                 if not outcomes[node]:
                     for (_, out), rows in zip(results, received, strict=True):
-                        rows[node] = np.empty_like(out)
+                        rows[node] = np.empty_like(out[_wanted(slots, node, len(out))])
                         messages.receive(node, rows[node])
             messages.complete()
         if any(outcomes.values()):
             return False
         for (partials, out), rows in zip(results, received, strict=True):
             rows[own] = self._rows(partials, own, num_tokens[own])
-            total = rows[0].astype(np.float32)
-            for node in range(1, world.nodes):
-                total += rows[node].astype(np.float32)
+            total = np.zeros(out.shape, np.float32)
+            for node in range(world.nodes):
+                where = slice(None) if node == own else _wanted(slots, node, len(out))
+                total[where] += rows[node].astype(np.float32)
             out[...] = total.astype(out.dtype)
         return True
 
     def _rows(self, all_rows: np.ndarray, node: int, num_tokens: int) -> np.ndarray:
-        first = node * self._spec.max_tokens
+        first = self._first_row(node)
         return all_rows[first : first + num_tokens]
 
     def _check(self, headers: dict[int, np.ndarray]) -> None:
@@ -182,6 +204,11 @@ class _Messages:
             mismatch = functools.partial(in_collective, world, peer)
             world.wait(request.Test, target, mismatch=mismatch)
             del messages[0]
+
+
+def _wanted(slots: np.ndarray | None, node: int, num_tokens: int) -> Any:
+    """Which of this rank's tokens cross to a node: an index."""
+    return slice(None) if slots is None else slots[node, :num_tokens] >= 0
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

@@ -1,8 +1,12 @@
 """`RailSlices`: how a call over several nodes is cut into calls of the node's layer.
 
-With one slice, rows of the rank on node i are those from i * max_tokens on. With more, this rank's
-own rows come first; behind them are the parts of other nodes' tokens, one after the other. A part
-has the same tokens of each other node, in the order of nodes:
+A home has rows for max_tokens tokens of its own rank, and for `crossing` tokens of each other rank
+of its rail. Where only wanted tokens cross, a row of these is a *slot* of `nodes.crossing`; else it
+is that token's, and slots are tokens.
+
+With one slice, ranks' rows are in the order of nodes. With more, this rank's own rows come first;
+behind them are the parts of other nodes' tokens, one after the other. A part has the same slots of
+each other node, in the order of nodes:
 
     own tokens [max_tokens] | part 0: [N - 1, part_tokens] | part 1: [N - 1, part_tokens] | ...
 
@@ -15,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from cometrt.specs import slice_tokens
+from cometrt.specs import MoESpec, slice_tokens
 
 
 class RailSlice(NamedTuple):
@@ -39,12 +43,19 @@ class RailSlices:
         nodes, node: N, and this rank's.
         max_tokens: of the layer.
         count: number of calls of the node's layer in a call: `TileConfig.rail_slices`.
+        crossing: `MoESpec.crossing_tokens`.
     """
 
     nodes: int
     node: int
     max_tokens: int
-    count: int = 1
+    count: int
+    crossing: int
+
+    @staticmethod
+    def of(spec: MoESpec, nodes: int, node: int, count: int = 1) -> RailSlices:
+        """Of a layer of that spec."""
+        return RailSlices(nodes, node, spec.max_tokens, count, spec.crossing_tokens)
 
     @property
     def parts(self) -> int:
@@ -54,19 +65,29 @@ class RailSlices:
     @property
     def part_tokens(self) -> int:
         """The most tokens of one other node in a part."""
-        return -(-self.max_tokens // self.parts)
+        return -(-self.crossing // self.parts)
 
     @property
     def rows(self) -> int:
         """Of all slices. Some in the last part may belong to no token."""
         if self.count == 1:
-            return self.nodes * self.max_tokens
+            return self.slice_tokens
         return self.max_tokens + self.parts * (self.nodes - 1) * self.part_tokens
 
     @property
     def slice_tokens(self) -> int:
         """Rows of the largest slice."""
-        return slice_tokens(self.max_tokens, self.nodes, self.count)
+        return slice_tokens(self.max_tokens, self.crossing, self.nodes, self.count)
+
+    @property
+    def wanted_only(self) -> bool:
+        """Whether only wanted tokens cross (`nodes.crossing`)."""
+        return self.nodes > 1 and self.crossing < self.max_tokens
+
+    @property
+    def slots_shape(self) -> tuple[int, int] | None:
+        """[N, max_tokens], of `nodes.crossing`; None: all tokens cross."""
+        return (self.nodes, self.max_tokens) if self.wanted_only else None
 
     def calls(self) -> list[RailSlice]:
         """In their order."""
@@ -79,26 +100,29 @@ class RailSlices:
         return [RailSlice(0, half, None), *others, RailSlice(half, own, None)]
 
     def tokens_of(self, part: int) -> range:
-        """The tokens of each other node that a part has."""
-        begin = min(part * self.part_tokens, self.max_tokens)
-        return range(begin, min(begin + self.part_tokens, self.max_tokens))
+        """The slots of each other node that a part has."""
+        begin = min(part * self.part_tokens, self.crossing)
+        return range(begin, min(begin + self.part_tokens, self.crossing))
 
-    def row_of(self, node: int, token: int = 0) -> int:
-        """The row of a token. As row_of in kernels_cu/nodes/rail_params.cuh."""
+    def row_of(self, node: int, slot: int = 0) -> int:
+        """The row of a slot; of this node, of a token. As row_of in
+        kernels_cu/nodes/rail_params.cuh."""
         if self.count == 1:
-            return node * self.max_tokens + token
+            more = self.max_tokens - self.crossing if node > self.node else 0
+            return node * self.crossing + more + slot
         if node == self.node:
-            return token
-        part, offset = divmod(token, self.part_tokens)
-        slot = part * (self.nodes - 1) + node - (node > self.node)
-        return self.max_tokens + slot * self.part_tokens + offset
+            return slot
+        part, offset = divmod(slot, self.part_tokens)
+        before = part * (self.nodes - 1) + node - (node > self.node)
+        return self.max_tokens + before * self.part_tokens + offset
 
-    def token_of(self, row: int) -> tuple[int, int]:
-        """(node, token) of a row."""
+    def slot_of(self, row: int) -> tuple[int, int]:
+        """(node, slot) of a row; of this node, (node, token)."""
         if self.count == 1:
-            return divmod(row, self.max_tokens)
+            node = sum(self.row_of(node) <= row for node in range(1, self.nodes))
+            return node, row - self.row_of(node)
         if row < self.max_tokens:
             return self.node, row
-        slot, offset = divmod(row - self.max_tokens, self.part_tokens)
-        part, other = divmod(slot, self.nodes - 1)
+        before, offset = divmod(row - self.max_tokens, self.part_tokens)
+        part, other = divmod(before, self.nodes - 1)
         return other + (other >= self.node), part * self.part_tokens + offset

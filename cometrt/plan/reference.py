@@ -181,15 +181,18 @@ def _check_capacity(ranks: list[_RankTiles], shape: PlanShape) -> None:
         raise too_many_rows(rank, needs[rank], shape)
 
 
-def too_many_rows(rank: int, need: int, shape: PlanShape, nodes: int = 1) -> CapacityError:
+def too_many_rows(
+    rank: int, need: int, shape: PlanShape, factor: float | None = None
+) -> CapacityError:
     """The CapacityError for a rank that needs `need` rows, padding rows included.
 
     Args:
-        shape: within one of so many nodes.
+        factor: the capacity_factor of the whole layer, where the shape is that within a node.
     """
     # Capacity includes the most padding rows possible, so only real rows scale with the factor.
     rows = need - shape.geometry.local_experts * (shape.config.block_m - 1)
-    enough = math.ceil(100 * (nodes * rows / shape.balanced_rows)) / 100
+    own = shape.geometry.spec.capacity_factor
+    enough = math.ceil(100 * ((factor or own) / own * rows / shape.balanced_rows)) / 100
     return CapacityError.build(
         rank=rank, need=need, capacity=shape.capacity, capacity_factor=enough
     )

@@ -93,5 +93,5 @@ class Rail:
     def _shape(self, config: TileConfig) -> tuple[PlanShape, RailSlices]:
         world, spec, count = self._world, self._geometry.spec, config.rail_slices
         of_node = geometry_of_node(spec, world.rank, world.size, world.nodes, count)
-        slices = RailSlices(world.nodes, world.node_index, spec.max_tokens, count)
+        slices = RailSlices.of(spec, world.nodes, world.node_index, count)
         return PlanShape(of_node, config), slices

@@ -16,9 +16,11 @@ SPEC = cometrt.MoESpec(hidden=64, intermediate=64, num_experts=24, topk=2, max_t
 @pytest.mark.parametrize("nodes", [2, 3, 4])
 @pytest.mark.parametrize("max_tokens", [1, 2, 7, 40, 41])
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8])
-def test_every_token_has_a_row_of_its_own_in_one_slice(nodes, max_tokens, count):
+@pytest.mark.parametrize("crossing", ["all", "some", "one"])
+def test_every_token_has_a_row_of_its_own_in_one_slice(nodes, max_tokens, count, crossing):
+    most = {"all": max_tokens, "some": -(-max_tokens // 3), "one": 1}[crossing]
     for node in range(nodes):
-        slices = RailSlices(nodes, node, max_tokens, count)
+        slices = RailSlices(nodes, node, max_tokens, count, most)
         calls = slices.calls()
         assert len(calls) == count
         assert max(call.end - call.begin for call in calls) <= slices.slice_tokens
@@ -31,11 +33,11 @@ def test_every_token_has_a_row_of_its_own_in_one_slice(nodes, max_tokens, count)
         rows = {
             (of, token): slices.row_of(of, token)
             for of in range(nodes)
-            for token in range(max_tokens)
+            for token in range(max_tokens if of == node else most)
         }
-        assert len(set(rows.values())) == nodes * max_tokens
+        assert len(set(rows.values())) == max_tokens + (nodes - 1) * most
         for (of, token), row in rows.items():
-            assert slices.token_of(row) == (of, token)
+            assert slices.slot_of(row) == (of, token)
             call = calls[of_row[row]]
             if count > 1:
                 assert (call.part is None) == (of == node)
@@ -44,13 +46,13 @@ def test_every_token_has_a_row_of_its_own_in_one_slice(nodes, max_tokens, count)
                 first = slices.tokens_of(call.part)[0]
                 assert row == slices.row_of(of, first) + token - first  # one transfer
         parts = [token for part in range(slices.parts) for token in slices.tokens_of(part)]
-        assert parts == list(range(max_tokens))
+        assert parts == list(range(most))
 
 
 def test_slices_of_equal_size():
     """2 * nodes of them: no slice, and so no buffer, is larger than half of a rank's tokens."""
     for nodes in (2, 3, 4):
-        slices = RailSlices(nodes, 0, 48, 2 * nodes)
+        slices = RailSlices.of(SPEC, nodes, 0, 2 * nodes)
         assert {call.end - call.begin for call in slices.calls()} == {24}
         assert slices.slice_tokens == 24
 

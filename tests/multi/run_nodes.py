@@ -12,7 +12,7 @@ import numpy as np
 from mpi4py import MPI
 
 import cometrt
-from tests.cases import ROUTINGS, Case, make_inputs, run_case
+from tests.cases import ROUTINGS, TOPK, Case, make_inputs, run_case
 from tests.faults import at, jitter, slow
 from tests.host.test_failures import caught
 from tests.host.test_orders import Rank, batches_of
@@ -32,7 +32,8 @@ def case_of(world, tp=1, **more) -> Case:
 
 
 def cases(size: int, slices: int, most_tp: int = 2) -> list[Case]:
-    """Every routing with every kind of `save`, in both modes, and one and two shards an expert."""
+    """Every routing with every kind of `save`, in both modes, and one and two shards an expert. In
+    every second one only wanted tokens cross."""
     found = []
     for seed, (routing, save) in enumerate(itertools.product(ROUTINGS, ["rows", "z", "nothing"])):
         found.append(
@@ -46,6 +47,7 @@ def cases(size: int, slices: int, most_tp: int = 2) -> list[Case]:
                 mode="sequential" if seed % 7 == 4 else "fused",
                 seed=seed,
                 slices=slices,
+                wanted_only=seed % 2 == 1,
             )
         )
     return found
@@ -110,16 +112,66 @@ def planned(world):
 
 
 def same_bits(world):
-    """A token's results do not depend on its slice."""
+    """A token's results depend neither on its slice nor on what else crosses."""
     for routing in ("uniform", "at_home", "empty_rank", "skewed"):
-        case = case_of(world, routing=routing, save="z", seed=5)
+        case = case_of(world, routing=routing, save="z", seed=5, slices=1)
         inputs = make_inputs(case)
-        found, expected = (
-            run_case(world, dataclasses.replace(case, slices=slices), inputs) for slices in (5, 1)
-        )
-        assert found.y.tobytes() == expected.y.tobytes()
-        assert found.grads.x.tobytes() == expected.grads.x.tobytes()
-        assert found.grads.topk_weights.tobytes() == expected.grads.topk_weights.tobytes()
+        expected = run_case(world, case, inputs)
+        for change in (
+            {"slices": 5},
+            {"wanted_only": True},
+            {"slices": 4, "wanted_only": True},
+        ):
+            found = run_case(world, dataclasses.replace(case, **change), inputs)
+            assert found.y.tobytes() == expected.y.tobytes()
+            assert found.grads.x.tobytes() == expected.grads.x.tobytes()
+            assert found.grads.topk_weights.tobytes() == expected.grads.topk_weights.tobytes()
+
+
+@dataclasses.dataclass(frozen=True)
+class Limited(Case):
+    """A token's experts are all on one node, and a rank has room for `rail_tokens` of another."""
+
+    rail_tokens: int = 0
+
+    @property
+    def spec(self) -> cometrt.MoESpec:
+        return dataclasses.replace(super().spec, rail_tokens=self.rail_tokens)
+
+
+def limited(world):
+    """Exactly as many tokens cross as may; then one more does."""
+    plain = case_of(world, seed=3)
+    inputs, experts = make_inputs(plain), plain.spec.num_experts
+    of_node, most = experts // world.nodes, 0
+    for rank, ids in enumerate(inputs.ids):
+        nodes = np.arange(len(ids)) * (rank + 1) % 7 % world.nodes  # unequal shares
+        ids[:] = nodes[:, None] * of_node + np.argsort(ids % of_node, axis=1)
+        shares = np.bincount(nodes, minlength=world.nodes)
+        shares[rank // world.ranks_per_node] = 0
+        most = max(most, int(shares.max()))
+        if rank == world.size - 1 and len(ids) > 2:
+            ids[2] = -1
+    assert 1 < most < min(map(len, inputs.ids))
+    fields = {f.name: getattr(plain, f.name) for f in dataclasses.fields(Case)}
+    tight, less = (Limited(**fields, rail_tokens=room) for room in (most, most - 1))
+    checked(world, tight, inputs, run_case(world, tight, inputs))
+    rank, r = Rank(world, less, [inputs]), world.rank
+    for call in (
+        lambda: rank.forward(0),
+        lambda: rank.layer.plan(inputs.ids[r], inputs.weights[r]),
+    ):
+        error = caught(call)
+        assert isinstance(error, cometrt.CapacityError), error
+        assert len(set(world.allgather(str(error)))) == 1, error
+        assert (error.need, error.capacity) == (most, most - 1), vars(error)
+        assert f"wants {most} tokens of rank {error.rank} but MoESpec.rail_tokens" in str(error)
+    inputs.ids[r][:] = r // world.ranks_per_node * of_node + np.arange(TOPK)  # all at home
+    others = world.allgather(inputs.ids[r])
+    for ids, other in zip(inputs.ids, others, strict=True):
+        ids[:] = other
+    rank.forward(0)
+    checked(world, less, inputs, rank.backward(0))
 
 
 def stalled(world, where: str, call: str, node: int):
@@ -347,8 +399,8 @@ def main() -> None:
                 inputs = make_inputs(case)
                 checked(world, case, inputs, run_case(world, case, inputs))
             for part in (
-                orders, planned, same_bits, wrong_tables, too_many_rows, misuse, mismatched,
-                raising, resetting,
+                orders, planned, same_bits, limited, wrong_tables, too_many_rows, misuse,
+                mismatched, raising, resetting,
             ):  # fmt: skip
                 part(world)
             world.timeout_sec = 0.5

@@ -506,7 +506,7 @@ class Rank:
         config = config or case.config
         self.layer = cometrt.MoELayer(world, case.spec, config=config)
         count = config.rail_slices
-        slices = RailSlices(world.nodes, world.node_index, case.spec.max_tokens, count)
+        slices = RailSlices.of(case.spec, world.nodes, world.node_index, count)
         given = world, case.spec, self.layer.shape, slices, 0, self.layer.mode
         self.executor = cuda.CudaNodesExecutor(*given)
         self.layer.executor = self.executor
