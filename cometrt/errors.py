@@ -34,11 +34,13 @@ class RoutingError(CometError):
     Attributes:
         rank: the rank that passed the table.
         token, k: the first invalid pair in it.
+        expert_id: its id, as far as an int32 holds it; 0 over several nodes.
     """
 
     rank: int
     token: int
     k: int
+    expert_id: int = 0
 
     @classmethod
     def build(cls, table: str, problem: str, *, rank: int, token: int, k: int) -> RoutingError:

@@ -268,9 +268,7 @@ class MoELayer(LayerLife):
         self.config, self.shape = config, PlanShape(of_node, config)
         self._slices = RailSlices.of(self.spec, world.nodes, world.node_index, slices)
         residuals = buffers_of(world.device).residuals(self.shape)
-        self._saved_specs = array_specs(
-            self.shape, residuals, slices, self._slices.slots_shape
-        )
+        self._saved_specs = array_specs(self.shape, residuals, slices, self._slices.slots_shape)
         self._plan_specs = plan_specs(self._saved_specs)
 
     def _exchange(self, name: str, stream: Any) -> contextlib.AbstractContextManager[None]:

@@ -22,7 +22,8 @@ params_dtype = np.dtype(
         (name, np.uint64)
         for name in (
             "state progress report steps rows all_rows ids weights messages "
-            "message_bytes all_ids all_weights partials returned out dweight_partials "
+            "message_bytes all_ids all_weights slots counts wanted_rows crossing_rows outgoing "
+            "partials returned out dweight_partials "
             "returned_dweight out_dweight outcomes"
         ).split()
     ]
@@ -31,7 +32,7 @@ params_dtype = np.dtype(
         (name, np.int32)
         for name in (
             "nodes node max_tokens topk hidden num_tokens num_experts id_bytes part_tokens "
-            "num_epochs slice ends begins own others unused"
+            "num_epochs slice ends begins own others crossing"
         ).split()
     ]
 )

@@ -1,9 +1,9 @@
 """Which tokens cross between nodes where only wanted ones do (`MoESpec.rail_tokens`), in NumPy.
 
-A node *wants* a token if the token has chosen one of its experts. All nodes want a token that breaks
-a rule, so that all of them find it. The wanted tokens of a rank are numbered for each other node, in
-the order of tokens: the n-th one crosses to *slot* n. On "cuda" `rail_choose` does the same
-(kernels_cu/nodes/rail.cu).
+A node *wants* a token if the token has chosen one of its experts. All nodes want a token that
+breaks a rule, so that all of them find it. The wanted tokens of a rank are numbered for each other
+node, in the order of tokens: the n-th one crosses to *slot* n. On "cuda" `rail_choose` does the
+same (kernels_cu/nodes/rail_choose.cu).
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from cometrt.cuda.graphs import CallGraphs
 from cometrt.cuda.stats import DeviceStats
 from cometrt.cuda.types import DeviceArray
 from cometrt.errors import CallNotBegun, CapacityError, CometError, RoutingError
+from cometrt.nodes.crossing import too_many_tokens
 from cometrt.nodes.cuda_rail import OUTCOMES, CudaRail
 from cometrt.nodes.executor import NodesExecutor
 from cometrt.nodes.nccl_sms import sms_for_nccl
@@ -27,6 +28,8 @@ from cometrt.world.failure import Failure
 from cometrt.world.nodes import NodesWorld
 from cometrt.world.partitions import leave_sms
 
+# Ids that rail_choose gives: as in kernels_cu/nodes/rail_ids.cuh.
+_WRONG_PAIR, _TOO_MANY, _MOST_WANTED = -2, -(2**31), 2**30
 _NEWS_SEC = 1.0  # the time in which another node's failure becomes known here
 
 
@@ -100,7 +103,8 @@ class CudaNodesExecutor(NodesExecutor):
             rail, all_x = self.rail, self._all_x()
             operation = "forward" if plan is None else "planned forward"
             number = 0 if plan is None else plan.serial
-            own = rail.begin(operation, len(x), x, all_x, ids, weights, number)
+            slots = plan.slots if plan else None
+            own = rail.begin(operation, len(x), x, all_x, ids, weights, number, slots)
             plans = plan.of_slices() if plan else [None] * self._slices.count
             made = []
             for (index, of), planned in zip(self._calls(), plans, strict=True):
@@ -120,7 +124,7 @@ class CudaNodesExecutor(NodesExecutor):
                 made.append(kept or {})
                 rail.end_slice(index, of, rows=True, dweights=False)
             rail.end(out, epochs=self._epochs(made) if training else ())
-        return made[0] | {"others": tuple(made[1:])} if training else None
+        return self._kept(made) if training else None
 
     def plan(self, ids: DeviceArray, weights: DeviceArray, *, tracer: Tracer) -> dict[str, Any]:
         with self._call("plan"):
@@ -131,7 +135,7 @@ class CudaNodesExecutor(NodesExecutor):
                 made.append(self.inner.plan(rail.all_ids[at], rail.all_weights[at], tracer=tracer))
                 rail.end_slice(index, of, rows=False, dweights=False)
             rail.end(epochs=self._epochs(made))
-        return made[0] | {"others": tuple(made[1:])}
+        return self._kept(made)
 
     def backward(
         self,
@@ -144,7 +148,8 @@ class CudaNodesExecutor(NodesExecutor):
     ) -> None:
         with self._call("backward"):
             rail = self.rail
-            own = rail.begin("backward", len(dy), dy, rail.rows, forward=saved.serial)
+            of_forward = {"forward": saved.serial, "slots": saved.slots}
+            own = rail.begin("backward", len(dy), dy, rail.rows, **of_forward)
             for (index, of), part in zip(self._calls(), saved.of_slices(), strict=True):
                 rows = _rows_of(of, own, rail.rows)
                 at = slice(of.begin, of.begin + len(rows))
@@ -160,6 +165,10 @@ class CudaNodesExecutor(NodesExecutor):
             self.rail.begin_slice(of)
             self.inner.stats_address = self._stats[index].address
             yield index, of
+
+    def _kept(self, made: list[dict[str, Any]]) -> dict[str, Any]:
+        """Fields of `Residuals` or `PlanAhead`, from those of the slices."""
+        return made[0] | {"others": tuple(made[1:]), "slots": self.rail.slots}
 
     def _epochs(self, made: list[dict[str, Any]]) -> list[Any]:
         """Of a call's slices. With one slice its own kernels do all that is needed."""
@@ -188,6 +197,7 @@ class CudaNodesExecutor(NodesExecutor):
         finally:
             if capturing:
                 gpu.captured = True
+                self.captured.append(self.rail.slots)
             else:
                 self.inner.ended.record(stream)
                 gpu.last_call = self.inner.ended
@@ -258,12 +268,17 @@ class CudaNodesExecutor(NodesExecutor):
         try:
             yield
         except CapacityError as error:
-            (_, shape, _), _ = self._failed_call()
-            first, nodes = world.node.first_rank, world.nodes
-            raise too_many_rows(first + error.rank, error.need, shape, nodes) from None
+            (_, shape, spec), _ = self._failed_call()
+            rank, factor = world.node.first_rank + error.rank, spec.capacity_factor
+            raise too_many_rows(rank, error.need, shape, factor) from None
         except RoutingError as error:
             (slices, _, spec), slice_idx = self._failed_call()
-            node, token = slices.token_of(slices.calls()[slice_idx].begin + error.token)
+            node, token = slices.slot_of(slices.calls()[slice_idx].begin + error.token)
+            if slices.wanted_only:
+                if error.expert_id <= -_MOST_WANTED:
+                    rank = node * world.ranks_per_node + error.rank
+                    raise too_many_tokens(rank, error.expert_id - _TOO_MANY, spec) from None
+                token = _WRONG_PAIR - error.expert_id
             raise RoutingError.build(
                 "topk_ids and topk_weights",
                 f"break a rule: ids must be in [-1, {spec.num_experts}) and distinct within the "

@@ -2,7 +2,8 @@
 
 With one slice everything goes to the call's stream. With more, transfers go to a stream of their
 own (`side`), and events order the two. Nothing waits on the host. Each rank sends the rows of
-max_tokens tokens, since no host knows the numbers of tokens of other ranks.
+`MoESpec.crossing_tokens` tokens, since no host knows the numbers of tokens of other ranks. Where
+only wanted tokens cross, `rail_choose` gives them slots (`nodes.crossing`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class CudaRail:
 
     Attributes:
         all_ids, all_weights: [R, K], the tables of the rail for this node's experts.
+        slots: [N, max_tokens] of the current call, as in `Residuals`; None: all tokens cross.
         results: [R, H], results of the node's calls.
         rows: [R, H]: gathered tokens or dy, and behind the node's calls returned partial sums.
         dweights: [R, K] float32, results of the node's backward.
@@ -54,8 +56,8 @@ class CudaRail:
         self._cp, self._world, self._spec, self._nccl = cp, world, spec, world.nccl
         self._slices, nodes = slices, world.nodes
         pairs = (slices.rows, spec.topk)
-        own_pairs = spec.max_tokens * spec.topk
-        self._message_bytes = header_dtype.itemsize + -(-8 * own_pairs // 16) * 16
+        crossing_pairs = slices.crossing * spec.topk
+        self._message_bytes = header_dtype.itemsize + -(-8 * crossing_pairs // 16) * 16
         self._messages = cp.zeros(nodes * self._message_bytes, cp.uint8)
         self._outcomes = cp.zeros(nodes * outcome_dtype.itemsize, cp.uint8)
         # Rows that belong to no token keep these ids.
@@ -69,6 +71,7 @@ class CudaRail:
         self._pack, self._localize, self._outcome, self._step, self._add = load_kernels(
             "nodes/rail.cu", "rail_pack", "rail_localize", "rail_outcome", "rail_step", "rail_add"
         )
+        (self._choose,) = load_kernels("nodes/rail_choose.cu", "rail_choose")
         self._progress = int(executor.queue.planner.progress.data.ptr)
         self._ctas = 4 * num_sms()
         self._params, self._filled_for = ParamStruct(params_dtype), (-1, -1)
@@ -94,7 +97,20 @@ class CudaRail:
             "hidden": spec.hidden,
             "num_experts": spec.num_experts,
             "part_tokens": slices.part_tokens if self._several else 0,
+            "crossing": slices.crossing,
         }
+        self.slots: Any = None
+        if slices.wanted_only:
+            self._counts = cp.zeros(nodes, cp.int32)
+            self._outgoing = cp.zeros(nodes * self._message_bytes, cp.uint8)
+            self._crossing_rows = cp.ndarray(
+                ((nodes - 1) * slices.crossing, spec.hidden), spec.numpy_dtype
+            )
+            self._fixed |= {
+                "counts": self._counts.data.ptr,
+                "outgoing": self._outgoing.data.ptr,
+                "crossing_rows": self._crossing_rows.data.ptr,
+            }
 
     # ---- a call, in this order --------------------------------------------------------------
 
@@ -107,19 +123,27 @@ class CudaRail:
         ids: Any = None,
         weights: Any = None,
         forward: int = 0,
+        slots: Any = None,
     ) -> Any:
         """Begin a call: gather rows [num_tokens, H] into all_rows [R, H], and the tables into
         `all_ids` and `all_weights`.
 
         Args:
             forward: number of a backward's forward, or of a planned forward's plan.
+            slots: of that forward or plan, as in `Residuals`.
 
         Returns:
             where this rank's rows are for the call's slices.
         """
-        fields, own = self._begin(), None
+        fields, own, wanted_rows = self._begin(), None, None
+        if self._slices.wanted_only:
+            # An array of its own, since `saved` and plans keep it.
+            shape, of_tables = self._slices.slots_shape, ids is not None
+            slots = self._cp.ndarray(shape, self._cp.int32) if of_tables else slots
+        self.slots = slots
         if rows is not None:
             rows = self._out_of(all_rows, rows)
+            wanted_rows = rows if self._slices.wanted_only else None
             own = self.own_rows(all_rows)[:num_tokens]
             if self._several and num_tokens == self._spec.max_tokens:
                 own, rows = rows, None  # sent from where they are
@@ -128,6 +152,8 @@ class CudaRail:
             "all_rows": all_rows,
             "ids": ids,
             "weights": weights,
+            "slots": slots,
+            "wanted_rows": wanted_rows,
         }
         self._set(arrays)
         fields["forward"] = forward
@@ -135,10 +161,12 @@ class CudaRail:
         fields["progress"] = self._progress if operation in _PLANNING else 0
         fields["num_tokens"] = num_tokens
         fields["id_bytes"] = 0 if ids is None else ids.dtype.itemsize
+        if self._slices.wanted_only and ids is not None:
+            self._run(self._choose)
         self._run(self._pack, begins=_TOKENS)
-        if self._several and ids is not None:
+        if self._several and ids is not None and not self._slices.wanted_only:
             self._run(self._localize, own=1)
-        self._sent = own  # the memory is not free until the next call begins
+        self._sent = own, slots  # the memory is not free until the next call begins
         if own is None:
             self._arrive(None)
         else:
@@ -147,8 +175,8 @@ class CudaRail:
         return own
 
     def _arrive(self, of_rows: tuple[int, int] | None) -> None:
-        """Queue all transfers of tokens and dy. of_rows: where they are sent from, and `all_rows`.
-        The first also brings messages."""
+        """Queue all transfers of tokens and dy. of_rows: where they are sent from if all cross, and
+        `all_rows`. The first also brings messages."""
         slices, nbytes, last = self._slices, self._row_bytes, self._slices.parts - 1
         side = self._fork()
         self._arrived = []
@@ -158,11 +186,14 @@ class CudaRail:
             for node in self._other_nodes():
                 if part == 0:
                     message = self._messages.data.ptr, self._message_bytes
-                    sends.append((node, *_part(*message, slices.node)))
+                    sends.append((node, *self._message_to(node)))
                     receives.append((node, *_part(*message, node)))
                 if of_rows is not None and tokens:
                     begin, to = of_rows
                     size = nbytes * len(tokens)
+                    if slices.wanted_only:
+                        begin = self._crossing_rows.data.ptr
+                        begin += nbytes * slices.crossing * (node - (node > slices.node))
                     sends.append((node, begin + nbytes * tokens[0], size))
                     row = slices.row_of(node, tokens[0])
                     receives.append((node, to + nbytes * row, size))
@@ -170,11 +201,18 @@ class CudaRail:
                 self._nccl.transfer(sends, receives, side)
             begins = _TOKENS if part < last else 0
             if part == 0:
-                others = {"own": 0 if self._several else 1, "others": 1}
+                own = 0 if self._several or slices.wanted_only else 1
+                others = {"own": own, "others": 1}
                 self._run(self._localize, side, ends=1, begins=begins, **others)
             else:
                 self._run(self._step, side, ends=1, begins=begins)
             self._arrived.append(self._record(side))
+
+    def _message_to(self, node: int) -> tuple[int, int]:
+        """Address and bytes of this rank's message."""
+        if self._slices.wanted_only:
+            return _part(self._outgoing.data.ptr, self._message_bytes, node)
+        return _part(self._messages.data.ptr, self._message_bytes, self._slices.node)
 
     def begin_slice(self, of: RailSlice) -> None:
         """What is queued from here on finds the tokens of the slice."""
@@ -248,8 +286,10 @@ class CudaRail:
         fields = self._params.fields
         for name in ("ends", "begins", "own", "others"):
             fields[name] = launch.get(name, 0)
-        single = kernel in (self._outcome, self._step)
-        kernel(stream or self._stream(), 1 if single else self._ctas, self._params)
+        ctas = 1 if kernel in (self._outcome, self._step) else self._ctas
+        if kernel is self._choose:
+            ctas = self._slices.nodes
+        kernel(stream or self._stream(), ctas, self._params)
 
     def _exchange_outcomes(
         self, sends: list[Transfer], receives: list[Transfer], stream: int

@@ -86,9 +86,7 @@ class HostNodesExecutor(NodesExecutor):
                 tables = self._tables(ids, weights)
                 slots, refused = self._slots(tables)
                 arrays = [(x, all_x), *tables]
-                num_tokens = rail.gather(
-                    "forward", len(x), arrays, slots=slots, refused=refused
-                )
+                num_tokens = rail.gather("forward", len(x), arrays, slots=slots, refused=refused)
                 local = self._localize(tables, num_tokens)
             else:
                 of_plan, slots = int(plan.epoch[0]), plan.slots

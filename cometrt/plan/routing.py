@@ -56,7 +56,9 @@ def wrong_pair(
         problem = f"must be distinct within the token (got {own} again in [{shown}])"
     else:
         table, problem = "topk_weights", f"must be finite (got {weight})"
-    return RoutingError.build(table, problem, rank=rank, token=token, k=k)
+    error = RoutingError.build(table, problem, rank=rank, token=token, k=k)
+    error.expert_id = own
+    return error
 
 
 def _shown(expert_id: int) -> str:

@@ -8,11 +8,12 @@
 //     rail_pack -> rail_localize (own) -> own tokens -> parts -> own tokens ------------> rail_add
 //               \ -> NCCL -> rail_localize (others) / \ -> NCCL ... -> NCCL (outcomes) /
 //
-// rail_step stands between transfers, and rail_outcome behind each call of the node's layer. No
-// kernel here waits for another rank: the host watches `steps`, and aborts a transfer that lasts
-// too long.
+// Where only wanted tokens cross, rail_choose (nodes/rail_choose.cu) comes first, if the call has
+// tables, and there is no rail_localize of own ones. rail_step stands between transfers, and
+// rail_outcome behind each call of the node's layer. No kernel here waits for another rank: the
+// host watches `steps`, and aborts a transfer that lasts too long.
 #include "common/packed_rows.cuh"
-#include "nodes/rail_params.cuh"
+#include "nodes/rail_ids.cuh"
 #include "protocol/wait.cuh"
 
 using namespace cometrt;
@@ -37,10 +38,10 @@ __device__ void count_steps(const RailParams& params) {
 
 // By one thread: whether all ranks of the rail make the same call.
 __device__ bool same_calls(const RailParams& params) {
-  const RailHeader& mine = params.header(params.node);
+  const RailHeader& mine = params.message(params.node).header();
   bool same = true;
   for (int node = 0; node < params.nodes; ++node) {
-    const RailHeader& other = params.header(node);
+    const RailHeader& other = params.message(node).header();
     same &= other.operation == mine.operation && other.layer == mine.layer &&
             other.spec_hash == mine.spec_hash && other.forward == mine.forward;
   }
@@ -60,6 +61,37 @@ __device__ void localize(const RailParams& params, const int* ids, int* local) {
   }
 }
 
+// By one thread, behind rail_choose: if more tokens should cross than may, the first pair of this
+// rank breaks a rule on all nodes.
+__device__ void mark_too_many(const RailParams& params) {
+  int most = 0;
+#pragma unroll 1
+  for (int node = 0; node < params.nodes; ++node) most = max(most, params.counts[node]);
+  if (most <= params.crossing) return;
+  const int mark = kTooMany + min(most, kMostWanted);
+  params.all_ids[params.row_of(params.node, 0) * params.topk] = mark;
+#pragma unroll 1
+  for (int node = 0; node < params.nodes; ++node) {
+    if (node != params.node) params.outgoing_message(node).ids()[0] = mark;
+  }
+}
+
+// By all threads of the grid, a warp a row: copies rows with slots to where they are sent from.
+__device__ void pack_wanted(const RailParams& params) {
+  const int vectors = params.hidden / 8, lane = threadIdx.x % 32;
+  const long long rows = 1ll * (params.nodes - 1) * params.num_tokens;
+  for (long long row = first_index() / 32; row < rows; row += index_step() / 32) {
+    const int other = row / params.num_tokens, token = row % params.num_tokens;
+    const int slot = params.slot_of(other + (other >= params.node), token);
+    if (slot < 0) continue;
+    const uint4* source =
+        reinterpret_cast<const uint4*>(params.wanted_rows) + 1ll * token * vectors;
+    uint4* target = reinterpret_cast<uint4*>(params.crossing_rows) +
+                    (1ll * other * params.crossing + slot) * vectors;
+    for (int i = lane; i < vectors; i += 32) target[i] = source[i];
+  }
+}
+
 __device__ RailOutcome outcome_of(const RailParams& params) {
   RailOutcome outcome = {};
   const ExchangeState& state = *params.state;
@@ -75,12 +107,15 @@ __device__ RailOutcome outcome_of(const RailParams& params) {
   return outcome;
 }
 
-// By one thread, of a call that has completed on this node alone: else `finish` has reported it.
-// In a stopped world the other nodes' outcomes may never have arrived.
+// By one thread, of a call that has failed though `finish` found that it had succeeded: on another
+// node, or since the world has stopped later. In a stopped world the other nodes' outcomes may
+// never have arrived. `finish` reports graphs of an earlier generation, which find it stopped too.
 __device__ void report_other_node(const RailParams& params) {
   volatile RailReport& report = *params.report;
-  if (params.outcomes[params.node].kind != kCompleted || report.kind != kCompleted) return;
+  const u64 own = params.outcomes[params.node].kind;
+  if ((own != kCompleted && own != kWorldStopped) || report.kind != kCompleted) return;
   if (is_stopped(params.world)) {
+    if (params.world.own().generation != params.world.generation) return;
     report.node = params.node;
     report.largest_need = report.wrong_pair = 0;
     fence_host();
@@ -106,9 +141,11 @@ __device__ void add_vector(const RailParams& params, long long index) {
   const unsigned token = vector / vectors, column = vector % vectors;
   float sum[8] = {};
   for (int node = 0; node < params.nodes; ++node) {
-    const __nv_bfloat16* rows = node == params.node ? params.partials : params.returned;
-    const long long row = params.row_of(node, token);
-    add_row(sum, rows + row * params.hidden + 8 * column, 1.0f);
+    const bool here = node == params.node;
+    const int slot = here ? token : params.slot_of(node, token);
+    if (slot < 0) continue;
+    const __nv_bfloat16* rows = here ? params.partials : params.returned;
+    add_row(sum, rows + params.row_of(node, slot) * params.hidden + 8 * column, 1.0f);
   }
   store_row(params.out + 8 * index, sum);
 }
@@ -117,15 +154,19 @@ __device__ float add_dweight(const RailParams& params, long long index) {
   const int token = index / params.topk, k = index % params.topk;
   float sum = 0.0f;
   for (int node = 0; node < params.nodes; ++node) {
-    const float* values = node == params.node ? params.dweight_partials : params.returned_dweight;
-    sum += values[params.row_of(node, token) * params.topk + k];
+    const bool here = node == params.node;
+    const int slot = here ? token : params.slot_of(node, token);
+    if (slot < 0) continue;
+    const float* values = here ? params.dweight_partials : params.returned_dweight;
+    sum += values[params.row_of(node, slot) * params.topk + k];
   }
   return sum;
 }
 
 }  // namespace
 
-// Copies this rank's rows to their place among those of its rail, and writes its message.
+// Copies this rank's rows to their place among those of its rail, or to where those that cross are
+// sent from, and writes its message.
 extern "C" __global__ void __launch_bounds__(kThreads)
     rail_pack(const __grid_constant__ RailParams params) {
   const long long first = first_index(), step = index_step();
@@ -137,47 +178,49 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const long long vectors = params.num_tokens * row_bytes / 16;
     for (long long i = first; i < vectors; i += step) target[i] = source[i];
   }
-  if (params.id_bytes != 0) {
+  if (params.wanted_rows != nullptr) pack_wanted(params);
+  const RailMessage mine = params.message(params.node);
+  if (params.id_bytes != 0 && params.slots == nullptr) {
     const long long pairs = static_cast<long long>(params.num_tokens) * params.topk;
     const long long all_pairs = static_cast<long long>(params.max_tokens) * params.topk;
-    int* ids = params.message_ids(params.node);
-    float* weights = params.message_weights(params.node);
+    int* ids = mine.ids();
+    float* weights = params.weights_of(mine);
     for (long long i = first; i < all_pairs; i += step) {
-      long long id = -1;
-      if (i < pairs) {
-        id = params.id_bytes == 8 ? static_cast<const long long*>(params.ids)[i]
-                                  : static_cast<const int*>(params.ids)[i];
-        id = max(-2147483648ll, min(2147483647ll, id));  // stays out of range; it must not wrap
-      }
-      ids[i] = static_cast<int>(id);
+      ids[i] = i < pairs ? id_of(params, i) : kNotHere;
       weights[i] = i < pairs ? params.weights[i] : 0.0f;
     }
   }
-  if (first == 0) {
-    RailHeader& header = params.header(params.node);
-    header.operation = params.operation;
-    header.layer = params.layer;
-    header.spec_hash = params.spec_hash;
-    header.forward = params.forward;
-    count_steps(params);
+  if (first != 0) return;
+  RailHeader& header = mine.header();
+  header.operation = params.operation;
+  header.layer = params.layer;
+  header.spec_hash = params.spec_hash;
+  header.forward = params.forward;
+#pragma unroll 1  // else registers spill
+  for (int node = 0; params.slots != nullptr && node < params.nodes; ++node) {
+    params.outgoing_message(node).header() = header;
   }
+  if (params.id_bytes != 0 && params.slots != nullptr) mark_too_many(params);
+  count_steps(params);
 }
 
-// Turns tables of the rail, this rank's or others', into those of this node's experts. With the
-// others' it stops the world if the ranks of the rail make different calls: then the node's calls
-// are inert.
+// Turns tables of the rail, this rank's or others', into those of this node's experts; those of
+// rail_choose are it already. With the others' it stops the world if the ranks of the rail make
+// different calls: then the node's calls are inert.
 extern "C" __global__ void __launch_bounds__(kThreads)
     rail_localize(const __grid_constant__ RailParams params) {
   const long long first = first_index(), step = index_step();
-  const long long tokens = params.id_bytes == 0 ? 0ll : 1ll * params.nodes * params.max_tokens;
+  const long long tokens = params.id_bytes == 0 ? 0ll : 1ll * params.nodes * params.crossing;
   for (long long index = first; index < tokens; index += step) {
-    const int node = index / params.max_tokens, token = index % params.max_tokens;
+    const int node = index / params.crossing, slot = index % params.crossing;
     if (!(node == params.node ? params.own : params.others)) continue;
-    const long long from = 1ll * token * params.topk;
-    const long long to = params.row_of(node, token) * params.topk;
-    localize(params, params.message_ids(node) + from, params.all_ids + to);
+    const RailMessage message = params.message(node);
+    const long long from = 1ll * slot * params.topk, to = params.row_of(node, slot) * params.topk;
+    const int* ids = message.ids() + from;
+    if (params.slots == nullptr) localize(params, ids, params.all_ids + to);
     for (int k = 0; k < params.topk; ++k) {
-      params.all_weights[to + k] = params.message_weights(node)[from + k];
+      if (params.slots != nullptr) params.all_ids[to + k] = ids[k];
+      params.all_weights[to + k] = params.weights_of(message)[from + k];
     }
   }
   if (first != 0) return;

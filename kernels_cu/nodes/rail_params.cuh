@@ -20,6 +20,14 @@ struct RailHeader {
   long long operation, layer, spec_hash, forward, unused[4];
 };
 
+// Also has ids [C, topk] and weights [C, topk] behind it.
+struct RailMessage {
+  char* begin;
+
+  __device__ RailHeader& header() const { return *reinterpret_cast<RailHeader*>(begin); }
+  __device__ int* ids() const { return reinterpret_cast<int*>(begin + sizeof(RailHeader)); }
+};
+
 // How a call ended on one node. Indices into OUTCOMES of cometrt/nodes/cuda_rail.py.
 enum RailOutcomeKind : u64 { kCompleted, kCallHeld, kCallFailed, kWorldStopped };
 
@@ -37,7 +45,7 @@ struct RailReport {
 };
 
 // Of one call on one rank. N: nodes. What a call does not use is null or 0. Arrays of R rows have
-// those of all tokens of the rail, at row_of. Some rows may belong to no token.
+// those of all tokens of the rail, at row_of. Some rows may belong to no token. C: `crossing`.
 struct RailParams {
   World world;  // of the node
   // forward: the number of a backward's forward, or of a planned forward's plan, as hosts count
@@ -56,12 +64,21 @@ struct RailParams {
   char* all_rows;  // [R, hidden]
   const void* ids;
   const float* weights;
-  char* messages;     // [N]: RailHeader, ids and weights [max_tokens, topk]
+  char* messages;     // [N]: RailHeader, ids and weights [C, topk]
   u64 message_bytes;  // of each
   int* all_ids;       // [R, topk], of this node's experts
   float* all_weights;
+  // Where only wanted tokens cross: else null, and slots are tokens. slots [N, max_tokens]: of this
+  // rank's tokens on the other nodes, or -1 (cometrt/nodes/crossing.py). counts [N]: tokens that a
+  // node wants. wanted_rows [num_tokens, hidden] are this rank's, of which those with slots are
+  // copied to crossing_rows [N - 1, C, hidden]; outgoing [N]: messages, whose ids are the node's.
+  int* slots;
+  int* counts;
+  const char* wanted_rows;
+  char* crossing_rows;
+  char* outgoing;
   // Returned. partials [R, hidden] are this node's sums, returned those of other nodes for this
-  // rank's tokens: that of node i for token t is where token t of node i was.
+  // rank's tokens: that of node i for token t is where the token in the same slot of node i was.
   const __nv_bfloat16 *partials, *returned;
   __nv_bfloat16* out;  // [num_tokens, hidden]
   const float *dweight_partials, *returned_dweight;
@@ -78,24 +95,28 @@ struct RailParams {
   int part_tokens, num_epochs;
   // Of one launch. slice: whose call has ended. ends, begins: whether it ends a transfer, and which
   // it begins: 0, or 1 + RailTransfer. own, others: whose tables it turns into those of this node.
-  int slice, ends, begins, own, others, unused;
+  int slice, ends, begins, own, others;
+  int crossing;  // tokens of each other rank of the rail for which there are rows
 
   // As RailSlices.row_of.
-  __device__ long long row_of(int of, int token) const {
-    if (part_tokens == 0) return 1ll * of * max_tokens + token;
-    if (of == node) return token;
-    const int part = token / part_tokens;
-    const long long slot = 1ll * part * (nodes - 1) + of - (of > node);
-    return max_tokens + slot * part_tokens + token - part * part_tokens;
+  __device__ long long row_of(int of, int slot) const {
+    if (part_tokens == 0) {
+      return 1ll * of * crossing + (of > node ? max_tokens - crossing : 0) + slot;
+    }
+    if (of == node) return slot;
+    const int part = slot / part_tokens;
+    const long long before = 1ll * part * (nodes - 1) + of - (of > node);
+    return max_tokens + before * part_tokens + slot - part * part_tokens;
   }
-  __device__ RailHeader& header(int of) const {
-    return *reinterpret_cast<RailHeader*>(messages + of * message_bytes);
+  // Of this rank's token on another node.
+  __device__ int slot_of(int of, int token) const {
+    return slots == nullptr ? token : slots[1ll * of * max_tokens + token];
   }
-  __device__ int* message_ids(int of) const {
-    return reinterpret_cast<int*>(messages + of * message_bytes + sizeof(RailHeader));
-  }
-  __device__ float* message_weights(int of) const {
-    return reinterpret_cast<float*>(message_ids(of) + static_cast<long long>(max_tokens) * topk);
+  __device__ RailMessage message(int of) const { return {messages + of * message_bytes}; }
+  // To a node.
+  __device__ RailMessage outgoing_message(int to) const { return {outgoing + to * message_bytes}; }
+  __device__ float* weights_of(const RailMessage& message) const {
+    return reinterpret_cast<float*>(message.ids() + 1ll * crossing * topk);
   }
 };
 

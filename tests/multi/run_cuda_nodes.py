@@ -46,7 +46,7 @@ from tests.host.test_failures import caught
 from tests.host.test_orders import batches_of
 from tests.multi.aborting import aborting
 from tests.multi.run_cases import checked
-from tests.multi.run_nodes import cases, together
+from tests.multi.run_nodes import cases, limited_cases, limited_inputs, refused, together
 
 SLICES = 1
 MODES = (("fused", "engine"), ("sequential", "engine"), ("fused", "engine"), ("chunked", "engine"))
@@ -85,8 +85,8 @@ def every_case(world):
 
 def orders(world):
     """Calls in a row, with different numbers of tokens, that a rank comes to late."""
-    for save in ("rows", "nothing"):
-        case = case_of(world, save=save)
+    for save, wanted_only in (("rows", False), ("nothing", True)):
+        case = case_of(world, save=save, wanted_only=wanted_only)
         batches = batches_of(case, 4, ("uniform", "at_home", "one_token", "empty_rank"))
         rank = OrdersRank(world, case, batches, 0.02 if world.rank == 1 else 0.0)
         for batch in range(4):
@@ -102,7 +102,11 @@ def orders(world):
 
 def planned(world):
     """A plan made ahead, the buffer as x, the result over x, gradients that are accumulated."""
-    case = case_of(world, save="z")
+    for wanted_only in (False, True):
+        planned_case(world, case_of(world, save="z", wanted_only=wanted_only))
+
+
+def planned_case(world, case):
     inputs = make_inputs(case)
     rank = rank_of(world, case, inputs)
     expected = rank.step()
@@ -131,15 +135,19 @@ def planned(world):
 
 
 def same_bits(world):
-    """A token's results do not depend on its slice; a rank that brings max_tokens tokens sends them
-    from where they are."""
+    """A token's results depend neither on its slice nor on what else crosses; a rank that brings
+    max_tokens tokens sends them from where they are."""
     inputs = make_inputs(case_of(world))
     for count in (None, min(map(len, inputs.x))):
         outputs = []
-        for slices in (1, 3, 4) if SLICES > 1 else (1, 1):
+        for slices, wanted_only in itertools.product(
+            (1, 3, 4) if SLICES > 1 else (1, 1), (False, True)
+        ):
             case = case_of(world, slices=slices)
             tokens = count or case.spec.max_tokens
             spec = dataclasses.replace(case.spec, max_tokens=tokens)
+            if wanted_only:
+                spec = dataclasses.replace(spec, max_tokens=tokens + 1, rail_tokens=tokens)
             rank = Rank(world, inputs, spec, case.config, case.mode)
             outputs.append(rank.step(count))
             rank.layer.close()
@@ -167,7 +175,11 @@ def counted(world):
 
 def captured(world):
     """A step in a CUDA graph of the caller's, replayed with other tokens."""
-    case = case_of(world)
+    for wanted_only in (False, True):
+        captured_case(world, case_of(world, wanted_only=wanted_only))
+
+
+def captured_case(world, case):
     batches = batches_of(case, 2)
     rank = rank_of(world, case, batches[0])
     count = min(len(of[world.rank]) for of in (batches[0].x, batches[1].x))
@@ -200,13 +212,20 @@ def captured(world):
 
 def wrong_tables(world):
     """All ranks raise, and the layer goes on."""
-    case = case_of(world)
+    for wanted_only in (False, True):
+        wrong_tables_of(world, case_of(world, wanted_only=wanted_only))
+
+
+def wrong_tables_of(world, case):
     inputs = make_inputs(case)
     rank = rank_of(world, case, inputs)
     expected = rank.step()
     good, last = rank.ids.copy(), world.size - 1
-    for value in (case.spec.num_experts, -7):
-        if world.rank == last:
+    for value in (case.spec.num_experts, -7, None):
+        gates = rank.topk_weights.copy()
+        if world.rank == last and value is None:
+            rank.topk_weights[2, 1] = np.nan
+        elif world.rank == last:
             rank.ids[2, 1] = value
         y, _ = rank.forward()
         error = caught(rank.layer.synchronize)
@@ -214,9 +233,25 @@ def wrong_tables(world):
         assert f"of rank {last}, token 2, k 1 break a rule" in str(error), error
         assert (error.rank, error.token, error.k) == (last, 2, 1), vars(error)
         assert np.isnan(on_host(y).astype(np.float32)).all()
-        rank.ids[...] = good
+        rank.ids[...], rank.topk_weights[...] = good, gates
         together(world)
         assert rank.step().digest() == expected.digest()
+    rank.layer.close()
+
+
+def limited(world):
+    """Exactly as many tokens cross as may; then one more does."""
+    case = case_of(world, seed=3)
+    (tight, less), inputs = limited_cases(world, case), limited_inputs(world, case)
+    checked(world, tight, inputs, run_case(world, tight, inputs))
+    rank = rank_of(world, less, inputs)
+    for call in (rank.forward, lambda: rank.layer.plan(rank.ids, rank.topk_weights)):
+        call()
+        refused(caught(rank.layer.synchronize), world, tight.rail_tokens)
+        together(world)
+    at_home = limited_inputs(world, case, at_home=True)
+    rank.ids[...] = on_device(world)(at_home.ids[world.rank])
+    checked(world, less, at_home, rank.step())
     rank.layer.close()
 
 
@@ -401,7 +436,7 @@ def soak(world, calls: int):
     """Steps of layers of every `save` by turns; bits must repeat."""
     ranks, expected = [], []
     for save, tp in (("rows", 1), ("z", 2), ("nothing", 1)):
-        case = case_of(world, tp, save=save)
+        case = case_of(world, tp, save=save, wanted_only=save != "z")
         inputs = make_inputs(case)
         rank = rank_of(world, case, inputs)
         ranks.append(rank)
@@ -423,8 +458,8 @@ def soak(world, calls: int):
 
 
 CALLS = (
-    every_case, orders, planned, same_bits, counted, captured, wrong_tables, too_many_rows,
-    behind_a_failure, mismatched,
+    every_case, orders, planned, same_bits, counted, captured, wrong_tables, limited,
+    too_many_rows, behind_a_failure, mismatched,
 )  # fmt: skip
 DEADLINES = (stalled, hidden_by_the_caller)
 PARTS = {part.__name__: (part,) for part in CALLS + DEADLINES}

@@ -12,7 +12,7 @@ import numpy as np
 from mpi4py import MPI
 
 import cometrt
-from tests.cases import ROUTINGS, TOPK, Case, make_inputs, run_case
+from tests.cases import ROUTINGS, Case, make_inputs, run_case
 from tests.faults import at, jitter, slow
 from tests.host.test_failures import caught
 from tests.host.test_orders import Rank, batches_of
@@ -130,48 +130,67 @@ def same_bits(world):
 
 @dataclasses.dataclass(frozen=True)
 class Limited(Case):
-    """A token's experts are all on one node, and a rank has room for `rail_tokens` of another."""
+    """A token's experts are all on one node, and a rank has room for `rail_tokens` of another. Some
+    rank has max_tokens tokens."""
 
+    max_tokens: int = 0
     rail_tokens: int = 0
 
     @property
     def spec(self) -> cometrt.MoESpec:
-        return dataclasses.replace(super().spec, rail_tokens=self.rail_tokens)
+        more = {"max_tokens": self.max_tokens, "rail_tokens": self.rail_tokens}
+        return dataclasses.replace(super().spec, **more)
+
+
+def limited_cases(world, case: Case) -> tuple[Limited, Limited]:
+    """With room for exactly as many tokens as cross, and for one less; `limited_inputs` has the
+    inputs of both."""
+    inputs, most = limited_inputs(world, case), 0
+    for rank, ids in enumerate(inputs.ids):
+        chosen = ids[ids[:, 0] >= 0, 0] * world.nodes // case.spec.num_experts
+        shares = np.bincount(chosen, minlength=world.nodes)
+        shares[rank // world.ranks_per_node] = 0
+        most = max(most, int(shares.max()))
+    given = {f.name: getattr(case, f.name) for f in dataclasses.fields(Case)}
+    given["max_tokens"] = max(map(len, inputs.x))
+    return Limited(**given, rail_tokens=most), Limited(**given, rail_tokens=most - 1)
+
+
+def limited_inputs(world, case: Case, at_home: bool = False):
+    """Each token's experts are on one node: on unequal shares of all nodes, or at home."""
+    inputs, of_node = make_inputs(case), case.spec.num_experts // world.nodes
+    for rank, ids in enumerate(inputs.ids):
+        home = rank // world.ranks_per_node
+        nodes = np.arange(len(ids)) * (rank + 1) % 7 % world.nodes
+        nodes = np.full(len(ids), home) if at_home else nodes
+        ids[:] = nodes[:, None] * of_node + np.argsort(ids % of_node, axis=1)
+        ids[2:3] = -1
+    return inputs
+
+
+def refused(error, world, most: int) -> None:
+    """It is the same on all ranks, of `most` tokens for which there is no room."""
+    assert isinstance(error, cometrt.CapacityError), error
+    assert len(set(world.allgather(str(error)))) == 1, error
+    assert (error.need, error.capacity) == (most, most - 1), vars(error)
+    assert f"wants {most} tokens of rank {error.rank} but MoESpec.rail_tokens" in str(error), error
 
 
 def limited(world):
     """Exactly as many tokens cross as may; then one more does."""
-    plain = case_of(world, seed=3)
-    inputs, experts = make_inputs(plain), plain.spec.num_experts
-    of_node, most = experts // world.nodes, 0
-    for rank, ids in enumerate(inputs.ids):
-        nodes = np.arange(len(ids)) * (rank + 1) % 7 % world.nodes  # unequal shares
-        ids[:] = nodes[:, None] * of_node + np.argsort(ids % of_node, axis=1)
-        shares = np.bincount(nodes, minlength=world.nodes)
-        shares[rank // world.ranks_per_node] = 0
-        most = max(most, int(shares.max()))
-        if rank == world.size - 1 and len(ids) > 2:
-            ids[2] = -1
-    assert 1 < most < min(map(len, inputs.ids))
-    fields = {f.name: getattr(plain, f.name) for f in dataclasses.fields(Case)}
-    tight, less = (Limited(**fields, rail_tokens=room) for room in (most, most - 1))
+    case = case_of(world, seed=3)
+    (tight, less), inputs = limited_cases(world, case), limited_inputs(world, case)
+    assert 1 < tight.rail_tokens < min(map(len, inputs.ids))
     checked(world, tight, inputs, run_case(world, tight, inputs))
-    rank, r = Rank(world, less, [inputs]), world.rank
+    at_home, r = limited_inputs(world, case, at_home=True), world.rank
+    rank = Rank(world, less, [inputs, at_home])
     for call in (
         lambda: rank.forward(0),
         lambda: rank.layer.plan(inputs.ids[r], inputs.weights[r]),
     ):
-        error = caught(call)
-        assert isinstance(error, cometrt.CapacityError), error
-        assert len(set(world.allgather(str(error)))) == 1, error
-        assert (error.need, error.capacity) == (most, most - 1), vars(error)
-        assert f"wants {most} tokens of rank {error.rank} but MoESpec.rail_tokens" in str(error)
-    inputs.ids[r][:] = r // world.ranks_per_node * of_node + np.arange(TOPK)  # all at home
-    others = world.allgather(inputs.ids[r])
-    for ids, other in zip(inputs.ids, others, strict=True):
-        ids[:] = other
-    rank.forward(0)
-    checked(world, less, inputs, rank.backward(0))
+        refused(caught(call), world, tight.rail_tokens)
+    rank.forward(1)
+    checked(world, less, at_home, rank.backward(1))
 
 
 def stalled(world, where: str, call: str, node: int):

@@ -30,6 +30,7 @@ from cometrt.errors import CapacityError, RoutingError
 from cometrt.host import HostExecutor
 from cometrt.kernels.params import call_stats_dtype, exchange_state_dtype, plan_progress_dtype
 from cometrt.kernels.rail_params import header_dtype, outcome_dtype, report_dtype
+from cometrt.nodes.crossing import slots_of, wanted
 from cometrt.nodes.slices import RailSlices
 from cometrt.plan import PlanShape
 from cometrt.world.failure import Failure
@@ -38,7 +39,7 @@ from tests.cases import Case, Output, make_inputs
 from tests.host.test_failures import caught
 from tests.multi.aborting import aborting
 from tests.multi.run_cases import checked
-from tests.multi.run_nodes import cases, together
+from tests.multi.run_nodes import cases, limited_cases, limited_inputs, refused, together
 
 # ---- a stand-in for CuPy and NCCL ---------------------------------------------------------------
 
@@ -222,9 +223,10 @@ class Kernels:
 
     def __init__(self, world):
         self.world, self.inner = world, None
+        self.stopped = False  # whether the device alone has been told that the world has stopped
 
     def load(self, source, *names):
-        assert source == "nodes/rail.cu"
+        assert source in ("nodes/rail.cu", "nodes/rail_choose.cu")
         return [
             lambda stream, ctas, params, name=name: self.queue(stream, name, params.fields[0])
             for name in names
@@ -242,46 +244,106 @@ class Kernels:
         if p["begins"]:
             steps[0] = 2 * (newest // 2 + 1) + int(p["begins"]) - 1
 
-    def row_of(self, p, node, token=0):
-        tokens, part_tokens, own = (int(p[n]) for n in ("max_tokens", "part_tokens", "node"))
-        if not part_tokens:
-            return node * tokens + token
-        if node == own:
-            return token
-        slot = token // part_tokens * (int(p["nodes"]) - 1) + node - (node > own)
-        return tokens + slot * part_tokens + token % part_tokens
+    def row_of(self, p, node, slot=0):
+        part_tokens, own = int(p["part_tokens"]), int(p["node"])
+        slices = RailSlices(int(p["nodes"]), own, int(p["max_tokens"]), 1, int(p["crossing"]))
+        if part_tokens:
+            parts = -(-slices.crossing // part_tokens)
+            slices = dataclasses.replace(slices, count=2 + parts)
+            assert slices.part_tokens == part_tokens
+        return slices.row_of(node, slot)
 
-    def message(self, p, node):
-        pairs = int(p["max_tokens"] * p["topk"])
-        begin = int(p["messages"]) + node * int(p["message_bytes"])
+    def message(self, p, node, array="messages"):
+        pairs = int(p["crossing"] * p["topk"])
+        begin = int(p[array]) + node * int(p["message_bytes"])
         ids = begin + header_dtype.itemsize
-        shape = int(p["max_tokens"]), int(p["topk"])
+        shape = int(p["crossing"]), int(p["topk"])
         return (
             at(begin, 1, header_dtype)[0],
             at(ids, pairs, np.int32).reshape(shape),
             at(ids + 4 * pairs, pairs, np.float32).reshape(shape),
         )
 
+    def tables(self, p):
+        """This rank's."""
+        count, topk = int(p["num_tokens"]), int(p["topk"])
+        dtype = {4: np.int32, 8: np.int64}[int(p["id_bytes"])]
+        limits = np.iinfo(np.int32)
+        ids = np.clip(at(p["ids"], count * topk, dtype), limits.min, limits.max).astype(np.int32)
+        weights = at(p["weights"], count * topk, np.float32)
+        return ids.reshape(count, topk), weights.reshape(count, topk)
+
+    def slots(self, p):
+        return at(p["slots"], int(p["nodes"] * p["max_tokens"]), np.int32).reshape(
+            int(p["nodes"]), int(p["max_tokens"])
+        )
+
+    def rail_choose(self, p):
+        nodes, own, topk = (int(p[name]) for name in ("nodes", "node", "topk"))
+        spec = types.SimpleNamespace(
+            num_experts=int(p["num_experts"]), topk=topk, max_tokens=int(p["max_tokens"]),
+            crossing_tokens=int(p["crossing"]),
+        )  # fmt: skip
+        ids, weights = self.tables(p)
+        self.slots(p)[:], _ = slots_of(ids, weights, spec, nodes, own)
+        counts = at(p["counts"], nodes, np.int32)
+        counts[:] = wanted(ids, weights, spec, nodes).sum(axis=1)
+        counts[own] = 0
+        experts = spec.num_experts // nodes
+        wrong = (ids < -1) | (ids >= spec.num_experts) | ~np.isfinite(weights)
+        for k in range(1, topk):
+            same = (ids[:, :k] == ids[:, k : k + 1]) & (ids[:, k : k + 1] >= 0)
+            wrong[:, k] |= same.any(axis=1)
+        marks = -2 - np.arange(len(ids))[:, None]
+        for node in range(nodes):
+            here = (ids >= node * experts) & (ids < (node + 1) * experts)
+            local = np.where(wrong, marks, np.where(here, ids - node * experts, -1))
+            if node == own:
+                pairs, first = spec.max_tokens * topk, 4 * topk * self.row_of(p, own)
+                all_ids = at(p["all_ids"] + np.uint64(first), pairs, np.int32)
+                all_weights = at(p["all_weights"] + np.uint64(first), pairs, np.float32)
+                slots = np.arange(len(ids))
+            else:
+                _, all_ids, all_weights = self.message(p, node, "outgoing")
+                slots = self.slots(p)[node, : len(ids)]
+            all_ids, all_weights = all_ids.reshape(-1, topk), all_weights.reshape(-1, topk)
+            all_ids[:], all_weights[:] = -1, 0
+            all_ids[slots[slots >= 0]] = local[slots >= 0]
+            all_weights[slots[slots >= 0]] = weights[slots >= 0]
+
     def rail_pack(self, p):
         count, topk, hidden = int(p["num_tokens"]), int(p["topk"]), int(p["hidden"])
+        nodes, own = int(p["nodes"]), int(p["node"])
+        others = [node for node in range(nodes) if node != own]
         first = self.row_of(p, int(p["node"])) * hidden * 2
         if p["rows"]:
             source = at(p["rows"], count * hidden, np.uint16)
             at(p["all_rows"] + np.uint64(first), count * hidden, np.uint16)[:] = source
-        header, ids, weights = self.message(p, int(p["node"]))
-        if p["id_bytes"]:
-            dtype = {4: np.int32, 8: np.int64}[int(p["id_bytes"])]
-            limits = np.iinfo(np.int32)
-            given = at(p["ids"], count * topk, dtype).reshape(count, topk)
+        if p["wanted_rows"]:
+            source = at(p["wanted_rows"], count * hidden, np.uint16).reshape(count, hidden)
+            for index, node in enumerate(others):
+                slots = self.slots(p)[node, :count]
+                target = p["crossing_rows"] + np.uint64(2 * hidden * index * int(p["crossing"]))
+                rows = at(target, int(p["crossing"]) * hidden, np.uint16).reshape(-1, hidden)
+                rows[slots[slots >= 0]] = source[slots >= 0]
+        header, ids, weights = self.message(p, own)
+        if p["id_bytes"] and not p["slots"]:
             ids[:], weights[:] = -1, 0
-            ids[:count] = np.clip(given, limits.min, limits.max)
-            weights[:count] = at(p["weights"], count * topk, np.float32).reshape(count, topk)
+            ids[:count], weights[:count] = self.tables(p)
+        messages = [self.message(p, node, "outgoing") for node in others if p["slots"]]
         for name in ("operation", "layer", "spec_hash", "forward"):
-            header[name] = p[name]
+            for of in (header, *(of for of, *_ in messages)):
+                of[name] = p[name]
+        if p["slots"]:
+            most = int(at(p["counts"], nodes, np.int32).max())
+            if p["id_bytes"] and most > p["crossing"]:
+                pair = p["all_ids"] + np.uint64(4 * topk * self.row_of(p, own))
+                for first in (at(pair, 1, np.int32), *(ids[0] for _, ids, _ in messages)):
+                    first[0] = most - 2**31
         self.rail_step(p)
 
     def rail_localize(self, p):
-        nodes, tokens = int(p["nodes"]), int(p["max_tokens"])
+        nodes, tokens = int(p["nodes"]), int(p["crossing"])
         topk, all_experts = int(p["topk"]), int(p["num_experts"])
         experts = all_experts // nodes
         first = int(p["node"]) * experts
@@ -295,6 +357,7 @@ class Kernels:
                 same = (ids[:, :k] == ids[:, k : k + 1]) & (ids[:, k : k + 1] >= 0)
                 wrong[:, k] |= same.any(axis=1)
             local[wrong] = experts
+            local = ids if p["slots"] else local
             weights = np.concatenate([weights for *_, weights in messages])
             for index in range(nodes * tokens):
                 of, token = divmod(index, tokens)
@@ -317,6 +380,8 @@ class Kernels:
         own = outcomes[int(p["node"])]
         if p["slice"] == 0 or own["kind"] == 0:
             own["kind"], own["largest_need"], own["wrong_pair"] = self.inner.outcome
+            if self.stopped:
+                own["kind"], own["largest_need"], own["wrong_pair"] = 3, 0, 0
             failed = at(p["steps"], 3, np.uint64)
             if own["kind"] == 2 and failed[2] == 0:
                 failed[2] = 256 * int(p["layer"]) + int(p["slice"]) + 1
@@ -337,7 +402,10 @@ class Kernels:
                 continue
             sums = np.zeros((count, width), np.float32)
             for of, token in itertools.product(range(nodes), range(count)):
-                begin = width * np.dtype(dtype).itemsize * self.row_of(p, of, token)
+                slot = self.slots(p)[of, token] if p["slots"] and of != node else token
+                if slot < 0:
+                    continue
+                begin = width * np.dtype(dtype).itemsize * self.row_of(p, of, slot)
                 row = at(p[own if of == node else other] + np.uint64(begin), width, dtype)
                 sums[token] += row.astype(np.float32)
             sums[:] = np.nan if failed else sums
@@ -345,6 +413,8 @@ class Kernels:
         report = at(p["report"], 1, report_dtype)[0]
         for slice_idx in range(int(p["num_epochs"]) if outcomes["kind"][node] else 0):
             at(p["epochs"][slice_idx], 1, np.int64)[0] = 0
+        if self.stopped and outcomes["kind"][node] in (0, 3) and report["kind"] == 0:
+            report["node"], report["kind"] = node, 3
         wrong = [n for n in range(nodes) if outcomes["kind"][n] > 1]
         if wrong and outcomes["kind"][node] == 0 and report["kind"] == 0:
             report["node"] = wrong[0]
@@ -492,7 +562,7 @@ class Full(Case):
 class Rank:
     """A layer whose executor is that of CUDA."""
 
-    def __init__(self, world, kernels, case, config=None):
+    def __init__(self, world, kernels, case, config=None, inputs=None):
         from cometrt.cuda import stats
         from cometrt.nodes import cuda, cuda_rail, nccl_sms
 
@@ -502,7 +572,8 @@ class Rank:
         cuda_rail.auxiliary_stream = lambda number: SIDE
         cuda.CudaExecutor, nccl_sms.num_sms = Inner, lambda: 132
         Inner.kernels = kernels
-        self.world, self.case, self.inputs, self.kernels = world, case, make_inputs(case), kernels
+        inputs = inputs or make_inputs(case)
+        self.world, self.case, self.inputs, self.kernels = world, case, inputs, kernels
         config = config or case.config
         self.layer = cometrt.MoELayer(world, case.spec, config=config)
         count = config.rail_slices
@@ -570,7 +641,34 @@ def steps(world, kernels):
 
 def failures(world, kernels):
     """Wrong tables on one rank, too many rows on one node: all ranks raise when they ask."""
-    rank, last = Rank(world, kernels, case_of(world)), world.size - 1
+    wrong_tables(world, kernels, case_of(world))
+    wrong_tables(world, kernels, case_of(world, wanted_only=True))
+    tight = Rank(world, kernels, Tight((world.size, 1), slices=SLICES))
+    tight.ids[...] = [0, 1, 2]
+    for call in (tight.forward, tight.plan):
+        call()
+        error = caught(tight.layer.synchronize)
+        assert isinstance(error, cometrt.CapacityError), error
+        assert error.rank == 0, error
+        assert len(set(world.allgather(str(error)))) == 1, error
+
+
+def limited(world, kernels):
+    """Exactly as many tokens cross as may; then one more does."""
+    case = case_of(world, seed=3)
+    (tight, less), inputs = limited_cases(world, case), limited_inputs(world, case)
+    Rank(world, kernels, tight, inputs=inputs).step()
+    rank = Rank(world, kernels, less, inputs=inputs)
+    for call in (rank.forward, rank.plan):
+        call()
+        refused(caught(rank.layer.synchronize), world, tight.rail_tokens)
+    rank.inputs = limited_inputs(world, case, at_home=True)
+    rank.ids[...] = rank.inputs.ids[world.rank]
+    rank.step()
+
+
+def wrong_tables(world, kernels, case):
+    rank, last = Rank(world, kernels, case), world.size - 1
     good = rank.ids.copy()
     tokens = world.allgather(len(good))[last]
     for token in (2, tokens - 1):  # of the first slice of its rank's tokens, and of the last
@@ -590,15 +688,6 @@ def failures(world, kernels):
     pairs = sum(int((ids >= 0).sum()) for ids in rank.inputs.ids)
     rows = world.allgather(rank.layer.stats().rows)
     assert sum(map(np.sum, rows)) == pairs
-
-    tight = Rank(world, kernels, Tight((world.size, 1), slices=SLICES))
-    tight.ids[...] = [0, 1, 2]
-    for call in (tight.forward, tight.plan):
-        call()
-        error = caught(tight.layer.synchronize)
-        assert isinstance(error, cometrt.CapacityError), error
-        assert error.rank == 0, error
-        assert len(set(world.allgather(str(error)))) == 1, error
 
 
 def mismatched(world, kernels):
@@ -739,6 +828,22 @@ def stalled(world, kernels):
         rank.step()
 
 
+def stopped_late(world, kernels):
+    """The device is told behind `finish` that the world has stopped, before the hosts are."""
+    rank = Rank(world, kernels, case_of(world))
+    rank.step()
+    together(world)
+    kernels.stopped = True
+    y, _ = rank.forward()
+    error = caught(rank.layer.synchronize)
+    assert np.isnan(y.astype(np.float32)).all()
+    assert isinstance(error, cometrt.PeerTimeout), error
+    assert "the world has stopped on node" in str(error), error
+    kernels.stopped = False
+    world.reset()
+    rank.step()
+
+
 def failing(world, kernels):
     """NCCL reports an error on one rank, between calls: all ranks are told."""
     rank = Rank(world, kernels, case_of(world))
@@ -767,7 +872,10 @@ def main() -> None:
             world.nccl = NcclRail(world)
             kernels = Kernels(world)
             tunes = world.nodes == 2 and SLICES > 1  # elsewhere it would only take longer
-            for part in (steps, failures, bounds, mismatched, stalled, failing, *[tuned] * tunes):
+            for part in (
+                steps, failures, limited, bounds, mismatched, stalled, stopped_late, failing,
+                *[tuned] * tunes,
+            ):  # fmt: skip
                 part(world, kernels)
         print("all parts passed", flush=True)
 
