@@ -15,7 +15,7 @@ from cometrt.plan import PlanShape
 from cometrt.plan.reference import too_many_rows
 from cometrt.plan.routing import wrong_pair
 from cometrt.world import World
-from cometrt.world.failure import FLAGS, KINDS, Failure, WaitTarget
+from cometrt.world.failure import FLAGS, KINDS, Failure, WaitTarget, different_calls
 from cometrt.world.layout import device_control_block_dtype
 from cometrt.world.operations import OPERATIONS, call_text
 
@@ -140,12 +140,9 @@ class Report:
             text = f"ranks made different calls in epoch {epoch}: " + ", ".join(
                 f"rank {rank}: {_called(header)}" for rank, header in enumerate(headers)
             )
-            if (node := int(record["peer"])) >= 0:  # found on the rail, before the node's call
-                text = (
-                    f"ranks made different calls in epoch {epoch}: rank {int(record['waiter'])}, "
-                    f"on node {node}, and those of the same place on other nodes"
-                )
             failure = Failure("mismatch", int(record["waiter"]), text, epoch=epoch)
+            if (node := int(record["peer"])) >= 0:  # found on the rail, before the node's call
+                failure = different_calls(epoch, failure.waiter, node)
         else:
             wanted = WaitTarget(
                 FLAGS[int(record["flag"])],

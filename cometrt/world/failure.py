@@ -104,6 +104,15 @@ def failure_of(rank: int, error: BaseException, where: str, tile: int, epoch: in
     return Failure("raised", rank, text, peer=rank, tile=tile, epoch=epoch)
 
 
+def different_calls(epoch: int, rank: int, node: int) -> Failure:
+    """The Failure of a rank whose call is not that of the same ranks on other nodes."""
+    text = (
+        f"ranks made different calls in epoch {epoch}: rank {rank}, on node {node}, and those of "
+        f"the same place on other nodes"
+    )
+    return Failure("mismatch", rank, text, epoch=epoch)
+
+
 def recorded(records: np.ndarray, generation: int, rank: int) -> Failure:
     """The most informative record of a generation, in the order of KINDS; of equal ones `rank`'s
     own."""

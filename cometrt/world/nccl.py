@@ -1,9 +1,9 @@
 """`NcclRail`: the NCCL communicator of a rank's rail, and the thread that watches it.
 
 NCCL waits without a deadline. So a thread looks at two counters in the host's memory, which kernels
-raise before and after each transfer. If a transfer lasts longer than the world's timeout, if NCCL
-reports an error, or if the world stops, it stops the world and aborts the communicator. Then the
-transfer's kernel ends.
+raise before and after each transfer. If a transfer lasts longer than the world's timeout, if
+kernels find that ranks of the rail make different calls, if NCCL reports an error, or if the world
+stops, it stops the world and aborts the communicator. Then the transfer's kernel ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cometrt.errors import CometError
-from cometrt.world.failure import SLOW, Failure, WaitTarget
+from cometrt.world.failure import SLOW, Failure, WaitTarget, different_calls
 
 if TYPE_CHECKING:
     from cometrt.world.nodes import NodesWorld
@@ -35,7 +35,7 @@ class NcclRail:
     """Of one rank.
 
     Attributes:
-        steps: [3] uint64 in pinned memory, as `steps` of kernels_cu/nodes/rail_params.cuh.
+        steps: [4] uint64 in pinned memory, as `steps` of kernels_cu/nodes/rail_params.cuh.
         max_ctas: the most CTAs of a transfer, by NCCL's environment variables when the communicator
             was made; None: they give no bound.
     """
@@ -47,7 +47,7 @@ class NcclRail:
 
         self._library, self._world = nccl, weakref.ref(world)
         self._device_id = cupy.cuda.Device().id
-        self.steps = np.frombuffer(cupy.cuda.alloc_pinned_memory(24), np.uint64, 3)
+        self.steps = np.frombuffer(cupy.cuda.alloc_pinned_memory(32), np.uint64, 4)
         self.max_ctas = max_ctas(os.environ)
         self._comm: Any = None
         self._lock = threading.Lock()  # the communicator does not end while it is held
@@ -140,6 +140,9 @@ class NcclRail:
         world.update()
         if world.is_stopped:
             self._abort()
+            return
+        if epoch := int(self.steps[3]):
+            world.stop(different_calls(epoch, world.rank, world.node_index))
             return
         steps, now = (int(self.steps[0]), int(self.steps[1])), time.monotonic()
         if steps != self._seen or steps[0] == steps[1]:

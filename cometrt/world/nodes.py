@@ -203,6 +203,8 @@ class NodesWorld(MPIWorld):
         with self.one_call.hold("world.reset"):
             if self.node.gpu:
                 self.node.gpu.drain()
+            if self.nccl is not None:
+                self.nccl.steps[3] = 0  # kernels of failed calls, which have ended, may have set it
             reset(self)
             reset(self.node)
             self._end_receives()

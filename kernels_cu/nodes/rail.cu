@@ -206,7 +206,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // Turns tables of the rail, this rank's or others', into those of this node's experts; those of
 // rail_choose are it already. With the others' it stops the world if the ranks of the rail make
-// different calls: then the node's calls are inert.
+// different calls: then the node's calls are inert. The host is told too, since transfers of
+// different calls may never end.
 extern "C" __global__ void __launch_bounds__(kThreads)
     rail_localize(const __grid_constant__ RailParams params) {
   const long long first = first_index(), step = index_step();
@@ -228,6 +229,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   if (params.others && !same_calls(params) && !is_stopped(params.world)) {
     const u64 epoch = params.world.epoch() + 1;
     stop_world(params.world, kMismatch, {kSourceReady, params.node, -1, -1}, epoch, 0, 0);
+    static_cast<volatile u64*>(params.steps)[3] = epoch;
   }
 }
 

@@ -55,9 +55,9 @@ struct RailParams {
   const ExchangeState* state;
   const PlanProgress* progress;  // of a call that makes a plan
   RailReport* report;
-  // [3] in the host's memory. 0: the newest transfer that has begun, 2 * number + RailTransfer.
+  // [4] in the host's memory. 0: the newest transfer that has begun, 2 * number + RailTransfer.
   // 1: the newest that has ended. 2: of the call whose plan failed, layer * 256 + slice + 1, until
-  // the host has raised its error.
+  // the host has raised its error. 3: the epoch of a call that other ranks of the rail do not make.
   u64* steps;
   // Gathered. rows [num_tokens, hidden], ids and weights [num_tokens, topk] are this rank's.
   const void* rows;
