@@ -6,12 +6,15 @@
     --slices 1,3,4    values of rail_slices to measure
     --nccl-sms 8      SMs that the kernels of several slices leave to NCCL; by default as many as
                       TileConfig says
+    --limit 1         nodes of a token's experts, chosen at random for each token. Then each layer
+                      over nodes is there twice: all tokens cross, or wanted ones alone ("wanted"),
+                      with as much room (rail_tokens) as they take
 
 GPUs of one host are cut into nodes. NCCL_MAX_NCHANNELS limits the channels of NCCL, and so its rate
 between them: that of a network. More than one slice needs it, or NCCL_MAX_CTAS. It holds for all
 contenders:
 
-    nodes, n      the layer over several nodes, with n slices
+    nodes, n      the layer over several nodes, with n slices ("nodes, n, wanted": see --limit)
     node alone    its node's layer, with the tokens of the rail, which nothing brings
     rail alone    what crosses between nodes before and after it
     all-to-all    NCCL's all-to-all over all ranks, with the same GEMMs (forwards)
@@ -26,6 +29,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import os
 import statistics
 import sys
@@ -40,7 +44,16 @@ import cometrt
 from cometrt.bench.contenders import free_memory
 from cometrt.bench.nccl import Experts, Nccl, NcclForward
 from cometrt.bench.records import machine, write
-from cometrt.bench.workloads import SHAPES, Cell, device_normal, relative_error, routing, tolerance
+from cometrt.bench.workloads import (
+    SHAPES,
+    Cell,
+    device_normal,
+    distinct_experts,
+    relative_error,
+    routing,
+    tolerance,
+)
+from cometrt.nodes.crossing import slots_of
 from cometrt.nodes.slices import RailSlices
 from cometrt.residuals import Residuals
 from cometrt.trace import NullTracer
@@ -58,30 +71,38 @@ class Contenders:
     """One rank's layers and arrays."""
 
     def __init__(
-        self, nodes: cometrt.World, whole: cometrt.World, cell: Cell, slices: dict[int, int | None]
+        self,
+        nodes: cometrt.World,
+        whole: cometrt.World,
+        cell: Cell,
+        slices: dict[int, int | None],
+        limit: int | None = None,
     ) -> None:
         """Collective.
 
         Args:
             nodes, whole: worlds of the same ranks, over several nodes and on one.
             slices: rail_slices -> nccl_sms of further layers.
+            limit: nodes of a token's experts; None: as they come.
         """
         self.layer = cometrt.MoELayer(nodes, cell.spec, "fused")
-        self.layers = {
-            count: self.layer
-            if count == 1
-            else cometrt.MoELayer(
-                nodes,
-                cell.spec,
-                "fused",
-                config=dataclasses.replace(self.layer.config, rail_slices=count, nccl_sms=sms),
+        ids, specs = routing(cell), {"": cell.spec}
+        if limit is not None:
+            ids = limited_routing(cell, nodes.nodes, limit)
+            self.rail_tokens = most_wanted(cell, ids, nodes)
+            specs[", wanted"] = dataclasses.replace(cell.spec, rail_tokens=self.rail_tokens)
+        self.layers: dict[str, cometrt.MoELayer] = {}
+        for (count, sms), (suffix, spec) in itertools.product(slices.items(), specs.items()):
+            config = dataclasses.replace(self.layer.config, rail_slices=count, nccl_sms=sms)
+            self.layers[f"nodes, {count}{suffix}"] = (
+                self.layer
+                if count == 1 and not suffix
+                else cometrt.MoELayer(nodes, spec, "fused", config=config)
             )
-            for count, sms in slices.items()
-        }
         (self.whole_rail,) = RailSlices.of(cell.spec, nodes.nodes, nodes.node_index).calls()
         self.whole = cometrt.MoELayer(whole, cell.spec, "fused")
         self.planner = cometrt.MoELayer(whole, cell.spec, "sequential")
-        model, ids = SHAPES[cell.model], routing(cell)
+        model = SHAPES[cell.model]
         weights = np.random.default_rng(0).random(ids.shape, np.float32) + 0.5  # of all ranks
         cp.random.seed(nodes.rank)
         self.x, self.dy = (device_normal((cell.tokens, model.hidden)) for _ in range(2))
@@ -138,10 +159,7 @@ class Contenders:
         """By pass and contender."""
 
         def over(call: Callable[[cometrt.MoELayer], Any]) -> dict[str, Run]:
-            return {
-                f"nodes, {count}": functools.partial(call, layer)
-                for count, layer in self.layers.items()
-            }
+            return {name: functools.partial(call, layer) for name, layer in self.layers.items()}
 
         return {
             "forward": over(self.forward)
@@ -165,11 +183,11 @@ class Contenders:
         self.whole.synchronize()
         expected = self.y.copy()
         found = {}
-        for count, layer in self.layers.items():
+        for name, layer in self.layers.items():
             self.y.fill(np.nan)
             self.forward(layer)
             layer.synchronize()
-            found[f"nodes, {count}"] = self.y.copy()
+            found[name] = self.y.copy()
         self.nccl()
         cp.cuda.get_current_stream().synchronize()
         found["all-to-all"] = self.nccl.y
@@ -184,6 +202,26 @@ class Contenders:
             layer.close()
         self.whole.close()
         self.planner.close()
+
+
+def limited_routing(cell: Cell, nodes: int, limit: int) -> np.ndarray:
+    """[W, T, K] int32: a token chooses so many nodes at random, and uniformly of their experts."""
+    rng, of_node = np.random.default_rng(0), cell.spec.num_experts // nodes
+    shape = cell.ranks, cell.tokens
+    chosen = distinct_experts(rng, shape, np.zeros(nodes), limit)
+    ids = distinct_experts(rng, shape, np.zeros(limit * of_node), cell.spec.topk)
+    node = np.take_along_axis(chosen, ids // of_node, axis=-1)
+    return (node * of_node + ids % of_node).astype(np.int32)
+
+
+def most_wanted(cell: Cell, ids: np.ndarray, nodes: cometrt.World) -> int:
+    """The most tokens of a rank that another node wants."""
+    weights = np.ones(ids.shape[1:], np.float32)
+    places = (rank // nodes.ranks_per_node for rank in range(cell.ranks))
+    return max(
+        slots_of(of_rank, weights, cell.spec, nodes.nodes, node)[1]
+        for of_rank, node in zip(ids, places, strict=True)
+    )
 
 
 def time_run(world: cometrt.World, run: Run, calls: int, rounds: int) -> float:
@@ -208,7 +246,7 @@ def time_run(world: cometrt.World, run: Run, calls: int, rounds: int) -> float:
 def measure(nodes: cometrt.World, whole: cometrt.World, cell: Cell, args: Any) -> dict[str, Any]:
     """Collective: the entry of a cell."""
     slices = {count: args.nccl_sms if count > 1 else None for count in args.slices}
-    contenders = Contenders(nodes, whole, cell, slices)
+    contenders = Contenders(nodes, whole, cell, slices, args.limit)
     errors = contenders.check()
     times = {
         which: {name: time_run(nodes, run, args.calls, args.rounds) for name, run in runs.items()}
@@ -217,6 +255,8 @@ def measure(nodes: cometrt.World, whole: cometrt.World, cell: Cell, args: Any) -
     contenders.close()
     sent = 2 * 2 * cell.tokens * cell.spec.hidden * (nodes.nodes - 1)  # x and y of a forward
     entry: dict[str, Any] = {"errors": errors, "times": times}
+    if args.limit is not None:
+        entry |= {"limit": args.limit, "rail_tokens": contenders.rail_tokens}
     entry["rail_gbps"] = sent / times["forward"]["rail alone"] / 1e6
     entry["hidden"] = {}
     for which, ms in times.items():
@@ -224,7 +264,7 @@ def measure(nodes: cometrt.World, whole: cometrt.World, cell: Cell, args: Any) -
         entry["hidden"][which] = {
             name: (sum(apart) - value) / min(apart)
             for name, value in ms.items()
-            if name.startswith("nodes")
+            if name.startswith("nodes") and not name.endswith("wanted")
         }
     return entry
 
@@ -245,10 +285,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slices", default="1,3,4")
     parser.add_argument("--nccl-sms", type=int)
+    parser.add_argument("--limit", type=int)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     if unknown := set(args.models.split(",")) - set(SHAPES):
         parser.error(f"--models must be of {', '.join(SHAPES)} (got {', '.join(unknown)})")
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit must be at least 1 (got {args.limit})")
     args.slices = sorted(map(int, args.slices.split(",")))
     if args.slices[-1] > 1 and max_ctas(os.environ) is None:
         parser.error("set NCCL_MAX_NCHANNELS or NCCL_MAX_CTAS, or measure --slices 1 alone")
