@@ -151,7 +151,7 @@ class Contenders:
         executor: Any = self.layer.executor
         rail = executor.rail
         self.rail_forward()
-        rail.begin("backward", len(self.dy), self.dy, rail.rows)
+        rail.begin("backward", len(self.dy), self.dy, rail.rows, slots=rail.slots)
         rail.end_slice(0, self.whole_rail, rows=True, dweights=True)
         rail.end(self.grads.x, self.grads.topk_weights)
 

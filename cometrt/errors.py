@@ -34,7 +34,7 @@ class RoutingError(CometError):
     Attributes:
         rank: the rank that passed the table.
         token, k: the first invalid pair in it.
-        expert_id: its id, as far as an int32 holds it; 0 over several nodes.
+        expert_id: its id, as far as an int32 holds it; 0 on "cuda" over several nodes.
     """
 
     rank: int
@@ -57,7 +57,7 @@ class CapacityError(CometError):
     Every rank raises the same error. No tokens were exchanged. The layer may be called again.
 
     Attributes:
-        rank: the rank that needs most rows.
+        rank: the rank that needs most rows; or the first one of which too many tokens would cross.
         need: rows that it needs, padding rows included; or tokens that would cross.
         capacity: rows that its buffers hold; or ``rail_tokens``.
         capacity_factor: the ``MoESpec.capacity_factor`` that would have been enough.

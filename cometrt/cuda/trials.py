@@ -58,7 +58,7 @@ class Trials:
         self.elapsed_sec = self.longest_sec = 0.0
         self._world, self._geometry, self._make = world, geometry, make
         self._training, self._room, self._tracer = training, room, NullTracer()
-        self._inputs = _random_inputs(geometry) if inputs is None else inputs
+        self._inputs = _random_inputs(geometry, world.nodes) if inputs is None else inputs
         self._y = cp.empty_like(self._inputs[0])
         if training:
             spec, (x, _, weights, w_up, w_down) = geometry.spec, self._inputs
@@ -231,22 +231,33 @@ class StartBarrier:
         self._flag[0] = 1
 
 
-def balanced_ids(geometry: Geometry) -> np.ndarray:
+def balanced_ids(geometry: Geometry, nodes: int = 1) -> np.ndarray:
     """[max_tokens, K] int32: distinct experts for each of this rank's tokens.
 
-    Over all ranks, every expert is chosen equally often, to within K.
+    Over all ranks, every expert is chosen equally often, to within K. At most `rail_tokens` tokens
+    of a rank want experts of any one of the other nodes.
     """
-    spec = geometry.spec
-    experts, topk = spec.num_experts, spec.topk
-    token = geometry.rank * spec.max_tokens + np.arange(spec.max_tokens, dtype=np.int64)
-    # E consecutive tokens begin at E different experts. All take the same stride through the
-    # experts, which is coprime to E.
+    spec, rank = geometry.spec, geometry.rank
+    tokens, of_node = np.arange(spec.max_tokens, dtype=np.int64), spec.num_experts // nodes
+    # A token chooses among the experts of `wide` nodes, from `first` on.
+    first, number = np.zeros_like(tokens), rank * spec.max_tokens + tokens
+    wide = min(nodes, spec.crossing_tokens // -(-spec.max_tokens // nodes))
+    if 0 < wide < nodes:
+        first, number = tokens % nodes, number // nodes
+    elif wide == 0:  # as many as may go to each other node, the rest stays at home
+        wide, home = 1, rank * nodes // geometry.size
+        away = tokens < (nodes - 1) * spec.crossing_tokens
+        first = (home + away * (1 + tokens % max(1, nodes - 1))) % nodes
+    # As many consecutive numbers as there are experts begin at different ones. All take the same
+    # stride through the experts, which is coprime to their number.
+    experts = wide * of_node
     strides = np.array([s for s in range(1, experts + 1) if math.gcd(s, experts) == 1])
-    stride = strides[(token // experts * 7919) % len(strides)]
-    return ((token[:, None] + stride[:, None] * np.arange(topk)) % experts).astype(np.int32)
+    stride = strides[(number // experts * 7919) % len(strides)]
+    chosen = (number[:, None] + stride[:, None] * np.arange(spec.topk)) % experts
+    return ((first[:, None] * of_node + chosen) % spec.num_experts).astype(np.int32)
 
 
-def _random_inputs(geometry: Geometry) -> tuple[Any, ...]:
+def _random_inputs(geometry: Geometry, nodes: int) -> tuple[Any, ...]:
     """Random normal inputs, at the scale of a model's activations and weights.
 
     Zeros would take less power and therefore less time.
@@ -254,7 +265,7 @@ def _random_inputs(geometry: Geometry) -> tuple[Any, ...]:
     import cupy as cp
 
     spec, rng = geometry.spec, np.random.default_rng(geometry.rank)
-    ids, dtype = balanced_ids(geometry), spec.numpy_dtype
+    ids, dtype = balanced_ids(geometry, nodes), spec.numpy_dtype
     return (
         _normal((spec.max_tokens, spec.hidden), 1.0, dtype, rng),
         cp.asarray(ids),

@@ -16,8 +16,11 @@ def rail_bytes(slices: RailSlices, shape: PlanShape, device: str, training: bool
     row_bytes, several = spec.hidden * spec.numpy_dtype.itemsize, slices.count > 1
     rows, tables = slices.rows * row_bytes, slices.rows * spec.topk * 8
     if device == "cuda":
-        crossing = (slices.nodes - 1) * slices.crossing if slices.wanted_only else 0
-        return 2 * rows + 3 * tables + crossing * (row_bytes + spec.topk * 8)
+        more = 0
+        if slices.wanted_only:  # crossing rows, outgoing messages, slots
+            more = (slices.nodes - 1) * slices.crossing * row_bytes
+            more += slices.nodes * (slices.crossing * spec.topk * 8 + slices.max_tokens * 4)
+        return 2 * rows + 3 * tables + more
     # The rows of one slice and its results; x of all, which is in the heap if there is one slice.
     more = 2 * spec.max_tokens * (row_bytes + spec.topk * 8) + rows if several else 0
     if not training:

@@ -274,18 +274,19 @@ class CudaNodesExecutor(NodesExecutor):
         except RoutingError as error:
             (slices, _, spec), slice_idx = self._failed_call()
             node, token = slices.slot_of(slices.calls()[slice_idx].begin + error.token)
+            k = error.k
             if slices.wanted_only:
                 if error.expert_id <= -_MOST_WANTED:
                     rank = node * world.ranks_per_node + error.rank
                     raise too_many_tokens(rank, error.expert_id - _TOO_MANY, spec) from None
-                token = _WRONG_PAIR - error.expert_id
+                token, k = divmod(_WRONG_PAIR - error.expert_id, spec.topk)
             raise RoutingError.build(
                 "topk_ids and topk_weights",
                 f"break a rule: ids must be in [-1, {spec.num_experts}) and distinct within the "
                 f"token, weights finite",
                 rank=node * world.ranks_per_node + error.rank,
                 token=token,
-                k=error.k,
+                k=k,
             ) from None
 
     def _failed_call(self) -> tuple[tuple[Any, Any, Any], int]:

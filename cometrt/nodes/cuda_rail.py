@@ -16,6 +16,7 @@ from cometrt.cuda.report import pinned
 from cometrt.kernels.launch import load_kernels
 from cometrt.kernels.params import ParamStruct
 from cometrt.kernels.rail_params import header_dtype, outcome_dtype, params_dtype, report_dtype
+from cometrt.nodes.cuda_crossing import WantedTokens
 from cometrt.nodes.slices import RailSlice, RailSlices
 from cometrt.specs import MoESpec
 from cometrt.world.nodes import NodesWorld
@@ -100,17 +101,10 @@ class CudaRail:
             "crossing": slices.crossing,
         }
         self.slots: Any = None
+        self._wanted: WantedTokens | None = None
         if slices.wanted_only:
-            self._counts = cp.zeros(nodes, cp.int32)
-            self._outgoing = cp.zeros(nodes * self._message_bytes, cp.uint8)
-            self._crossing_rows = cp.ndarray(
-                ((nodes - 1) * slices.crossing, spec.hidden), spec.numpy_dtype
-            )
-            self._fixed |= {
-                "counts": self._counts.data.ptr,
-                "outgoing": self._outgoing.data.ptr,
-                "crossing_rows": self._crossing_rows.data.ptr,
-            }
+            self._wanted = WantedTokens(slices, self._message_bytes, self._row_bytes)
+            self._fixed |= self._wanted.fields
 
     # ---- a call, in this order --------------------------------------------------------------
 
@@ -136,14 +130,12 @@ class CudaRail:
             where this rank's rows are for the call's slices.
         """
         fields, own, wanted_rows = self._begin(), None, None
-        if self._slices.wanted_only:
-            # An array of its own, since `saved` and plans keep it.
-            shape, of_tables = self._slices.slots_shape, ids is not None
-            slots = self._cp.ndarray(shape, self._cp.int32) if of_tables else slots
+        if self._wanted and ids is not None:
+            slots = self._wanted.new_slots()
         self.slots = slots
         if rows is not None:
             rows = self._out_of(all_rows, rows)
-            wanted_rows = rows if self._slices.wanted_only else None
+            wanted_rows = rows if self._wanted else None
             own = self.own_rows(all_rows)[:num_tokens]
             if self._several and num_tokens == self._spec.max_tokens:
                 own, rows = rows, None  # sent from where they are
@@ -161,10 +153,10 @@ class CudaRail:
         fields["progress"] = self._progress if operation in _PLANNING else 0
         fields["num_tokens"] = num_tokens
         fields["id_bytes"] = 0 if ids is None else ids.dtype.itemsize
-        if self._slices.wanted_only and ids is not None:
+        if self._wanted and ids is not None:
             self._run(self._choose)
         self._run(self._pack, begins=_TOKENS)
-        if self._several and ids is not None and not self._slices.wanted_only:
+        if self._several and ids is not None and not self._wanted:
             self._run(self._localize, own=1)
         self._sent = own, slots  # the memory is not free until the next call begins
         if own is None:
@@ -182,18 +174,17 @@ class CudaRail:
         self._arrived = []
         for part in range(slices.parts):
             sends, receives = [], []
-            tokens = slices.tokens_of(part)
+            tokens = slices.slots_of(part)
             for node in self._other_nodes():
                 if part == 0:
                     message = self._messages.data.ptr, self._message_bytes
-                    sends.append((node, *self._message_to(node)))
+                    own = _part(*message, slices.node)
+                    sends.append((node, *(self._wanted.message_to(node) if self._wanted else own)))
                     receives.append((node, *_part(*message, node)))
                 if of_rows is not None and tokens:
                     begin, to = of_rows
+                    begin = self._wanted.rows_to(node) if self._wanted else begin
                     size = nbytes * len(tokens)
-                    if slices.wanted_only:
-                        begin = self._crossing_rows.data.ptr
-                        begin += nbytes * slices.crossing * (node - (node > slices.node))
                     sends.append((node, begin + nbytes * tokens[0], size))
                     row = slices.row_of(node, tokens[0])
                     receives.append((node, to + nbytes * row, size))
@@ -201,18 +192,12 @@ class CudaRail:
                 self._nccl.transfer(sends, receives, side)
             begins = _TOKENS if part < last else 0
             if part == 0:
-                own = 0 if self._several or slices.wanted_only else 1
-                others = {"own": own, "others": 1}
-                self._run(self._localize, side, ends=1, begins=begins, **others)
+                own_too = 0 if self._several or self._wanted else 1
+                of = {"own": own_too, "others": 1}
+                self._run(self._localize, side, ends=1, begins=begins, **of)
             else:
                 self._run(self._step, side, ends=1, begins=begins)
             self._arrived.append(self._record(side))
-
-    def _message_to(self, node: int) -> tuple[int, int]:
-        """Address and bytes of this rank's message."""
-        if self._slices.wanted_only:
-            return _part(self._outgoing.data.ptr, self._message_bytes, node)
-        return _part(self._messages.data.ptr, self._message_bytes, self._slices.node)
 
     def begin_slice(self, of: RailSlice) -> None:
         """What is queued from here on finds the tokens of the slice."""
@@ -234,7 +219,7 @@ class CudaRail:
         if dweights:
             of_pairs = self.dweights.data.ptr, self._returned_dweights.data.ptr
             results.append((*of_pairs, 4 * self._spec.topk))
-        slices, tokens = self._slices, self._slices.tokens_of(of.part)
+        slices, tokens = self._slices, self._slices.slots_of(of.part)
         sends: list[Transfer] = []
         receives: list[Transfer] = []
         for node in self._other_nodes() if tokens else ():

@@ -248,7 +248,7 @@ def _places(slices: RailSlices, whole: RailSlices) -> list[Any]:
     return [
         slice(own + call.begin, own + call.end)
         if call.part is None
-        else np.concatenate([np.add(slices.tokens_of(call.part), first) for first in others])
+        else np.concatenate([first + np.array(slices.slots_of(call.part), int) for first in others])
         for call in slices.calls()
     ]
 

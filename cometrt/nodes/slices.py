@@ -99,7 +99,7 @@ class RailSlices:
         half = -(-own // 2)
         return [RailSlice(0, half, None), *others, RailSlice(half, own, None)]
 
-    def tokens_of(self, part: int) -> range:
+    def slots_of(self, part: int) -> range:
         """The slots of each other node that a part has."""
         begin = min(part * self.part_tokens, self.crossing)
         return range(begin, min(begin + self.part_tokens, self.crossing))

@@ -41,6 +41,7 @@ class Key:
         tokens: the token bucket: max_tokens, rounded up to a power of two.
         link: name of the emulated link, or "none".
         nodes: N, among which the ranks are spread. The text of a key of one node leaves it out.
+        wanted_only: whether only wanted tokens cross between nodes. The text leaves it out if not.
     """
 
     gpu: str
@@ -56,11 +57,14 @@ class Key:
     dtype: str
     link: str
     nodes: int = 1
+    wanted_only: bool = False
 
     def __str__(self) -> str:
         fields = dataclasses.asdict(self)
         if self.nodes == 1:
             del fields["nodes"]
+        if not self.wanted_only:
+            del fields["wanted_only"]
         return ", ".join(f"{name}={value}" for name, value in fields.items())
 
 
@@ -80,6 +84,7 @@ def key_of(world: World, spec: MoESpec) -> Key:
         dtype=spec.dtype,
         link=world.link.name if world.link else "none",
         nodes=world.nodes,
+        wanted_only=world.nodes > 1 and spec.crossing_tokens < spec.max_tokens,
     )
 
 

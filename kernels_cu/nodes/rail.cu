@@ -66,9 +66,12 @@ __device__ void localize(const RailParams& params, const int* ids, int* local) {
 __device__ void mark_too_many(const RailParams& params) {
   int most = 0;
 #pragma unroll 1
-  for (int node = 0; node < params.nodes; ++node) most = max(most, params.counts[node]);
+  for (int node = 0; node < params.nodes; ++node) {
+    if (node != params.node) most = max(most, params.counts[node]);
+  }
   if (most <= params.crossing) return;
-  const int mark = kTooMany + min(most, kMostWanted);
+  const int wrong = params.counts[params.node];
+  const int mark = wrong != kNoWrongPair ? kWrongPair - wrong : kTooMany + min(most, kMostWanted);
   params.all_ids[params.row_of(params.node, 0) * params.topk] = mark;
 #pragma unroll 1
   for (int node = 0; node < params.nodes; ++node) {
@@ -88,6 +91,7 @@ __device__ void pack_wanted(const RailParams& params) {
         reinterpret_cast<const uint4*>(params.wanted_rows) + 1ll * token * vectors;
     uint4* target = reinterpret_cast<uint4*>(params.crossing_rows) +
                     (1ll * other * params.crossing + slot) * vectors;
+#pragma unroll 2  // more would spill
     for (int i = lane; i < vectors; i += 32) target[i] = source[i];
   }
 }
@@ -107,15 +111,12 @@ __device__ RailOutcome outcome_of(const RailParams& params) {
   return outcome;
 }
 
-// By one thread, of a call that has failed though `finish` found that it had succeeded: on another
-// node, or since the world has stopped later. In a stopped world the other nodes' outcomes may
-// never have arrived. `finish` reports graphs of an earlier generation, which find it stopped too.
+// By one thread, of a failed call that `finish` has not reported: it has failed on another node, or
+// the world has stopped later. In a stopped world the other nodes' outcomes may never have arrived.
 __device__ void report_other_node(const RailParams& params) {
   volatile RailReport& report = *params.report;
-  const u64 own = params.outcomes[params.node].kind;
-  if ((own != kCompleted && own != kWorldStopped) || report.kind != kCompleted) return;
+  if (params.state->reported || report.kind != kCompleted) return;
   if (is_stopped(params.world)) {
-    if (params.world.own().generation != params.world.generation) return;
     report.node = params.node;
     report.largest_need = report.wrong_pair = 0;
     fence_host();

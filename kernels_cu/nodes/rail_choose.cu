@@ -17,7 +17,7 @@ __device__ int id_for(const RailParams& params, int node, int token, int k) {
   for (int other = 0; other < k; ++other) {
     wrong |= id >= 0 && id_of(params, first_pair + other) == id;
   }
-  if (wrong) return kWrongPair - token;
+  if (wrong) return kWrongPair - static_cast<int>(first_pair + k);
   const int experts = params.num_experts / params.nodes, first = node * experts;
   return id >= first && id < first + experts ? id - first : kNotHere;
 }
@@ -40,13 +40,18 @@ __device__ int count_before(bool yes, int* total) {
   return before;
 }
 
-// By a thread: the tables of this rank's token for a node, at a place of them.
-__device__ void put_pairs(const RailParams& params, int node, int token, int* ids, float* weights) {
+// By a thread: the tables of this rank's token for a node, at a place of them. Returns the first
+// pair that breaks a rule.
+__device__ int put_pairs(const RailParams& params, int node, int token, int* ids, float* weights) {
+  int wrong = kNoWrongPair;
 #pragma unroll 1
   for (int k = 0; k < params.topk; ++k) {
-    ids[k] = id_for(params, node, token, k);
+    const int id = id_for(params, node, token, k);
+    if (id < kNotHere) wrong = min(wrong, kWrongPair - id);
+    ids[k] = id;
     weights[k] = params.weights[1ll * token * params.topk + k];
   }
+  return wrong;
 }
 
 // By a thread: tables of no token.
@@ -63,6 +68,9 @@ __device__ void put_no_pairs(const RailParams& params, int* ids, float* weights)
 // of this rank's node writes the tables of all of this rank's tokens to where its call finds them.
 extern "C" __global__ void __launch_bounds__(kThreads)
     rail_choose(const __grid_constant__ RailParams params) {
+  __shared__ int first_wrong;  // pair
+  if (threadIdx.x == 0) first_wrong = kNoWrongPair;
+  __syncthreads();
   const int node = blockIdx.x;
   const bool here = node == params.node;
   const RailMessage message = params.outgoing_message(node);
@@ -85,7 +93,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (here) {
       const long long pair = params.row_of(node, token) * params.topk;
       if (token < params.num_tokens) {
-        put_pairs(params, node, token, params.all_ids + pair, params.all_weights + pair);
+        const int wrong =
+            put_pairs(params, node, token, params.all_ids + pair, params.all_weights + pair);
+        if (wrong != kNoWrongPair) atomicMin(&first_wrong, wrong);
       } else {
         put_no_pairs(params, params.all_ids + pair, params.all_weights + pair);
       }
@@ -98,5 +108,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const long long pair = 1ll * slot * params.topk;
     put_no_pairs(params, message_ids + pair, message_weights + pair);
   }
-  if (threadIdx.x == 0) params.counts[node] = count;
+  __syncthreads();
+  if (threadIdx.x == 0) params.counts[node] = here ? first_wrong : count;
 }

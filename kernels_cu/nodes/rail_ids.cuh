@@ -5,10 +5,12 @@
 
 namespace cometrt {
 
-// Ids of rail_choose. A pair that breaks a rule has kWrongPair minus its rank's token. If a node
-// wants more tokens than may cross, the first pair of the rank has kTooMany plus how many it wants.
-// As in cometrt/nodes/cuda.py.
+// Ids of rail_choose. A pair that breaks a rule has kWrongPair minus its number among the pairs of
+// its rank. If a node wants more tokens than may cross, the rank's first pair has the id of its
+// first pair that breaks a rule, or else kTooMany plus how many the node wants. As in
+// cometrt/nodes/cuda.py.
 constexpr int kNotHere = -1, kWrongPair = -2, kTooMany = -2147483647 - 1, kMostWanted = 1 << 30;
+constexpr int kNoWrongPair = 2147483647;
 
 // This rank's id of a pair. One beyond int32 stays out of range; it must not wrap.
 __device__ inline int id_of(const RailParams& params, long long pair) {

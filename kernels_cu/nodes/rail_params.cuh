@@ -70,8 +70,9 @@ struct RailParams {
   float* all_weights;
   // Where only wanted tokens cross: else null, and slots are tokens. slots [N, max_tokens]: of this
   // rank's tokens on the other nodes, or -1 (cometrt/nodes/crossing.py). counts [N]: tokens that a
-  // node wants. wanted_rows [num_tokens, hidden] are this rank's, of which those with slots are
-  // copied to crossing_rows [N - 1, C, hidden]; outgoing [N]: messages, whose ids are the node's.
+  // node wants; of this node, the first pair that breaks a rule. wanted_rows [num_tokens, hidden]
+  // are this rank's, of which those with slots are copied to crossing_rows [N - 1, C, hidden];
+  // outgoing [N]: messages, whose ids are the node's.
   int* slots;
   int* counts;
   const char* wanted_rows;

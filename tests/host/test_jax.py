@@ -397,6 +397,16 @@ def test_after_its_world_has_closed_every_use_is_refused():
     moe.close()
 
 
+def test_a_world_of_several_hosts_is_refused(monkeypatch):
+    def refused(world):
+        monkeypatch.setattr(cometrt.World, "nodes", 2)
+        with pytest.raises(ValueError, match=r"world must be of one host \(got 2 nodes\)"):
+            cometrt_jax.MoE(world, small_spec())
+        monkeypatch.undo()
+
+    cometrt.spawn(refused, 1, "host")
+
+
 def test_wrong_worlds():
     mesh = mesh_of()
     with pytest.raises(ValueError, match=r"mesh must be a jax.sharding.Mesh"):

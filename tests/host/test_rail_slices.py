@@ -2,11 +2,15 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 import cometrt
+from cometrt.cuda.trials import balanced_ids
 from cometrt.legality import check_layer
+from cometrt.nodes.crossing import slots_of
 from cometrt.nodes.slices import RailSlices
+from cometrt.specs import Geometry, geometry_of_node
 from cometrt.world import partitions
 from cometrt.world.nccl import max_ctas
 
@@ -42,10 +46,10 @@ def test_every_token_has_a_row_of_its_own_in_one_slice(nodes, max_tokens, count,
             if count > 1:
                 assert (call.part is None) == (of == node)
             if call.part is not None and (of != node):
-                assert token in slices.tokens_of(call.part)
-                first = slices.tokens_of(call.part)[0]
+                assert token in slices.slots_of(call.part)
+                first = slices.slots_of(call.part)[0]
                 assert row == slices.row_of(of, first) + token - first  # one transfer
-        parts = [token for part in range(slices.parts) for token in slices.tokens_of(part)]
+        parts = [token for part in range(slices.parts) for token in slices.slots_of(part)]
         assert parts == list(range(most))
 
 
@@ -76,11 +80,42 @@ def test_memory_of_slices(device, save):
     assert four.residuals < three.residuals
 
 
+@pytest.mark.parametrize("rail_tokens", [24, 12, 1])
+def test_wanted_tokens_have_the_capacity_that_all_would_have(rail_tokens):
+    """In slices too, where a row of a wanted token has more pairs than an own one."""
+    few = dataclasses.replace(SPEC, rail_tokens=rail_tokens)
+    for slices in (1, 3, 4):
+        whole, wanted = (geometry_of_node(spec, 0, 4, 2, slices) for spec in (SPEC, few))
+        rows = [of.spec.capacity_factor * of.spec.max_tokens for of in (whole, wanted)]
+        assert rows[1] >= rows[0] - 1e-9
+    assert few.memory(4, ranks_per_node=2).heap < SPEC.memory(4, ranks_per_node=2).heap
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 4])
+@pytest.mark.parametrize("rail_tokens", [None, 48, 47, 24, 17, 16, 5, 1])
+def test_random_tables_of_the_tuner_have_room(nodes, rail_tokens):
+    spec = dataclasses.replace(SPEC, rail_tokens=rail_tokens)
+    counts = np.zeros(spec.num_experts, int)
+    for rank in range(2 * nodes):
+        ids = balanced_ids(Geometry(spec, rank, 2 * nodes), nodes)
+        assert all(len(set(of_token)) == spec.topk for of_token in ids.tolist())
+        weights = np.ones(ids.shape, np.float32)
+        _, most = slots_of(ids, weights, spec, nodes, rank // 2)
+        assert most <= spec.crossing_tokens
+        counts += np.bincount(ids.ravel(), minlength=spec.num_experts)
+    mean = counts.sum() / spec.num_experts
+    assert np.abs(counts - mean).max() <= 0.5 * mean
+
+
 def test_rules():
     with pytest.raises(ValueError, match=r"rail_slices must be 1, or at least 3 \(got 2\)"):
         cometrt.TileConfig(rail_slices=2)
     with pytest.raises(ValueError, match=r"rail_slices must be an integer in \[1, 16\] \(got 17\)"):
         cometrt.TileConfig(rail_slices=17)
+    with pytest.raises(ValueError, match=r"rail_tokens must be at most max_tokens=48 \(got 49\)"):
+        dataclasses.replace(SPEC, rail_tokens=49)
+    with pytest.raises(ValueError, match=r"rail_tokens must be an integer >= 1 \(got 0\)"):
+        dataclasses.replace(SPEC, rail_tokens=0)
     with pytest.raises(ValueError, match=r"nccl_sms must be even \(got 3\)"):
         cometrt.TileConfig(rail_slices=3, nccl_sms=3)
     three, few = cometrt.TileConfig(rail_slices=3), cometrt.TileConfig(nccl_sms=8)

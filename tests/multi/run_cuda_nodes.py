@@ -250,7 +250,16 @@ def limited(world):
         refused(caught(rank.layer.synchronize), world, tight.rail_tokens)
         together(world)
     at_home = limited_inputs(world, case, at_home=True)
-    rank.ids[...] = on_device(world)(at_home.ids[world.rank])
+    good = on_device(world)(at_home.ids[world.rank])
+    rank.ids[...] = good
+    if world.rank == 1:
+        rank.ids[3:] += case.spec.num_experts  # wrong, and wanted by all nodes
+    rank.layer.plan(rank.ids, rank.topk_weights)
+    error = caught(rank.layer.synchronize)
+    assert isinstance(error, cometrt.RoutingError), error
+    assert (error.rank, error.token, error.k) == (1, 3, 0), vars(error)
+    together(world)
+    rank.ids[...] = good
     checked(world, less, at_home, rank.step())
     rank.layer.close()
 

@@ -177,7 +177,7 @@ def refused(error, world, most: int) -> None:
 
 
 def limited(world):
-    """Exactly as many tokens cross as may; then one more does."""
+    """Exactly as many tokens cross as may; then one more does, and a wrong table wants all to."""
     case = case_of(world, seed=3)
     (tight, less), inputs = limited_cases(world, case), limited_inputs(world, case)
     assert 1 < tight.rail_tokens < min(map(len, inputs.ids))
@@ -189,8 +189,15 @@ def limited(world):
         lambda: rank.layer.plan(inputs.ids[r], inputs.weights[r]),
     ):
         refused(caught(call), world, tight.rail_tokens)
+    wrong = [ids + case.spec.num_experts for ids in inputs.ids]
+    wrong = wrong[r] if r == 1 else at_home.ids[r]
+    error = caught(rank.layer.plan, wrong, inputs.weights[r])
+    assert isinstance(error, cometrt.RoutingError), error
+    assert (error.rank, error.token, error.k) == (1, 0, 0), vars(error)
     rank.forward(1)
     checked(world, less, at_home, rank.backward(1))
+    one = dataclasses.replace(less, rail_tokens=1, slices=4)  # some parts have no tokens
+    checked(world, one, at_home, run_case(world, one, at_home))
 
 
 def stalled(world, where: str, call: str, node: int):

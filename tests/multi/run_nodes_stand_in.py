@@ -293,13 +293,13 @@ class Kernels:
         self.slots(p)[:], _ = slots_of(ids, weights, spec, nodes, own)
         counts = at(p["counts"], nodes, np.int32)
         counts[:] = wanted(ids, weights, spec, nodes).sum(axis=1)
-        counts[own] = 0
         experts = spec.num_experts // nodes
         wrong = (ids < -1) | (ids >= spec.num_experts) | ~np.isfinite(weights)
         for k in range(1, topk):
             same = (ids[:, :k] == ids[:, k : k + 1]) & (ids[:, k : k + 1] >= 0)
             wrong[:, k] |= same.any(axis=1)
-        marks = -2 - np.arange(len(ids))[:, None]
+        marks = -2 - np.arange(ids.size).reshape(ids.shape)
+        counts[own] = np.flatnonzero(wrong)[0] if wrong.any() else 2**31 - 1
         for node in range(nodes):
             here = (ids >= node * experts) & (ids < (node + 1) * experts)
             local = np.where(wrong, marks, np.where(here, ids - node * experts, -1))
@@ -340,11 +340,12 @@ class Kernels:
             for of in (header, *(of for of, *_ in messages)):
                 of[name] = p[name]
         if p["slots"]:
-            most = int(at(p["counts"], nodes, np.int32).max())
+            counts = at(p["counts"], nodes, np.int32)
+            most, wrong = int(counts[others].max()), int(counts[own])
             if p["id_bytes"] and most > p["crossing"]:
                 pair = p["all_ids"] + np.uint64(4 * topk * self.row_of(p, own))
                 for first in (at(pair, 1, np.int32), *(ids[0] for _, ids, _ in messages)):
-                    first[0] = most - 2**31
+                    first[0] = most - 2**31 if wrong == 2**31 - 1 else -2 - wrong
         self.rail_step(p)
 
     def rail_localize(self, p):
@@ -670,6 +671,13 @@ def limited(world, kernels):
         call()
         refused(caught(rank.layer.synchronize), world, tight.rail_tokens)
     rank.inputs = limited_inputs(world, case, at_home=True)
+    rank.ids[...] = rank.inputs.ids[world.rank]
+    if world.rank == 1:
+        rank.ids[3:] = inputs.ids[1][3:] + case.spec.num_experts  # wrong, and wanted by all nodes
+    rank.plan()
+    error = caught(rank.layer.synchronize)
+    assert isinstance(error, cometrt.RoutingError), error
+    assert (error.rank, error.token, error.k) == (1, 3, 0), vars(error)
     rank.ids[...] = rank.inputs.ids[world.rank]
     rank.step()
 

@@ -63,6 +63,8 @@ class MoE(Closing):
 
     def __init__(self, world: JaxWorld | World, spec: MoESpec, mode: str | None = None) -> None:
         if isinstance(world, World):
+            if world.nodes > 1:
+                raise ValueError(f"world must be of one host (got {world.nodes} nodes)")
             world = JaxWorld({0: world})
         if not isinstance(world, JaxWorld):
             raise ValueError(f"world must come from connect (got {world!r})")
