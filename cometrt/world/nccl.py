@@ -28,6 +28,7 @@ _log = logging.getLogger("cometrt")
 
 _LOOK_SEC = 2e-3
 _CLOSE_SEC = 5.0  # the longest time to wait for the thread
+_QUEUEING_SEC = 0.5  # the longest time to wait until a transfer is queued
 Transfers = list[tuple[int, int, int]]  # (node, address, bytes)
 
 
@@ -51,6 +52,7 @@ class NcclRail:
         self.max_ctas = max_ctas(os.environ)
         self._comm: Any = None
         self._lock = threading.Lock()  # the communicator does not end while it is held
+        self._queueing = threading.Lock()  # held while a transfer is queued
         self._seen, self._since = (0, 0), time.monotonic()
         self._closing = threading.Event()
         self.renew()
@@ -113,15 +115,16 @@ class NcclRail:
 
     def transfer(self, sends: Transfers, receives: Transfers, stream: int) -> None:
         """Queue transfers to and from ranks of the rail on a raw stream, all at once."""
-        comm = self._comm  # without the lock: it may have to be aborted meanwhile
-        if comm is None:
-            self._running_world().check_running()
-            raise CometError("NCCL between the nodes has been given up")
-        try:
-            self._transfer(comm, sends, receives, stream)
-        except Exception:
-            self._running_world().check_running()  # the communicator was aborted meanwhile
-            raise
+        with self._queueing:
+            comm = self._comm  # without `_lock`: it may have to be aborted meanwhile
+            if comm is None:
+                self._running_world().check_running()
+                raise CometError("NCCL between the nodes has been given up")
+            try:
+                self._transfer(comm, sends, receives, stream)
+            except Exception:
+                self._running_world().check_running()  # the communicator was aborted meanwhile
+                raise
 
     def _transfer(self, comm: Any, sends: Transfers, receives: Transfers, stream: int) -> None:
         library = self._library
@@ -173,6 +176,16 @@ class NcclRail:
         return world
 
     def _abort(self) -> None:
+        """NCCL may hang if a communicator is aborted in the middle of queueing. But to queue may
+        itself wait for a peer: so this waits for it no longer than a while."""
+        queued = self._queueing.acquire(timeout=_QUEUEING_SEC)
+        try:
+            self._abort_now()
+        finally:
+            if queued:
+                self._queueing.release()
+
+    def _abort_now(self) -> None:
         world = self._world()
         with self._lock:
             comm, self._comm = self._comm, None
