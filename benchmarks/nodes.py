@@ -15,13 +15,15 @@ between them: that of a network. More than one slice needs it, or NCCL_MAX_CTAS.
 contenders:
 
     nodes, n      the layer over several nodes, with n slices ("nodes, n, wanted": see --limit)
-    node alone    its node's layer, with the tokens of the rail, which nothing brings
+    node alone    its node's layer, with the tokens of the rail, which nothing brings; with n > 1
+                  slices "node alone, n", forwards
     rail alone    what crosses between nodes before and after it
     all-to-all    NCCL's all-to-all over all ranks, with the same GEMMs (forwards)
     one node      the fused layer with all ranks on one node
 
 Milliseconds a call, back to back, of the slowest rank; the median of the rounds. Hidden, of each n:
-(node alone + rail alone - nodes) / the smaller of the two. Node and rail alone have one slice.
+(node alone + rail alone - nodes) / the smaller of the two, which have one slice. Host: milliseconds
+in which the host queues a call.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import itertools
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,14 +57,16 @@ from cometrt.bench.workloads import (
     tolerance,
 )
 from cometrt.nodes.crossing import slots_of
+from cometrt.nodes.nccl_sms import sms_for_nccl
 from cometrt.nodes.slices import RailSlices
 from cometrt.residuals import Residuals
 from cometrt.trace import NullTracer
 from cometrt.world.nccl import max_ctas
+from cometrt.world.partitions import leave_sms
 
 CHANNELS = (
     *("NCCL_MAX_CTAS", "NCCL_MAX_NCHANNELS", "NCCL_MAX_P2P_NCHANNELS"),
-    *("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE"),
+    *("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS"),
 )
 RANKS_PER_NODE = "COMETRT_RANKS_PER_NODE"
 Run = Callable[[], Any]
@@ -92,9 +97,15 @@ class Contenders:
             self.rail_tokens = most_wanted(cell, ids, nodes)
             specs[", wanted"] = dataclasses.replace(cell.spec, rail_tokens=self.rail_tokens)
         self.layers: dict[str, cometrt.MoELayer] = {}
+        self.slices: dict[str, RailSlices] = {}
+        self.left_to_nccl: dict[str, int] = {}
         for (count, sms), (suffix, spec) in itertools.product(slices.items(), specs.items()):
             config = dataclasses.replace(self.layer.config, rail_slices=count, nccl_sms=sms)
-            self.layers[f"nodes, {count}{suffix}"] = (
+            place = nodes.nodes, nodes.node_index
+            name = f"nodes, {count}{suffix}"
+            self.slices[name] = RailSlices.of(spec, *place, count)
+            self.left_to_nccl[name] = sms_for_nccl(nodes, config)
+            self.layers[name] = (
                 self.layer
                 if count == 1 and not suffix
                 else cometrt.MoELayer(nodes, spec, "fused", config=config)
@@ -134,6 +145,16 @@ class Contenders:
         w_up, w_down = self.weights
         return Residuals(serial=0, num_tokens=len(x), w_up=w_up, w_down=w_down, **kept)
 
+    def slices_forward(self, name: str, layer: cometrt.MoELayer) -> None:
+        """The node's layer, once for each slice."""
+        executor: Any = layer.executor
+        inner, rail, tracer = executor.inner, executor.rail, NullTracer()
+        with leave_sms(self.left_to_nccl[name]):
+            for of in self.slices[name].calls():
+                at = slice(of.begin, of.end)
+                given = (rail.rows[at], rail.all_ids[at], rail.all_weights[at], *self.weights)
+                inner.forward(*given, training=True, out=rail.results[at], tracer=tracer)
+
     def node_step(self) -> None:
         executor: Any = self.layer.executor
         rail, saved = executor.rail, self.node_forward()
@@ -165,6 +186,13 @@ class Contenders:
             "forward": over(self.forward)
             | {
                 "node alone": self.node_forward,
+                **{
+                    name.replace("nodes", "node alone"): functools.partial(
+                        self.slices_forward, name, layer
+                    )
+                    for name, layer in self.layers.items()
+                    if self.slices[name].count > 1
+                },
                 "rail alone": self.rail_forward,
                 "all-to-all": self.nccl,
                 "one node": lambda: self.forward(self.whole),
@@ -224,9 +252,10 @@ def most_wanted(cell: Cell, ids: np.ndarray, nodes: cometrt.World) -> int:
     )
 
 
-def time_run(world: cometrt.World, run: Run, calls: int, rounds: int) -> float:
-    """Milliseconds a call, of the slowest rank; the median of the rounds."""
-    stream, found = cp.cuda.get_current_stream(), []
+def time_run(world: cometrt.World, run: Run, calls: int, rounds: int) -> tuple[float, float]:
+    """Milliseconds of a call, and in which the host queues it, of the slowest rank; the medians of
+    the rounds."""
+    stream, found, host = cp.cuda.get_current_stream(), [], []
     for _ in range(3):
         run()
     for _ in range(rounds):
@@ -234,13 +263,16 @@ def time_run(world: cometrt.World, run: Run, calls: int, rounds: int) -> float:
         world.barrier()
         begin, end = cp.cuda.Event(), cp.cuda.Event()
         begin.record(stream)
+        queued = time.perf_counter()
         for _ in range(calls):
             run()
+        host_ms = 1e3 * (time.perf_counter() - queued) / calls
         end.record(stream)
         end.synchronize()
-        ms = cp.cuda.get_elapsed_time(begin, end) / calls
-        found.append(max(world.allgather(ms)))
-    return statistics.median(found)
+        ranks = world.allgather((cp.cuda.get_elapsed_time(begin, end) / calls, host_ms))
+        for values, of_rank in zip((found, host), zip(*ranks, strict=True), strict=True):
+            values.append(max(of_rank))
+    return statistics.median(found), statistics.median(host)
 
 
 def measure(nodes: cometrt.World, whole: cometrt.World, cell: Cell, args: Any) -> dict[str, Any]:
@@ -248,13 +280,18 @@ def measure(nodes: cometrt.World, whole: cometrt.World, cell: Cell, args: Any) -
     slices = {count: args.nccl_sms if count > 1 else None for count in args.slices}
     contenders = Contenders(nodes, whole, cell, slices, args.limit)
     errors = contenders.check()
-    times = {
+    measured = {
         which: {name: time_run(nodes, run, args.calls, args.rounds) for name, run in runs.items()}
         for which, runs in contenders.runs().items()
     }
+    times, host = (
+        {which: {name: of[part] for name, of in runs.items()} for which, runs in measured.items()}
+        for part in (0, 1)
+    )
     contenders.close()
     sent = 2 * 2 * cell.tokens * cell.spec.hidden * (nodes.nodes - 1)  # x and y of a forward
-    entry: dict[str, Any] = {"errors": errors, "times": times}
+    entry: dict[str, Any] = {"errors": errors, "times": times, "host_ms": host}
+    entry["nodes"] = [nodes.nodes, nodes.ranks_per_node]
     if args.limit is not None:
         entry |= {"limit": args.limit, "rail_tokens": contenders.rail_tokens}
     entry["rail_gbps"] = sent / times["forward"]["rail alone"] / 1e6
@@ -316,7 +353,8 @@ def show(cell: Cell, nodes: cometrt.World, entry: dict[str, Any]) -> None:
     for which, ms in entry["times"].items():
         shown = ", ".join(f"{name} {value:.3f}" for name, value in ms.items())
         hidden = ", ".join(f"{name} {of:.2f}" for name, of in entry["hidden"][which].items())
-        print(f"  {which} ms: {shown}; hidden: {hidden}", flush=True)
+        host = ", ".join(f"{name} {of:.3f}" for name, of in entry["host_ms"][which].items())
+        print(f"  {which} ms: {shown}; hidden: {hidden}; host: {host}", flush=True)
 
 
 if __name__ == "__main__":
