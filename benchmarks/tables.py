@@ -265,6 +265,61 @@ def latency_table() -> list[str]:
     return lines
 
 
+def small_table() -> list[str]:
+    """Both passes of small batches in training, and what else computes them on the same GPUs."""
+    paths = sorted(RESULTS.glob("small_*.json"), reverse=True)
+    entries = [entry for path in paths for entry in entries_of(path)]
+    if not entries:
+        return ["Not measured yet."]
+    shown = [one for one in BESIDE if any(one in entry["times"] for *_, entry in entries)]
+    lines = [
+        f"{gpus(entries)}; microseconds, by the slowest rank; isolated, and after a comma sustained.",
+        "",
+        *heading(["layer", "pass", *(BESIDE[one] for one in shown), "commit"]),
+    ]
+    for name, which, entry in entries:
+        times = (entry["times"].get(one, {}) for one in shown)
+        lines.append(row([name, which, *map(microseconds, times), commit(entry)]))
+    return lines
+
+
+def microseconds(found: dict[str, Any]) -> str:
+    if "isolated" not in found:
+        return "-"
+    sustained = f", {1e3 * found['sustained']:,.0f}" if "sustained" in found else ""
+    return f"{1e3 * found['isolated']['median']:,.0f}{sustained}"
+
+
+def nodes_table() -> list[str]:
+    """Layers over several nodes of one host."""
+    files = [read(path) for path in sorted(RESULTS.glob("nodes_*.json"))]
+    cells = [(data, *cell) for data in files for cell in data["cells"].items()]
+    if not cells:
+        return ["Not measured yet."]
+    alone = ("node alone", "rail alone", "all-to-all", "one node")
+    machines = gpus([("", "", data) for data in files])
+    lines = [
+        f"{machines}; milliseconds a call, back to back, by the slowest rank. In brackets the share "
+        "of the shorter of node and rail that is hidden.",
+        "",
+        *heading(["layer", "rail, GB/s", "pass", "over nodes, by slices", *alone, "commit"]),
+    ]
+    for data, name, entry in cells:
+        limit = f", {entry['limit']} node a token" if "limit" in entry else ""
+        for which, ms in entry["times"].items():
+            hidden = entry["hidden"][which]
+            over = ", ".join(
+                f"{one.removeprefix('nodes, ')}: {value:.2f}"
+                + (f" ({hidden[one]:.2f})" if one in hidden else "")
+                for one, value in ms.items()
+                if one.startswith("nodes")
+            )
+            times = [f"{ms[one]:.2f}" if one in ms else "-" for one in alone]
+            rate_of = f"{entry['rail_gbps']:.0f}"
+            lines.append(row([f"{name}{limit}", rate_of, which, over, *times, commit(data)]))
+    return lines
+
+
 def sweep_table() -> list[str]:
     """Tuned configs beside the best of a sweep over the tuner's settings."""
     cells = read(RESULTS / "sweep.json").get("cells", {})
@@ -414,6 +469,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "layers": layers_table,
     "end_to_end": end_to_end_table,
     "latency": latency_table,
+    "small": small_table,
+    "nodes": nodes_table,
     "jax_step": jax_step_table,
     "link": link_table,
     "sweep": sweep_table,
@@ -426,6 +483,8 @@ PAGES = {
         "passes",
         "overlap",
         "latency",
+        "small",
+        "nodes",
         "end_to_end",
         "jax_step",
         "layers",

@@ -784,6 +784,29 @@ def test_the_table_of_small_batches(results):
     ]
 
 
+def test_the_table_of_small_batches_beside_others(results):
+    assert tables.small_table() == ["Not measured yet."]
+    found = entry(Cell("mixtral-8x7b", ranks=2, tokens=8), {"fused": 0.15, "jax ragged": 1.5})
+    found["times"]["torch pairs"] = {"skipped": "no PyTorch"}
+    found["times"]["fused"]["sustained"] = 0.125
+    results("small_2.json", {"cells": {"a": {"backward": found}}})
+    assert (
+        tables.small_table()[2] == "| layer | pass | fused | PyTorch, every pair | JAX | commit |"
+    )
+    assert tables.small_table()[4:] == ["| a | backward | 150, 125 | - | 1,500 | abc |"]
+
+
+def test_the_table_of_several_nodes(results):
+    assert tables.nodes_table() == ["Not measured yet."]
+    ms = {"nodes, 1": 3.0, "nodes, 3, wanted": 2.0, "node alone": 1.0, "rail alone": 2.5}
+    cell = {"times": {"forward": ms}, "hidden": {"forward": {"nodes, 1": 0.5}}, "rail_gbps": 35.2}
+    results("nodes_2.json", {"machine": MACHINE, "cells": {"a": cell | {"limit": 1}}})
+    assert tables.nodes_table()[4:] == [
+        "| a, 1 node a token | 35 | forward | 1: 3.00 (0.50), 3, wanted: 2.00 | 1.00 | 2.50 | - | - "
+        "| abc |"
+    ]
+
+
 def test_the_weights_of_small_batches(cupy):
     from benchmarks import latency
 
@@ -941,7 +964,7 @@ def test_every_result_file_is_in_a_table():
         "sweep.json",
         "jax_step.json",
     )
-    known += ("peers_", "passes_", "link_emulation_", "latency_")
+    known += ("peers_", "passes_", "link_emulation_", "latency_", "small_", "nodes_")
     for path in tables.RESULTS.iterdir():
         assert path.name.startswith(known), path
 
