@@ -273,7 +273,8 @@ def small_table() -> list[str]:
         return ["Not measured yet."]
     shown = [one for one in BESIDE if any(one in entry["times"] for *_, entry in entries)]
     lines = [
-        f"{gpus(entries)}; microseconds, by the slowest rank; isolated, and after a comma sustained.",
+        f"{gpus(entries)}; microseconds, by the slowest rank; isolated, and after a comma "
+        "sustained.",
         "",
         *heading(["layer", "pass", *(BESIDE[one] for one in shown), "commit"]),
     ]
@@ -299,8 +300,8 @@ def nodes_table() -> list[str]:
     alone = ("node alone", "rail alone", "all-to-all", "one node")
     machines = gpus([("", "", data) for data in files])
     lines = [
-        f"{machines}; milliseconds a call, back to back, by the slowest rank. In brackets the share "
-        "of the shorter of node and rail that is hidden.",
+        f"{machines}; milliseconds a call, back to back, by the slowest rank. In brackets the "
+        "share of the shorter of node and rail that is hidden.",
         "",
         *heading(["layer", "rail, GB/s", "pass", "over nodes, by slices", *alone, "commit"]),
     ]
