@@ -11,8 +11,9 @@
                       with as much room (rail_tokens) as they take
 
 GPUs of one host are cut into nodes. NCCL_MAX_NCHANNELS limits the channels of NCCL, and so its rate
-between them: that of a network. More than one slice needs it, or NCCL_MAX_CTAS. It holds for all
-contenders:
+between them: that of a network. More than one slice needs it, or NCCL_MAX_CTAS. On one host NCCL
+moves messages of up to 32 times NCCL_P2P_NVL_CHUNKSIZE (512 KiB) by half of the channels or fewer:
+set it to 65536, so that slices have the rate of the whole. All this holds for all contenders:
 
     nodes, n      the layer over several nodes, with n slices ("nodes, n, wanted": see --limit)
     node alone    its node's layer, with the tokens of the rail, which nothing brings; with n > 1
@@ -66,7 +67,8 @@ from cometrt.world.partitions import leave_sms
 
 CHANNELS = (
     *("NCCL_MAX_CTAS", "NCCL_MAX_NCHANNELS", "NCCL_MAX_P2P_NCHANNELS"),
-    *("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS"),
+    *("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_P2P_NVL_CHUNKSIZE"),
+    "CUDA_DEVICE_MAX_CONNECTIONS",
 )
 RANKS_PER_NODE = "COMETRT_RANKS_PER_NODE"
 Run = Callable[[], Any]
