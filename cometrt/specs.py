@@ -238,8 +238,8 @@ def slice_tokens(max_tokens: int, crossing: int, nodes: int, slices: int) -> int
 def spec_of_node(spec: MoESpec, nodes: int, slices: int = 1) -> MoESpec:
     """The spec of the layer within one of several nodes: it has the node's experts, and each rank
     is the home of the tokens of all ranks of its rail, or of one slice of them. In one slice a rank
-    has as much capacity as in `spec`, however few of the tokens cross; smaller slices have the
-    share of it that they have where all cross.
+    has as much capacity as in `spec`, however few of the tokens cross; smaller slices have at
+    least the share of it that they have where all cross.
 
     Args:
         slices: `TileConfig.rail_slices`.
@@ -256,13 +256,14 @@ def spec_of_node(spec: MoESpec, nodes: int, slices: int = 1) -> MoESpec:
             f"{experts} (got {spec.topk})"
         )
     own, crossing = spec.max_tokens, spec.crossing_tokens
+    tokens = slice_tokens(own, crossing, nodes, slices)
     share = own / (own + (nodes - 1) * crossing)
     if slices > 1:  # rows of wanted tokens have more pairs than own ones: as much as if all crossed
-        share = max(share, own / (nodes * crossing))
+        share = max(share, slice_tokens(own, own, nodes, slices) / (nodes * tokens))
     return dataclasses.replace(
         spec,
         num_experts=experts,
-        max_tokens=slice_tokens(own, crossing, nodes, slices),
+        max_tokens=tokens,
         capacity_factor=spec.capacity_factor * share,
         rail_tokens=None,
     )

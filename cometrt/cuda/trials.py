@@ -234,8 +234,8 @@ class StartBarrier:
 def balanced_ids(geometry: Geometry, nodes: int = 1) -> np.ndarray:
     """[max_tokens, K] int32: distinct experts for each of this rank's tokens.
 
-    Over all ranks, every expert is chosen equally often, to within K. At most `rail_tokens` tokens
-    of a rank want experts of any one of the other nodes.
+    Over all ranks, every expert is chosen equally often, to within K; nearly so where only wanted
+    tokens cross. At most `rail_tokens` tokens of a rank want experts of any one other node.
     """
     spec, rank = geometry.spec, geometry.rank
     tokens, of_node = np.arange(spec.max_tokens, dtype=np.int64), spec.num_experts // nodes

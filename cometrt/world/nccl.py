@@ -141,13 +141,14 @@ class NcclRail:
         """What the thread does again and again."""
         world = self._running_world()
         world.update()
+        steps, now = (int(self.steps[0]), int(self.steps[1])), time.monotonic()
         if world.is_stopped:
+            self._seen, self._since = steps, now
             self._abort()
             return
         if epoch := int(self.steps[3]):
             world.stop(different_calls(epoch, world.rank, world.node_index))
             return
-        steps, now = (int(self.steps[0]), int(self.steps[1])), time.monotonic()
         if steps != self._seen or steps[0] == steps[1]:
             self._seen, self._since = steps, now
         elif now > self._since + world.timeout_sec:

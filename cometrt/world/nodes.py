@@ -203,8 +203,8 @@ class NodesWorld(MPIWorld):
         with self.one_call.hold("world.reset"):
             if self.node.gpu:
                 self.node.gpu.drain()
-            if self.nccl is not None:
-                self.nccl.steps[3] = 0  # kernels of failed calls, which have ended, may have set it
+            if self.nccl is not None:  # kernels of failed calls have ended, or never came
+                self.nccl.steps[:] = 0
             reset(self)
             reset(self.node)
             self._end_receives()

@@ -111,18 +111,21 @@ __device__ RailOutcome outcome_of(const RailParams& params) {
   return outcome;
 }
 
-// By one thread, of a failed call that `finish` has not reported: it has failed on another node, or
-// the world has stopped later. In a stopped world the other nodes' outcomes may never have arrived.
+// By a thread, if the world has stopped behind `finish`, which has not reported it then. Several
+// may do so at once: they write the same.
+__device__ void report_stop(const RailParams& params) {
+  volatile RailReport& report = *params.report;
+  if (params.state->reported || report.kind != kCompleted) return;
+  report.node = params.node;
+  report.largest_need = report.wrong_pair = 0;
+  fence_host();
+  report.kind = kWorldStopped;
+}
+
+// By one thread, if the call has failed on another node alone.
 __device__ void report_other_node(const RailParams& params) {
   volatile RailReport& report = *params.report;
   if (params.state->reported || report.kind != kCompleted) return;
-  if (is_stopped(params.world)) {
-    report.node = params.node;
-    report.largest_need = report.wrong_pair = 0;
-    fence_host();
-    report.kind = kWorldStopped;
-    return;
-  }
   for (int node = 0; node < params.nodes; ++node) {
     const RailOutcome& outcome = params.outcomes[node];
     if (outcome.kind == kCompleted || outcome.kind == kCallHeld) continue;
@@ -262,12 +265,15 @@ extern "C" __global__ void __launch_bounds__(32)
 extern "C" __global__ void __launch_bounds__(kThreads)
     rail_add(const __grid_constant__ RailParams params) {
   __shared__ bool failed;
-  if (threadIdx.x == 0) {
-    bool any = is_stopped(params.world);
+  if (threadIdx.x == 0) {  // the world may stop between two CTAs' looks
+    const bool stopped = is_stopped(params.world);
+    bool any = stopped;
     for (int node = 0; node < params.nodes; ++node) {
       any |= params.outcomes[node].kind != kCompleted;
     }
     failed = any;
+    // In a stopped world the other nodes' outcomes may never have arrived.
+    if (stopped) report_stop(params);
   }
   __syncthreads();
   const long long first = first_index(), step = index_step();
