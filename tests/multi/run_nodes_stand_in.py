@@ -870,19 +870,22 @@ def cut_short(world, kernels):
     end it is never queued; a reset does not take that for a transfer."""
     rank = Rank(world, kernels, case_of(world))
     rank.step()
-    world.timeout_sec, real = 0.5, world.nccl._transfer
+    world.timeout_sec = 0.5
     together(world)
 
-    def blocked(comm, *_):
-        while not comm.aborted:
+    def blocked():
+        while not COMMS[-1].aborted:
             time.sleep(1e-3)
+        grouped.clear()
         raise RuntimeError("aborted")
 
-    if world.rank == 0:
-        world.nccl._transfer = blocked
-    error = caught(rank.forward) or caught(rank.layer.synchronize)
+    with contextlib.ExitStack() as stack:
+        if world.rank == 0:
+            nccl = sys.modules["cupy.cuda.nccl"]
+            stack.enter_context(mock.patch.object(nccl, "groupEnd", blocked))
+        error = caught(rank.forward) or caught(rank.layer.synchronize)
     assert isinstance(error, cometrt.PeerTimeout), error
-    world.nccl._transfer, world.timeout_sec = real, 2.0
+    world.timeout_sec = 2.0
     time.sleep(2.2)
     world.reset()
     world.timeout_sec = 30.0
