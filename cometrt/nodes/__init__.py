@@ -3,7 +3,8 @@
 A *rail* is the N ranks of the same place in their nodes. In a call each rank gathers the tokens,
 ids and router weights of its rail. Ids of experts on other nodes become -1. With them it takes part
 in its node's layer, as the home of N * max_tokens tokens. The results, partial sums of each token,
-go back over the rail, and are added in the order of nodes.
+go back over the rail, and are added in the order of nodes. With `MoESpec.rail_tokens` only tokens
+that a node wants cross to it (`nodes.crossing`).
 
 With `TileConfig.rail_slices` > 1 the node's layer is called once for each slice of these tokens
 (`nodes.slices`), so that what crosses overlaps with what is computed.
