@@ -306,7 +306,7 @@ def nodes_table() -> list[str]:
         *heading(["layer", "rail, GB/s", "pass", "over nodes, by slices", *alone, "commit"]),
     ]
     for data, name, entry in cells:
-        limit = f", {entry['limit']} node a token" if "limit" in entry else ""
+        limit = f", limit {entry['limit']}" if "limit" in entry else ""
         for which, ms in entry["times"].items():
             hidden = entry["hidden"][which]
             over = ", ".join(

@@ -28,7 +28,8 @@ def first_original(errors: list[tuple[float, BaseException]]) -> BaseException:
 class RoutingError(CometError):
     """A routing table is invalid: an id outside [-1, E), a repeated id, or a weight not finite.
 
-    Every rank reads the tables of all ranks, so every rank raises the same error. No tokens were
+    Every rank reads the tables of all ranks, so every rank raises the same error; of several errors
+    in a call over several nodes on "cuda", nodes may raise different ones. No tokens were
     exchanged. The layer may be called again.
 
     Attributes:
@@ -54,7 +55,8 @@ class CapacityError(CometError):
     """A rank would need more rows than its buffers hold: see ``MoESpec.capacity_factor``. Or, over
     several nodes, more of its tokens would cross to a node than ``MoESpec.rail_tokens``.
 
-    Every rank raises the same error. No tokens were exchanged. The layer may be called again.
+    Every rank raises the same error (but see RoutingError). No tokens were exchanged. The layer may
+    be called again.
 
     Attributes:
         rank: the rank that needs most rows; or the first one of which too many tokens would cross.

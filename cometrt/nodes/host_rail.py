@@ -77,7 +77,7 @@ class HostRail:
             for node in self._others:
                 header, wanted = self._header.copy(), _wanted(slots, node, num_tokens)
                 if not refused:
-                    header["num_tokens"] = len(np.arange(num_tokens)[wanted])
+                    header["num_tokens"] = num_tokens if slots is None else wanted.sum()
                 messages.send(node, header)
                 for _, all_rows in arrays if not refused else ():
                     own = self._rows(all_rows, world.node_index, num_tokens)

@@ -18,6 +18,7 @@ from typing import Any
 
 from cometrt.kernels.compiler import cache_folder, replace_files
 from cometrt.legality import check_layer
+from cometrt.nodes.slices import RailSlices
 from cometrt.plan import TileConfig
 from cometrt.specs import Geometry, MoESpec
 from cometrt.world import World
@@ -84,7 +85,7 @@ def key_of(world: World, spec: MoESpec) -> Key:
         dtype=spec.dtype,
         link=world.link.name if world.link else "none",
         nodes=world.nodes,
-        wanted_only=world.nodes > 1 and spec.crossing_tokens < spec.max_tokens,
+        wanted_only=RailSlices.of(spec, world.nodes, world.node_index).wanted_only,
     )
 
 

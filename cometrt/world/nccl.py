@@ -179,6 +179,8 @@ class NcclRail:
     def _abort(self) -> None:
         """NCCL may hang if a communicator is aborted in the middle of queueing. But to queue may
         itself wait for a peer: so this waits for it no longer than a while."""
+        if self._comm is None:
+            return
         queued = self._queueing.acquire(timeout=_QUEUEING_SEC)
         try:
             self._abort_now()

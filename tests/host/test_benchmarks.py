@@ -802,7 +802,7 @@ def test_the_table_of_several_nodes(results):
     cell = {"times": {"forward": ms}, "hidden": {"forward": {"nodes, 1": 0.5}}, "rail_gbps": 35.2}
     results("nodes_2.json", {"machine": MACHINE, "cells": {"a": cell | {"limit": 1}}})
     assert tables.nodes_table()[4:] == [
-        "| a, 1 node a token | 35 | forward | 1: 3.00 (0.50), 3, wanted: 2.00 | 1.00 | 2.50 | - "
+        "| a, limit 1 | 35 | forward | 1: 3.00 (0.50), 3, wanted: 2.00 | 1.00 | 2.50 | - "
         "| - | abc |"
     ]
 

@@ -99,6 +99,21 @@ def test_wanted_tokens_have_the_capacity_that_all_would_have(rail_tokens):
         assert few_cross.heap < all_cross.heap or slices == 4  # where the own halves are largest
 
 
+def test_slots_of_wanted_tokens():
+    """In the order of tokens, at most rail_tokens; all nodes want a token that breaks a rule."""
+    spec = dataclasses.replace(SPEC, max_tokens=8, rail_tokens=3)  # 8 experts on each of 3 nodes
+    ids = np.array([[0, 8], [8, 16], [9, -1], [-1, -1], [15, 1], [10, 10], [24, 0]])
+    weights = np.ones(ids.shape, np.float32)
+    weights[0, 0] = np.nan
+    slots, most = slots_of(ids, weights, spec, 3, 0)
+    assert slots.tolist() == [
+        [-1] * 8,
+        [0, 1, 2, -1, -1, -1, -1, -1],  # wanted too: 4, 5 and 6
+        [0, 1, -1, -1, -1, 2, -1, -1],  # and 6
+    ]
+    assert most == 6
+
+
 @pytest.mark.parametrize("nodes", [2, 3, 4])
 @pytest.mark.parametrize("rail_tokens", [None, 48, 47, 24, 17, 16, 5, 1])
 def test_random_tables_of_the_tuner_have_room(nodes, rail_tokens):
