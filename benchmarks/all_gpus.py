@@ -6,6 +6,7 @@
     soak      5,000 calls with threads for ranks, and 5,000 under mpirun
     defaults  tunes each model's layers in both passes, and writes the shipped configs
     passes    all models, both passes, beside sequential, chunked and NCCL
+    nodes     the GPUs as two nodes: calls against the reference, a soak, and figures
     emulated  the same forwards on virtual ranks of one GPU, behind an emulated link
 
 Every step has a time limit, which --scale multiplies. A step that fails does not stop the others.
@@ -51,6 +52,10 @@ def steps_of(gpus: int, gpu: str, scale: float) -> list[Step]:
     results = f"benchmarks/results/passes_{gpus}_{gpu}.json"
     emulated = f"benchmarks/results/link_emulation_{gpus}.json"
     soak = ["tests/device/soak.py", "--calls", "5000"]
+    halves, of_nodes = str(gpus // 2), f"benchmarks/results/nodes_{gpus}.json"
+    # As few of NCCL's channels as a network between hosts would be worth, and no more CTAs.
+    rail = ["env", "NCCL_MAX_NCHANNELS=4", "NCCL_MAX_CTAS=4", "NCCL_P2P_NVL_CHUNKSIZE=65536"]
+    nodes = [*rail, f"COMETRT_RANKS_PER_NODE={halves}", *ranks]
 
     def limited(name: str, command: list[str], seconds: float, own: str = "") -> Step:
         seconds *= scale
@@ -63,6 +68,12 @@ def steps_of(gpus: int, gpu: str, scale: float) -> list[Step]:
         limited("soak", [*ranks, *soak], 300, "--seconds"),
         limited("defaults", [*ranks, "-m", "benchmarks.defaults"], 300, "--seconds"),
         limited("passes", [*peers, "--contenders", CONTENDERS, "--out", results], 900),
+        Step("nodes", [*nodes, "-m", "tests.multi.run_cuda_nodes", "calls", "--soak", "2000"], 300),
+        Step(
+            "nodes",
+            [*rail, *ranks, "-m", "benchmarks.nodes", "--ranks-per-node", halves, "--out", of_nodes],
+            300,
+        ),
         limited(
             "emulated",
             [*python, "-m", "benchmarks.layer", "--like", results, "--out", emulated],
@@ -88,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", default="tests,soak,defaults,passes,emulated")
+    parser.add_argument("--steps", default="tests,soak,defaults,passes,nodes,emulated")
     parser.add_argument("--gpus", type=int, help="default: all of this host")
     parser.add_argument("--gpu", help="its name in files; default: as CUDA names it")
     parser.add_argument("--scale", type=float, default=1.0, help="of all time limits")

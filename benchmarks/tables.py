@@ -28,7 +28,7 @@ BESIDE = {  # columns of contenders
     "jax ragged": "JAX",
     "gemms": "GEMMs alone",
 }
-SHORT_FILE = "passes_4_h100.json"
+SHORT_FILE = "passes_4_h200.json"
 SHORT_MODELS, SHORT_TOKENS = ("qwen3-30b-a3b", "mixtral-8x7b"), 8192
 _STEP_MEMORY = "peak memory of a step, GB: fused, sequential"
 PARTS = ("gemms", "planning")  # of a layer: not what it is compared with
