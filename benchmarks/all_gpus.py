@@ -71,7 +71,16 @@ def steps_of(gpus: int, gpu: str, scale: float) -> list[Step]:
         Step("nodes", [*nodes, "-m", "tests.multi.run_cuda_nodes", "calls", "--soak", "2000"], 300),
         Step(
             "nodes",
-            [*rail, *ranks, "-m", "benchmarks.nodes", "--ranks-per-node", halves, "--out", of_nodes],
+            [
+                *rail,
+                *ranks,
+                "-m",
+                "benchmarks.nodes",
+                "--ranks-per-node",
+                halves,
+                "--out",
+                of_nodes,
+            ],
             300,
         ),
         limited(

@@ -15,6 +15,7 @@ from cometrt.trace import Event
 
 LAUNCHES = {  # by name in CallQueue.kernels: role, name and flag of the event
     "publish": ("compute", "publish", ""),
+    "await_sources": ("compute", "wait", "source_ready"),
     "plan": ("compute", "plan", ""),
     "prepare": ("compute", "plan", ""),
     "prepare_planned": ("compute", "plan", ""),

@@ -173,6 +173,7 @@ class DevicePlanner:
         small: whether one block plans; None: as `is_small` says.
 
     Attributes:
+        fills_gpu: whether `prepare` takes all SMs, and not one block alone.
         ids, weights: [W, max_tokens, K], all ranks' routing in the last forward. A small plan
             leaves them there only where the routing is wrong.
         progress: PlanProgress of the last plan, as bytes.
@@ -193,6 +194,7 @@ class DevicePlanner:
 
         self._shape, self._counters = shape, counters
         self._small = is_small(shape) if small is None else small
+        self.fills_gpu = not self._small
         lengths = planner_scratch(shape, self._small)
         self.scratch = {name: cp.empty(length, cp.int32) for name, length in lengths.items()}
         self.block_order_idx = int(self.scratch["block_order_idx"].data.ptr)

@@ -1,9 +1,9 @@
 """How a layer's calls are queued: from addresses to launches, on a raw stream.
 
 Every call is begin, publish, plan, path, finish. `publish` puts in place what peers read. `prepare`
-makes the plan of a forward; `agree` lets a backward use the plan of its forward. The path is what
-its mode does between them and `finish`. A plan made ahead has no path; a planned forward has
-`prepare_planned` in the place of `prepare`.
+makes the plan of a forward, behind `await_sources` unless it has one block; `agree` lets a backward
+use the plan of its forward. The path is what its mode does between them and `finish`. A plan made
+ahead has no path; a planned forward has `prepare_planned` in the place of `prepare`.
 
     fused       dispatch_gemm, gemm_combine
     sequential  dispatch, up, down, push, home_reduce
@@ -68,7 +68,8 @@ class ProtocolKernels:
         orders: TileOrderParams of the up and the down GEMM, which `prepare` and `prepare_planned`
             fill.
         pads: as `forwards_pad`.
-        kernels: gets "publish", "plan", "prepare", "prepare_planned", "agree" and "finish".
+        kernels: gets "publish", "await_sources", "plan", "prepare", "prepare_planned", "agree" and
+            "finish".
     """
 
     def __init__(
@@ -83,11 +84,12 @@ class ProtocolKernels:
         self._planner, self._orders, self._links, self._pads = planner, orders, links, pads
         self._num_sms, self._tables = num_sms(), PlanTables(planner.table_offsets)
         (self._prepare_planned,) = load_kernels("plan/prepare_planned.cu", "prepare_planned")
-        self._publish, self._agree, self._finish = load_kernels(
-            "protocol/publish.cu", "publish", "agree", "finish"
+        self._publish, self._await_sources, self._agree, self._finish = load_kernels(
+            "protocol/publish.cu", "publish", "await_sources", "agree", "finish"
         )
         kernels |= {
             "publish": self._launch_publish,
+            "await_sources": self._launch_await_sources,
             "plan": self._launch_plan,
             "prepare": self._launch_prepare,
             "prepare_planned": self._launch_prepare_planned,
@@ -97,6 +99,9 @@ class ProtocolKernels:
 
     def _launch_publish(self, stream: int, params: ParamStruct) -> None:
         self._publish(stream, self._num_sms, params)
+
+    def _launch_await_sources(self, stream: int, params: ParamStruct, _call: Call) -> None:
+        self._await_sources(stream, 1, params)
 
     def _launch_plan(self, stream: int, params: ParamStruct, call: Call) -> None:
         """Plan alone: no GEMM follows."""
@@ -249,11 +254,12 @@ class CallQueue:
             "backward": backward,
             "plan": NoPath(),
         }
+        waits = ("await_sources",) if self.planner.fills_gpu else ()
         self._plans = {
-            "forward": "prepare",
-            "planned forward": "prepare_planned",
-            "backward": "prepare_backward" if mode == "fused" else "agree",
-            "plan": "plan",
+            "forward": (*waits, "prepare"),
+            "planned forward": ("prepare_planned",),
+            "backward": ("prepare_backward" if mode == "fused" else "agree",),
+            "plan": (*waits, "plan"),
         }
 
     def enqueue(self, stream: int, call: Call) -> None:
@@ -263,7 +269,8 @@ class CallQueue:
         """
         params, kernels = self._params.begin(call), self.kernels
         kernels["publish"](stream, params)
-        kernels[self._plans[call.operation]](stream, params, call)
+        for name in self._plans[call.operation]:
+            kernels[name](stream, params, call)
         self._paths[call.operation].launch(kernels, stream, params, call)
         kernels["finish"](stream, params)
 

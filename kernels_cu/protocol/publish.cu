@@ -1,8 +1,9 @@
 // The first and the last kernels of an exchange: `publish` puts this rank's inputs into the heap
 // and signals source_ready on every rank; `agree` (backward) waits for all ranks; `finish` reports
-// a failed call to the host. Instead of `agree`, a plan or a forward has `prepare` (plan/plan.cu),
-// a forward with a plan `prepare_planned` (plan/prepare_planned.cu), and a fused backward
-// `prepare_backward` (fused/prepare_backward.cu).
+// a failed call to the host. Instead of `agree`, a plan or a forward has `await_sources` and
+// `prepare` (plan/plan.cu), or `prepare_small` alone (plan/plan_small.cu), a forward with a plan
+// `prepare_planned` (plan/prepare_planned.cu), and a fused backward `prepare_backward`
+// (fused/prepare_backward.cu).
 #include "protocol/agree.cuh"
 
 using namespace cometrt;
@@ -217,6 +218,17 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     agree(const __grid_constant__ ExchangeParams params) {
   wait_for_previous_kernel();
   if (params.state->status == kActive) agree_on_call(params);
+}
+
+// One warp, in front of `prepare`, whose blocks fill the GPU: waits for all ranks. A peer publishes
+// when its host has queued the call, and that host may wait for a kernel of somebody else which
+// needs room here, such as NCCL's. So nothing that waits for a peer's host takes more than one SM.
+extern "C" __global__ void __launch_bounds__(32)
+    await_sources(const __grid_constant__ ExchangeParams params) {
+  wait_for_previous_kernel();
+  if (params.state->status != kActive) return;
+  const u64 epoch = params.world.epoch();
+  for (int s = threadIdx.x; s < params.world.size; s += 32) wait_source(params, epoch, s);
 }
 
 // The end of an exchange. If the call failed or was inert, or the world has stopped, the results

@@ -158,4 +158,4 @@ def test_kernels_that_begin_early_wait_before_all_else():
             first = next(s for s in statements if not s.startswith(harmless))
             assert f"{first};".startswith(waits), (path, first)
             found += 1
-    assert found == 14
+    assert found == 15

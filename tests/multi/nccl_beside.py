@@ -3,7 +3,9 @@
     mpirun -n 4 python tests/multi/nccl_beside.py 1000
 
 Ranks launch the reduction before a step or after it, by turns, so that its kernel waits on some
-ranks, holding SMs, while others make their step. Results must have the bits of a step alone.
+ranks, holding SMs, while others make their step. Then one rank waits on its host for the reduction
+before it queues its step: the others, whose steps wait for it, must leave NCCL room. Results must
+have the bits of a step alone.
 """
 
 import os
@@ -72,6 +74,21 @@ class Rank:
         self._side.synchronize()
 
 
+def hosts_wait(rank, comm, steps):
+    """Results of steps that one rank queues when its reduction has ended, and others before theirs
+    begins."""
+    for step in range(steps):
+        if step % comm.size == comm.rank:
+            rank.reduce()
+            rank.wait()
+            yield rank.step()
+        else:
+            results = rank.step()
+            rank.reduce()
+            yield results
+        rank.wait()
+
+
 def timed(rank, comm, steps, reduces):
     """Milliseconds a step, of the slowest rank."""
     rank.wait()
@@ -111,6 +128,8 @@ def main():
     for y, grads in timed(rank, comm, steps, reduces=True):
         assert same(bits(y, grads), expected)
     beside = rank.ms
+    for y, grads in hosts_wait(rank, comm, 2 * comm.size):
+        assert same(bits(y, grads), expected)
     comm.Barrier()
     times = []
     for _ in range(5):
