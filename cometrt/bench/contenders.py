@@ -168,7 +168,7 @@ class Rank:
         return whole(lambda: [run() for run in runs])
 
     def _planning(self) -> Call:
-        """A fused forward, of which publish and prepare are timed. Its kernels are launched one by
+        """A fused forward, of which all up to prepare is timed. Its kernels are launched one by
         one, since the launches of a graph cannot be watched."""
         executor: Any = self.layers["fused"].executor
         planned = cp.cuda.Event()

@@ -245,7 +245,8 @@ class DevicePlanner:
         *,
         pads: bool,
     ) -> None:
-        """Wait for all ranks' routing; make the plan, and the order of both GEMMs' tiles.
+        """Make the plan, and the order of both GEMMs' tiles, from all ranks' routing. One block waits
+        for it, too; `await_sources` comes before more.
 
         Args:
             params: ExchangeParams.

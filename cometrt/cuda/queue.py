@@ -1,9 +1,10 @@
 """How a layer's calls are queued: from addresses to launches, on a raw stream.
 
 Every call is begin, publish, plan, path, finish. `publish` puts in place what peers read. `prepare`
-makes the plan of a forward, behind `await_sources` unless it has one block; `agree` lets a backward
-use the plan of its forward. The path is what its mode does between them and `finish`. A plan made
-ahead has no path; a planned forward has `prepare_planned` in the place of `prepare`.
+makes the plan of a forward. `await_sources` comes before it, unless the planner is one block or the
+world one rank. `agree` lets a backward use the plan of its forward. The path is what its mode does
+between them and `finish`. A plan made ahead has no path; a planned forward has `prepare_planned` in
+the place of `prepare`.
 
     fused       dispatch_gemm, gemm_combine
     sequential  dispatch, up, down, push, home_reduce
@@ -254,7 +255,8 @@ class CallQueue:
             "backward": backward,
             "plan": NoPath(),
         }
-        waits = ("await_sources",) if self.planner.fills_gpu else ()
+        several = self.planner.fills_gpu and shape.geometry.size > 1
+        waits = ("await_sources",) if several else ()
         self._plans = {
             "forward": (*waits, "prepare"),
             "planned forward": ("prepare_planned",),

@@ -1,8 +1,8 @@
 // The device planner: the tables of cometrt/plan/reference.py, bit for bit, in one launch and
 // without host synchronisation. `plan` makes only the plan. `prepare` is everything between
-// `publish` and the first GEMM of a forward: it waits for all ranks (source_ready), copies their
-// routing, plans, and writes the tile orders of both GEMMs. plan_small.cu does the same by one
-// block, for exchanges of few pairs.
+// `await_sources` and the first GEMM of a forward: it copies all ranks' routing, plans, and writes
+// the tile orders of both GEMMs. plan_small.cu does the same by one block, for exchanges of few
+// pairs, and waits for all ranks itself.
 //
 // Five steps, in this order:
 //   1. count:   copy ids, count pairs by expert        (counts.cuh)

@@ -1,7 +1,7 @@
 // The start of an exchange on the receiving side: wait until every rank has published, then check
-// that all make the same call. Used by `prepare` (a plan, a forward), by `prepare_planned` (a
-// forward with a plan), and by `agree` or `prepare_backward` (backward). Since every exchange waits
-// for all ranks, ranks are at most one epoch apart.
+// that all make the same call. Used by `await_sources` and `prepare`, or `prepare_small` (a plan, a
+// forward), by `prepare_planned` (a forward with a plan), and by `agree` or `prepare_backward`
+// (backward). Since every exchange waits for all ranks, ranks are at most one epoch apart.
 #pragma once
 
 #include "protocol/exchange_params.cuh"

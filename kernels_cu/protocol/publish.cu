@@ -221,8 +221,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 }
 
 // One warp, in front of `prepare`, whose blocks fill the GPU: waits for all ranks. A peer publishes
-// when its host has queued the call, and that host may wait for a kernel of somebody else which
-// needs room here, such as NCCL's. So nothing that waits for a peer's host takes more than one SM.
+// when its host has queued the call. That host may wait for a kernel of another library, such as
+// NCCL, that needs room here. So what waits for a peer's host takes no more than one SM.
 extern "C" __global__ void __launch_bounds__(32)
     await_sources(const __grid_constant__ ExchangeParams params) {
   wait_for_previous_kernel();

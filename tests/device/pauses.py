@@ -63,7 +63,7 @@ class Pauses:
     def hold_up(self, layer):
         """Before each launch of the fused layer's calls."""
         kernels = layer.executor.kernels
-        forward = "publish", "prepare", "dispatch_gemm", "gemm_combine", "finish"
+        forward = "publish", "await_sources", "prepare", "dispatch_gemm", "gemm_combine", "finish"
         planned = "plan", "prepare_planned"
         backward = "prepare_backward", "dispatch_down_dgrad", "up_dgrad_combine_wgrad"
         for name in (*forward, *planned, *backward):
