@@ -30,8 +30,9 @@ class Event(NamedTuple):
 
     On "cuda", CTAs record what the fused kernels do. Every other launch is one event: it has no
     tile and no CTA, and link_bytes alone. "plan" then includes the wait for the other ranks, unless
-    a "wait" for source_ready stands before it. One "pull" covers many rows. A "wait" for tile_filled
-    is recorded by the thread that loads ahead, so it may overlap the GEMM of the tile before.
+    a "wait" for source_ready stands before it. One "pull" covers many rows. A "wait" for
+    tile_filled is recorded by the thread that loads ahead, so it may overlap the GEMM of the tile
+    before.
     """
 
     rank: int
