@@ -245,8 +245,8 @@ class DevicePlanner:
         *,
         pads: bool,
     ) -> None:
-        """Make the plan, and the order of both GEMMs' tiles, from all ranks' routing. A planner of one
-        block waits for the ranks, too.
+        """Make the plan, and the order of both GEMMs' tiles, from all ranks' routing. A planner of
+        one block waits for the ranks, too.
 
         Args:
             params: ExchangeParams.
