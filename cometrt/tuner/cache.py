@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,8 @@ def cache_file() -> Path:
 
 def look_up(world: World, spec: MoESpec, mode: str | None) -> TileConfig | None:
     """The tuned config for a layer, or None: that of the nearest token bucket in the user's file or
-    in the shipped one. Of equally near buckets the larger one counts, of equal ones the user's.
+    in the shipped one. Of equally near buckets the larger one counts, of equal ones the user's. A
+    GPU without any takes what is shipped for another one with as many SMs.
 
     Only device="cuda" in mode "fused" (or None) is tuned; everything else gives None.
     """
@@ -104,8 +105,13 @@ def look_up(world: World, spec: MoESpec, mode: str | None) -> TileConfig | None:
     files = [(path, read_entries(path)) for path in (cache_file(), SHIPPED)]
     if not any(entries for _, entries in files):
         return None
-    for key in _nearest_buckets(key_of(world, spec)):
-        for path, entries in files:
+    own, shipped = key_of(world, spec), files[1:]
+    wanted = [(key, files) for key in _nearest_buckets(own)]
+    for gpu in sorted(_gpus(shipped[0][1]) - {own.gpu}):
+        other = dataclasses.replace(own, gpu=gpu)
+        wanted += [(key, shipped) for key in _nearest_buckets(other)]
+    for key, where in wanted:
+        for path, entries in where:
             config = _config_of(path, key, entries)
             try:
                 if config is not None:
@@ -114,6 +120,11 @@ def look_up(world: World, spec: MoESpec, mode: str | None) -> TileConfig | None:
             except ValueError as error:
                 warn_once(f"{path}: the entry for {key} is ignored: {error}")
     return None
+
+
+def _gpus(entries: Iterable[str]) -> set[str]:
+    """The GPUs of all keys, by the driver's names."""
+    return {key.split(", ")[0].removeprefix("gpu=") for key in entries}
 
 
 def _nearest_buckets(key: Key) -> Iterator[Key]:

@@ -231,6 +231,23 @@ def test_a_nearer_bucket_that_is_shipped_comes_before_the_users(monkeypatch, tmp
     assert look_up(fake_world(), SPEC, None) == FOUND
 
 
+def test_a_gpu_without_entries_takes_what_is_shipped_for_another(monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "SHIPPED", tmp_path / "defaults.json")
+    store(cache.SHIPPED, dataclasses.replace(KEY, gpu="Another", sms=KEY.sms + 1), FOUND, MS)
+    assert look_up(fake_world(), SPEC, None) is None
+    store(cache.SHIPPED, dataclasses.replace(KEY, gpu="Another"), FOUND, MS)
+    assert look_up(fake_world(), SPEC, None) == FOUND
+    far = dataclasses.replace(KEY, tokens=1 << 15)
+    store(cache.SHIPPED, far, cometrt.TileConfig(raster_group=6), MS)
+    assert look_up(fake_world(), SPEC, None).raster_group == 6  # its own come first
+
+
+def test_the_users_entries_of_another_gpu_do_not_count(monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "SHIPPED", tmp_path / "defaults.json")
+    store(cache.cache_file(), dataclasses.replace(KEY, gpu="Another"), FOUND, MS)
+    assert look_up(fake_world(), SPEC, None) is None
+
+
 def test_a_bucket_that_cannot_be_used_gives_way_to_the_next(caplog):
     store(cache.cache_file(), KEY, cometrt.TileConfig(gemm="cublas"), MS)
     store(cache.cache_file(), dataclasses.replace(KEY, tokens=256), FOUND, MS)
