@@ -52,10 +52,11 @@ def steps_of(gpus: int, gpu: str, scale: float) -> list[Step]:
     results = f"benchmarks/results/passes_{gpus}_{gpu}.json"
     emulated = f"benchmarks/results/link_emulation_{gpus}.json"
     soak = ["tests/device/soak.py", "--calls", "5000"]
-    halves, of_nodes = str(gpus // 2), f"benchmarks/results/nodes_{gpus}.json"
+    half, of_nodes = str(gpus // 2), f"benchmarks/results/nodes_{gpus}.json"
     # As few of NCCL's channels as a network between hosts would be worth, and no more CTAs.
     rail = ["env", "NCCL_MAX_NCHANNELS=4", "NCCL_MAX_CTAS=4", "NCCL_P2P_NVL_CHUNKSIZE=65536"]
-    nodes = [*rail, f"COMETRT_RANKS_PER_NODE={halves}", *ranks]
+    nodes = [*rail, f"COMETRT_RANKS_PER_NODE={half}", *ranks, "-m", "tests.multi.run_cuda_nodes"]
+    figures = [*rail, *ranks, "-m", "benchmarks.nodes", "--ranks-per-node", half, "--out", of_nodes]
 
     def limited(name: str, command: list[str], seconds: float, own: str = "") -> Step:
         seconds *= scale
@@ -63,26 +64,15 @@ def steps_of(gpus: int, gpu: str, scale: float) -> list[Step]:
 
     peers = [*ranks, "-m", "benchmarks.peers", "--pass", "forward,backward,both"]
     return [
-        Step("tests", [*python, "-m", "pytest", "-q", "tests/device/test_peers.py", "--gpu"], 600),
+        limited(
+            "tests", [*python, "-m", "pytest", "-q", "tests/device/test_peers.py", "--gpu"], 600
+        ),
         limited("soak", [*python, *soak, "--ranks", str(gpus)], 300, "--seconds"),
         limited("soak", [*ranks, *soak], 300, "--seconds"),
         limited("defaults", [*ranks, "-m", "benchmarks.defaults"], 300, "--seconds"),
         limited("passes", [*peers, "--contenders", CONTENDERS, "--out", results], 900),
-        Step("nodes", [*nodes, "-m", "tests.multi.run_cuda_nodes", "calls", "--soak", "2000"], 300),
-        Step(
-            "nodes",
-            [
-                *rail,
-                *ranks,
-                "-m",
-                "benchmarks.nodes",
-                "--ranks-per-node",
-                halves,
-                "--out",
-                of_nodes,
-            ],
-            300,
-        ),
+        limited("nodes", [*nodes, "calls", "--soak", "2000"], 300),
+        limited("nodes", figures, 300),
         limited(
             "emulated",
             [*python, "-m", "benchmarks.layer", "--like", results, "--out", emulated],
