@@ -7,9 +7,10 @@ import logging
 from typing import Any
 
 from cometrt.legality import check_layer
+from cometrt.node_specs import spec_of_node
 from cometrt.nodes.nccl_sms import nccl_problem
 from cometrt.plan import TileConfig
-from cometrt.specs import MoESpec, spec_of_node
+from cometrt.specs import MoESpec
 from cometrt.tuner.cache import look_up
 from cometrt.world import World
 

@@ -21,12 +21,13 @@ from cometrt.call_scope import CallScope, FillingNaN
 from cometrt.executor import Executor
 from cometrt.layer_life import LayerLife
 from cometrt.memory import buffers_of, check_room
+from cometrt.node_specs import geometry_of_node
 from cometrt.nodes import make_executor
 from cometrt.nodes.slices import RailSlices
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.plan_ahead import PlanAhead, plan_specs
 from cometrt.residuals import ArraySpec, Origin, Residuals, Serials, Uses, array_specs
-from cometrt.specs import Geometry, Gradients, MoESpec, check_int, geometry_of_node
+from cometrt.specs import Geometry, Gradients, MoESpec, check_int
 from cometrt.trace import NullTracer, Tracer
 from cometrt.tuner.tune import Progress, tune
 from cometrt.types import Arrays

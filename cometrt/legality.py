@@ -7,8 +7,9 @@ the tuner's search call `check_layer` for everything that depends on more than t
 from __future__ import annotations
 
 from cometrt.kernels.constants import BLOCK_M, BLOCK_N, MAX_ADDENDS, MAX_TOPK
+from cometrt.node_specs import geometry_of_node
 from cometrt.plan import PlanShape, TileConfig
-from cometrt.specs import Geometry, MoESpec, check_choice, geometry_of_node
+from cometrt.specs import Geometry, MoESpec, check_choice
 
 MODES = ("fused", "sequential", "chunked")  # in order of preference
 MAX_HIDDEN = 28672  # on "cuda": each warp of `dispatch` holds a row in shared memory

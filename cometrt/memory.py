@@ -13,10 +13,11 @@ from cometrt.heap import heap_table, region_bytes
 from cometrt.host import buffers as host_buffers
 from cometrt.kernels.constants import MAX_RANKS
 from cometrt.legality import check_layer
+from cometrt.node_specs import geometry_of_node
 from cometrt.nodes.buffers import rail_bytes
 from cometrt.nodes.slices import RailSlices
 from cometrt.plan import PlanShape, TileConfig
-from cometrt.specs import MoESpec, check_choice, check_int, geometry_of_node
+from cometrt.specs import MoESpec, check_choice, check_int
 from cometrt.world import World
 from cometrt.world.control_block import control_block_dtype
 from cometrt.world.layout import device_control_block_dtype

@@ -163,13 +163,25 @@ class MoESpec:
 class Geometry:
     """One rank's share of a layer: rank = group * tp + shard, with W = ep * tp ranks.
 
+    A plan may have several row sets, each with plan experts of its own: then a rank's plan experts
+    are those of its first set, then those of the next one. Plan expert p has the weights of its
+    expert p % num_weights. With one set both are the same.
+
+    Args:
+        spec: its num_experts are the plan experts of all ranks.
+        rank: of `size`.
+        size: W.
+        row_sets: number of row sets.
+
     Raises:
-        ValueError: if tp does not divide W, or EP does not divide E.
+        ValueError: if tp does not divide W, EP does not divide E, or row_sets does not divide the
+            plan experts of a rank.
     """
 
     spec: MoESpec
     rank: int
     size: int
+    row_sets: int = 1
 
     def __post_init__(self) -> None:
         spec = self.spec
@@ -179,6 +191,11 @@ class Geometry:
             raise ValueError(
                 f"num_experts must be divisible by the number of expert groups, "
                 f"ranks / tp = {self.size} / {spec.tp} = {self.ep} (got {spec.num_experts})"
+            )
+        if self.row_sets < 1 or self.local_experts % self.row_sets:
+            raise ValueError(
+                f"row_sets must divide the experts of a rank, {self.local_experts} "
+                f"(got {self.row_sets})"
             )
 
     @functools.cached_property
@@ -195,7 +212,13 @@ class Geometry:
 
     @functools.cached_property
     def local_experts(self) -> int:
+        """Plan experts of this rank."""
         return self.spec.num_experts // self.ep
+
+    @functools.cached_property
+    def num_weights(self) -> int:
+        """Experts whose weights this rank has."""
+        return self.local_experts // self.row_sets
 
     @functools.cached_property
     def local_intermediate(self) -> int:
@@ -208,11 +231,11 @@ class Geometry:
 
     @functools.cached_property
     def w_up_shape(self) -> tuple[int, int, int]:
-        return (self.local_experts, self.up_columns, self.spec.hidden)
+        return (self.num_weights, self.up_columns, self.spec.hidden)
 
     @functools.cached_property
     def w_down_shape(self) -> tuple[int, int, int]:
-        return (self.local_experts, self.spec.hidden, self.local_intermediate)
+        return (self.num_weights, self.spec.hidden, self.local_intermediate)
 
     def distance(self, peer: int) -> int:
         """Ring distance from this rank to `peer`: (peer - rank) mod W. 0: this rank itself."""
@@ -221,58 +244,6 @@ class Geometry:
     def ring(self) -> list[int]:
         """All ranks in the order of their ring distance, this rank first."""
         return [(self.rank + d) % self.size for d in range(self.size)]
-
-
-def slice_tokens(max_tokens: int, crossing: int, nodes: int, slices: int) -> int:
-    """The most tokens of a home in one slice of a call over several nodes (`nodes.RailSlices`).
-
-    Args:
-        crossing: `MoESpec.crossing_tokens`.
-    """
-    if slices == 1:
-        return max_tokens + (nodes - 1) * crossing
-    own, others = -(-max_tokens // 2), (nodes - 1) * -(-crossing // (slices - 2))
-    return max(own, others)
-
-
-def spec_of_node(spec: MoESpec, nodes: int, slices: int = 1) -> MoESpec:
-    """The spec of the layer within one of several nodes: it has the node's experts, and each rank
-    is the home of the tokens of all ranks of its rail, or of one slice of them. In one slice a rank
-    has as much capacity as in `spec`, however few of the tokens cross; smaller slices have at
-    least the share of it that they have where all cross.
-
-    Args:
-        slices: `TileConfig.rail_slices`.
-
-    Raises:
-        ValueError: if a token may choose more experts than a node has.
-    """
-    if nodes == 1:
-        return spec
-    experts = spec.num_experts // nodes
-    if spec.topk > experts:
-        raise ValueError(
-            f"topk must be at most the number of experts of a node, {spec.num_experts} / {nodes} = "
-            f"{experts} (got {spec.topk})"
-        )
-    own, crossing = spec.max_tokens, spec.crossing_tokens
-    tokens = slice_tokens(own, crossing, nodes, slices)
-    share = own / (own + (nodes - 1) * crossing)
-    if slices > 1:  # rows of wanted tokens have more pairs than own ones: as much as if all crossed
-        share = max(share, slice_tokens(own, own, nodes, slices) / (nodes * tokens))
-    return dataclasses.replace(
-        spec,
-        num_experts=experts,
-        max_tokens=tokens,
-        capacity_factor=spec.capacity_factor * share,
-        rail_tokens=None,
-    )
-
-
-def geometry_of_node(spec: MoESpec, rank: int, size: int, nodes: int, slices: int = 1) -> Geometry:
-    """A rank's share of the layer within its node. It has the weights that it has of the whole."""
-    place = rank % (size // nodes)
-    return Geometry(spec_of_node(spec, nodes, slices), place, size // nodes)
 
 
 class Gradients(NamedTuple):

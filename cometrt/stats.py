@@ -35,6 +35,11 @@ class LayerStats:
     rows_waited_us: float
 
 
+def rows_of_experts(rows: np.ndarray, row_sets: int) -> np.ndarray:
+    """[E_l] int64, rows of each local expert, from those of a rank's plan experts."""
+    return rows.reshape(row_sets, -1).sum(axis=0, dtype=np.int64)
+
+
 def sum_stats(slices: list[LayerStats]) -> LayerStats:
     """Of a call, from those of its slices."""
     return LayerStats(

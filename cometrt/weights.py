@@ -42,7 +42,7 @@ def shard_weights(
             raise ValueError(f"{name} must have shape {shape} (got {np.shape(array)})")
     experts, columns = _held(geometry)
     split = np.asarray(w_up_all)[experts].reshape(
-        geometry.local_experts, parts, spec.intermediate, spec.hidden
+        geometry.num_weights, parts, spec.intermediate, spec.hidden
     )
     w_up = np.array(split[:, :, columns], order="C").reshape(geometry.w_up_shape)
     return w_up, np.array(np.asarray(w_down_all)[experts, :, columns], order="C")
@@ -86,7 +86,7 @@ def unshard_weights(
     for geometry, (w_up, w_down) in zip(geometries, shards, strict=True):
         experts, columns = _held(geometry)
         w_up_all[experts, :, columns] = w_up.reshape(
-            geometry.local_experts, parts, geometry.local_intermediate, spec.hidden
+            geometry.num_weights, parts, geometry.local_intermediate, spec.hidden
         )
         w_down_all[experts, :, columns] = w_down
     return w_up_all.reshape(spec.num_experts, parts * spec.intermediate, spec.hidden), w_down_all
@@ -94,10 +94,10 @@ def unshard_weights(
 
 def _held(geometry: Geometry) -> tuple[slice, slice]:
     """The rank's range of experts, and its range of their I columns."""
-    first_expert = geometry.group * geometry.local_experts
+    first_expert = geometry.group * geometry.num_weights
     first_column = geometry.shard * geometry.local_intermediate
     return (
-        slice(first_expert, first_expert + geometry.local_experts),
+        slice(first_expert, first_expert + geometry.num_weights),
         slice(first_column, first_column + geometry.local_intermediate),
     )
 

@@ -87,7 +87,7 @@ class BackwardGemms:
     ) -> None:
         geometry, spec, rows = shape.geometry, shape.geometry.spec, shape.capacity
         experts, width, up = (
-            geometry.local_experts,
+            geometry.num_weights,
             geometry.local_intermediate,
             geometry.up_columns,
         )
@@ -99,6 +99,7 @@ class BackwardGemms:
                 n_tiles,
                 raster_group=shape.config.raster_group or raster_group_of(inner[name]),
                 backwards=name == "up_dgrad",
+                num_weights=experts,
             )
             for name, n_tiles in dgrad_tiles(geometry).items()
         }
@@ -110,7 +111,13 @@ class BackwardGemms:
         self._wgrad_order = WgradOrder(experts, shapes)
         group = wgrad_raster_group(num_sms())
         self._wgrads = WgradArguments(
-            self._wgrad_order, rows, shapes, experts, raster_group=group, ok=ok
+            self._wgrad_order,
+            rows,
+            shapes,
+            experts,
+            row_sets=geometry.row_sets,
+            raster_group=group,
+            ok=ok,
         )
         self._tables, self._recompute = PlanTables(table_offsets), recompute
         (self._order_kernel,) = load_kernels("gemm/backward_order.cu", "backward_order")

@@ -48,7 +48,7 @@ def held(shape: PlanShape, mode: str) -> Buffers:
     geometry, dgrads = shape.geometry, dgrad_tiles(shape.geometry)
     if mode == "fused":
         n_chunk = n_chunk_tiles(shape.of_backward())
-        steps = max_wgrad_steps(geometry.local_experts, wgrad_shapes(geometry))
+        steps = max_wgrad_steps(geometry.num_weights, wgrad_shapes(geometry))
         sizes = {"down_dgrad": (None, 0), "up_dgrad": (n_chunk, steps)}
     else:
         sizes = dict.fromkeys(dgrads, (None, 0))
@@ -59,7 +59,7 @@ def held(shape: PlanShape, mode: str) -> Buffers:
         buffers[f"{name}_counts"] = ((counts,), _INT32)
     if mode == "fused":  # the weight gradients' tiles are in the list of the up dgrad
         return buffers
-    tile_bytes, counts = wgrad_order_size(geometry.local_experts, wgrad_shapes(geometry))
+    tile_bytes, counts = wgrad_order_size(geometry.num_weights, wgrad_shapes(geometry))
     buffers["wgrad_work_tiles"] = ((tile_bytes,), _UINT8)
     buffers["wgrad_counts"] = ((counts,), _INT32)
     return buffers

@@ -34,6 +34,7 @@ from cometrt.world.partitions import gpu_sms, num_sms
 _HALF_M = BLOCK_M // 2
 _ORDER_CTAS = 8  # of the launch that orders tiles
 _COUNTS = 3  # of a tile order: cluster steps; steps popped, clusters finished
+_ALL_WEIGHTS = 2**31 - 1  # more than there are plan experts: each has its own weights
 
 
 class PlannedTiles(Protocol):
@@ -58,6 +59,7 @@ class TileOrder:
         backwards: walk the dispatch order from its end.
         pipeline_chunks: number of pipeline chunks.
         more_steps: room for so many cluster steps of other GEMMs behind the order.
+        num_weights: as for `make_tile_order`.
 
     Attributes:
         params: TileOrderParams, for the planner.
@@ -75,6 +77,7 @@ class TileOrder:
         backwards: bool = False,
         pipeline_chunks: int = 1,
         more_steps: int = 0,
+        num_weights: int | None = None,
     ) -> None:
         import cupy as cp
 
@@ -90,6 +93,7 @@ class TileOrder:
         self.walk(n_chunk, raster_group)
         fields["num_pipeline_chunks"] = pipeline_chunks
         fields["max_steps"] = self._chunk_bytes // (CLUSTER_SIZE * work_tile_dtype.itemsize)
+        fields["num_weights"] = num_weights or _ALL_WEIGHTS
 
     def walk(self, n_chunk: int | None, raster_group: int | None) -> None:
         """Change the N-chunk and the raster group of orders to come. The memory must have room."""
@@ -129,6 +133,7 @@ def order_tiles(
     raster_group: int | None = None,
     backwards: bool = False,
     pipeline_chunks: int = 1,
+    num_weights: int | None = None,
 ) -> TileOrder:
     """`cometrt.plan.tile_order.make_tile_order` on the device, queued on the current stream.
 
@@ -141,6 +146,7 @@ def order_tiles(
         raster_group=raster_group,
         backwards=backwards,
         pipeline_chunks=pipeline_chunks,
+        num_weights=num_weights,
     )
     tables = ParamStruct(planned_tiles_dtype)
     for name in planned_tiles_dtype.names or ():
@@ -160,8 +166,15 @@ def layer_orders(
     """Tile orders of a layer's up and down GEMM; n_chunk: N-tiles of the down GEMM's N-chunks."""
     up, down = layer_n_tiles(shape, block_n)
     up_group, down_group = layer_raster_groups(shape)
+    num_weights = shape.geometry.num_weights
     return (
-        TileOrder(shape.max_tiles, up, raster_group=up_group, pipeline_chunks=pipeline_chunks),
+        TileOrder(
+            shape.max_tiles,
+            up,
+            raster_group=up_group,
+            pipeline_chunks=pipeline_chunks,
+            num_weights=num_weights,
+        ),
         TileOrder(
             shape.max_tiles,
             down,
@@ -169,6 +182,7 @@ def layer_orders(
             raster_group=down_group,
             backwards=True,
             pipeline_chunks=pipeline_chunks,
+            num_weights=num_weights,
         ),
     )
 

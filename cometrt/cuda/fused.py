@@ -108,14 +108,15 @@ class FusedForward(FusedPath):
 
     def __init__(self, shape: PlanShape, links: Links, ok: int, kernels: Launches) -> None:
         geometry, spec = shape.geometry, shape.geometry.spec
-        width, experts = geometry.local_intermediate, geometry.local_experts
+        width, experts = geometry.local_intermediate, geometry.num_weights
         self._links, self._activation = links, spec.activation
         self._block_n = block_n = forward_block_n(shape)
         n_chunk = n_chunk_tiles(shape, block_n[1])
         self._tile_orders = up, down = layer_orders(shape, n_chunk=n_chunk, block_n=block_n)
         self.orders = up.params, down.params
-        # A pair of M-tiles of one expert is multiplied at once, and shares what it reads.
-        once = shape.balanced_rows <= BLOCK_M * experts
+        # A pair of M-tiles of one expert is multiplied at once, and shares what it reads. Tiles of
+        # several row sets are not, and read the same weights.
+        once = shape.balanced_rows <= BLOCK_M * experts and geometry.row_sets == 1
         self._up = GemmArguments(
             up,
             shape.capacity,

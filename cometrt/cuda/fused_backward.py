@@ -62,7 +62,7 @@ class FusedBackward(FusedPath):
         kernels: Launches,
     ) -> None:
         geometry, rows = shape.geometry, shape.capacity
-        spec, experts, up = geometry.spec, geometry.local_experts, geometry.up_columns
+        spec, experts, up = geometry.spec, geometry.num_weights, geometry.up_columns
         self._links, self._activation, self._builder = links, spec.activation, builder
         self._recompute, self._recomputes = recompute, spec.save == "nothing"
         self._tables, shapes = PlanTables(table_offsets), wgrad_shapes(geometry)
@@ -70,6 +70,7 @@ class FusedBackward(FusedPath):
         self._down_order = TileOrder(
             shape.max_tiles,
             n_tiles["down_dgrad"],
+            num_weights=experts,
         )
         self._grads_order = TileOrder(
             shape.max_tiles,
@@ -77,13 +78,20 @@ class FusedBackward(FusedPath):
             n_chunk=n_chunk_tiles(shape.of_backward()),
             backwards=True,
             more_steps=max_wgrad_steps(experts, shapes),
+            num_weights=experts,
         )
         self._down = DownDgradArguments(
             self._down_order, rows, spec.hidden, geometry.local_intermediate, experts, ok=ok
         )
         group = wgrad_raster_group(num_sms())
         self._wgrads = WgradArguments(
-            self._grads_order, rows, shapes, experts, raster_group=group, ok=ok
+            self._grads_order,
+            rows,
+            shapes,
+            experts,
+            row_sets=geometry.row_sets,
+            raster_group=group,
+            ok=ok,
         )
         self._dz_and_w_up = (1, 1, rows, up), (1, experts, up, spec.hidden)
         self._grads = ParamStruct(up_dgrad_wgrad_params_dtype)

@@ -176,7 +176,7 @@ class CallQueue:
         self.state = cp.zeros(traced_exchange_state_dtype.itemsize, cp.uint8)
         links = Links(world.link)
         self.planner = DevicePlanner(shape, counters[:planner_words], links.macros)
-        self.stats = DeviceStats(shape.geometry.local_experts)
+        self.stats = DeviceStats(shape.geometry.local_experts, shape.geometry.row_sets)
         state = {
             "state": int(self.state.data.ptr),
             "report": report,

@@ -27,7 +27,7 @@ class ExpertGemms:
         self, shape: PlanShape, ok: int, kernels: Launches, pipeline_chunks: int = 1
     ) -> None:
         geometry, spec = shape.geometry, shape.geometry.spec
-        width, experts, rows = geometry.local_intermediate, geometry.local_experts, shape.capacity
+        width, experts, rows = geometry.local_intermediate, geometry.num_weights, shape.capacity
         self._tile_orders = up, down = layer_orders(shape, pipeline_chunks=pipeline_chunks)
         self.orders = up.params, down.params
         chunks = range(pipeline_chunks)

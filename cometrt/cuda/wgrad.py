@@ -103,6 +103,7 @@ class WgradArguments:
         rows: number of rows of every operand.
         shapes: (M, N) of each gradient.
         num_experts: E.
+        row_sets: K of an expert is its rows in each of so many row sets, one after the other.
         raster_group: N-tiles that all M-tiles of an expert take before the next ones; even.
         ok: address of a word that is 0 where the plan is not valid; 0: it always is.
     """
@@ -114,6 +115,7 @@ class WgradArguments:
         shapes: Sequence[tuple[int, int]],
         num_experts: int,
         *,
+        row_sets: int = 1,
         raster_group: int,
         ok: int = 0,
     ) -> None:
@@ -124,6 +126,7 @@ class WgradArguments:
             fields[name] = address
         fields["ok"], fields["raster_group"] = ok, raster_group
         fields["num_problems"], fields["num_experts"] = len(shapes), num_experts
+        fields["row_sets"] = row_sets
         for problem, shape in zip(fields["problems"][0], shapes, strict=False):
             problem["num_rows"], problem["num_columns"] = shape
             problem["expert_stride"] = shape[0]
@@ -139,7 +142,7 @@ class WgradArguments:
         """WgradParams, for the GEMM and for the kernel that orders its tiles.
 
         Args:
-            expert_offsets, expert_rows: addresses of the plan's tables.
+            expert_offsets, expert_rows: addresses of the plan's tables, by plan expert.
             wgrads: one for each of `shapes`.
             accumulate: add to the old values of `out`.
         """
@@ -225,6 +228,7 @@ class GroupedWgrad:
         *,
         accumulate: bool = False,
         raster_group: int | None = None,
+        row_sets: int = 1,
         sms: int | None = None,
     ) -> Callable[[], None]:
         """Queue the tile order on the current stream; what queues the GEMMs, as often as wanted.
@@ -236,13 +240,16 @@ class GroupedWgrad:
             accumulate: add to the old values of `out`, rounding once. Experts without rows keep
                 theirs.
             raster_group: as for `WgradArguments`; None: `wgrad_raster_group` of the SMs.
+            row_sets: of the plan, which has as many plan experts for each expert.
             sms: number of SMs to use; None: all.
         """
-        experts, rows = len(tiles.expert_rows), wgrads[0].a.shape[0]
+        experts, rows = len(tiles.expert_rows) // row_sets, wgrads[0].a.shape[0]
         shapes = [(w.a.shape[1], w.b.shape[1]) for w in wgrads]
         group = raster_group or wgrad_raster_group(num_sms() if sms is None else sms)
         order = order or WgradOrder(experts, shapes)
-        arguments = WgradArguments(order, rows, shapes, experts, raster_group=group)
+        arguments = WgradArguments(
+            order, rows, shapes, experts, row_sets=row_sets, raster_group=group
+        )
         addresses = [
             WgradAddresses(w.a.data.ptr, w.b.data.ptr, w.out.data.ptr, w.out.dtype.itemsize == 4)
             for w in wgrads

@@ -11,13 +11,15 @@ from cometrt.host.exchange import Exchange
 
 
 class ExpertWeights:
-    """Weights [E_l, N, K] of one GEMM. An expert is converted to float32 at its first use."""
+    """Weights [E_l, N, K] of one GEMM, by plan expert. An expert's are converted to float32 at its
+    first use."""
 
     def __init__(self, weights: np.ndarray) -> None:
         self._weights = weights
         self._wide: dict[int, np.ndarray] = {}
 
     def __getitem__(self, expert: int) -> np.ndarray:
+        expert %= len(self._weights)
         if expert not in self._wide:
             self._wide[expert] = self._weights[expert].astype(np.float32)
         return self._wide[expert]
@@ -90,23 +92,24 @@ def wgrad_tiles(
     dw_up: np.ndarray,
     dw_down: np.ndarray,
 ) -> None:
-    """dw_up[e] = dz^T x and dw_down[e] = dy^T (weight * a) over the rows of expert e, in float32.
+    """dw_up[e] = dz^T x and dw_down[e] = dy^T (weight * a) over the rows of expert e, in float32,
+    summed over row sets.
 
     Padding rows are zero in all four operands and may be included. Unless save="rows", backward
     pulls x again, so this waits for tile_filled of x.
     """
     plan, block_m = ex.plan, ex.shape.config.block_m
-    for expert in range(len(dw_up)):
+    for expert in range(len(plan.expert_rows)):
         begin, end = (int(row) for row in plan.expert_offsets[expert : expert + 2])
         if ex.shape.geometry.spec.save != "rows":
             for tile in range(begin // block_m, end // block_m):
                 ex.wait_filled("x", tile)
         with ex.step("compute", "wgrad", expert):
             rows = slice(begin, end)
-            dw_up[expert] = dz[rows].astype(np.float32).T @ x_rows[rows].astype(np.float32)
-            dw_down[expert] = dy_rows[rows].astype(np.float32).T @ weighted_a[rows].astype(
-                np.float32
-            )
+            for out, a, b in ((dw_up, dz, x_rows), (dw_down, dy_rows, weighted_a)):
+                product = a[rows].astype(np.float32).T @ b[rows].astype(np.float32)
+                weight, of_first_set = expert % len(out), expert < len(out)
+                out[weight] = product if of_first_set else out[weight] + product
 
 
 def _output_tiles(

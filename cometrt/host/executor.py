@@ -21,7 +21,7 @@ from cometrt.plan.reference import make_plan
 from cometrt.plan_ahead import PlanAhead
 from cometrt.residuals import Residuals
 from cometrt.specs import Gradients
-from cometrt.stats import LayerStats
+from cometrt.stats import LayerStats, rows_of_experts
 from cometrt.trace import Recording, Tracer
 from cometrt.world import World
 
@@ -130,7 +130,7 @@ class HostExecutor:
 
     def _keep_stats(self, ex: Exchange) -> None:
         waited_us = ex.waited_us if ex.waited_us >= 1 else 0.0
-        rows = ex.plan.expert_rows.astype(np.int64)
+        rows = rows_of_experts(ex.plan.expert_rows, self._shape.geometry.row_sets)
         self._stats = LayerStats(ex.epoch, rows, waited_us, ex.rows_waited_us)
 
     def stats(self) -> LayerStats | None:

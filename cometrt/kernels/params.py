@@ -168,13 +168,14 @@ wgrad_params_dtype = np.dtype(
     _TILE_LIST
     + [(name, np.uint64) for name in "expert_offsets expert_rows".split()]
     + [("problems", wgrad_problem_dtype, (MAX_WGRADS,))]
-    + [(name, np.int32) for name in "num_problems num_experts raster_group accumulate".split()]
+    + [(name, np.int32) for name in "num_problems num_experts row_sets".split()]
+    + [(name, np.int32) for name in "raster_group accumulate unused".split()]
 )
 up_dgrad_wgrad_params_dtype = np.dtype(
     [
         *((name, wgrad_params_dtype[name]) for name in wgrad_params_dtype.names or ()),
         ("dx", wgrad_problem_dtype),
-        *((name, np.int32) for name in "num_dx_k_blocks unused".split()),
+        *((name, np.int32) for name in "num_dx_k_blocks padding".split()),
     ]
 )
 emulated_link_dtype = np.dtype(
@@ -188,12 +189,8 @@ planned_tiles_dtype = np.dtype(
 )
 tile_order_params_dtype = np.dtype(
     [(name, np.uint64) for name in "work_tiles num_steps progress".split()]
-    + [
-        (name, np.int32)
-        for name in (
-            "num_n_tiles backwards n_chunk raster_group num_pipeline_chunks max_steps"
-        ).split()
-    ]
+    + [(name, np.int32) for name in "num_n_tiles backwards n_chunk raster_group".split()]
+    + [(name, np.int32) for name in "num_pipeline_chunks max_steps num_weights unused".split()]
 )
 pipeline_chunk_dtype = np.dtype(
     [("block_order_idx", np.uint64), ("index", np.int32), ("count", np.int32)]

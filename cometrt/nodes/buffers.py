@@ -25,6 +25,6 @@ def rail_bytes(slices: RailSlices, shape: PlanShape, device: str, training: bool
     more = 2 * spec.max_tokens * (row_bytes + spec.topk * 8) + rows if several else 0
     if not training:
         return 2 * rows + 2 * tables + more
-    weights = geometry.local_experts * spec.hidden
+    weights = geometry.num_weights * spec.hidden
     weights *= geometry.up_columns + geometry.local_intermediate
     return 3 * rows + 2 * tables + more + 4 * weights  # weight gradients in float32

@@ -66,7 +66,8 @@ class CudaNodesExecutor(NodesExecutor):
         super().__init__(world, spec, shape, slices, layer, make)
         self._name_in_reports()
         self.rail = CudaRail(world, spec, slices, layer, self.inner)
-        self._stats = [DeviceStats(shape.geometry.local_experts) for _ in slices.calls()]
+        of_call = shape.geometry.local_experts, shape.geometry.row_sets
+        self._stats = [DeviceStats(*of_call) for _ in slices.calls()]
         self._last_stats: LayerStats | None = None
         cp.cuda.get_current_stream().synchronize()
         world.barrier()

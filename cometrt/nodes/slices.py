@@ -19,7 +19,8 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from cometrt.specs import MoESpec, slice_tokens
+from cometrt.node_specs import slice_tokens
+from cometrt.specs import MoESpec
 
 
 class RailSlice(NamedTuple):

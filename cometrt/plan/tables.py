@@ -34,9 +34,10 @@ class PlanShape:
 
         The other fields of the config change only the schedule, not the tables.
         """
-        config, size = self.config, self.geometry.size
+        config, geometry = self.config, self.geometry
+        of_geometry = geometry.spec, geometry.size, geometry.row_sets
         blocks = config.block_m, config.block_tokens, config.min_token_blocks, config.rail_slices
-        return digest(self.geometry.spec, size, *blocks, config.last_distances(size))
+        return digest(*of_geometry, *blocks, config.last_distances(geometry.size))
 
     @property
     def balanced_rows(self) -> float:
@@ -54,7 +55,7 @@ class PlanShape:
         spec, block_m = self.geometry.spec, self.config.block_m
         local_experts = self.geometry.local_experts
         tokens = self.geometry.size * spec.max_tokens
-        worst = tokens * min(spec.topk, local_experts)
+        worst = tokens * min(spec.topk, self.geometry.num_weights)  # all of a token's: in one set
         wanted = math.ceil(min(spec.capacity_factor * self.balanced_rows, worst))
         rows = wanted + local_experts * (block_m - 1)
         return rows // block_m * block_m  # rounding down is safe: the rows in use are aligned too
@@ -84,7 +85,8 @@ class PlanShape:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """One rank's tables for one exchange, int32 unless stated.
+    """One rank's tables for one exchange, int32 unless stated. An expert is a plan expert, and E_l
+    is `Geometry.local_experts`.
 
     Rows, sorted by (local expert, ring distance of the source, token):
         expert_offsets [E_l + 1]: first row of each expert, a multiple of block_m; last, the end.

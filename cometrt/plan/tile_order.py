@@ -70,13 +70,14 @@ def make_tile_order(
     n_chunk: int | None = None,
     raster_group: int | None = None,
     pipeline_chunk: tuple[int, int] = (0, 1),
+    num_weights: int | None = None,
 ) -> np.ndarray:
     """The specification of kernels_cu/scheduler/tile_order.cu.
 
-    The dispatch order is cut into tile runs where the expert changes. M-tiles of a run that have
-    more than 64 rows form pairs. All pairs take the first raster group, one N-tile a step. Then the
-    left-over M-tiles take it, two N-tiles a step. Then comes the next group: so its weights serve
-    all tiles while they are in the cache.
+    The dispatch order is cut into tile runs where the plan expert changes. M-tiles of a run that
+    have more than 64 rows form pairs. All pairs take the first raster group, one N-tile a step.
+    Then the left-over M-tiles take it, two N-tiles a step. Then comes the next group: so its
+    weights serve all tiles while they are in the cache.
 
     Args:
         plan: made with block_m = 128.
@@ -85,6 +86,8 @@ def make_tile_order(
         n_chunk: walk all of it once for each so many N-tiles; None: once for all.
         raster_group: N-tiles of a group, within an N-chunk; even; None: all of them.
         pipeline_chunk: (index, count): only tiles of this pipeline chunk, of so many.
+        num_weights: experts that have weights; plan expert p has those of p % num_weights. None:
+            all have their own.
 
     Returns:
         [cluster steps, 2] of work_tile_dtype.
@@ -98,7 +101,9 @@ def make_tile_order(
         for expert, run in itertools.groupby(order, key=lambda tile: int(plan.tile_expert[tile])):
             for m_tiles, some in _steps(plan, expert, list(run), columns, raster_group):
                 tiles += _cluster_step(plan, expert, m_tiles, some)
-    return np.array(tiles, work_tile_dtype).reshape(-1, CLUSTER_SIZE)
+    made = np.array(tiles, work_tile_dtype).reshape(-1, CLUSTER_SIZE)
+    made["expert"] %= num_weights or len(plan.expert_rows)
+    return made
 
 
 def _slices(columns: range, size: int | None) -> list[range]:

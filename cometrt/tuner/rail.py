@@ -7,12 +7,13 @@ from typing import Any
 
 from cometrt.executor import Executor
 from cometrt.memory import room_problem
+from cometrt.node_specs import geometry_of_node
 from cometrt.nodes import make_executor
 from cometrt.nodes.nccl_sms import least_nccl_sms
 from cometrt.nodes.slices import RailSlices
 from cometrt.plan import PlanShape, TileConfig
 from cometrt.plan.config import MAX_RAIL_SLICES
-from cometrt.specs import Geometry, geometry_of_node
+from cometrt.specs import Geometry
 from cometrt.tuner.search import PASSES, Setting
 from cometrt.world import World
 

@@ -17,7 +17,7 @@ struct DownDgradParams : TileList {
   static constexpr bool kMayBeEmpty = false;
 
   __device__ int num_k_blocks(const WorkTile&) const { return num_inner_blocks; }
-  __device__ int first_k(const WorkTile&) const { return 0; }
+  __device__ KBlocks k_blocks(const WorkTile&) const { return {}; }
 };
 
 // A warp's rows of a tile: their first elements, and how many rows and columns exist from there on.

@@ -51,7 +51,8 @@ __device__ inline void produce(Shared& shared, const Params& p, const Operands& 
     const bool idle = tile.m_tile < 0;
     const u32 bytes = operands.a_bytes(tile) + sizeof(Stage::b);
     if (!TileReady::kLoadsBAhead && !idle) ready.wait(tile);
-    const int num_k_blocks = p.num_k_blocks(tile), first = p.first_k(tile);
+    const int num_k_blocks = p.num_k_blocks(tile);
+    auto k_blocks = p.k_blocks(tile);
     int k = 0;
     if constexpr (TileReady::kLoadsBAhead) {
       const int ahead =
@@ -70,7 +71,7 @@ __device__ inline void produce(Shared& shared, const Params& p, const Operands& 
         mbarrier_arrive(full);
       } else {
         mbarrier_arrive_expect(full, bytes);
-        operands.load(shared.stages[state.stage], full, tile, first + k * BLOCK_K);
+        operands.load(shared.stages[state.stage], full, tile, k_blocks.first(k));
       }
     }
   }

@@ -32,6 +32,12 @@ struct TileList {
   const u32* ok;  // null, or ExchangeState::ok: while 0 the list is incomplete and no tile runs
 };
 
+// The K blocks of a work tile, whose K lies in one piece.
+struct KBlocks {
+  // Where K block k begins. From one call to the next, k does not fall.
+  __device__ int first(int k) const { return k * BLOCK_K; }
+};
+
 // One of the GEMMs that a launch computes. A work tile names its problem (WorkTile::kind).
 struct Problem {
   __nv_bfloat16* out;  // [rows, num_columns]
@@ -53,7 +59,7 @@ struct GemmParams : TileList {
     return problems[kNumProblems == 1 ? 0 : tile.kind()];
   }
   __device__ int num_k_blocks(const WorkTile& tile) const { return problem_of(tile).num_k_blocks; }
-  __device__ int first_k(const WorkTile&) const { return 0; }
+  __device__ KBlocks k_blocks(const WorkTile&) const { return {}; }
 };
 
 // One pipeline stage: BLOCK_K columns of both operands. Rows of 128 bytes, in the 128-byte swizzle.

@@ -16,7 +16,7 @@ __device__ inline WorkTile wgrad_tile(WorkTile tile) {
 // up_dgrad_wgrad_params_dtype in cometrt/kernels/params.py.
 struct UpDgradWgradParams : WgradParams {
   WgradProblem dx;  // one matrix of all rows
-  int num_dx_k_blocks, unused;
+  int num_dx_k_blocks, padding;
 
   __device__ static bool is_wgrad(const WorkTile& tile) { return tile.kind() >= kFirstWgrad; }
   __device__ const WgradProblem& problem_of(const WorkTile& tile) const {
@@ -25,8 +25,11 @@ struct UpDgradWgradParams : WgradParams {
   __device__ int num_k_blocks(const WorkTile& tile) const {
     return is_wgrad(tile) ? WgradParams::num_k_blocks(tile) : num_dx_k_blocks;
   }
-  __device__ int first_k(const WorkTile& tile) const {
-    return is_wgrad(tile) ? WgradParams::first_k(tile) : 0;
+  // Of the up dgrad: as of one set at row 0.
+  __device__ RowSetBlocks k_blocks(const WorkTile& tile) const {
+    RowSetBlocks blocks = WgradParams::k_blocks(tile);
+    if (!is_wgrad(tile)) blocks.end = num_dx_k_blocks;
+    return blocks;
   }
 };
 

@@ -1,5 +1,6 @@
-// The tile order of weight gradients: expert by expert, the one with the most rows first. All tiles
-// of an expert take equally long, since its rows are K. So the last steps are the shortest.
+// The tile order of weight gradients: expert by expert, the one with the most rows in all row sets
+// first. All tiles of an expert take equally long, since its rows are K. So the last steps are the
+// shortest.
 #pragma once
 
 #include "gemm/wgrad_problem.cuh"
@@ -54,11 +55,11 @@ struct WgradSteps {
 // An expert's index in the order of falling rows, by number where rows are equal. By all threads of
 // a block.
 __device__ inline int index_by_rows(const WgradParams& p, int expert) {
-  const int rows = p.expert_rows[expert];
+  const int rows = p.rows_of(expert);
   int index = 0;
   for (int first = 0; first < p.num_experts; first += blockDim.x) {
     const int other = first + threadIdx.x;
-    const int others = other < p.num_experts ? p.expert_rows[other] : -1;
+    const int others = other < p.num_experts ? p.rows_of(other) : -1;
     index += __syncthreads_count(others > rows || (others == rows && other < expert));
   }
   return index;
@@ -75,7 +76,7 @@ __device__ inline void write_wgrad_order(const WgradParams& p, WorkTile* work_ti
   }
   for (int expert = blockIdx.x; expert < p.num_experts; expert += gridDim.x) {
     const int index = index_by_rows(p, expert);
-    if (p.accumulate && p.expert_rows[expert] == 0) continue;
+    if (p.accumulate && p.rows_of(expert) == 0) continue;
     WorkTile* to = work_tiles + 2 * (first_step + static_cast<long long>(index) * steps_of_expert);
     for (int kind = 0; kind < p.num_problems; ++kind) {
       const WgradSteps steps{p.problems[kind], first_kind + kind, p.raster_group};
@@ -89,7 +90,7 @@ __device__ inline void write_wgrad_order(const WgradParams& p, WorkTile* work_ti
   int with_steps = 0;
   for (int first = 0; first < p.num_experts; first += blockDim.x) {
     const int expert = first + threadIdx.x;
-    const bool used = expert < p.num_experts && (!p.accumulate || p.expert_rows[expert] > 0);
+    const bool used = expert < p.num_experts && (!p.accumulate || p.rows_of(expert) > 0);
     with_steps += __syncthreads_count(used);
   }
   if (threadIdx.x > 0) return;

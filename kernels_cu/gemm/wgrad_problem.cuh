@@ -18,15 +18,35 @@ struct WgradProblem {
   int expert_stride;  // rows of out from one expert to the next
 };
 
-// M-tiles are rows of out[expert]. K is the expert's rows: from its offset, a multiple of BLOCK_M,
-// to the next multiple of BLOCK_K behind its last row. Padding rows up to there are zero in both
-// operands. Mirrored by wgrad_params_dtype in cometrt/kernels/params.py.
+// The K blocks of an expert, row set by row set. Tables are read where a set begins.
+struct RowSetBlocks {
+  const int *offsets, *rows;  // of the expert in the next set
+  int num_experts;            // in a set
+  int end;                    // K blocks of the sets so far
+  int origin;                 // where K block 0 would begin if it were of the set that k is in
+
+  // As KBlocks::first. k is less than the K blocks of all sets.
+  __device__ int first(int k) {
+    while (k >= end) {
+      origin = *offsets - end * BLOCK_K;
+      end += (*rows + BLOCK_K - 1) / BLOCK_K;
+      offsets += num_experts, rows += num_experts;
+    }
+    return origin + k * BLOCK_K;
+  }
+};
+
+// M-tiles are rows of out[expert]. K is the expert's rows in each row set, one after the other:
+// from the offset of its plan expert there, a multiple of BLOCK_M, to the next multiple of BLOCK_K
+// behind the last row. Padding rows up to there are zero in both operands. Mirrored by
+// wgrad_params_dtype in cometrt/kernels/params.py.
 struct WgradParams : TileList {
-  const int *expert_offsets, *expert_rows;
+  const int *expert_offsets, *expert_rows;  // [row_sets, num_experts], of plan experts
   WgradProblem problems[kMaxWgrads];
-  int num_problems, num_experts;
+  int num_problems, num_experts, row_sets;
   int raster_group;  // N-tiles that all M-tiles of an expert take before its next ones; even
   int accumulate;    // 1: out += a^T b
+  int unused;
 
   static constexpr bool kMayBeEmpty = true;
 
@@ -37,10 +57,21 @@ struct WgradParams : TileList {
   __device__ bool overwrites_bf16() const {
     return !accumulate && !problems[0].is_float32 && (num_problems == 1 || !problems[1].is_float32);
   }
-  __device__ int num_k_blocks(const WorkTile& tile) const {
-    return (expert_rows[tile.expert] + BLOCK_K - 1) / BLOCK_K;
+  // Rows of an expert in all sets, each rounded up to a multiple of `multiple`.
+  __device__ int rows_of(int expert, int multiple = 1) const {
+    int rows = 0;
+#pragma unroll 1
+    for (int set = 0; set < row_sets; ++set) {
+      rows += (expert_rows[set * num_experts + expert] + multiple - 1) / multiple * multiple;
+    }
+    return rows;
   }
-  __device__ int first_k(const WorkTile& tile) const { return expert_offsets[tile.expert]; }
+  __device__ int num_k_blocks(const WorkTile& tile) const {
+    return rows_of(tile.expert, BLOCK_K) / BLOCK_K;
+  }
+  __device__ RowSetBlocks k_blocks(const WorkTile& tile) const {
+    return {expert_offsets + tile.expert, expert_rows + tile.expert, num_experts, 0, 0};
+  }
 };
 
 // Tensor maps by problem. a, b: boxes of BLOCK_K rows by 64 columns. out: boxes of 16 rows by 128

@@ -1,8 +1,8 @@
 // Writes the tile order of a GEMM: a list of cluster steps, each with the work tiles of both CTAs.
 // It equals that of cometrt/plan/tile_order.py bit for bit. Used by `prepare` and by tile_order.cu.
 //
-// Order: for each N-chunk, the M-tiles in dispatch order (or backwards). M-tiles of one expert that
-// follow each other are a tile run. Within a run, all M-tiles take one raster group of N-tiles
+// Order: for each N-chunk, the M-tiles in dispatch order (or backwards). M-tiles of one plan expert
+// that follow each other are a tile run. Within a run, all M-tiles take one raster group of N-tiles
 // before the next group. Two large M-tiles pair up and share B. A tile without partner takes two
 // N-tiles in a step and shares A.
 //
@@ -31,6 +31,7 @@ struct TileOrderParams {
   // Each pipeline chunk has a list of its own: max_steps steps in work_tiles, and 3 words of
   // counters (num_steps and progress[2]).
   int num_pipeline_chunks, max_steps;
+  int num_weights, unused;  // num_weights: plan expert p has the weights of p % num_weights
 };
 
 // The M-tiles of a pipeline chunk, which begins at `first` of the dispatch order. Indices count
@@ -38,25 +39,28 @@ struct TileOrderParams {
 struct Order {
   const PlannedTiles& tiles;
   bool backwards;
-  int first, num_tiles;
+  int first, num_tiles, num_weights;
 
   __device__ int tile(int index) const {
     return tiles.tile_order[first + (backwards ? num_tiles - 1 - index : index)];
   }
 };
 
-// The tile run around an order index: tiles of one expert with consecutive numbers. Only the
+// The tile run around an order index: tiles of one plan expert with consecutive numbers. Only the
 // expert's last tile can be small, with at most 64 rows. It has all that its work tiles need, so
 // that they are written without further loads.
 struct TileRun {
   int begin, size, small;      // small: order index of the small tile, or -1
   int tile, expert, rows_end;  // tile: at the order index; rows_end: behind the expert's last row
 
+  // expert: whose weights it takes.
   TileRun() = default;
   __device__ TileRun(const Order& order, int index) {
-    tile = order.tile(index), expert = order.tiles.tile_expert[tile];
-    const int first_row = order.tiles.expert_offsets[expert];
-    rows_end = first_row + order.tiles.expert_rows[expert];
+    tile = order.tile(index);
+    const int of_plan = order.tiles.tile_expert[tile];
+    expert = of_plan % order.num_weights;
+    const int first_row = order.tiles.expert_offsets[of_plan];
+    rows_end = first_row + order.tiles.expert_rows[of_plan];
     const int first = first_row / BLOCK_M, last = (rows_end - 1) / BLOCK_M;
     // How many tiles of the run follow in that direction, by bisection.
     const auto extent = [&](int direction) {
@@ -174,7 +178,7 @@ __device__ inline int write_tile_order(const TileOrderParams& p, const PlannedTi
     const bool is_last = chunk + 1 == p.num_pipeline_chunks;  // most orders have one chunk
     const int end =
         is_last ? num_tiles : pipeline_chunk_begin(num_tiles, chunk + 1, p.num_pipeline_chunks);
-    const Order order{tiles, p.backwards != 0, first, end - first};
+    const Order order{tiles, p.backwards != 0, first, end - first, p.num_weights};
     steps = write_steps(p, order, chunk, team, share, shares, placed);
     first = end;
   }

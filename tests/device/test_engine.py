@@ -71,6 +71,22 @@ def test_the_tile_order_is_that_of_numpy(rows, columns, group, chunks, backwards
         assert (order.tiles(index) == expected).all()
 
 
+@pytest.mark.parametrize("weights", [1, 3, 20])
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("rows", [EDGES[1:7], (700, 300, 0, 2048, 1999, 65), (300,) * 60])
+def test_the_tile_order_of_several_row_sets_is_that_of_numpy(rows, backwards, chunks, weights):
+    from cometrt.cuda.engine import order_tiles
+
+    tiles = tiles_of(rows, seed=len(rows))
+    how = {"backwards": backwards, "raster_group": 2, "num_weights": weights}
+    order = order_tiles(on_gpu(tiles), 5, pipeline_chunks=chunks, **how)
+    for index in range(chunks):
+        expected = make_tile_order(tiles, 5, pipeline_chunk=(index, chunks), **how)
+        assert order.counts[3 * index : 3 * index + 3].tolist() == [len(expected), 0, 0]
+        assert (order.tiles(index) == expected).all()
+
+
 class Problem:
     """Random operands of a grouped GEMM, on the GPU, and the float64 result."""
 

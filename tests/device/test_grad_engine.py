@@ -232,45 +232,52 @@ class WgradProblems:
     Padding rows are zero up to the next multiple of 64, and NaN after it: those must not be read.
 
     Args:
+        rows: of each plan expert.
         float32: indices of the results that are float32.
+        row_sets: how many plan experts have a gradient in common.
+
+    Attributes:
+        rows: of each expert, in all row sets.
     """
 
-    def __init__(self, rows, shapes, seed=0, float32=()):
+    def __init__(self, rows, shapes, seed=0, float32=(), row_sets=1):
         import cupy as cp
         import ml_dtypes
 
         rng = np.random.default_rng(seed)
-        self.rows, self.shapes, self.tiles = rows, shapes, tiles_of(rows, seed)
+        self.shapes, self.tiles, self.row_sets = shapes, tiles_of(rows, seed), row_sets
+        self.rows = np.reshape(rows, (row_sets, -1)).sum(axis=0).tolist()
         self.expected, self.operands, self.outs = [], [], []
         for columns in shapes:
             a, b = (random_rows(self.tiles, rows, n, rng)[0] for n in columns)
-            expected = np.zeros((len(rows), *columns))
-            for e, (begin, end) in enumerate(
+            expected = np.zeros((len(self.rows), *columns))
+            for p, (begin, end) in enumerate(
                 zip(self.tiles.expert_offsets[:-1], self.tiles.expert_offsets[1:], strict=True)
             ):
-                of = slice(begin, begin + rows[e])
-                expected[e] = a[of].astype(np.float64).T @ b[of].astype(np.float64)
-                unread = slice(begin + -(-rows[e] // 64) * 64, end)
+                of = slice(begin, begin + rows[p])
+                product = a[of].astype(np.float64).T @ b[of].astype(np.float64)
+                expected[p % len(expected)] += product
+                unread = slice(begin + -(-rows[p] // 64) * 64, end)
                 a[unread], b[unread] = np.nan, np.nan
             a[self.tiles.num_rows :], b[self.tiles.num_rows :] = np.nan, np.nan
             self.expected.append(expected)
             self.operands.append((cp.asarray(a), cp.asarray(b)))
             # Room for one more expert, which must not be written.
             dtype = np.float32 if len(self.outs) in float32 else ml_dtypes.bfloat16
-            self.outs.append(cp.empty((len(rows) + 1, *columns), dtype))
+            self.outs.append(cp.empty((len(expected) + 1, *columns), dtype))
         self.old = [(3 * rng.standard_normal(out.shape)).astype(out.dtype) for out in self.outs]
 
     def run(self, *, accumulate=False, **how):
         from cometrt.cuda.wgrad import GroupedWgrad
 
-        wgrads = []
+        wgrads, how = [], {"row_sets": self.row_sets, "accumulate": accumulate, **how}
         for (a, b), out, old in zip(self.operands, self.outs, self.old, strict=True):
             if accumulate:
                 out.set(old)
             else:
                 out.fill(np.nan)
             wgrads.append(Wgrad(a, b, out[:-1]))
-        GroupedWgrad().ordered(wgrads, on_gpu(self.tiles), accumulate=accumulate, **how)()
+        GroupedWgrad().ordered(wgrads, on_gpu(self.tiles), **how)()
         return [out.get() for out in self.outs]
 
     def check(self, **how):
@@ -360,8 +367,59 @@ def test_wgrad_without_rows(float32):
     problems.check_accumulated()
 
 
+SETS = {  # rows of each plan expert, by the number of row sets
+    2: (
+        *(0, 1, 63, 64, 65, 129, 0, 300),
+        *(129, 65, 64, 63, 1, 0, 0, 900),
+    ),
+    3: (
+        *(0, 1, 63, 64, 65, 129, 0, 0, 700),
+        *(129, 0, 64, 0, 1, 63, 0, 65, 0),
+        *(65, 64, 0, 129, 63, 1, 0, 0, 500),
+    ),
+    5: (*(0, 0), *(0, 129), *(64, 0), *(0, 0), *(65, 1)),
+}
+
+
+@gpu
+@pytest.mark.parametrize("float32", [(), (0,), (0, 1)])
+@pytest.mark.parametrize("shapes", [[(144, 272), (272, 144)], [(400, 528), (528, 208)]])
+@pytest.mark.parametrize("row_sets", SETS)
+def test_wgrads_are_summed_over_row_sets(row_sets, shapes, float32):
+    problems = WgradProblems(SETS[row_sets], shapes, float32=float32, row_sets=row_sets)
+    for sms in (None, 4):
+        problems.check(sms=sms)
+        problems.check_accumulated(sms=sms)
+
+
+@gpu
+def test_wgrads_without_rows_in_any_set():
+    problems = WgradProblems((0,) * 6, [(144, 272), (272, 144)], row_sets=3)
+    problems.check()
+    problems.check_accumulated()
+
+
+@gpu
+def test_one_set_of_all_rows_gives_the_bits_of_several():
+    """Where each set but the last is a multiple of 64 rows: K blocks are the same then."""
+    import cupy as cp
+
+    rows, shapes = (128, 256, 0, 128, 77, 65), [(400, 528)]
+    several = WgradProblems(rows, shapes, row_sets=3)
+    one = WgradProblems(several.rows, shapes)
+    for to, of in zip(one.operands[0], several.operands[0], strict=True):
+        for expert, begin in enumerate(one.tiles.expert_offsets[:-1].tolist()):
+            for p in range(expert, len(rows), 2):
+                first, used = int(several.tiles.expert_offsets[p]), -(-rows[p] // 64) * 64
+                to[begin : begin + used] = of[first : first + used]
+                begin += used
+    cp.cuda.get_current_stream().synchronize()
+    assert several.run()[0].tobytes() == one.run()[0].tobytes()
+
+
 def wgrad_order_of(rows, shapes, group):
-    """The specification of kernels_cu/gemm/wgrad_order.cuh: [steps, 2] of work_tile_dtype."""
+    """The specification of kernels_cu/gemm/wgrad_order.cuh: [steps, 2] of work_tile_dtype. rows: of
+    each expert, in all row sets."""
     items = []
     for expert in sorted(range(len(rows)), key=lambda e: (-rows[e], e)):
         for kind, (m_size, n_size) in enumerate(shapes):
@@ -409,6 +467,30 @@ def test_the_order_of_wgrads(shapes, group):
         Wgrad(a, b, o[:-1]) for (a, b), o in zip(problems.operands, problems.outs, strict=True)
     ]
     GroupedWgrad().ordered(wgrads, on_gpu(problems.tiles), order, raster_group=group)()
+    assert cp.asnumpy(order.counts).tolist() == [len(expected), 0, 0]
+    assert (order.tiles() == expected).all()
+
+
+@gpu
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("row_sets", SETS)
+def test_the_order_of_wgrads_follows_the_rows_of_all_sets(row_sets, accumulate):
+    import cupy as cp
+
+    from cometrt.cuda.wgrad import GroupedWgrad, WgradOrder
+
+    shapes = [(400, 1040), (784, 256)]
+    problems = WgradProblems(SETS[row_sets], shapes, row_sets=row_sets)
+    expected = wgrad_order_of(problems.rows, shapes, 4)
+    if accumulate:  # experts without rows come last
+        used = sum(rows > 0 for rows in problems.rows)
+        expected = expected[: len(expected) // len(problems.rows) * used]
+    order = WgradOrder(len(problems.rows), shapes)
+    how = {"raster_group": 4, "row_sets": row_sets, "accumulate": accumulate}
+    wgrads = [
+        Wgrad(a, b, o[:-1]) for (a, b), o in zip(problems.operands, problems.outs, strict=True)
+    ]
+    GroupedWgrad().ordered(wgrads, on_gpu(problems.tiles), order, **how)()
     assert cp.asnumpy(order.counts).tolist() == [len(expected), 0, 0]
     assert (order.tiles() == expected).all()
 

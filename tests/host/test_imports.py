@@ -19,6 +19,7 @@ MAX_LINES = 350  # of a file; kernels have as many
 LAYERS = (
     {"errors", "activations", "types", "closing", "kernels.constants"},
     {"specs"},
+    {"node_specs"},
     {"models", "reference", "weights", "arrays", "stats"},
     {"plan"},
     {"world"},

@@ -8,9 +8,10 @@ import pytest
 import cometrt
 from cometrt.cuda.trials import balanced_ids
 from cometrt.legality import check_layer
+from cometrt.node_specs import geometry_of_node
 from cometrt.nodes.crossing import slots_of
 from cometrt.nodes.slices import RailSlices
-from cometrt.specs import Geometry, geometry_of_node
+from cometrt.specs import Geometry
 from cometrt.world import partitions
 from cometrt.world.nccl import max_ctas
 

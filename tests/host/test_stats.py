@@ -122,10 +122,10 @@ def words(epoch, waited_us, *rows, rows_waited_us=0.0):
     return [(value, epoch) for value in (*waits, *rows)]
 
 
-def read(monkeypatch, *states):
+def read(monkeypatch, *states, row_sets=1):
     memory = Words(*states)
     monkeypatch.setattr(stats, "pinned", lambda dtype, count: memory)
-    return stats.DeviceStats(len(states[0]) - 2)
+    return stats.DeviceStats(len(states[0]) - 2, row_sets)
 
 
 def test_words_of_one_call_are_read(monkeypatch):
@@ -133,6 +133,13 @@ def test_words_of_one_call_are_read(monkeypatch):
     found = read(monkeypatch, words(7, 12.5, 3, 4, rows_waited_us=2.5)).read()
     assert (found.epoch, found.waited_us, found.rows.tolist()) == (7, 12.5, [3, 4])
     assert found.rows_waited_us == 2.5
+
+
+def test_rows_of_an_expert_are_those_of_all_row_sets(monkeypatch):
+    largest = 2**31 - 1
+    found = read(monkeypatch, words(7, 12.5, 3, largest, 0, 1, 20, largest), row_sets=3).read()
+    assert found.rows.dtype == np.int64
+    assert (found.epoch, found.rows.tolist()) == (7, [23, 2 * largest + 1])
 
 
 def test_words_of_two_calls_are_read_again(monkeypatch):

@@ -85,6 +85,25 @@ def arriving(step, cta):
     return {name: sorted(found) for name, found in halves.items()}
 
 
+@given(
+    plans(),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.booleans(),
+    st.sampled_from([None, 2]),
+)
+def test_tiles_of_several_row_sets_take_the_weights_of_one(
+    plan, weights, columns, backwards, group
+):
+    """Nothing else changes: tiles of two sets are in two runs, though their weights are equal."""
+    how = {"backwards": backwards, "raster_group": group}
+    alone = make_tile_order(plan, columns, **how)
+    found = make_tile_order(plan, columns, **how, num_weights=weights)
+    assert found["expert"].tolist() == (alone["expert"] % weights).tolist()
+    for name in ("m_tile", "n_tile", "rows", "packed"):
+        assert found[name].tolist() == alone[name].tolist()
+
+
 def test_two_tiles_read_less_than_two():
     plan = types.SimpleNamespace(
         tile_expert=np.zeros(8, int),
@@ -138,3 +157,6 @@ def test_a_raster_group_is_no_wider_than_the_gemm(monkeypatch, group, wanted):
     order.walk(2, group)
     assert int(order.params.fields["raster_group"][0]) == wanted
     assert int(order.params.fields["n_chunk"][0]) == 2
+    assert int(order.params.fields["num_weights"][0]) > 10**9  # each plan expert has its own
+    order = TileOrder(8, 5, num_weights=3)
+    assert int(order.params.fields["num_weights"][0]) == 3

@@ -19,8 +19,9 @@ from cometrt.cuda.fused import num_comm_ctas
 from cometrt.cuda.trials import counts_for
 from cometrt.errors import CallNotBegun
 from cometrt.legality import check_layer
+from cometrt.node_specs import spec_of_node
 from cometrt.plan import PlanShape
-from cometrt.specs import Geometry, spec_of_node
+from cometrt.specs import Geometry
 from cometrt.tuner import cache, rail, search, tune
 from cometrt.tuner.cache import Key, load, look_up, store
 from cometrt.world.link import link_share
