@@ -55,6 +55,7 @@ def steps_of(gpus: int, gpu: str, scale: float) -> list[Step]:
     half, of_nodes = str(gpus // 2), f"benchmarks/results/nodes_{gpus}.json"
     # As few of NCCL's channels as a network between hosts would be worth, and no more CTAs.
     rail = ["env", "NCCL_MAX_NCHANNELS=4", "NCCL_MAX_CTAS=4", "NCCL_P2P_NVL_CHUNKSIZE=65536"]
+    rail.append("NCCL_CGA_CLUSTER_SIZE=1")
     nodes = [*rail, f"COMETRT_RANKS_PER_NODE={half}", *ranks, "-m", "tests.multi.run_cuda_nodes"]
     figures = [*rail, *ranks, "-m", "benchmarks.nodes", "--ranks-per-node", half, "--out", of_nodes]
 
@@ -72,7 +73,8 @@ def steps_of(gpus: int, gpu: str, scale: float) -> list[Step]:
         limited("defaults", [*ranks, "-m", "benchmarks.defaults"], 300, "--seconds"),
         limited("passes", [*peers, "--contenders", CONTENDERS, "--out", results], 900),
         limited("nodes", [*nodes, "calls", "--soak", "2000"], 300),
-        limited("nodes", figures, 300),
+        limited("nodes", [*nodes, "calls", "--soak", "2000", "--late", "2"], 300),
+        limited("nodes", [*figures, "--parts", "1,2"], 400),
         limited(
             "emulated",
             [*python, "-m", "benchmarks.layer", "--like", results, "--out", emulated],

@@ -4,18 +4,21 @@
 
     --models qwen3-30b-a3b,... --tokens 8192,... --calls 20 --rounds 5 --out nodes.json
     --slices 1,3,4    values of rail_slices to measure
-    --nccl-sms 8      SMs that the kernels of several slices leave to NCCL; by default as many as
-                      TileConfig says
+    --parts 1,2       values of rail_parts to measure, with NCCL_CGA_CLUSTER_SIZE=1
+    --nccl-sms 8      SMs that kernels leave to NCCL where tokens cross meanwhile; by default as
+                      many as TileConfig says
     --limit 1         nodes of a token's experts, chosen at random for each token. Then each layer
                       over nodes is there twice: all tokens cross, or wanted ones alone ("wanted"),
                       with as much room (rail_tokens) as they take
 
 GPUs of one host are cut into nodes. NCCL_MAX_NCHANNELS limits the channels of NCCL, and so its rate
-between them: that of a network. More than one slice needs it, or NCCL_MAX_CTAS. On one host NCCL
-moves messages of up to 32 times NCCL_P2P_NVL_CHUNKSIZE (512 KiB) by half of the channels or fewer:
-set it to 65536, so that slices have the rate of the whole. All this holds for all contenders:
+between them: that of a network. More than one slice, and late parts, need it, or NCCL_MAX_CTAS. On
+one host NCCL moves messages of up to 32 times NCCL_P2P_NVL_CHUNKSIZE (512 KiB) by half of the
+channels or fewer: set it to 65536, so that slices have the rate of the whole. All this holds for
+all contenders:
 
     nodes, n      the layer over several nodes, with n slices ("nodes, n, wanted": see --limit)
+    nodes, late n the same with n late parts
     node alone    its node's layer, with the tokens of the rail, which nothing brings; with n > 1
                   slices "node alone, n", forwards
     rail alone    what crosses between nodes before and after it
@@ -67,7 +70,7 @@ from cometrt.world.partitions import leave_sms
 
 CHANNELS = (
     *("NCCL_MAX_CTAS", "NCCL_MAX_NCHANNELS", "NCCL_MAX_P2P_NCHANNELS"),
-    *("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_P2P_NVL_CHUNKSIZE"),
+    *("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_P2P_NVL_CHUNKSIZE", "NCCL_CGA_CLUSTER_SIZE"),
     "CUDA_DEVICE_MAX_CONNECTIONS",
 )
 RANKS_PER_NODE = "COMETRT_RANKS_PER_NODE"
@@ -82,14 +85,16 @@ class Contenders:
         nodes: cometrt.World,
         whole: cometrt.World,
         cell: Cell,
-        slices: dict[int, int | None],
+        rails: list[tuple[int, int]],
+        nccl_sms: int | None = None,
         limit: int | None = None,
     ) -> None:
         """Collective.
 
         Args:
             nodes, whole: worlds of the same ranks, over several nodes and on one.
-            slices: rail_slices -> nccl_sms of further layers.
+            rails: (rail_slices, rail_parts) of the layers.
+            nccl_sms: of those where tokens cross while a node computes.
             limit: nodes of a token's experts; None: as they come.
         """
         self.layer = cometrt.MoELayer(nodes, cell.spec, "fused")
@@ -101,15 +106,20 @@ class Contenders:
         self.layers: dict[str, cometrt.MoELayer] = {}
         self.slices: dict[str, RailSlices] = {}
         self.left_to_nccl: dict[str, int] = {}
-        for (count, sms), (suffix, spec) in itertools.product(slices.items(), specs.items()):
-            config = dataclasses.replace(self.layer.config, rail_slices=count, nccl_sms=sms)
-            place = nodes.nodes, nodes.node_index
-            name = f"nodes, {count}{suffix}"
-            self.slices[name] = RailSlices.of(spec, *place, count)
+        for rail, (suffix, spec) in itertools.product(rails, specs.items()):
+            (count, parts), place = rail, (nodes.nodes, nodes.node_index)
+            config = dataclasses.replace(
+                self.layer.config,
+                rail_slices=count,
+                rail_parts=parts,
+                nccl_sms=nccl_sms if rail != (1, 0) else None,
+            )
+            name = f"nodes, {f'late {parts}' if parts else count}{suffix}"
+            self.slices[name] = RailSlices.of(spec, *place, *rail)
             self.left_to_nccl[name] = sms_for_nccl(nodes, config)
             self.layers[name] = (
                 self.layer
-                if count == 1 and not suffix
+                if rail == (1, 0) and not suffix
                 else cometrt.MoELayer(nodes, spec, "fused", config=config)
             )
         (self.whole_rail,) = RailSlices.of(cell.spec, nodes.nodes, nodes.node_index).calls()
@@ -126,6 +136,7 @@ class Contenders:
         )
         self.ids, self.topk_weights = cp.asarray(ids[nodes.rank]), cp.asarray(weights[nodes.rank])
         arrays = (self.x, self.topk_weights, *self.weights)
+        self.saved: dict[Any, Any] = {}  # of the contender whose backward is timed
         self.y, self.grads = cp.empty_like(self.x), cometrt.Gradients(*map(cp.empty_like, arrays))
         experts, nccl = Experts(self.planner, ids, weights, self.weights), Nccl.connect(whole)
         assert nccl is not None
@@ -134,6 +145,17 @@ class Contenders:
     def forward(self, layer: cometrt.MoELayer) -> Any:
         given = (self.x, self.ids, self.topk_weights, *self.weights)
         return layer.forward(*given, out=self.y)[1]
+
+    def backward(self, layer: cometrt.MoELayer) -> None:
+        """Of one forward, again and again, which a layer does not allow."""
+        executor, tracer = layer.executor, NullTracer()
+        if layer not in self.saved:
+            self.saved.clear()
+            given = (self.x, self.ids, self.topk_weights, *self.weights)
+            kept = executor.forward(*given, training=True, out=self.y, tracer=tracer)
+            self.saved[layer] = self.residuals(len(self.x), kept)
+        of = self.saved[layer]
+        executor.backward(self.dy, of, out=self.grads, accumulate=False, tracer=tracer)
 
     def step(self, layer: cometrt.MoELayer) -> None:
         layer.backward(self.dy, self.forward(layer), out=self.grads)
@@ -144,8 +166,11 @@ class Contenders:
         x = inner.buffer()
         given = (x, rail.all_ids, rail.all_weights, *self.weights)
         kept = inner.forward(*given, training=True, out=rail.results, tracer=tracer)
+        return self.residuals(len(x), kept)
+
+    def residuals(self, num_tokens: int, kept: Any) -> Residuals:
         w_up, w_down = self.weights
-        return Residuals(serial=0, num_tokens=len(x), w_up=w_up, w_down=w_down, **kept)
+        return Residuals(serial=0, num_tokens=num_tokens, w_up=w_up, w_down=w_down, **kept)
 
     def slices_forward(self, name: str, layer: cometrt.MoELayer) -> None:
         """The node's layer, once for each slice."""
@@ -157,9 +182,18 @@ class Contenders:
                 given = (rail.rows[at], rail.all_ids[at], rail.all_weights[at], *self.weights)
                 inner.forward(*given, training=True, out=rail.results[at], tracer=tracer)
 
+    def node_backward(self) -> None:
+        if self not in self.saved:
+            self.saved.clear()
+            self.saved[self] = self.node_forward()
+        self.backward_of(self.saved[self])
+
     def node_step(self) -> None:
+        self.backward_of(self.node_forward())
+
+    def backward_of(self, saved: Residuals) -> None:
         executor: Any = self.layer.executor
-        rail, saved = executor.rail, self.node_forward()
+        rail = executor.rail
         grads = cometrt.Gradients(rail.results, rail.dweights, self.grads.w_up, self.grads.w_down)
         executor.inner.backward(rail.rows, saved, out=grads, accumulate=False, tracer=NullTracer())
 
@@ -171,9 +205,12 @@ class Contenders:
         rail.end(self.y)
 
     def rail_step(self) -> None:
+        self.rail_forward()
+        self.rail_backward()
+
+    def rail_backward(self) -> None:
         executor: Any = self.layer.executor
         rail = executor.rail
-        self.rail_forward()
         rail.begin("backward", len(self.dy), self.dy, rail.rows, slots=rail.slots)
         rail.end_slice(0, self.whole_rail, rows=True, dweights=True)
         rail.end(self.grads.x, self.grads.topk_weights)
@@ -198,6 +235,12 @@ class Contenders:
                 "rail alone": self.rail_forward,
                 "all-to-all": self.nccl,
                 "one node": lambda: self.forward(self.whole),
+            },
+            "backward": over(self.backward)
+            | {
+                "node alone": self.node_backward,
+                "rail alone": self.rail_backward,
+                "one node": lambda: self.backward(self.whole),
             },
             "both": over(self.step)
             | {
@@ -228,6 +271,7 @@ class Contenders:
         return errors
 
     def close(self) -> None:
+        self.saved.clear()
         for layer in {self.layer, *self.layers.values()}:
             layer.close()
         self.whole.close()
@@ -279,8 +323,8 @@ def time_run(world: cometrt.World, run: Run, calls: int, rounds: int) -> tuple[f
 
 def measure(nodes: cometrt.World, whole: cometrt.World, cell: Cell, args: Any) -> dict[str, Any]:
     """Collective: the entry of a cell."""
-    slices = {count: args.nccl_sms if count > 1 else None for count in args.slices}
-    contenders = Contenders(nodes, whole, cell, slices, args.limit)
+    rails = [(count, 0) for count in args.slices] + [(1, parts) for parts in args.parts]
+    contenders = Contenders(nodes, whole, cell, rails, args.nccl_sms, args.limit)
     errors = contenders.check()
     measured = {
         which: {name: time_run(nodes, run, args.calls, args.rounds) for name, run in runs.items()}
@@ -323,6 +367,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--calls", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slices", default="1,3,4")
+    parser.add_argument("--parts", default="")
     parser.add_argument("--nccl-sms", type=int)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--out", type=Path)
@@ -332,7 +377,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit must be at least 1 (got {args.limit})")
     args.slices = sorted(map(int, args.slices.split(",")))
-    if args.slices[-1] > 1 and max_ctas(os.environ) is None:
+    args.parts = sorted(map(int, filter(None, args.parts.split(","))))
+    if (args.slices[-1] > 1 or args.parts) and max_ctas(os.environ) is None:
         parser.error("set NCCL_MAX_NCHANNELS or NCCL_MAX_CTAS, or measure --slices 1 alone")
     from mpi4py import MPI
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from cometrt.legality import check_layer
 from cometrt.node_specs import spec_of_node
-from cometrt.nodes.nccl_sms import nccl_problem
+from cometrt.nodes.nccl_sms import nccl_problem, overlap_of
 from cometrt.plan import TileConfig
 from cometrt.specs import MoESpec
 from cometrt.tuner.cache import look_up
@@ -62,7 +62,7 @@ def agree(
                     f"{_difference(other, one)} on rank {rank})"
                 )
     config = first[4]
-    if given is None and config.rail_slices > 1:
+    if given is None and overlap_of(config):
         config = _without_refused_slices(world, config)
     mode = check_layer(spec, world.size, world.device, mode, config, world.nodes)
     return layer, mode, config
@@ -83,8 +83,8 @@ def _without_refused_slices(world: Any, config: TileConfig) -> TileConfig:
         return config
     if world.rank == 0:
         problem = next(filter(None, problems))
-        _log.warning("the tuned rail_slices=%d is not used: %s", config.rail_slices, problem)
-    return dataclasses.replace(config, rail_slices=1, nccl_sms=None)
+        _log.warning("the tuned %s is not used: %s", overlap_of(config), problem)
+    return dataclasses.replace(config, rail_slices=1, rail_parts=0, nccl_sms=None)
 
 
 def _describe(argument: object) -> _Described:

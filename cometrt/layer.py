@@ -265,9 +265,10 @@ class MoELayer(LayerLife):
 
     def _use(self, config: TileConfig) -> None:
         world, slices = self.world, config.rail_slices
-        of_node = geometry_of_node(self.spec, world.rank, world.size, world.nodes, slices)
-        self.config, self.shape = config, PlanShape(of_node, config)
-        self._slices = RailSlices.of(self.spec, world.nodes, world.node_index, slices)
+        rail = slices, config.rail_parts
+        of_node = geometry_of_node(self.spec, world.rank, world.size, world.nodes, *rail)
+        self.config, self.shape = config, PlanShape(of_node, config.of_node())
+        self._slices = RailSlices.of(self.spec, world.nodes, world.node_index, *rail)
         residuals = buffers_of(world.device).residuals(self.shape)
         self._saved_specs = array_specs(self.shape, residuals, slices, self._slices.slots_shape)
         self._plan_specs = plan_specs(self._saved_specs)

@@ -42,10 +42,11 @@ def check_layer(
     if not isinstance(config, TileConfig):
         raise ValueError(f"config must be a TileConfig (got {type(config)!r})")
     modes = MODES if mode is None else (check_choice("mode", mode, MODES),)
-    _check_slices(config, nodes)
+    _check_rail(config, nodes)
     if nodes > 1:
         _check_nodes(Geometry(spec, 0, size), nodes)
-    shape = PlanShape(geometry_of_node(spec, 0, size, nodes, config.rail_slices), config)
+    of_node = geometry_of_node(spec, 0, size, nodes, config.rail_slices, config.rail_parts)
+    shape = PlanShape(of_node, config.of_node())
     broken = _broken_table_rule(shape) or _broken_device_rule(shape, device)
     if broken:
         raise ValueError(broken)
@@ -56,12 +57,13 @@ def check_layer(
     raise ValueError(problems[0])
 
 
-def _check_slices(config: TileConfig, nodes: int) -> None:
-    if nodes == 1 and config.rail_slices > 1:
-        raise ValueError(f"rail_slices must be 1 on one node (got {config.rail_slices})")
-    if config.nccl_sms is not None and config.rail_slices == 1:
+def _check_rail(config: TileConfig, nodes: int) -> None:
+    for name, none in (("rail_slices", 1), ("rail_parts", 0)):
+        if nodes == 1 and (value := getattr(config, name)) > none:
+            raise ValueError(f"{name} must be {none} on one node (got {value})")
+    if config.nccl_sms is not None and config.rail_slices == 1 and not config.rail_parts:
         raise ValueError(
-            f"nccl_sms must be None with rail_slices=1, where NCCL runs alone "
+            f"nccl_sms must be None with rail_slices=1 and rail_parts=0, where NCCL runs alone "
             f"(got {config.nccl_sms})"
         )
 
@@ -119,6 +121,8 @@ def _broken_mode_rule(shape: PlanShape, device: str, mode: str) -> str:
     if mode != "sequential" and config.gemm != "engine":
         return f"gemm must be 'engine' on device='cuda' in mode {mode!r} (got {config.gemm!r})"
     if mode != "fused":
+        if config.rail_parts:
+            return f"rail_parts must be 0 in mode {mode!r} (got {config.rail_parts})"
         return ""
     addends = shape.geometry.spec.topk + shape.geometry.size  # rows and partial rows of a token
     if addends > MAX_ADDENDS:

@@ -72,11 +72,9 @@ def memory_of_layer(
     nodes = size // here
     mode = check_layer(spec, size, device, mode, config, nodes)
     config = config or TileConfig()
-    of_node = geometry_of_node(spec, 0, size, nodes, config.rail_slices)
-    shape = PlanShape(of_node, config)
-    return memory_of(
-        shape, device, mode, training, RailSlices.of(spec, nodes, 0, config.rail_slices)
-    )
+    rail = config.rail_slices, config.rail_parts
+    shape = PlanShape(geometry_of_node(spec, 0, size, nodes, *rail), config.of_node())
+    return memory_of(shape, device, mode, training, RailSlices.of(spec, nodes, 0, *rail))
 
 
 def memory_of(

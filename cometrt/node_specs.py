@@ -11,6 +11,19 @@ import dataclasses
 
 from cometrt.specs import Geometry, MoESpec
 
+# A late part has so many times as many tokens as the last one, whose rows are multiplied after all
+# have arrived. As kPartUnits in kernels_cu/nodes/rail_params.cuh.
+PART_UNITS = 3
+
+
+def last_part_tokens(crossing: int, parts: int) -> int:
+    """Tokens of one other node in the last of so many late parts.
+
+    Args:
+        crossing: `MoESpec.crossing_tokens`.
+    """
+    return -(-crossing // (PART_UNITS * (parts - 1) + 1))
+
 
 def slice_tokens(max_tokens: int, crossing: int, nodes: int, slices: int, parts: int = 0) -> int:
     """The most tokens of a home in one slice of a call over several nodes (`nodes.RailSlices`).
@@ -18,15 +31,21 @@ def slice_tokens(max_tokens: int, crossing: int, nodes: int, slices: int, parts:
     Args:
         crossing: `MoESpec.crossing_tokens`.
         slices: `TileConfig.rail_slices`; 1 with parts.
-        parts: number of parts of the other nodes' tokens, of equal size; 0: they are not cut.
+        parts: `TileConfig.rail_parts`.
     """
     assert slices == 1 or parts == 0
     if parts > 0:
-        return max_tokens + parts * (nodes - 1) * -(-crossing // parts)
+        return max_tokens + late_rows(crossing, nodes, parts)
     if slices == 1:
         return max_tokens + (nodes - 1) * crossing
     own, others = -(-max_tokens // 2), (nodes - 1) * -(-crossing // (slices - 2))
     return max(own, others)
+
+
+def late_rows(crossing: int, nodes: int, parts: int) -> int:
+    """Rows of a home in all late parts."""
+    units = PART_UNITS * (parts - 1) + 1
+    return (nodes - 1) * units * last_part_tokens(crossing, parts)
 
 
 def spec_of_node(spec: MoESpec, nodes: int, slices: int = 1, parts: int = 0) -> MoESpec:
@@ -74,4 +93,9 @@ def geometry_of_node(
         slices, parts: as for `spec_of_node`.
     """
     place, of_node = rank % (size // nodes), spec_of_node(spec, nodes, slices, parts)
-    return Geometry(of_node, place, size // nodes, row_sets=1 + parts if nodes > 1 else 1)
+    if nodes == 1 or parts == 0:
+        return Geometry(of_node, place, size // nodes)
+    crossing = spec.crossing_tokens
+    part_rows = (nodes - 1) * PART_UNITS * last_part_tokens(crossing, parts)
+    rows = part_rows, late_rows(crossing, nodes, parts)
+    return Geometry(of_node, place, size // nodes, 1 + parts, *rows)

@@ -172,6 +172,8 @@ class Geometry:
         rank: of `size`.
         size: W.
         row_sets: number of row sets.
+        part_rows, late_rows: rows of a home in set 1, and in all sets but set 0, whose rows come
+            last. The last set may have fewer than part_rows.
 
     Raises:
         ValueError: if tp does not divide W, EP does not divide E, or row_sets does not divide the
@@ -182,6 +184,8 @@ class Geometry:
     rank: int
     size: int
     row_sets: int = 1
+    part_rows: int = 0
+    late_rows: int = 0
 
     def __post_init__(self) -> None:
         spec = self.spec

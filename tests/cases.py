@@ -46,6 +46,7 @@ class Case:
     # Over several nodes; they have the same inputs.
     slices: int = 1
     wanted_only: bool = False  # whether only wanted tokens cross, of which as many as there are may
+    late: int = 0  # parts that arrive late
 
     @property
     def size(self) -> int:
@@ -81,10 +82,11 @@ class Case:
             n_chunk=32 if self.gemm == "cublas" else 256,
             gemm=self.gemm,
             rail_slices=self.slices,
+            rail_parts=self.late,
         )
 
     def __str__(self) -> str:
-        return "-".join(str(v) for v in dataclasses.astuple(self)[:-2]).replace(" ", "")
+        return "-".join(str(v) for v in dataclasses.astuple(self)[:-3]).replace(" ", "")
 
 
 def make_inputs(case: Case) -> Inputs:

@@ -41,18 +41,27 @@ ACTIVATED: list[Defines] = [
     (("ACTIVATION", a), ("WRITE_Z", z)) for a in range(len(ACTIVATIONS)) for z in (0, 1)
 ]
 TRACED, LINKED, NARROW = ("TRACE", 1), ("LINK", 1), ("N_TILE", SMALL_BLOCK_N)
+LATE = ("LATE", 1)  # neither narrow nor linked
 NARROW_OR_WIDE: list[Defines] = [(), (NARROW,)]
 BUILDS: dict[str, list[Defines]] = {
     "gemm/grouped_gemm.cu": [(("ACTIVATION", -1), ("WRITE_Z", 0)), *ACTIVATED],
     "gemm/grouped_down_dgrad.cu": [(("ACTIVATION", a),) for a in range(len(ACTIVATIONS))],
-    "fused/dispatch_gemm.cu": _with_options(
-        [of + width for width in NARROW_OR_WIDE for of in ACTIVATED], TRACED, LINKED
-    ),
-    "fused/dispatch_down_dgrad.cu": _with_options(
-        [(("ACTIVATION", a),) for a in range(len(ACTIVATIONS))], TRACED, LINKED
-    ),
-    "fused/up_dgrad_combine_wgrad.cu": _with_options([()], TRACED, LINKED),
-    "fused/gemm_combine.cu": _with_options(NARROW_OR_WIDE, TRACED, LINKED),
+    "fused/dispatch_gemm.cu": [
+        *_with_options([of + n for n in NARROW_OR_WIDE for of in ACTIVATED], TRACED, LINKED),
+        *_with_options([(*of, LATE) for of in ACTIVATED], TRACED),
+    ],
+    "fused/dispatch_down_dgrad.cu": [
+        *_with_options([(("ACTIVATION", a),) for a in range(len(ACTIVATIONS))], TRACED, LINKED),
+        *_with_options([(("ACTIVATION", a), LATE) for a in range(len(ACTIVATIONS))], TRACED),
+    ],
+    "fused/up_dgrad_combine_wgrad.cu": [
+        *_with_options([()], TRACED, LINKED),
+        *_with_options([(LATE,)], TRACED),
+    ],
+    "fused/gemm_combine.cu": [
+        *_with_options(NARROW_OR_WIDE, TRACED, LINKED),
+        *_with_options([(LATE,)], TRACED),
+    ],
     "plan/plan.cu": _with_options([()], LINKED),
     "plan/plan_small.cu": _with_options([()], LINKED),
     "sequential/rows.cu": _with_options([()], LINKED),

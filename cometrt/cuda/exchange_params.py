@@ -156,7 +156,7 @@ class ExchangeParamsBuilder:
     def pull_x(self, params: ParamStruct, call: Call) -> None:
         """From here on `params` says that x is pulled, into x_rows."""
         set_fields(params, pull_offset=self._heap.table["x"].offset, rows=call.at["x_rows"])
-        set_fields(params, **self._fixed["recompute"])
+        set_fields(params, num_parts=0, **self._fixed["recompute"])  # all of x has arrived
 
     def pull_dy(self, params: ParamStruct, call: Call) -> None:
         """From here on, after `pull_x`, `params` says that dy alone is pulled, into dy_rows."""

@@ -97,6 +97,9 @@ class CudaExecutor:
     def buffer(self) -> Any:
         return self._heap.own("x")
 
+    def dy_buffer(self) -> Any:
+        return self._heap.own("dy")
+
     def buffer_range(self) -> tuple[int, int]:
         """Addresses [begin, end) of this rank's heap of rows, which begins with `buffer`."""
         return self._heap.place()

@@ -43,6 +43,8 @@ def fused_counter_words(shape: PlanShape) -> dict[str, dict[str, int]]:
         "tile_done": shape.max_tiles * num_chunks,
         "queue_heads": 1 + 2 * num_chunks,
     }
+    if shape.geometry.row_sets > 1:
+        of_pass["turn_ends"] = shape.geometry.row_sets - 1
     recomputes = shape.geometry.spec.save == "nothing"
     return {"pass": of_pass, "recompute": of_dispatch if recomputes else {}}
 
@@ -60,7 +62,7 @@ def forward_block_n(shape: PlanShape) -> tuple[int, int]:
     narrow ones pay only where wide ones would be less than two for each SM.
     """
     rows, experts = shape.balanced_rows, shape.geometry.local_experts
-    if rows > BLOCK_M // 2 * experts:
+    if rows > BLOCK_M // 2 * experts or shape.geometry.row_sets > 1:
         return BLOCK_N, BLOCK_N
     _, n_tiles = layer_n_tiles(shape)
     few = min(rows, experts) * n_tiles < _FEW_TILES
@@ -91,8 +93,10 @@ class FusedPath(abc.ABC):
         return before
 
 
-def trace_macros(trace: bool) -> Macros:
-    return (("TRACE", 1),) if trace else ()
+def path_macros(shape: PlanShape, trace: bool) -> Macros:
+    """Macros of all builds of a layer's fused kernels."""
+    late = (("LATE", 1),) if shape.geometry.row_sets > 1 else ()
+    return (*late, *((("TRACE", 1),) if trace else ()))
 
 
 class FusedForward(FusedPath):
@@ -109,7 +113,7 @@ class FusedForward(FusedPath):
     def __init__(self, shape: PlanShape, links: Links, ok: int, kernels: Launches) -> None:
         geometry, spec = shape.geometry, shape.geometry.spec
         width, experts = geometry.local_intermediate, geometry.num_weights
-        self._links, self._activation = links, spec.activation
+        self._shape, self._links, self._activation = shape, links, spec.activation
         self._block_n = block_n = forward_block_n(shape)
         n_chunk = n_chunk_tiles(shape, block_n[1])
         self._tile_orders = up, down = layer_orders(shape, n_chunk=n_chunk, block_n=block_n)
@@ -151,7 +155,7 @@ class FusedForward(FusedPath):
         self._combine_ctas = num_comm_ctas(shape.config.combine_ctas, self.num_ctas)
 
     def load(self, *, trace: bool = False) -> dict[str, Kernel]:
-        macros = (*trace_macros(trace), *self._links.macros)
+        macros = (*path_macros(self._shape, trace), *self._links.macros)
         up, down = ((("N_TILE", n),) if n != BLOCK_N else () for n in self._block_n)
         activation = list(ACTIVATIONS).index(self._activation)
         kernels = {}

@@ -19,7 +19,7 @@ from cometrt.cuda.backward import (
 from cometrt.cuda.dgrad import DownDgradArguments, dgrad_maps
 from cometrt.cuda.engine import TileOrder, gemm_ctas, raster_group_of
 from cometrt.cuda.exchange_params import Call, ExchangeParamsBuilder
-from cometrt.cuda.fused import FusedPath, n_chunk_tiles, num_comm_ctas, trace_macros
+from cometrt.cuda.fused import FusedPath, n_chunk_tiles, num_comm_ctas, path_macros
 from cometrt.cuda.links import Links
 from cometrt.cuda.types import Launches
 from cometrt.cuda.wgrad import WgradArguments, max_wgrad_steps, wgrad_raster_group
@@ -64,6 +64,7 @@ class FusedBackward(FusedPath):
         geometry, rows = shape.geometry, shape.capacity
         spec, experts, up = geometry.spec, geometry.num_weights, geometry.up_columns
         self._links, self._activation, self._builder = links, spec.activation, builder
+        self._shape = shape
         self._recompute, self._recomputes = recompute, spec.save == "nothing"
         self._tables, shapes = PlanTables(table_offsets), wgrad_shapes(geometry)
         n_tiles = dgrad_tiles(geometry)
@@ -118,7 +119,7 @@ class FusedBackward(FusedPath):
         self._combine_ctas = num_comm_ctas(config.combine_ctas, self.num_ctas)
 
     def load(self, *, trace: bool = False) -> dict[str, Kernel]:
-        macros = (*trace_macros(trace), *self._links.macros)
+        macros = (*path_macros(self._shape, trace), *self._links.macros)
         activation = (("ACTIVATION", list(ACTIVATIONS).index(self._activation)), *macros)
         (dispatch,) = load_kernels(
             "fused/dispatch_down_dgrad.cu", "dispatch_down_dgrad", macros=activation

@@ -156,6 +156,7 @@ class CallQueue:
         planner: makes the plans.
         state: ExchangeState of the running call, as bytes.
         stats: of the newest call.
+        part_sums: of ExchangeParams.
         fused: the paths of mode "fused", of both passes; empty in other modes.
     """
 
@@ -195,6 +196,17 @@ class CallQueue:
                 for name, words in fields.items():
                     counters_of[launches][name] = address
                     address += 4 * words
+        geometry, late = shape.geometry, {}
+        self.part_sums = cp.zeros(geometry.row_sets, cp.uint32)
+        if geometry.row_sets > 1:
+            late = {
+                "num_parts": geometry.row_sets - 1,
+                "part_rows": geometry.part_rows,
+                "late_rows": geometry.late_rows,
+                "part_sums": int(self.part_sums.data.ptr),
+            }
+        fixed |= late
+        state |= late
         # Calls that make no plan leave the planner's counters as they are.
         begin = fixed["counters"] + 4 * planner_words if mode == "fused" else 0
         with_a_plan = state | {"counters": begin} | counters_of["pass"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cometrt.errors import CometError, PeerTimeout
-from cometrt.kernels.constants import MAX_TOPK, NUM_REPORTS, PLAN_PATIENCE
+from cometrt.kernels.constants import LATE_PATIENCE, MAX_TOPK, NUM_REPORTS, PLAN_PATIENCE
 from cometrt.kernels.params import exchange_report_dtype
 from cometrt.plan import PlanShape
 from cometrt.plan.reference import too_many_rows
@@ -21,6 +21,12 @@ from cometrt.world.operations import OPERATIONS, call_text
 
 # ReportKind of protocol/exchange_params.cuh
 REPORTS = ("", "routing", "no forward", "stopped", "stale graph")
+# Deadlines of waits, in multiples of the world's timeout, but for 1.
+_PATIENCE = {
+    "plan_step": PLAN_PATIENCE,
+    "rail_tokens": LATE_PATIENCE,
+    "rail_partials": LATE_PATIENCE + 3,
+}
 _UNSPECIFIED = "; the weight gradients of this backward are unspecified"
 
 
@@ -152,8 +158,7 @@ class Report:
                 int(record["tile"]),
                 int(record["chunk"]),
             )
-            patience = PLAN_PATIENCE if wanted.flag == "plan_step" else 1
-            timeout_sec = patience * world.timeout_sec
+            timeout_sec = _PATIENCE.get(wanted.flag, 1) * world.timeout_sec
             failure = wanted.expired(int(record["waiter"]), int(record["found"]), timeout_sec)
         failure = failure.numbered_from(world.first_rank)
         world.stop(failure)

@@ -17,6 +17,7 @@ from cometrt.cuda.engine import current_stream
 from cometrt.errors import CallNotBegun
 from cometrt.kernels.launch import load_kernels
 from cometrt.plan import TileConfig
+from cometrt.plan.config import RAIL_FIELDS
 from cometrt.residuals import Residuals
 from cometrt.specs import Geometry, Gradients
 from cometrt.trace import NullTracer
@@ -67,7 +68,7 @@ class Trials:
         self._events = cp.cuda.Event(), cp.cuda.Event()
         self._barrier = StartBarrier(world.timeout_sec)
         self._executors: list[Any] = []
-        self._rail: tuple[int, int | None] = 1, None  # rail_slices and nccl_sms of the executors
+        self._rail: list[int | None] = []  # RAIL_FIELDS of the executors
         self._counts: dict[str, tuple[int, int]] = {}  # rounds and calls, by pass
 
     def executor(self, config: TileConfig) -> Any:
@@ -108,7 +109,7 @@ class Trials:
             raise
 
     def _executor_for(self, config: TileConfig) -> Any:
-        rail = config.rail_slices, config.nccl_sms
+        rail = [getattr(config, name) for name in RAIL_FIELDS]
         if rail != self._rail:  # each has memory for the tokens of all nodes
             self.close()
             self._rail = rail

@@ -13,6 +13,7 @@ TOKEN_TILE = 128  # tokens that a team of the planner counts or places, one a th
 PLAN_BLOCKS_PER_SM = 6  # of the planner; as many as get by without spills
 PLAN_TEAMS = 8  # teams of TOKEN_TILE threads in the block that plans a small exchange
 PLAN_PATIENCE = 2  # a wait within a plan lasts so many times the world's timeout
+LATE_PATIENCE = 6  # the same of a wait for late parts; others of such a call last up to 3 more
 MAX_RANKS = 64
 MAX_TOPK = 1024
 MAX_ADDENDS = 128  # rows and partial rows of one token in the fused combine: topk + ranks at most

@@ -138,6 +138,7 @@ exchange_params_dtype = np.dtype(
             *"pull_offset rows x_rows partial_rows out dweight_rows out_dweight".split(),
             *"num_dweight_partials dw_up dw_down dw_up_bytes dw_down_bytes".split(),
             *"counters tile_filled tile_done queue_heads arrivals".split(),
+            *"num_parts part_rows late_rows part_sums turn_ends".split(),
         )
     ]
 )

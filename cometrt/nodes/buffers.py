@@ -13,7 +13,7 @@ def rail_bytes(slices: RailSlices, shape: PlanShape, device: str, training: bool
         shape: within the node, whose homes have the tokens of a slice.
     """
     spec, geometry = shape.geometry.spec, shape.geometry
-    row_bytes, several = spec.hidden * spec.numpy_dtype.itemsize, slices.count > 1
+    row_bytes, several = spec.hidden * spec.numpy_dtype.itemsize, slices.overlaps
     rows, tables = slices.rows * row_bytes, slices.rows * spec.topk * 8
     if device == "cuda":
         more = 0

@@ -13,11 +13,13 @@ from cometrt.cuda.stats import DeviceStats
 from cometrt.cuda.types import DeviceArray
 from cometrt.errors import CallNotBegun, CapacityError, CometError, RoutingError
 from cometrt.nodes.crossing import too_many_tokens
+from cometrt.nodes.cuda_late import LateRail
 from cometrt.nodes.cuda_rail import OUTCOMES, CudaRail
 from cometrt.nodes.executor import NodesExecutor
 from cometrt.nodes.nccl_sms import sms_for_nccl
 from cometrt.nodes.slices import RailSlice, RailSlices
 from cometrt.plan import PlanShape, TileConfig
+from cometrt.plan.config import RAIL_FIELDS
 from cometrt.plan.reference import too_many_rows
 from cometrt.plan_ahead import PlanAhead
 from cometrt.residuals import Residuals
@@ -58,6 +60,7 @@ class CudaNodesExecutor(NodesExecutor):
 
         self._cp, self._generation = cp, world.generation
         self._nccl_sms = sms_for_nccl(world, shape.config)
+        self._late = slices.late_parts > 0
 
         def make() -> CudaExecutor:
             with leave_sms(self._nccl_sms):
@@ -65,7 +68,8 @@ class CudaNodesExecutor(NodesExecutor):
 
         super().__init__(world, spec, shape, slices, layer, make)
         self._name_in_reports()
-        self.rail = CudaRail(world, spec, slices, layer, self.inner)
+        rail = LateRail if self._late else CudaRail
+        self.rail = rail(world, spec, slices, layer, self.inner)
         of_call = shape.geometry.local_experts, shape.geometry.row_sets
         self._stats = [DeviceStats(*of_call) for _ in slices.calls()]
         self._last_stats: LayerStats | None = None
@@ -86,6 +90,10 @@ class CudaNodesExecutor(NodesExecutor):
     def _all_x(self) -> Any:
         """Where x of the rail is gathered. With one slice it is where the node's layer wants it."""
         return self.inner.buffer() if self._slices.count == 1 else self.rail.rows
+
+    def _all_dy(self) -> Any:
+        """Where dy of the rail is gathered: late parts arrive where ranks pull them."""
+        return self.inner.dy_buffer() if self._late else self.rail.rows
 
     def forward(
         self,
@@ -124,6 +132,7 @@ class CudaNodesExecutor(NodesExecutor):
                 )
                 made.append(kept or {})
                 rail.end_slice(index, of, rows=True, dweights=False)
+                self._save_late_rows(made[-1])
             rail.end(out, epochs=self._epochs(made) if training else ())
         return self._kept(made) if training else None
 
@@ -148,11 +157,11 @@ class CudaNodesExecutor(NodesExecutor):
         tracer: Tracer,
     ) -> None:
         with self._call("backward"):
-            rail = self.rail
+            rail, all_dy = self.rail, self._all_dy()
             of_forward = {"forward": saved.serial, "slots": saved.slots}
-            own = rail.begin("backward", len(dy), dy, rail.rows, **of_forward)
+            own = rail.begin("backward", len(dy), dy, all_dy, **of_forward)
             for (index, of), part in zip(self._calls(), saved.of_slices(), strict=True):
-                rows = _rows_of(of, own, rail.rows)
+                rows = _rows_of(of, own, all_dy)
                 at = slice(of.begin, of.begin + len(rows))
                 grads = Gradients(rail.results[at], rail.dweights[at], out.w_up, out.w_down)
                 add = accumulate or index > 0
@@ -166,6 +175,14 @@ class CudaNodesExecutor(NodesExecutor):
             self.rail.begin_slice(of)
             self.inner.stats_address = self._stats[index].address
             yield index, of
+
+    def _save_late_rows(self, kept: dict[str, Any]) -> None:
+        """Where a forward keeps x itself, `publish` has copied it before late parts came."""
+        if not self._late or kept.get("x") is None or self._spec.save == "rows":
+            return
+        late = self._slices.first_own_row
+        rows, stream = self.inner.buffer()[:late], self._cp.cuda.get_current_stream()
+        kept["x"].data.copy_from_device_async(rows.data, rows.nbytes, stream)
 
     def _kept(self, made: list[dict[str, Any]]) -> dict[str, Any]:
         """Fields of `Residuals` or `PlanAhead`, from those of the slices."""
@@ -195,10 +212,13 @@ class CudaNodesExecutor(NodesExecutor):
         try:
             with leave_sms(self._nccl_sms), self._guard(operation):
                 yield
+        except BaseException:
+            self.rail.join()  # transfers that are queued
+            raise
         finally:
             if capturing:
                 gpu.captured = True
-                self.captured.append(self.rail.slots)
+                self.captured.append(self.rail.read)
             else:
                 self.inner.ended.record(stream)
                 gpu.last_call = self.inner.ended
@@ -210,10 +230,10 @@ class CudaNodesExecutor(NodesExecutor):
     def reschedule(self, config: TileConfig) -> bool:
         """As `CudaExecutor.reschedule`."""
         own = self._shape.config
-        if (config.rail_slices, config.nccl_sms) != (own.rail_slices, own.nccl_sms):
+        if any(getattr(config, name) != getattr(own, name) for name in RAIL_FIELDS):
             return False
         with leave_sms(self._nccl_sms):
-            return self.inner.reschedule(config)
+            return self.inner.reschedule(config.of_node())
 
     def retire(self) -> None:
         """As `CudaExecutor.retire`."""

@@ -1,9 +1,10 @@
 """`CudaRail`: what a call over several nodes queues around the calls of its node's layer.
 
-With one slice everything goes to the call's stream. With more, transfers go to a stream of their
-own (`side`), and events order the two. Nothing waits on the host. Each rank sends the rows of
-`MoESpec.crossing_tokens` tokens, since no host knows the numbers of tokens of other ranks. Where
-only wanted tokens cross, `rail_choose` gives them slots (`nodes.crossing`).
+With one slice everything goes to the call's stream. With more, or with late parts
+(`nodes.cuda_late`), transfers go to a stream of their own (`side`), and events order the two.
+Nothing waits on the host. Each rank sends the rows of `MoESpec.crossing_tokens` tokens, since no
+host knows the numbers of tokens of other ranks. Where only wanted tokens cross, `rail_choose` gives
+them slots (`nodes.crossing`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from cometrt.kernels.params import ParamStruct
 from cometrt.kernels.rail_params import header_dtype, outcome_dtype, params_dtype, report_dtype
 from cometrt.nodes.cuda_crossing import WantedTokens
 from cometrt.nodes.slices import RailSlice, RailSlices
+from cometrt.nodes.transfers import RailTransfers, Transfer
 from cometrt.specs import MoESpec
 from cometrt.world.nodes import NodesWorld
 from cometrt.world.operations import OPERATIONS
@@ -25,10 +27,8 @@ from cometrt.world.partitions import auxiliary_stream, num_sms
 
 OUTCOMES = ("", "held", "failed", "stopped")  # RailOutcomeKind of nodes/rail_params.cuh
 _PLANNING = ("forward", "plan")  # operations that make a plan
-_STREAM = 3  # of auxiliary_stream: nobody else's
-_TOKENS, _PARTIALS = 1, 2  # RailParams::begins
-
-Transfer = tuple[int, int, int]  # (node, address, bytes)
+_STREAM, _FIRST = 3, -5  # number and priority of auxiliary_stream: nobody else's
+TOKENS, PARTIALS = 1, 2  # RailParams::begins
 
 
 class CudaRail:
@@ -37,6 +37,7 @@ class CudaRail:
     Attributes:
         all_ids, all_weights: [R, K], the tables of the rail for this node's experts.
         slots: [N, max_tokens] of the current call, as in `Residuals`; None: all tokens cross.
+        read: arrays of the caller that the current call reads, and its slots.
         results: [R, H], results of the node's calls.
         rows: [R, H]: gathered tokens or dy, and behind the node's calls returned partial sums.
         dweights: [R, K] float32, results of the node's backward.
@@ -69,17 +70,25 @@ class CudaRail:
         self.dweights, self._returned_dweights = (cp.ndarray(pairs, cp.float32) for _ in range(2))
         self.report = pinned(report_dtype)
         self._row_bytes = spec.hidden * spec.numpy_dtype.itemsize
-        self._pack, self._localize, self._outcome, self._step, self._add = load_kernels(
-            "nodes/rail.cu", "rail_pack", "rail_localize", "rail_outcome", "rail_step", "rail_add"
-        )
+        names = "pack localize outcome ready wait step add".split()
+        (
+            self._pack,
+            self._localize,
+            self._outcome,
+            self._ready,
+            self._wait,
+            self._step,
+            self._add,
+        ) = load_kernels("nodes/rail.cu", *(f"rail_{name}" for name in names))
         (self._choose,) = load_kernels("nodes/rail_choose.cu", "rail_choose")
+        self._heap = executor.buffer_range
         self._progress = int(executor.queue.planner.progress.data.ptr)
         self._ctas = 4 * num_sms()
         self._params, self._filled_for = ParamStruct(params_dtype), (-1, -1)
         self._several = slices.count > 1
-        self._side = auxiliary_stream(_STREAM) if self._several else None
+        self._side = auxiliary_stream(_STREAM, _FIRST) if slices.overlaps else None
         self._arrived: list[Any] = []  # events of the current call, by part
-        self._sent: Any = None
+        self.read: tuple[Any, ...] = ()
         self._fixed = {
             "layer": layer,
             "spec_hash": spec.digest(),
@@ -97,14 +106,19 @@ class CudaRail:
             "topk": spec.topk,
             "hidden": spec.hidden,
             "num_experts": spec.num_experts,
-            "part_tokens": slices.part_tokens if self._several else 0,
+            "part_tokens": slices.part_tokens if slices.overlaps else 0,
             "crossing": slices.crossing,
+            "part_sums": int(executor.queue.part_sums.data.ptr),
+            "num_parts": slices.late_parts,
+            "local_experts": spec.num_experts * spec.tp // world.size,
         }
         self.slots: Any = None
         self._wanted: WantedTokens | None = None
         if slices.wanted_only:
             self._wanted = WantedTokens(slices, self._message_bytes, self._row_bytes)
             self._fixed |= self._wanted.fields
+        sizes = self._row_bytes, self._message_bytes
+        self._transfers = RailTransfers(slices, *sizes, self._wanted)
 
     # ---- a call, in this order --------------------------------------------------------------
 
@@ -129,16 +143,15 @@ class CudaRail:
         Returns:
             where this rank's rows are for the call's slices.
         """
-        fields, own, wanted_rows = self._begin(), None, None
+        fields, own = self._begin(), None
         if self._wanted and ids is not None:
             slots = self._wanted.new_slots()
         self.slots = slots
         if rows is not None:
             rows = self._out_of(all_rows, rows)
-            wanted_rows = rows if self._wanted else None
-            own = self.own_rows(all_rows)[:num_tokens]
-            if self._several and num_tokens == self._spec.max_tokens:
-                own, rows = rows, None  # sent from where they are
+        self.read, wanted_rows = (rows, ids, weights, slots), rows if self._wanted else None
+        if rows is not None:
+            own, rows = self._place(rows, all_rows)
         arrays = {
             "rows": rows,
             "all_rows": all_rows,
@@ -155,10 +168,9 @@ class CudaRail:
         fields["id_bytes"] = 0 if ids is None else ids.dtype.itemsize
         if self._wanted and ids is not None:
             self._run(self._choose)
-        self._run(self._pack, begins=_TOKENS)
+        self._run(self._pack, begins=TOKENS)
         if self._several and ids is not None and not self._wanted:
             self._run(self._localize, own=1)
-        self._sent = own, slots  # the memory is not free until the next call begins
         if own is None:
             self._arrive(None)
         else:
@@ -166,31 +178,25 @@ class CudaRail:
             self._arrive((sent.data.ptr, all_rows.data.ptr))
         return own
 
+    def _place(self, rows: Any, all_rows: Any) -> tuple[Any, Any]:
+        """Where this rank's rows are for the call's slices; what `rail_pack` copies there."""
+        if self._several and len(rows) == self._spec.max_tokens:
+            return rows, None  # sent from where they are
+        return self.own_rows(all_rows)[: len(rows)], rows
+
     def _arrive(self, of_rows: tuple[int, int] | None) -> None:
         """Queue all transfers of tokens and dy. of_rows: where they are sent from if all cross, and
         `all_rows`. The first also brings messages."""
-        slices, nbytes, last = self._slices, self._row_bytes, self._slices.parts - 1
-        side = self._fork()
+        side, last = self._fork(), self._slices.parts - 1
         self._arrived = []
-        for part in range(slices.parts):
-            sends, receives = [], []
-            tokens = slices.slots_of(part)
-            for node in self._other_nodes():
-                if part == 0:
-                    message = self._messages.data.ptr, self._message_bytes
-                    own = _part(*message, slices.node)
-                    sends.append((node, *(self._wanted.message_to(node) if self._wanted else own)))
-                    receives.append((node, *_part(*message, node)))
-                if of_rows is not None and tokens:
-                    begin, to = of_rows
-                    begin = self._wanted.rows_to(node) if self._wanted else begin
-                    size = nbytes * len(tokens)
-                    sends.append((node, begin + nbytes * tokens[0], size))
-                    row = slices.row_of(node, tokens[0])
-                    receives.append((node, to + nbytes * row, size))
-            if sends:
-                self._nccl.transfer(sends, receives, side)
-            begins = _TOKENS if part < last else 0
+        for part in range(self._slices.parts):
+            transfer = Transfer([], [])
+            if part == 0:
+                transfer += self._transfers.of_messages(self._messages.data.ptr)
+            if of_rows is not None:
+                transfer += self._transfers.of_tokens(part, *of_rows)
+            self._transfer(transfer, side)
+            begins = TOKENS if part < last else 0
             if part == 0:
                 own_too = 0 if self._several or self._wanted else 1
                 of = {"own": own_too, "others": 1}
@@ -201,7 +207,7 @@ class CudaRail:
 
     def begin_slice(self, of: RailSlice) -> None:
         """What is queued from here on finds the tokens of the slice."""
-        if self._several and of.part is not None:
+        if self._side is not None and of.part is not None:
             self._cp.cuda.get_current_stream().wait_event(self._arrived[of.part])
 
     def end_slice(self, index: int, of: RailSlice, *, rows: bool, dweights: bool) -> None:
@@ -212,28 +218,25 @@ class CudaRail:
         if of.part is None:
             self._run(self._outcome)
             return
-        self._run(self._outcome, begins=0 if self._several else _PARTIALS)
-        results = []  # (from, to, bytes of a row)
+        self._run(self._outcome, begins=0 if self._several else PARTIALS)
+        transfer = self._transfers.of_results(of.part, self._results(rows, dweights))
+        if not self._several:
+            self._transfer(transfer + self._of_outcomes(), self._stream())
+        elif transfer:
+            side = self._fork()
+            self._run(self._step, side, begins=PARTIALS)
+            self._transfer(transfer, side)
+            self._run(self._step, side, ends=1)
+
+    def _results(self, rows: bool, dweights: bool) -> list[tuple[int, int, int]]:
+        """(from, to, bytes of a row) of what returns."""
+        results = []
         if rows:
             results.append((self.results.data.ptr, self.rows.data.ptr, self._row_bytes))
         if dweights:
             of_pairs = self.dweights.data.ptr, self._returned_dweights.data.ptr
             results.append((*of_pairs, 4 * self._spec.topk))
-        slices, tokens = self._slices, self._slices.slots_of(of.part)
-        sends: list[Transfer] = []
-        receives: list[Transfer] = []
-        for node in self._other_nodes() if tokens else ():
-            row = slices.row_of(node, tokens[0])
-            for begin, to, nbytes in results:
-                sends.append((node, begin + nbytes * row, nbytes * len(tokens)))
-                receives.append((node, to + nbytes * row, nbytes * len(tokens)))
-        if not self._several:
-            self._exchange_outcomes(sends, receives, self._stream())
-        elif sends:
-            side = self._fork()
-            self._run(self._step, side, begins=_PARTIALS)
-            self._nccl.transfer(sends, receives, side)
-            self._run(self._step, side, ends=1)
+        return results
 
     def end(self, out: Any = None, out_dweight: Any = None, epochs: Any = ()) -> None:
         """End a call: add the partial sums of this rank's tokens into out [T, H] and
@@ -242,13 +245,19 @@ class CudaRail:
         Args:
             epochs: arrays [1] of a forward or a plan, by slice.
         """
-        stream = self._cp.cuda.get_current_stream()
-        if self._several:
-            side = self._fork()
-            self._run(self._step, side, begins=_PARTIALS)
-            self._exchange_outcomes([], [], side)
-            self._run(self._step, side, ends=1)
-            stream.wait_event(self._record(side))
+        if self._side is not None:
+            self._exchange_outcomes()
+            self.join()
+        self._set_results(out, out_dweight, epochs)
+        self._run(self._add, ends=1, own=1, others=1)
+
+    def _exchange_outcomes(self) -> None:
+        side = self._fork()
+        self._run(self._step, side, begins=PARTIALS)
+        self._transfer(self._of_outcomes(), side)
+
+    def _set_results(self, out: Any, out_dweight: Any, epochs: Any) -> None:
+        """The fields of `rail_add`."""
         arrays = {"out": out, "out_dweight": out_dweight}
         if out is not None:
             arrays |= {"partials": self.results, "returned": self.rows}
@@ -262,31 +271,31 @@ class CudaRail:
         fields["num_epochs"] = len(epochs)
         for slice_idx, epoch in enumerate(epochs):
             fields["epochs"][0, slice_idx] = epoch.data.ptr
-        self._run(self._add, ends=0 if self._several else 1)
+
+    def join(self) -> None:
+        """What is queued from here on is behind all transfers that are queued now."""
+        if self._side is not None:
+            self._cp.cuda.get_current_stream().wait_event(self._record(int(self._side.ptr)))
 
     # ---- queueing ---------------------------------------------------------------------------
 
     def _run(self, kernel: Any, stream: int | None = None, **launch: int) -> None:
         """Launch a kernel; `launch`: fields of this launch alone, others of them are 0."""
         fields = self._params.fields
-        for name in ("ends", "begins", "own", "others"):
+        for name in ("ends", "begins", "own", "others", "part"):
             fields[name] = launch.get(name, 0)
-        ctas = 1 if kernel in (self._outcome, self._step) else self._ctas
+        small = self._outcome, self._ready, self._wait, self._step
+        ctas = 1 if kernel in small else self._ctas
         if kernel is self._choose:
             ctas = self._slices.nodes
         kernel(stream or self._stream(), ctas, self._params)
 
-    def _exchange_outcomes(
-        self, sends: list[Transfer], receives: list[Transfer], stream: int
-    ) -> None:
-        outcomes = self._outcomes.data.ptr, outcome_dtype.itemsize
-        own = _part(*outcomes, self._slices.node)
-        sends = sends + [(node, *own) for node in self._other_nodes()]
-        receives = receives + [(node, *_part(*outcomes, node)) for node in self._other_nodes()]
-        self._nccl.transfer(sends, receives, stream)
+    def _transfer(self, transfer: Transfer, stream: int) -> None:
+        if transfer:
+            self._nccl.transfer(*transfer, stream)
 
-    def _other_nodes(self) -> list[int]:
-        return [node for node in range(self._slices.nodes) if node != self._slices.node]
+    def _of_outcomes(self) -> Transfer:
+        return self._transfers.of_array(self._outcomes.data.ptr, outcome_dtype.itemsize)
 
     def _stream(self) -> int:
         return int(self._cp.cuda.get_current_stream().ptr)
@@ -337,8 +346,3 @@ class CudaRail:
                 params.fields[name] = value
             self._filled_for = state
         return params.fields
-
-
-def _part(begin: int, nbytes: int, node: int) -> tuple[int, int]:
-    """(address, bytes) of a node's part of an array [N]."""
-    return begin + node * nbytes, nbytes

@@ -27,7 +27,7 @@ Tables = tuple[np.ndarray, np.ndarray]
 class HostNodesExecutor(NodesExecutor):
     """Runs a layer's calls: rail, the slices in the node's layer, rail. Nothing overlaps.
 
-    Rows are where one slice has them, also with several.
+    Rows are where one slice has them, also with several, or with late parts.
     """
 
     inner: HostExecutor
@@ -52,7 +52,7 @@ class HostNodesExecutor(NodesExecutor):
         self._stats: LayerStats | None = None
         # x of all. With one slice it is where the node's layer wants it.
         self._all_x = self.inner.buffer()
-        if slices.count > 1:
+        if slices.overlaps:
             self._all_x = np.zeros((self._rows, spec.hidden), spec.numpy_dtype)
 
     def buffer(self) -> np.ndarray:
@@ -63,7 +63,7 @@ class HostNodesExecutor(NodesExecutor):
     def buffer_range(self) -> tuple[int, int]:
         """Addresses from the begin of `buffer` to the end of its memory."""
         begin = self.buffer().ctypes.data
-        if self._slices.count == 1:
+        if not self._slices.overlaps:
             return begin, self.inner.buffer_range()[1]
         return begin, self._all_x.ctypes.data + self._all_x.nbytes
 
@@ -187,18 +187,33 @@ class HostNodesExecutor(NodesExecutor):
             num_tokens: of `HostRail.gather`.
         """
         (_, ids), (_, weights) = tables
-        experts = self._shape.geometry.spec.num_experts
+        experts = self._spec.num_experts // self._world.nodes
         first = self._world.node_index * experts
         here = (ids >= first) & (ids < first + experts)
-        local = np.where(here, ids - first, -1).astype(np.int32)
-        local[(ids < -1) | (ids >= self._spec.num_experts)] = experts
+        local = np.where(here, self._plan_experts(ids - first), -1).astype(np.int32)
+        wrong = self._shape.geometry.spec.num_experts
+        local[(ids < -1) | (ids >= self._spec.num_experts)] = wrong
         for k in range(1, self._spec.topk):
             same = (ids[:, :k] == ids[:, k : k + 1]) & (ids[:, k : k + 1] >= 0)
-            local[same.any(axis=1), k] = experts
+            local[same.any(axis=1), k] = wrong
         for node, count in enumerate(num_tokens):
             if count < 0:
-                local[self._first_row(node), 0] = experts
+                local[self._first_row(node), 0] = wrong
         return local, weights
+
+    def _plan_experts(self, ids: np.ndarray) -> np.ndarray:
+        """Plan experts of the rail's ids [R, K], those of this node's experts: see
+        `Geometry.row_sets`."""
+        slices, geometry = self._slices, self._shape.geometry
+        if not slices.late_parts:
+            return ids
+        sets = np.zeros((self._rows, 1), np.int64)
+        for node in range(slices.nodes):
+            if node != slices.node:
+                of_node = slice(self._first_row(node), self._first_row(node) + slices.crossing)
+                sets[of_node, 0] = 1 + np.arange(slices.crossing) // slices.part_tokens
+        rank, expert = np.divmod(ids, geometry.num_weights)
+        return (rank * geometry.row_sets + sets) * geometry.num_weights + expert
 
     def _return(
         self,
@@ -243,7 +258,7 @@ def _places(slices: RailSlices, whole: RailSlices) -> list[Any]:
     """Where the rows of each slice are, among those of one slice, `whole`."""
     own = whole.row_of(slices.node)
     if slices.count == 1:
-        return [slice(0, slices.rows)]
+        return [slice(0, whole.rows)]
     others = [whole.row_of(node) for node in range(slices.nodes) if node != slices.node]
     return [
         slice(own + call.begin, own + call.end)

@@ -10,12 +10,18 @@ from cometrt.specs import ALIGNMENT, check_choice, check_int
 ORDERS = ("phases", "columns")
 GEMMS = ("engine", "cublas")
 MAX_RAIL_SLICES = 16  # kMaxRailSlices of kernels_cu/nodes/rail_params.cuh
+MAX_RAIL_PARTS = 4  # kMaxLateParts of kernels_cu/protocol/late_parts.cuh
+
+_LATE_TOKEN_BLOCKS = 1024
+
+# Of TileConfig: what concerns the rail between nodes.
+RAIL_FIELDS = ("rail_slices", "rail_parts", "nccl_sms")
 
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
     """Tile sizes and tile orders of a layer, equal on all ranks. Only block_m and gemm change the
-    bits of results, and rail_slices those of weight gradients.
+    bits of results, and rail_slices and rail_parts those of weight gradients.
 
     The constructor checks each field. Rules that depend on the spec, the device or the mode are
     checked when a layer is made.
@@ -52,8 +58,12 @@ class TileConfig:
             once, after they have crossed between nodes and before results do. n >= 3: half of the
             rank's own tokens, n - 2 parts of other nodes' tokens, the other half. Each part crosses
             while another slice is computed. 2 * nodes makes all slices equally large.
-        nccl_sms: on "cuda" with rail_slices > 1: SMs that the layer's kernels leave to NCCL; even.
-            None: two for each CTA that NCCL_MAX_CTAS allows NCCL.
+        rail_parts: over several nodes, in mode "fused" with rail_slices=1: parts in which tokens of
+            other nodes arrive during the one call of the node's layer, and in which their results
+            leave. It then has order="phases" and num_phases=1 in both passes, and min_token_blocks
+            of at least 1024. 0: all tokens have crossed before the call.
+        nccl_sms: on "cuda" with rail_slices > 1 or rail_parts > 0: SMs that the layer's kernels
+            leave to NCCL; even. None: two for each CTA that NCCL_MAX_CTAS allows NCCL.
 
     Raises:
         ValueError: naming the argument, its value and the rule.
@@ -77,6 +87,7 @@ class TileConfig:
     backward_dispatch_ctas: int | None = None
     backward_combine_ctas: int | None = None
     rail_slices: int = 1
+    rail_parts: int = 0
     nccl_sms: int | None = None
 
     def __post_init__(self) -> None:
@@ -87,6 +98,10 @@ class TileConfig:
         object.__setattr__(self, "rail_slices", slices)
         if slices == 2:
             raise ValueError("rail_slices must be 1, or at least 3 (got 2)")
+        parts = check_int("rail_parts", self.rail_parts, minimum=0, maximum=MAX_RAIL_PARTS)
+        object.__setattr__(self, "rail_parts", parts)
+        if parts and slices > 1:
+            raise ValueError(f"rail_parts must be 0 with rail_slices={slices} (got {parts})")
         optional = ("raster_group", "dispatch_ctas", "combine_ctas", "comm_sms", "backward_n_chunk")
         for name in (*optional, "backward_dispatch_ctas", "backward_combine_ctas", "nccl_sms"):
             if (value := getattr(self, name)) is not None:
@@ -116,6 +131,17 @@ class TileConfig:
                 changes[name] = value
             changes[f"backward_{name}"] = None
         return dataclasses.replace(self, **changes)
+
+    def of_node(self) -> TileConfig:
+        """The config of the layer within a node: with late parts, rows are multiplied in the order
+        in which they arrive, and summed in the reverse order, in blocks for all combine warps."""
+        if not self.rail_parts:
+            return self
+        orders: dict[str, Any] = {"order": "phases", "backward_order": None}
+        blocks = max(self.min_token_blocks, _LATE_TOKEN_BLOCKS)
+        return dataclasses.replace(
+            self, num_phases=1, min_token_blocks=blocks, backward_n_chunk=None, **orders
+        )
 
     def last_distances(self, size: int) -> list[int]:
         """The largest ring distance of each phase, with `size` ranks."""

@@ -132,6 +132,7 @@ def with_own_backward(config: TileConfig, sms: int) -> TileConfig:
 def schedule(config: TileConfig, which: str, spec: MoESpec) -> TileConfig:
     """What a pass depends on: configs with equal schedules have the same time. With save="nothing"
     a backward launches dispatch_gemm too, with the forward's dispatch_ctas."""
+    config = config.of_node()
     if which == "backward":
         own = config.of_backward()
         if spec.save == "nothing":

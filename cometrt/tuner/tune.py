@@ -10,9 +10,10 @@ from collections.abc import Callable
 from cometrt.errors import CapacityError, MismatchError, PeerTimeout, RoutingError
 from cometrt.executor import Executor
 from cometrt.plan import TileConfig
+from cometrt.plan.config import RAIL_FIELDS
 from cometrt.specs import Geometry
 from cometrt.tuner.cache import cache_file, key_of, store
-from cometrt.tuner.rail import Rail
+from cometrt.tuner.rail import Rail, rail_of
 from cometrt.tuner.search import (
     Found,
     candidates,
@@ -108,7 +109,7 @@ def find(
     if training:
         base = with_own_backward(base, sms)
     settings = candidates(base, spec, world.ranks_per_node, sms, training=training)
-    rail, own_slices = Rail(world, geometry, layer), base.rail_slices
+    rail = Rail(world, geometry, layer)
     of_rail = rail.settings(base, sms, training=training)
     trials = Trials(world, geometry, rail.make, inputs, training, roomiest(base, settings))
 
@@ -121,9 +122,9 @@ def find(
         try:
             ms = trials.time(config, which, counts)
         except CapacityError:  # a slice has room for its share of the rows
-            if config.rail_slices == own_slices:
+            if rail_of(config) == rail_of(base):
                 raise
-            rail.refused.add(config.rail_slices)
+            rail.refused.add(rail_of(config))
             return math.inf
         count, best_ms[which] = count + 1, min(ms, best_ms.get(which, ms))
         if world.rank == 0:
@@ -137,9 +138,9 @@ def find(
 
     found = search(base, of_rail + settings, spec, size, time, expired, nodes)
     if not expired():
-        # All of the sweep have the same slices: each change of them takes new executors.
-        slices, left = found.config.rail_slices, found.config.nccl_sms
-        start = dataclasses.replace(base, rail_slices=slices, nccl_sms=left)
+        # All of the sweep have the same rail: each change of it takes new executors.
+        of_found = {name: getattr(found.config, name) for name in RAIL_FIELDS}
+        start = dataclasses.replace(base, **of_found)
         found = sweep(start, found, settings, spec, size, time, expired, nodes)
     trials.close()
     return found

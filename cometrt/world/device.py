@@ -193,7 +193,9 @@ class DeviceMemory:
         """Start a generation on this rank's device: reset its control fields and reports."""
         import cupy
 
-        for name, value in (("held", 0), ("epoch", epoch), ("generation", generation)):
+        # Ranks that failed at different times have begun different numbers of calls.
+        fields = {"held": 0, "epoch": epoch, "rail_calls": generation << 32}
+        for name, value in (fields | {"generation": generation}).items():
             self.control_field(name).set(np.array([value], np.uint64))
         cupy.cuda.get_current_stream().synchronize()
         if self.report is not None:

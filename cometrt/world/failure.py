@@ -135,7 +135,9 @@ class WaitTarget:
 
     def expired(self, waiter: int, found: int, timeout_sec: float) -> Failure:
         """The Failure of a wait whose deadline has passed."""
-        unit = {"partials_ready": "token block", "plan_step": "step"}.get(self.flag, "tile")
+        units = {"partials_ready": "token block", "plan_step": "step"}
+        units |= dict.fromkeys(("rail_tokens", "rail_partials"), "part")
+        unit = units.get(self.flag, "tile")
         where = "" if self.tile < 0 else f"[{unit} {self.tile}"
         where += "" if self.tile < 0 else f", chunk {self.chunk}]" if self.chunk >= 0 else "]"
         who = "itself" if self.peer == waiter else f"rank {self.peer}"

@@ -27,7 +27,8 @@ device_control_block_dtype = np.dtype(
         ("header", header_dtype, (2, MAX_RANKS)),
         ("failure", record_dtype, MAX_RANKS),
         ("abort", np.uint64, MAX_RANKS),
-        *((name, np.uint64) for name in ("generation", "reported", "epoch", "held")),
+        ("rail_ready", np.uint64, MAX_RANKS),
+        *((name, np.uint64) for name in ("generation", "reported", "epoch", "held", "rail_calls")),
     ]
 )
 world_dtype = np.dtype(

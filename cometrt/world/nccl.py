@@ -39,6 +39,7 @@ class NcclRail:
         steps: [4] uint64 in pinned memory, as `steps` of kernels_cu/nodes/rail_params.cuh.
         max_ctas: the most CTAs of a transfer, by NCCL's environment variables when the communicator
             was made; None: they give no bound.
+        clusters: whether these CTAs may be clusters then, which need neighbouring SMs.
     """
 
     def __init__(self, world: NodesWorld) -> None:
@@ -50,6 +51,7 @@ class NcclRail:
         self._device_id = cupy.cuda.Device().id
         self.steps = np.frombuffer(cupy.cuda.alloc_pinned_memory(32), np.uint64, 4)
         self.max_ctas = max_ctas(os.environ)
+        self.clusters = os.environ.get("NCCL_CGA_CLUSTER_SIZE", "") not in ("0", "1")
         self._comm: Any = None
         self._lock = threading.Lock()  # the communicator does not end while it is held
         self._queueing = threading.Lock()  # held while a transfer is queued

@@ -72,23 +72,24 @@ def split_gpu(count: int, device_id: int = 0) -> list[Partition]:
     return partitions
 
 
-def _new_stream(context: Any) -> Any:
+def _new_stream(context: Any, priority: int = 0) -> Any:
     """A new stream of a green context; None: of the current device."""
     import cupy
 
     if context is None:
-        return cupy.cuda.Stream(non_blocking=True)
+        return cupy.cuda.Stream(non_blocking=True, priority=priority)
     from cuda.bindings import driver
 
     non_blocking = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-    result, handle = driver.cuGreenCtxStreamCreate(context, non_blocking, 0)
+    result, handle = driver.cuGreenCtxStreamCreate(context, non_blocking, priority)
     if int(result) != 0:
         raise CometError(f"no stream for a partition of the GPU: {result}")
     return cupy.cuda.Stream.from_external(_StreamHandle(int(handle), context))
 
 
-def auxiliary_stream(number: int = 0) -> Any:
+def auxiliary_stream(number: int = 0, priority: int = 0) -> Any:
     """An auxiliary stream on the SMs of this thread's partition; `number` selects one of several.
+    The less `priority`, the sooner its kernels get SMs that come free.
 
     It is created on the first call, since each takes one of the few hardware queues, and lives as
     long as the process. Threads without a partition share theirs.
@@ -100,7 +101,7 @@ def auxiliary_stream(number: int = 0) -> Any:
         partition = _whole_gpu(cupy.cuda.Device().id)
     key = (partition.device_id, partition.stream.ptr, number)
     if key not in _auxiliary_streams:
-        _auxiliary_streams[key] = _new_stream(partition.context)
+        _auxiliary_streams[key] = _new_stream(partition.context, priority)
     return _auxiliary_streams[key]
 
 

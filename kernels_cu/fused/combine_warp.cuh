@@ -26,13 +26,88 @@ class CombineWarp : RowSums {
     __syncwarp();
   }
 
-  // Order: push N-chunk 0, push 1, reduce 0, push 2, reduce 1, and so on. Pushes wait for this
-  // rank's tiles only. So a wait for peers never delays what peers wait for.
   __device__ void run() {
     // In a stopped world dispatch_gemm multiplies without its rows, and such results must not reach
     // a peer. A CTA that did so saw the abort before this launch, so this warp sees it too.
     const bool stopped = lane_ == 0 && is_stopped(p_.world);
     if (__any_sync(~0u, stopped)) return;
+#if LATE
+    run_by_parts();
+#else
+    run_by_n_chunks();
+#endif
+  }
+
+ private:
+#if LATE
+  // With one N-chunk. In turn for the last part, ..., the first one, own tokens: push the blocks,
+  // then reduce the rows at home. The blocks of a turn are all that have a token of its part, so a
+  // reduction waits for pushes that every warp of every rank does before its own reductions of that
+  // turn. Home blocks have rows of one part.
+  __device__ void run_by_parts() {
+    if (lane_ < p_.num_parts) s_.turn_ends[lane_] = p_.turn_ends[lane_];
+    if (lane_ == 0) s_.kept[0] = s_.kept[1] = -1;
+    __syncwarp();
+#pragma unroll 1
+    for (int turn = 0; turn <= p_.num_parts; ++turn) {
+      if (lane_ == 0) s_.turn = turn, s_.list = 0;
+      recorder.kind = kReduceAndPush;
+      while (push(0)) {
+      }
+      signal_push();
+      if (lane_ == 0) s_.list = 1;
+      recorder.kind = kReduceAtHome;
+      while (add_at_home(0)) {
+      }
+    }
+  }
+  // The first of a home's rows of a turn; that of turn -1 is behind the parts.
+  __device__ int first_row(int turn) const {
+    const int parts = p_.num_parts;
+    return turn < 0 || turn == parts ? p_.late_rows : (parts - 1 - turn) * p_.part_rows;
+  }
+  // Blocks at home of the turns before this one. All turns of parts but the first have equally
+  // many.
+  __device__ int home_blocks_before(int turn) const {
+    const auto blocks = [&](int rows) { return (rows + s_.block_tokens - 1) / s_.block_tokens; };
+    if (turn == 0) return 0;
+    return blocks(first_row(-1) - first_row(0)) + (turn - 1) * blocks(p_.part_rows);
+  }
+
+  // By lane 0: the next ticket of queue s_.list, or kNoTicket behind the last one of this turn. The
+  // warp keeps that ticket for a later turn.
+  __device__ int pop() const {
+    int& kept = s_.kept[s_.list];
+    if (kept < 0) kept = static_cast<int>(atomicAdd(&p_.queue_heads[1 + s_.list], 1));
+    if (s_.turn < p_.num_parts) {
+      const int end = s_.list == 0 ? s_.turn_ends[s_.turn] : home_blocks_before(s_.turn + 1);
+      if (kept >= end) return kNoTicket;
+    }
+    const int ticket = kept;
+    kept = -1;
+    return ticket;
+  }
+  // The rows of a block at home, for its ticket.
+  __device__ int rows_at_home(int ticket, int* end) const {
+    *end = p_.num_tokens;
+    if (ticket == kNoTicket) return p_.num_tokens;
+    int turn = 0;
+    while (turn < p_.num_parts && ticket >= home_blocks_before(turn + 1)) ++turn;
+    const int begin = first_row(turn) + (ticket - home_blocks_before(turn)) * s_.block_tokens;
+    const int last = turn < p_.num_parts ? first_row(turn - 1) : p_.num_tokens;
+    *end = min(begin + s_.block_tokens, last);
+    return begin;
+  }
+  // Counts complete rows of a part, or own ones: a release at gpu scope. The partner is rail_wait.
+  __device__ void count_rows(int row, int count) const {
+    __syncwarp();  // orders all lanes' stores before lane 0's release
+    const int part = row < p_.late_rows ? p_.part_of_row(row) : p_.num_parts;
+    if (lane_ == 0) add_release_gpu(&p_.part_sums[part], count);
+  }
+#else
+  // Order: push N-chunk 0, push 1, reduce 0, push 2, reduce 1, and so on. Pushes wait for this
+  // rank's tiles only. So a wait for peers never delays what peers wait for.
+  __device__ void run_by_n_chunks() {
 #pragma unroll 1
     for (int n_chunk = 0; n_chunk <= p_.num_n_chunks; ++n_chunk) {
       if (n_chunk < p_.num_n_chunks) {
@@ -51,11 +126,17 @@ class CombineWarp : RowSums {
     }
   }
 
- private:
   // By lane 0: the next ticket of queue s_.list.
   __device__ int pop() const {
     return static_cast<int>(atomicAdd(&p_.queue_heads[1 + s_.list], 1));
   }
+  __device__ int rows_at_home(int ticket, int* end) const {
+    const int begin = ticket * s_.block_tokens;
+    *end = min(begin + s_.block_tokens, p_.num_tokens);
+    return begin;
+  }
+  __device__ void count_rows(int, int) const {}
+#endif
 
   // Pops a token block, sums it and pushes it. False if none is left or the world has stopped.
   __device__ bool push(int n_chunk) {
@@ -134,9 +215,8 @@ class CombineWarp : RowSums {
     __syncwarp();
     const int block = s_.block;
     __syncwarp();  // all lanes have read s_.block before the next pop
-    int local = block * s_.block_tokens;
+    int end_local, local = rows_at_home(block, &end_local);
     if (local >= p_.num_tokens) return false;
-    const int end_local = min(local + s_.block_tokens, p_.num_tokens);
     while (local < end_local) {
       const int mine = local + lane_;
       const int token = mine < end_local ? p_.world.rank * p_.g.max_tokens + mine : -1;
@@ -146,6 +226,7 @@ class CombineWarp : RowSums {
       recorder.begin();
       sum_batch(n_chunk, p_.out + static_cast<long long>(local) * p_.g.hidden);
       if (kHasDweight && n_chunk == 0) sum_dweight(local, local + here);
+      count_rows(local, here);
       local += here;
       recorder.count(false, 2 * num_addends_ * (end(n_chunk) - begin(n_chunk)));
       recorder.end(block, n_chunk);
@@ -241,8 +322,9 @@ class CombineWarp : RowSums {
   __device__ bool wait_partial(int addend, int n_chunk) const {
     int contributor, block;
     const u64* flag = ready_flag(addend, n_chunk, &contributor, &block);
-    return wait_until(p_.world, {kPartialsReady, contributor, block, n_chunk}, s_.epoch, s_.epoch,
-                      [&] { return acquire(flag); });
+    return wait_until(
+        p_.world, {kPartialsReady, contributor, block, n_chunk}, s_.epoch, s_.epoch,
+        [&] { return acquire(flag); }, LATE ? kLatePatience + 2 : 1);
   }
 
   const EmulatedLink& link_;

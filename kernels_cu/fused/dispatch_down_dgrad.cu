@@ -31,7 +31,7 @@ struct Memory {
 static_assert(sizeof(Memory) <= kMaxSharedBytes, "shared memory of a CTA");
 
 struct Roles {
-  using Registers = RegisterBudget<40, 232>;
+  using Registers = RegisterBudget<LATE ? 56 : 40, LATE ? 224 : 232>;
   using Operands = RowsTimesTransposedWeights;
 
   const ExchangeParams& params;
@@ -50,6 +50,7 @@ struct Roles {
   }
   __device__ void communicate(int warp) {
     if (warp < kFirstCommWarp || !params.state->ok) return;
+    if (LATE) find_turn_ends(params, warp - kFirstCommWarp);
     if (!takes_part(params, kDispatchRole, num_comm)) return;
     DispatchWarp<Copies, true> dispatch(params, link, memory.dispatch[warp - kFirstCommWarp]);
     dispatch.recorder = Recorder(params.trace(), 1, kPull);

@@ -47,6 +47,7 @@ struct Roles {
   }
   __device__ void communicate(int warp) {
     if (warp < kFirstCommWarp || !params.state->ok) return;
+    if (LATE) find_turn_ends(params, warp - kFirstCommWarp);
     if (!takes_part(params, kDispatchRole, num_comm)) return;
     DispatchWarp<Copies> dispatch(params, link, memory.dispatch[warp - kFirstCommWarp]);
     dispatch.recorder = Recorder(params.trace(), 1, kPull);

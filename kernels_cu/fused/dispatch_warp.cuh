@@ -7,6 +7,11 @@
 #include "hopper/bulk.cuh"
 #include "protocol/emulated_link.cuh"
 #include "protocol/exchange_params.cuh"
+#include "protocol/late_parts.cuh"
+
+#ifndef LATE
+#define LATE 0
+#endif
 
 namespace cometrt {
 
@@ -45,6 +50,9 @@ struct alignas(128) DispatchStages {
 // kPullsX: the same tokens of x are queued behind those of dy, unless x_rows is null. No tile waits
 // for them. They are in place when the launch ends.
 //
+// LATE: items of a late part wait until it has arrived at all ranks of the node. Those in front of
+// it are signalled before. Those of x need not wait: `publish` has brought it.
+//
 // Software pipeline over batches: the queue ticket is requested two batches ahead, token ids one
 // batch ahead. While batch i loads, the stores of batch i - 1 complete and signal tile_filled.
 template <typename Shape, bool kPullsX = false>
@@ -64,6 +72,7 @@ class DispatchWarp {
                           DispatchStages<Shape>& stages)
       : p_(p), link_(opaque_link(link)), s_(stages), lane_(threadIdx.x % 32) {
     queue_head_ = opaque_pointer(p.queue_heads);
+    if (LATE) limit_ = first_of_part(0);
   }
 
   __device__ void run() {
@@ -77,6 +86,11 @@ class DispatchWarp {
     // A warp's tickets only grow, so the first one beyond the queue ends its work.
 #pragma unroll 1
     for (; first < end(); ++step_) {
+      if (LATE && first < num_items_ && min(first + kStages, num_items_) > limit_) {
+        release(before);
+        before.token = -1;
+        wait_late(min(first + kStages, num_items_));
+      }
       const u32 offset = (first + stage()) % copy_chunks * kChunkBytes;
       const bool is_x = kPullsX && first + stage() >= num_items_;
       const u32 bytes = now.token >= 0 ? min(kChunkBytes, 2 * p_.g.hidden - offset) : 0;
@@ -105,6 +119,22 @@ class DispatchWarp {
   // Number of items in the queue: those that fill tiles, then those of x.
   __device__ int end() const {
     return kPullsX && p_.x_rows != nullptr ? 2 * num_items_ : num_items_;
+  }
+
+  // The first item of a late part. M-tiles are in the order of plan experts, which is that of sets.
+  __device__ int first_of_part(int part) const {
+    const int sets = static_cast<int>(p_.num_parts) + 1;
+    if (part + 1 >= sets) return 0x7fffffff;
+    const int expert = p_.g.local_experts / sets * (part + 1);
+    const int tokens = p_.pull_offsets[p_.expert_offsets[expert] / p_.g.block_m];
+    return tokens * static_cast<int>(Shape::chunks_of_row(p_.g));
+  }
+  // Waits for the parts that have items before `end_item`. In a stopped world it waits no more.
+  __device__ void wait_late(int end_item) {
+    int parts = 0;
+    while (end_item > first_of_part(parts)) ++parts;
+    const bool ok = wait_parts(p_.world, parts);
+    limit_ = ok ? first_of_part(parts) : 0x7fffffff;
   }
 
   // Lane 0 requests a batch: the ticket is its first item. The result is not waited for here.
@@ -183,9 +213,23 @@ class DispatchWarp {
   DispatchStages<Shape>& s_;
   int lane_;
   int num_items_;          // that fill tiles
+  int limit_;              // LATE: the first item that may not have arrived
   u32 step_ = 0;           // batches begun
   int ticket_ = 0;         // in lane 0
   LinkTransfer transfer_;  // of the batch that elected this lane
 };
+
+// LATE: sets ExchangeParams::turn_ends, for the combine warps of a later launch. By the dispatch
+// warps of all CTAs, a block a lane. A block is of the turn of its first token.
+__device__ inline void find_turn_ends(const ExchangeParams& p, int comm_warp) {
+  const int block_tokens = *p.block_tokens, num_blocks = *p.num_blocks;
+  const int first = 32 * (blockIdx.x * kCommWarps + comm_warp) + threadIdx.x % 32;
+  for (int i = first; i < num_blocks; i += 32 * kCommWarps * gridDim.x) {
+    const int block = p.push_blocks[i], home = block / p.g.blocks_per_home;
+    const int at = p.send_offsets[home] + block % p.g.blocks_per_home * block_tokens;
+    const int turn = p.turn_of_row(p.send_tokens[at] - home * p.g.max_tokens);
+    for (int t = turn; t < p.num_parts; ++t) atomicMax(&p.turn_ends[t], i + 1u);
+  }
+}
 
 }  // namespace cometrt

@@ -8,9 +8,15 @@
 #include "gemm/roles.cuh"
 #include "hopper/bulk.cuh"
 #include "protocol/exchange_params.cuh"
+#include "protocol/late_parts.cuh"
+
+#ifndef LATE
+#define LATE 0
+#endif
 
 namespace cometrt {
 
+constexpr int kNoTicket = 0x7fffffff;
 constexpr int kSumColumns = 1024;                 // columns of a row in a stage
 constexpr int kSumStages = 3, kRowsPerStage = 2;  // one stage is added while the others load
 constexpr int kVectors = kSumColumns / 256;       // 16-byte vectors of a row, per lane
@@ -43,6 +49,11 @@ struct alignas(128) CombineStages {
   u64 epoch;
   int block_tokens;  // of the plan
   int block, list;   // popped block, and its queue (lane 0 only)
+#if LATE
+  // Lane 0 alone: the turn of run_by_parts(); the end of pushes, by turn; a ticket of a later turn,
+  // by queue, or -1.
+  int turn, turn_ends[kMaxLateParts], kept[2];
+#endif
 
   // By one thread. mbarrier_init_fence must follow.
   __device__ void init() {

@@ -28,8 +28,8 @@ class RowsReady {
     recorder_.begin_wait();
     stopped_ = !wait_until(
         params_.world, {kTileFilled, params_.world.rank, tile.m_tile, -1}, params_.world.epoch(),
-        tile.rows * Shape::chunks_of_row(params_.g), [&] { return load_acquire_gpu(filled); }, 1,
-        [&](u64 begin_ns) { add_wait(begin_ns); });
+        tile.rows * Shape::chunks_of_row(params_.g), [&] { return load_acquire_gpu(filled); },
+        LATE ? kLatePatience + 1 : 1, [&](u64 begin_ns) { add_wait(begin_ns); });
     recorder_.end_wait(kWaitTileFilled, tile.m_tile, tile.n_tile);
     fence_proxy_async();  // tensor loads read the rows
   }

@@ -8,13 +8,19 @@
 //     rail_pack -> rail_localize (own) -> own tokens -> parts -> own tokens ------------> rail_add
 //               \ -> NCCL -> rail_localize (others) / \ -> NCCL ... -> NCCL (outcomes) /
 //
+// With late parts there is one call, which begins behind the tables, before rows have come:
+//
+//     rail_pack -> NCCL (tables) -> rail_localize -> the node's call -> rail_outcome -> rail_add
+//                                               \ -> NCCL -> rail_ready, rail_wait -> NCCL /
+//
 // Where only wanted tokens cross, rail_choose (nodes/rail_choose.cu) comes first, if the call has
 // tables, and there is no rail_localize of own ones. rail_step stands between transfers, and
-// rail_outcome behind each call of the node's layer. No kernel here waits for another rank: the
-// host watches `steps`, and aborts a transfer that lasts too long.
+// rail_outcome behind each call of the node's layer. No kernel here waits for another rank, but
+// rail_wait for this rank's call: the host watches `steps`, and aborts a transfer that lasts too
+// long.
 #include "common/packed_rows.cuh"
 #include "nodes/rail_ids.cuh"
-#include "protocol/wait.cuh"
+#include "protocol/late_parts.cuh"
 
 using namespace cometrt;
 
@@ -29,11 +35,24 @@ __device__ inline long long first_index() {
 __device__ inline long long index_step() { return static_cast<long long>(gridDim.x) * blockDim.x; }
 
 // By one thread. Transfers follow each other, so there is one writer at a time.
-__device__ void count_steps(const RailParams& params) {
+__device__ void end_step(const RailParams& params) {
   volatile u64* steps = params.steps;
-  const u64 newest = steps[0];
-  if (params.ends) steps[1] = newest;
-  if (params.begins) steps[0] = 2 * (newest / 2 + 1) + params.begins - 1;
+  if (params.ends) steps[1] = steps[0];
+}
+__device__ void begin_step(const RailParams& params) {
+  volatile u64* steps = params.steps;
+  if (params.begins) steps[0] = 2 * (steps[0] / 2 + 1) + params.begins - 1;
+}
+__device__ void count_steps(const RailParams& params) {
+  end_step(params);
+  begin_step(params);
+}
+
+// By one thread, before any part of a call can arrive.
+__device__ void begin_late_call(const RailParams& params) {
+  ControlBlock& own = control_of(params.world, params.world.rank);
+  if (own.generation == params.world.generation) ++own.rail_calls;
+  for (int part = 0; part <= params.num_parts; ++part) params.part_sums[part] = 0;
 }
 
 // By one thread: whether all ranks of the rail make the same call.
@@ -50,14 +69,14 @@ __device__ bool same_calls(const RailParams& params) {
 
 // The ids of one token for this node: those of experts on other nodes become -1. An id that breaks
 // a rule becomes one that breaks it on every node, so that all of them find the same pair.
-__device__ void localize(const RailParams& params, const int* ids, int* local) {
+__device__ void localize(const RailParams& params, int of, int slot, const int* ids, int* local) {
   const int experts = params.num_experts / params.nodes, first = params.node * experts;
   for (int k = 0; k < params.topk; ++k) {
     const int id = ids[k];
     bool wrong = id < -1 || id >= params.num_experts;
     for (int other = 0; other < k; ++other) wrong |= id >= 0 && ids[other] == id;
     const bool here = id >= first && id < first + experts;
-    local[k] = wrong ? experts : here ? id - first : -1;
+    local[k] = wrong ? kNoExpert : here ? params.plan_expert(id - first, of, slot) : -1;
   }
 }
 
@@ -200,11 +219,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   header.layer = params.layer;
   header.spec_hash = params.spec_hash;
   header.forward = params.forward;
+  header.epoch = params.world.epoch() + 1;
 #pragma unroll 1  // else registers spill
   for (int node = 0; params.slots != nullptr && node < params.nodes; ++node) {
     params.outgoing_message(node).header() = header;
   }
   if (params.id_bytes != 0 && params.slots != nullptr) mark_too_many(params);
+  begin_late_call(params);
   count_steps(params);
 }
 
@@ -222,16 +243,16 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const RailMessage message = params.message(node);
     const long long from = 1ll * slot * params.topk, to = params.row_of(node, slot) * params.topk;
     const int* ids = message.ids() + from;
-    if (params.slots == nullptr) localize(params, ids, params.all_ids + to);
+    if (params.slots == nullptr) localize(params, node, slot, ids, params.all_ids + to);
     for (int k = 0; k < params.topk; ++k) {
-      if (params.slots != nullptr) params.all_ids[to + k] = ids[k];
+      if (params.slots != nullptr) params.all_ids[to + k] = params.plan_expert(ids[k], node, slot);
       params.all_weights[to + k] = params.weights_of(message)[from + k];
     }
   }
   if (first != 0) return;
   count_steps(params);
   if (params.others && !same_calls(params) && !is_stopped(params.world)) {
-    const u64 epoch = params.world.epoch() + 1;
+    const u64 epoch = params.message(params.node).header().epoch;
     stop_world(params.world, kMismatch, {kSourceReady, params.node, -1, -1}, epoch, 0, 0);
     static_cast<volatile u64*>(params.steps)[3] = epoch;
   }
@@ -251,7 +272,31 @@ extern "C" __global__ void __launch_bounds__(32)
       failed = 256 * static_cast<u64>(params.layer) + params.slice + 1;
     }
   }
+  // If the call has failed, rail_wait goes on without its sums.
+  for (int part = 0; part <= params.num_parts; ++part) atomicExch(&params.part_sums[part], ~0u);
   count_steps(params);
+}
+
+// One warp, behind the transfer of a late part: tells all ranks of the node.
+extern "C" __global__ void __launch_bounds__(32)
+    rail_ready(const __grid_constant__ RailParams params) {
+  signal_parts(params.world, params.part + 1);
+  if (threadIdx.x == 0) count_steps(params);
+}
+
+// One thread, in front of the transfer of a late part's results, or of rail_add: waits for them, so
+// that the transfer before ends first.
+extern "C" __global__ void __launch_bounds__(32)
+    rail_wait(const __grid_constant__ RailParams params) {
+  if (threadIdx.x != 0) return;
+  end_step(params);
+  const u32 rows = params.rows_of(params.part);
+  const u32* sums = &params.part_sums[params.part];
+  wait_until(
+      params.world, {kRailPartials, params.world.rank, params.part, -1}, params.world.epoch(), rows,
+      [&] { return load_acquire_gpu(sums); }, kLatePatience + 3);
+  fence_system();  // NCCL reads what it waits for
+  begin_step(params);
 }
 
 // One thread: ends a transfer, begins another, or both.
@@ -260,16 +305,17 @@ extern "C" __global__ void __launch_bounds__(32)
   if (threadIdx.x == 0) count_steps(params);
 }
 
-// Adds the partial sums of all nodes. If the call has failed on any node, or the world has stopped,
-// the results become NaN: then what was returned may be of an earlier call.
+// own: adds the partial sums of all nodes. others, behind their outcomes: if the call has failed on
+// any node, or the world has stopped, the results become NaN: then what was returned may be of an
+// earlier call.
 extern "C" __global__ void __launch_bounds__(kThreads)
     rail_add(const __grid_constant__ RailParams params) {
   __shared__ bool failed;
   if (threadIdx.x == 0) {  // the world may stop between two CTAs' looks
-    const bool stopped = is_stopped(params.world);
+    const bool stopped = params.others && is_stopped(params.world);
     bool any = stopped;
     for (int node = 0; node < params.nodes; ++node) {
-      any |= params.outcomes[node].kind != kCompleted;
+      any |= params.others && params.outcomes[node].kind != kCompleted;
     }
     failed = any;
     // In a stopped world the other nodes' outcomes may never have arrived.
@@ -278,9 +324,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const long long first = first_index(), step = index_step();
   const float nan = __int_as_float(0x7fffffff);
+  const bool writes = failed || params.own;
   const long long vectors = 1ll * params.num_tokens * params.hidden / 8;
   const float nans[8] = {nan, nan, nan, nan, nan, nan, nan, nan};
-  for (long long i = first; params.out != nullptr && i < vectors; i += step) {
+  for (long long i = first; writes && params.out != nullptr && i < vectors; i += step) {
     if (failed) {
       store_row(params.out + 8 * i, nans);
     } else {
@@ -288,10 +335,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
   }
   const long long pairs = 1ll * params.num_tokens * params.topk;
-  for (long long i = first; params.out_dweight != nullptr && i < pairs; i += step) {
+  for (long long i = first; writes && params.out_dweight != nullptr && i < pairs; i += step) {
     params.out_dweight[i] = failed ? nan : add_dweight(params, i);
   }
-  if (first != 0) return;
+  if (first != 0 || !params.others) return;
   const bool failed_here = params.outcomes[params.node].kind != kCompleted;
   for (int slice = 0; failed_here && slice < params.num_epochs; ++slice) *params.epochs[slice] = 0;
   report_other_node(params);

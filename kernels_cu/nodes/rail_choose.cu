@@ -48,7 +48,7 @@ __device__ int put_pairs(const RailParams& params, int node, int token, int* ids
   for (int k = 0; k < params.topk; ++k) {
     const int id = id_for(params, node, token, k);
     if (id < kNotHere) wrong = min(wrong, kWrongPair - id);
-    ids[k] = id;
+    ids[k] = node == params.node ? params.plan_expert(id, node, token) : id;
     weights[k] = params.weights[1ll * token * params.topk + k];
   }
   return wrong;

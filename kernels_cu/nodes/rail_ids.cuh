@@ -11,6 +11,8 @@ namespace cometrt {
 // cometrt/nodes/cuda.py.
 constexpr int kNotHere = -1, kWrongPair = -2, kTooMany = -2147483647 - 1, kMostWanted = 1 << 30;
 constexpr int kNoWrongPair = 2147483647;
+// Without rail_choose, an id that breaks a rule on every node.
+constexpr int kNoExpert = 2147483647;
 
 // This rank's id of a pair. One beyond int32 stays out of range; it must not wrap.
 __device__ inline int id_of(const RailParams& params, long long pair) {

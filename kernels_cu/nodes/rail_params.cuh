@@ -12,12 +12,16 @@ namespace cometrt {
 // MAX_RAIL_SLICES of cometrt/plan/config.py.
 constexpr int kMaxRailSlices = 16;
 
+// PART_UNITS of cometrt/node_specs.py: the last late part has that share of the tokens of another.
+constexpr int kPartUnits = 3;
+
 // Transfers of a call, by what crosses. RailParams::begins is one more.
 enum RailTransfer : u64 { kTokensCross, kPartialsCross };
 
 // The beginning of a message: what a rank says of its call. All ranks of a rail must agree.
+// epoch: of the node's call; nodes may count differently.
 struct RailHeader {
-  long long operation, layer, spec_hash, forward, unused[4];
+  long long operation, layer, spec_hash, forward, epoch, unused[3];
 };
 
 // Also has ids [C, topk] and weights [C, topk] behind it.
@@ -55,6 +59,8 @@ struct RailParams {
   const ExchangeState* state;
   const PlanProgress* progress;  // of a call that makes a plan
   RailReport* report;
+  // Late parts: the inner call's ExchangeParams::part_sums [num_parts + 1].
+  u32* part_sums;
   // [4] in the host's memory. 0: the newest transfer that has begun, 2 * number + RailTransfer.
   // 1: the newest that has ended. 2: of the call whose plan failed, layer * 256 + slice + 1, until
   // the host has raised its error. 3: the epoch of a call that other ranks of the rail do not make.
@@ -91,23 +97,44 @@ struct RailParams {
   int nodes, node, max_tokens, topk, hidden, num_tokens;
   int num_experts;  // of all nodes
   int id_bytes;     // 4 or 8; 0: the call has no tables
-  // Several slices: own rows come first, and others in parts (cometrt/nodes/slices.py). One slice:
-  // part_tokens is 0.
+  // Several slices: own rows come first, and others in parts (cometrt/nodes/slices.py). Late parts:
+  // they come in front of own rows. Else part_tokens is 0.
   int part_tokens, num_epochs;
   // Of one launch. slice: whose call has ended. ends, begins: whether it ends a transfer, and which
   // it begins: 0, or 1 + RailTransfer. own, others: whose tables it turns into those of this node.
   int slice, ends, begins, own, others;
   int crossing;  // tokens of each other rank of the rail for which there are rows
+  // num_parts: late parts. local_experts: experts of a rank. part: which one a launch is about.
+  int num_parts, local_experts, part, unused;
 
   // As RailSlices.row_of.
   __device__ long long row_of(int of, int slot) const {
     if (part_tokens == 0) {
       return 1ll * of * crossing + (of > node ? max_tokens - crossing : 0) + slot;
     }
-    if (of == node) return slot;
+    const long long part_rows = 1ll * (nodes - 1) * part_tokens;
+    if (of == node) return num_parts > 0 ? late_rows() + slot : slot;
     const int part = slot / part_tokens;
-    const long long before = 1ll * part * (nodes - 1) + of - (of > node);
-    return max_tokens + before * part_tokens + slot - part * part_tokens;
+    const long long row = 1ll * (of - (of > node)) * tokens_of(part) + slot - part * part_tokens;
+    return (num_parts > 0 ? 0 : max_tokens) + part * part_rows + row;
+  }
+  // A home's rows of a late part; num_parts: of its own tokens.
+  __device__ int rows_of(int part) const {
+    return part == num_parts ? max_tokens : (nodes - 1) * tokens_of(part);
+  }
+  // Rows of another node in a part, and with late parts of all other nodes in all parts.
+  __device__ int tokens_of(int part) const {
+    return num_parts > 0 && part == num_parts - 1 ? part_tokens / kPartUnits : part_tokens;
+  }
+  __device__ long long late_rows() const {
+    return 1ll * (nodes - 1) * ((num_parts - 1) * part_tokens + tokens_of(num_parts - 1));
+  }
+  // The plan expert of an expert of this node, for the row set of a rank's slot. Ids that are no
+  // expert's stay as they are.
+  __device__ int plan_expert(int id, int of, int slot) const {
+    if (num_parts == 0 || id < 0) return id;
+    const int set = of == node ? 0 : 1 + slot / part_tokens;
+    return (id / local_experts * (num_parts + 1) + set) * local_experts + id % local_experts;
   }
   // Of this rank's token on another node.
   __device__ int slot_of(int of, int token) const {

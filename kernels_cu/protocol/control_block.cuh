@@ -22,7 +22,9 @@ enum Flag : int {
   kTileFilled = 2,
   kTileDone = 3,
   kPartialsReady = 4,
-  kPlanStep = 8
+  kPlanStep = 8,
+  kRailTokens = 9,
+  kRailPartials = 10
 };
 
 // Who waited for what when a rank stopped the world.
@@ -39,11 +41,15 @@ struct ControlBlock {
   // [r]: the generation that rank r stops. Only rank r writes it, from its kernels or its host. So
   // plain stores suffice, also over links without atomics. It only grows.
   u64 abort[kMaxRanks];
+  // [r]: the last part of other nodes' tokens that has arrived at rank r, as part_flag() counts
+  // them; rank r writes it.
+  u64 rail_ready[kMaxRanks];
   // The owner alone writes these.
   u64 generation;  // of the world, counted by reset: kernels of another generation do nothing
   u64 reported;    // the last generation that kernels of this rank stopped
   u64 epoch;       // of the exchange under way, or the last one
   u64 held;        // epoch of a failed call whose error the host has not raised yet, or 0
+  u64 rail_calls;  // calls with late parts that this rank has begun; reset makes ranks agree on it
 };
 
 // This rank's addresses of all ranks' memory. Only protocol/peers.cuh reads the arrays for a peer.

@@ -123,9 +123,26 @@ struct ExchangeParams {
   // and of blocks to reduce at home. arrivals [kNumLimitedRoles]: warps that have asked for a role.
   // A backward's launch that computes z again has its own of these, without tile_done.
   u32 *tile_filled, *tile_done, *queue_heads, *arrivals;
+  // Only in kernels compiled with LATE=1. num_parts: late parts of the rows that a launch pulls.
+  // part_rows, late_rows: a home's rows of a part, the last of which may have fewer, and of all.
+  // part_sums [num_parts + 1]: rows of `out` that are complete, the last of own tokens, zeroed by
+  // rail_pack. turn_ends
+  // [num_parts]: of each turn of the combine warps, behind its last block in push_blocks; zeroed by
+  // `publish`.
+  u64 num_parts, part_rows, late_rows;
+  u32 *part_sums, *turn_ends;
 
   __device__ TraceLane* const* trace() const {
     return &static_cast<const TracedExchangeState*>(state)->trace;
+  }
+  // Of a home's late row. Rows of one part lie together.
+  __device__ int part_of_row(int row) const {
+    return min(row / static_cast<int>(part_rows), static_cast<int>(num_parts) - 1);
+  }
+  // Combine warps take the last part first. The last turn has the home's own tokens.
+  __device__ int turn_of_row(int row) const {
+    const int parts = static_cast<int>(num_parts);
+    return row < static_cast<int>(late_rows) ? parts - 1 - part_of_row(row) : parts;
   }
   template <typename T>
   __device__ T* data(int rank, u64 offset) const {

@@ -22,15 +22,18 @@ SOCKETS = {
 
 PROGRAMS = [  # each begins with a start of all ranks, which takes some seconds
     ("nvlink", 1, "calls --tune --soak 300"),
+    ("nvlink", 1, "calls deadlines --soak 300 --late 2"),
     ("nvlink", 3, "calls"),
     ("nvlink", 4, "calls deadlines --soak 300"),
     ("sockets", 1, "calls deadlines --soak 100"),
     ("sockets", 4, "calls --tune --soak 100"),
+    ("sockets", 1, "calls --soak 100 --late 1"),
 ]
 MORE = [
     ("nvlink", 1, "deadlines --soak 2000"),
     ("nvlink", 3, "deadlines"),
     ("nvlink", 4, "--tune --soak 2000"),
+    ("nvlink", 1, "--soak 2000 --late 2"),
     ("sockets", 1, "--tune --soak 2000"),
     ("sockets", 3, "calls deadlines"),
     ("sockets", 4, "deadlines --soak 2000"),
@@ -44,6 +47,7 @@ MORE = [
 def test_layers_over_two_nodes(network, slices, parts, monkeypatch):
     monkeypatch.setenv("COMETRT_RANKS_PER_NODE", str(RANKS // 2))
     monkeypatch.setenv("NCCL_MAX_CTAS", "4")
+    monkeypatch.setenv("NCCL_CGA_CLUSTER_SIZE", "1")
     # Many hardware queues are for ranks that share a process.
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     for name, value in SOCKETS.items() if network == "sockets" else ():

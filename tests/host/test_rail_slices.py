@@ -54,6 +54,42 @@ def test_every_token_has_a_row_of_its_own_in_one_slice(nodes, max_tokens, count,
         assert parts == list(range(most))
 
 
+@pytest.mark.parametrize("nodes", [2, 3, 4])
+@pytest.mark.parametrize("max_tokens", [1, 2, 7, 40, 41])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+@pytest.mark.parametrize("crossing", ["all", "some", "one"])
+def test_late_parts_lie_in_front_of_own_rows(nodes, max_tokens, parts, crossing):
+    most = {"all": max_tokens, "some": -(-max_tokens // 3), "one": 1}[crossing]
+    spec = dataclasses.replace(SPEC, max_tokens=max_tokens, rail_tokens=most)
+    geometry = geometry_of_node(spec, 0, 2 * nodes, nodes, 1, parts)
+    for node in range(nodes):
+        slices = RailSlices(nodes, node, max_tokens, 1, most, parts)
+        (call,) = slices.calls()
+        assert (call.begin, call.end) == (0, slices.rows) == (0, geometry.spec.max_tokens)
+        assert slices.part_rows == geometry.part_rows
+        assert slices.first_own_row == geometry.late_rows == slices.rows - max_tokens
+        seen = set()
+        for part in range(parts):
+            of_part = range(part * slices.part_rows, min((part + 1) * slices.part_rows, call.end))
+            for other in range(nodes):
+                if other == node:
+                    continue
+                rows = [slices.row_of(other, slot) for slot in slices.slots_of(part)]
+                assert rows == list(range(rows[0], rows[0] + len(rows))) if rows else True
+                assert set(rows) <= set(of_part)
+                assert not seen & set(rows)
+                seen |= set(rows)
+                for slot, row in zip(slices.slots_of(part), rows, strict=True):
+                    assert slices.slot_of(row) == (other, slot)
+        assert len(seen) == (nodes - 1) * most
+        assert max(seen) < geometry.late_rows
+        for token in range(max_tokens):
+            assert slices.row_of(node, token) == geometry.late_rows + token
+            assert slices.slot_of(geometry.late_rows + token) == (node, token)
+        slots = [slot for part in range(parts) for slot in slices.slots_of(part)]
+        assert slots == list(range(most))
+
+
 def test_slices_of_equal_size():
     """2 * nodes of them: no slice, and so no buffer, is larger than half of a rank's tokens."""
     for nodes in (2, 3, 4):
@@ -148,6 +184,29 @@ def test_rules():
     with pytest.raises(ValueError, match="nccl_sms must be None with rail_slices=1"):
         check_layer(SPEC, 4, "cuda", None, few, 2)
     assert check_layer(SPEC, 4, "cuda", None, three, 2) == "fused"
+    with pytest.raises(ValueError, match=r"rail_parts must be an integer in \[0, 4\] \(got 5\)"):
+        cometrt.TileConfig(rail_parts=5)
+    with pytest.raises(ValueError, match=r"rail_parts must be 0 with rail_slices=3 \(got 2\)"):
+        cometrt.TileConfig(rail_slices=3, rail_parts=2)
+    late = cometrt.TileConfig(rail_parts=2, nccl_sms=8)
+    with pytest.raises(ValueError, match=r"rail_parts must be 0 on one node \(got 2\)"):
+        check_layer(SPEC, 4, "host", None, late)
+    with pytest.raises(ValueError, match=r"rail_parts must be 0 in mode 'sequential' \(got 2\)"):
+        check_layer(SPEC, 4, "cuda", "sequential", late, 2)
+    assert check_layer(SPEC, 4, "cuda", None, late, 2) == "fused"
+
+
+def test_late_parts_have_an_order_of_their_own():
+    config = cometrt.TileConfig(
+        rail_parts=2, order="columns", num_phases=3, backward_order="columns"
+    )
+    of_node = config.of_node()
+    for of in (of_node, of_node.of_backward()):
+        assert (of.order, of.num_phases, of.min_token_blocks) == ("phases", 1, 1024)
+    assert of_node.of_node() == of_node
+    assert cometrt.TileConfig(order="columns").of_node() == cometrt.TileConfig(order="columns")
+    many = dataclasses.replace(config, min_token_blocks=4096)
+    assert many.of_node().min_token_blocks == 4096
 
 
 def test_grids_leave_sms_to_nccl(monkeypatch):

@@ -88,18 +88,21 @@ NODES_KEY = dataclasses.replace(KEY, nodes=2)
 SLICED = dataclasses.replace(FOUND, rail_slices=4)
 
 
-def nodes_world(max_ctas=4, bounds=None, **changes):
+def nodes_world(max_ctas=4, bounds=None, clusters=True, **changes):
     """Rank 0 of two nodes of four ranks; NCCL's CTAs on each rank."""
 
     def allgather(value, purpose):
         if isinstance(value, tuple) and purpose == "MoELayer":
+            return [value] * 8
+        if isinstance(value, bool):  # clusters
             return [value] * 8
         return [value, *(bounds if bounds is not None else [value] * 7)]
 
     # The node's layer has other keys: it has four ranks, and half of the experts.
     node = fake_world(size=4, link=None, gpu=SimpleNamespace(last_call=None))
     given = {"nodes": 2, "link": None, "node": node, "num_layers": 0, "barrier": lambda: None}
-    given |= {"nccl": SimpleNamespace(max_ctas=max_ctas), "allgather": allgather}
+    nccl = SimpleNamespace(max_ctas=max_ctas, clusters=clusters)
+    given |= {"nccl": nccl, "allgather": allgather}
     return fake_world(**(given | changes))
 
 
@@ -124,6 +127,11 @@ def test_tuned_slices_are_not_used_where_nccl_has_no_bound(monkeypatch, caplog, 
     store(cache.cache_file(), dataclasses.replace(NODES_KEY, link="none"), SLICED, MS)
     assert agree(world, SPEC, None, None)[2] == FOUND
     assert "the tuned rail_slices=4 is not used" in caplog.text
+    late = dataclasses.replace(FOUND, rail_parts=2)
+    assert agree(nodes_world(clusters=False), SPEC, None, late)[2] == late
+    store(cache.cache_file(), dataclasses.replace(NODES_KEY, link="none"), late, MS)
+    assert agree(world, SPEC, None, None)[2] == FOUND
+    assert "the tuned rail_parts=2 is not used: rail_parts must be 0 unless NCCL's" in caplog.text
     assert agree(world, SPEC, None, SLICED)[2] == SLICED
 
 
@@ -619,7 +627,8 @@ def test_settings_of_the_rail():
     base = cometrt.TileConfig()
     slices, sms = rail.rail_settings(base, 2, 8, 132, training=True)
     assert slices.passes == sms.passes == search.PASSES
-    assert slices.changes == [{"rail_slices": n, "nccl_sms": None} for n in (1, 3, 4, 6)]
+    none = {"rail_parts": 0, "nccl_sms": None}
+    assert slices.changes == [{"rail_slices": n} | none for n in (1, 3, 4, 6)]
     assert sms.changes == [{"nccl_sms": None}, {"nccl_sms": 16}]
     (slices,) = rail.rail_settings(base, 4, 8, 16, training=False)  # no SMs for more than eight
     assert slices.passes == ("forward",)
@@ -627,6 +636,10 @@ def test_settings_of_the_rail():
     other = dataclasses.replace(base, rail_slices=12)
     slices, _ = rail.rail_settings(other, 16, 8, 132, training=True)
     assert [change["rail_slices"] for change in slices.changes] == [1, 3, 4, 6, 12, 16]
+    other = dataclasses.replace(base, rail_parts=4)
+    late, _ = rail.rail_settings(other, 2, 8, 132, training=True, late=True)
+    parts = [(of["rail_slices"], of["rail_parts"]) for of in late.changes if of["rail_parts"]]
+    assert parts == [(1, 1), (1, 2), (1, 4)]
 
 
 @pytest.mark.parametrize(("least", "sms"), [(None, 132), (8, 8), (132, 132)])
@@ -640,18 +653,20 @@ def test_sms_are_left_to_nccl_with_several_slices_alone():
 
     def time(config, which):
         timed.append((which, config))
-        own = {1: 5.0, 3: 4.0, 4: 3.0, 6: 3.5}[config.rail_slices]
+        own = {1: 5.0, 3: 4.0, 4: 3.0, 6: 3.5}[config.rail_slices] - 0.5 * config.rail_parts
         return own - (0.5 if config.nccl_sms == 16 else 0.0)
 
     base, settings = (
         cometrt.TileConfig(),
-        rail.rail_settings(cometrt.TileConfig(), 2, 8, 132, training=True),
+        rail.rail_settings(cometrt.TileConfig(), 2, 8, 132, training=True, late=True),
     )
     found = search.search(base, settings, SPEC, 8, time, nodes=2)
     assert found.config == cometrt.TileConfig(rail_slices=4, nccl_sms=16)
     assert found.ms == {"forward": 2.5, "backward": 2.5}
-    assert len(timed) == len(set(timed)) == 2 * 5
-    assert all(config.nccl_sms is None for _, config in timed if config.rail_slices == 1)
+    assert len(timed) == len(set(timed)) == 2 * 7
+    none = [config for _, config in timed if config.rail_slices == 1 and not config.rail_parts]
+    assert none
+    assert all(config.nccl_sms is None for config in none)
     alone = search.search(base, settings, SPEC, 8, time)  # on one node slices are illegal
     assert alone.config == base
 

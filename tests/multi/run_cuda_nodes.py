@@ -5,6 +5,7 @@ COMETRT_RANKS_PER_NODE=2 mpirun -n 4 python -m tests.multi.run_cuda_nodes [parts
     parts          their names, or "calls", or "deadlines": those that wait for a deadline.
                    None: all, or none with --soak or --tune
     --slices 4     rail_slices of all layers; more than one need NCCL_MAX_CTAS
+    --late 2       rail_parts of all layers; they need NCCL_MAX_CTAS and NCCL_CGA_CLUSTER_SIZE=1
     --soak 2000    then so many steps
     --tune         then tunes small layers, from that many slices on, for a few seconds each
 
@@ -48,7 +49,7 @@ from tests.multi.aborting import aborting
 from tests.multi.run_cases import checked
 from tests.multi.run_nodes import cases, limited_cases, limited_inputs, refused, together
 
-SLICES = 1
+SLICES, LATE = 1, 0
 MODES = (("fused", "engine"), ("sequential", "engine"), ("fused", "engine"), ("chunked", "engine"))
 
 
@@ -57,7 +58,7 @@ def rank_of(world, case, inputs):
 
 
 def case_of(world, tp=1, **more) -> Case:
-    given = {"mode": "fused", "gemm": "engine", "slices": SLICES} | more
+    given = {"mode": "fused", "gemm": "engine", "slices": SLICES, "late": LATE} | more
     return Case((world.size, min(tp, world.ranks_per_node)), **given)
 
 
@@ -68,8 +69,10 @@ def recovers(world, rank, case, inputs):
 
 def every_case(world):
     """Every routing with every `save`; bits repeat."""
-    found = cases(world.size, SLICES, world.ranks_per_node)
-    for case, (mode, gemm) in zip(found, itertools.cycle(MODES), strict=False):
+    found = cases(world.size, SLICES, world.ranks_per_node, LATE)
+    for case, (mode, gemm) in zip(
+        found, itertools.cycle(MODES[:1] if LATE else MODES), strict=False
+    ):
         case, begin = (
             dataclasses.replace(case, dtype="bfloat16", mode=mode, gemm=gemm),
             time.monotonic(),
@@ -78,7 +81,7 @@ def every_case(world):
         checked(world, case, inputs, run_case(world, case, inputs))
         if world.rank == 0:
             print(f"{case}: {time.monotonic() - begin:.1f} s", flush=True)
-    case = case_of(world, mode="sequential", gemm="cublas")
+    case = case_of(world, mode="sequential", gemm="cublas", late=0)
     inputs = make_inputs(case)
     checked(world, case, inputs, run_case(world, case, inputs))
 
@@ -140,10 +143,10 @@ def same_bits(world):
     inputs = make_inputs(case_of(world))
     for count in (None, min(map(len, inputs.x))):
         outputs = []
-        for slices, wanted_only in itertools.product(
-            (1, 3, 4) if SLICES > 1 else (1, 1), (False, True)
-        ):
-            case = case_of(world, slices=slices)
+        rails = [(1, 0), (1, 1), (1, 2), (1, 3)] if LATE else [(1, 0)] * 2
+        rails = [(1, 0), (3, 0), (4, 0)] if SLICES > 1 else rails
+        for (slices, late), wanted_only in itertools.product(rails, (False, True)):
+            case = case_of(world, slices=slices, late=late)
             tokens = count or case.spec.max_tokens
             spec = dataclasses.replace(case.spec, max_tokens=tokens)
             if wanted_only:
@@ -481,10 +484,11 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS])
     parser.add_argument("--soak", type=int, default=0)
     parser.add_argument("--slices", type=int, default=1)
+    parser.add_argument("--late", type=int, default=0)
     parser.add_argument("--tune", action="store_true")
     args = parser.parse_args()
-    global SLICES
-    SLICES = args.slices
+    global SLICES, LATE
+    SLICES, LATE = args.slices, args.late
     names = args.parts or ([] if args.soak or args.tune else ["calls", "deadlines"])
     with aborting():
         with cometrt.connect(MPI.COMM_WORLD, device="cuda", timeout_sec=30) as world:

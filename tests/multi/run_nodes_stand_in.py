@@ -51,7 +51,13 @@ class ndarray(np.ndarray):
 
     @property
     def data(self):
-        return types.SimpleNamespace(device_id=0, ptr=self.ctypes.data if self.size else 0)
+        ptr = self.ctypes.data if self.size else 0
+
+        def copy(source, nbytes, stream):
+            assert stream.ptr == Stream.ptr
+            ctypes.memmove(ptr, source.ptr, nbytes)
+
+        return types.SimpleNamespace(device_id=0, ptr=ptr, copy_from_device_async=copy)
 
     def get(self):
         return np.array(self.view(np.ndarray))
@@ -252,11 +258,30 @@ class Kernels:
     def row_of(self, p, node, slot=0):
         part_tokens, own = int(p["part_tokens"]), int(p["node"])
         slices = RailSlices(int(p["nodes"]), own, int(p["max_tokens"]), 1, int(p["crossing"]))
-        if part_tokens:
+        if part_tokens and p["num_parts"]:
+            slices = dataclasses.replace(slices, late_parts=int(p["num_parts"]))
+            assert slices.part_tokens == part_tokens
+        elif part_tokens:
             parts = -(-slices.crossing // part_tokens)
             slices = dataclasses.replace(slices, count=2 + parts)
             assert slices.part_tokens == part_tokens
         return slices.row_of(node, slot)
+
+    def plan_experts(self, p, ids, node, slots):
+        """Plan experts of a rank's ids [n, K] of this node's experts."""
+        parts, experts = int(p["num_parts"]), int(p["local_experts"])
+        sets = 1 + slots // int(p["part_tokens"]) if parts and node != p["node"] else 0 * slots
+        rank, expert = np.divmod(ids, experts)
+        found = (rank * (parts + 1) + sets[:, None]) * experts + expert
+        return np.where(ids >= 0, found, ids) if parts else ids
+
+    def rail_ready(self, p):
+        assert p["num_parts"] > p["part"]
+        self.rail_step(p)
+
+    def rail_wait(self, p):
+        assert p["num_parts"] >= p["part"]
+        self.rail_step(p)
 
     def message(self, p, node, array="messages"):
         pairs = int(p["crossing"] * p["topk"])
@@ -308,6 +333,7 @@ class Kernels:
                 all_ids = at(p["all_ids"] + np.uint64(first), pairs, np.int32)
                 all_weights = at(p["all_weights"] + np.uint64(first), pairs, np.float32)
                 slots = np.arange(len(ids))
+                local = self.plan_experts(p, local, node, slots)
             else:
                 _, all_ids, all_weights = self.message(p, node, "outgoing")
                 slots = self.slots(p)[node, : len(ids)]
@@ -357,13 +383,18 @@ class Kernels:
         if p["id_bytes"]:
             ids = np.concatenate([ids for _, ids, _ in messages])
             here = (ids >= first) & (ids < first + experts)
-            local = np.where(here, ids - first, -1)
+            slots = np.arange(tokens)
+            found = [
+                self.plan_experts(p, of if p["slots"] else of - first, node, slots)
+                for node, (_, of, _) in enumerate(messages)
+            ]
+            local = np.where(here, np.concatenate(found), -1)
             wrong = (ids < -1) | (ids >= all_experts)
             for k in range(1, topk):
                 same = (ids[:, :k] == ids[:, k : k + 1]) & (ids[:, k : k + 1] >= 0)
                 wrong[:, k] |= same.any(axis=1)
-            local[wrong] = experts
-            local = ids if p["slots"] else local
+            local[wrong] = 2**31 - 1
+            local = np.concatenate(found) if p["slots"] else local
             weights = np.concatenate([weights for *_, weights in messages])
             for index in range(nodes * tokens):
                 of, token = divmod(index, tokens)
@@ -399,14 +430,14 @@ class Kernels:
     def rail_add(self, p):
         nodes, node, count = int(p["nodes"]), int(p["node"]), int(p["num_tokens"])
         outcomes = at(p["outcomes"], nodes, outcome_dtype)
-        failed = self.world.is_stopped or (outcomes["kind"] != 0).any()
+        failed = p["others"] and (self.world.is_stopped or (outcomes["kind"] != 0).any())
         bf16 = np.dtype("bfloat16")
         for out, own, other, columns, dtype in (
             ("out", "partials", "returned", "hidden", bf16),
             ("out_dweight", "dweight_partials", "returned_dweight", "topk", np.float32),
         ):
             width = int(p[columns])
-            if not p[out]:
+            if not p[out] or not (failed or p["own"]):
                 continue
             sums = np.zeros((count, width), np.float32)
             for of, token in itertools.product(range(nodes), range(count)):
@@ -418,6 +449,8 @@ class Kernels:
                 sums[token] += row.astype(np.float32)
             sums[:] = np.nan if failed else sums
             at(p[out], count * width, dtype)[:] = sums.astype(dtype).ravel()
+        if not p["others"]:
+            return
         report = at(p["report"], 1, report_dtype)[0]
         for slice_idx in range(int(p["num_epochs"]) if outcomes["kind"][node] else 0):
             at(p["epochs"][slice_idx], 1, np.int64)[0] = 0
@@ -434,11 +467,11 @@ class Kernels:
         self.rail_step(p)
 
 
-SLICES = int(sys.argv[1]) if sys.argv[1:] else 1
+SLICES, LATE = map(int, sys.argv[1:])
 
 
 def case_of(world, **more):
-    return Case((world.size, 1), slices=SLICES, **more)
+    return Case((world.size, 1), slices=SLICES, late=LATE, **more)
 
 
 # ---- a rank -------------------------------------------------------------------------------------
@@ -451,6 +484,8 @@ class Inner:
 
     def __init__(self, world, shape, layer, mode):
         self.host, self.shape = HostExecutor(world, shape, layer, mode), shape
+        self._dy = np.zeros_like(self.host.buffer()).view(ndarray)
+        self.buffer_range = self.host.buffer_range
         self.graphs = types.SimpleNamespace(enabled=True)
         self.captured, self.generation, self.found, self.outcome = [], 0, None, (0, 0, 0)
         self.different, self.ended = False, Event()
@@ -458,12 +493,17 @@ class Inner:
         state = np.zeros(exchange_state_dtype.itemsize, np.uint8).view(ndarray)
         progress = np.zeros(plan_progress_dtype.itemsize, np.uint8).view(ndarray)
         self.queue = types.SimpleNamespace(
-            state=state, planner=types.SimpleNamespace(progress=progress)
+            state=state,
+            planner=types.SimpleNamespace(progress=progress),
+            part_sums=np.zeros(5, np.uint32).view(ndarray),
         )
         self._world, self._of = world, world.generation
 
     def buffer(self):
         return self.host.buffer().view(ndarray)
+
+    def dy_buffer(self):
+        return self._dy
 
     def check_capture(self, operation):
         pass
@@ -484,13 +524,19 @@ class Inner:
                 self._world.stop(Failure("mismatch", self._world.first_rank, text))
                 raise cometrt.MismatchError(text)
             self.outcome, self.reported = (0, 0, 0), False
+            if LATE:  # it would wait for them
+                SIDE.run_until(SIDE.done + len(SIDE.pending))
             kept = getattr(self.host, name)(*arguments, **more)
             stats = self.host.stats()
             waits = np.array([stats.waited_us, stats.rows_waited_us], np.float32).view(np.uint32)
-            words = at(self.stats_address, len(waits) + len(stats.rows), call_stats_dtype)
-            words["epoch"], words["value"] = stats.epoch, [*waits, *stats.rows]
+            geometry = self.shape.geometry
+            words = at(self.stats_address, len(waits) + geometry.local_experts, call_stats_dtype)
+            others = [0] * (geometry.local_experts - geometry.num_weights)
+            words["epoch"], words["value"] = stats.epoch, [*waits, *stats.rows, *others]
             if kept:
                 kept["epoch"] = kept["epoch"].view(ndarray)
+                if kept.get("x") is not None:
+                    kept["x"] = kept["x"].view(ndarray)
             return kept
         except (RoutingError, CapacityError, cometrt.PeerTimeout, cometrt.MismatchError) as error:
             self.found, self.reported = self.found or error, True
@@ -581,7 +627,7 @@ class Rank:
         cuda_rail.load_kernels, cuda_rail.num_sms = kernels.load, lambda: 1
         cuda_rail.world_params = lambda node: np.zeros(1, world_dtype)
         cuda_rail.pinned = stats.pinned = lambda dtype, count=1: np.zeros(count, dtype)
-        cuda_rail.auxiliary_stream = lambda number: SIDE
+        cuda_rail.auxiliary_stream = lambda number, priority: SIDE
         cuda.CudaExecutor, nccl_sms.num_sms = Inner, lambda: 132
         Inner.kernels = kernels
         inputs = inputs or make_inputs(case)
@@ -589,7 +635,8 @@ class Rank:
         config = config or case.config
         self.layer = cometrt.MoELayer(world, case.spec, config=config)
         count = config.rail_slices
-        slices = RailSlices.of(case.spec, world.nodes, world.node_index, count)
+        rail = count, config.rail_parts
+        slices = RailSlices.of(case.spec, world.nodes, world.node_index, *rail)
         given = world, case.spec, self.layer.shape, slices, 0, self.layer.mode
         self.executor = cuda.CudaNodesExecutor(*given)
         self.layer.executor = self.executor
@@ -642,8 +689,9 @@ class Rank:
 
 
 def steps(world, kernels):
-    full = [Full((world.size, 1), slices=SLICES, seed=seed) for seed in range(3)]
-    for case in (*cases(world.size, SLICES, world.ranks_per_node), *full):
+    given = {"slices": SLICES, "late": LATE}
+    full = [Full((world.size, 1), seed=seed, **given) for seed in range(3)]
+    for case in (*cases(world.size, SLICES, world.ranks_per_node, LATE), *full):
         if case.dtype == "bfloat16":
             rank = Rank(world, kernels, case)
             rank.step()
@@ -655,7 +703,7 @@ def failures(world, kernels):
     """Wrong tables on one rank, too many rows on one node: all ranks raise when they ask."""
     wrong_tables(world, kernels, case_of(world))
     wrong_tables(world, kernels, case_of(world, wanted_only=True))
-    tight = Rank(world, kernels, Tight((world.size, 1), slices=SLICES))
+    tight = Rank(world, kernels, Tight((world.size, 1), slices=SLICES, late=LATE))
     tight.ids[...] = [0, 1, 2]
     for call in (tight.forward, tight.plan):
         call()

@@ -10,10 +10,11 @@ from tests.launch import mpirun
 
 @pytest.fixture
 def run_on(monkeypatch):
-    def run(script: str, nodes: int, ranks_per_node: int, slices: int) -> None:
+    def run(script: str, nodes: int, ranks_per_node: int, slices: int, late: int) -> None:
         monkeypatch.setenv("COMETRT_RANKS_PER_NODE", str(ranks_per_node))
+        monkeypatch.setenv("NCCL_CGA_CLUSTER_SIZE", "1")
         ranks = nodes * ranks_per_node
-        result = mpirun(ranks, "-m", script, str(slices))
+        result = mpirun(ranks, "-m", script, str(slices), str(late))
         assert result.returncode == 0, result.stdout + result.stderr
         assert result.stdout.count("all parts passed") == ranks
 
@@ -21,19 +22,23 @@ def run_on(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "ranks_per_node", "slices"), [(2, 2, 1), (3, 2, 1), (2, 2, 4), (3, 2, 3)]
+    ("nodes", "ranks_per_node", "slices", "late"),
+    [(2, 2, 1, 0), (3, 2, 1, 0), (2, 2, 4, 0), (3, 2, 3, 0), (2, 2, 1, 2)],
 )
-def test_calls_failures_and_resets_of_several_nodes(run_on, nodes, ranks_per_node, slices):
-    run_on("tests.multi.run_nodes", nodes, ranks_per_node, slices)
+def test_calls_failures_and_resets_of_several_nodes(run_on, nodes, ranks_per_node, slices, late):
+    run_on("tests.multi.run_nodes", nodes, ranks_per_node, slices, late)
 
 
 @pytest.mark.parametrize(
-    ("nodes", "ranks_per_node", "slices"),
-    [(2, 2, 1), (3, 2, 1), (2, 2, 4), (3, 2, 3), (3, 2, 5), (2, 1, 3)],
+    ("nodes", "ranks_per_node", "slices", "late"),
+    [
+        *((2, 2, 1, 0), (3, 2, 1, 0), (2, 2, 4, 0), (3, 2, 3, 0), (3, 2, 5, 0), (2, 1, 3, 0)),
+        *((2, 2, 1, 1), (2, 2, 1, 2), (3, 2, 1, 2)),
+    ],
 )
-def test_the_hosts_part_of_calls_on_cuda(run_on, nodes, ranks_per_node, slices):
+def test_the_hosts_part_of_calls_on_cuda(run_on, nodes, ranks_per_node, slices, late):
     pytest.importorskip("cuda.bindings", reason="needs the compile extra")
-    run_on("tests.multi.run_nodes_stand_in", nodes, ranks_per_node, slices)
+    run_on("tests.multi.run_nodes_stand_in", nodes, ranks_per_node, slices, late)
 
 
 @pytest.mark.parametrize(
