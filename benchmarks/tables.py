@@ -303,7 +303,9 @@ def nodes_table() -> list[str]:
         f"{machines}; milliseconds a call, back to back, by the slowest rank. In brackets the "
         "share of the shorter of node and rail that is hidden.",
         "",
-        *heading(["layer", "rail, GB/s", "pass", "over nodes, by slices", *alone, "commit"]),
+        *heading(
+            ["layer", "rail, GB/s", "pass", "over nodes: slices, or late parts", *alone, "commit"]
+        ),
     ]
     for data, name, entry in cells:
         limit = f", limit {entry['limit']}" if "limit" in entry else ""

@@ -989,8 +989,8 @@ def test_every_step_of_a_host_is_a_command_that_exists(capsys):
     with pytest.raises(SystemExit, match="0"):
         all_gpus.main(["--gpus", "8", "--gpu", "h100", "--dry-run"])
     said = capsys.readouterr().out.splitlines()
-    assert len([line for line in said if "-n 8" in line]) == 5
-    assert len([line for line in said if "RANKS_PER_NODE=4" in line]) == 1
+    assert len([line for line in said if "-n 8" in line]) == 6
+    assert len([line for line in said if "RANKS_PER_NODE=4" in line]) == 2
     for step in all_gpus.steps_of(8, "h100", 1.0):
         named = [part for part in step.command if part.endswith(".py")]
         assert all((ROOT / part).exists() for part in named)
