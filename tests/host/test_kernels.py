@@ -27,11 +27,13 @@ SHIPPED = [(kernels_folder() / file, defines) for file, defines in builds()] + B
 
 
 def shipped() -> list:
-    """All builds; of those with TRACE or LINK only one activation's, but for --full."""
+    """All builds; of those with TRACE, LINK or LATE only one activation's, and none with both TRACE
+    and LATE, but for --full."""
     found = []
     for path, defines in SHIPPED:
         macros = dict(defines)
         optional = {"TRACE", "LINK", "LATE"} & macros.keys() and macros.get("ACTIVATION", 0) > 0
+        optional = optional or {"TRACE", "LATE"} <= macros.keys()
         name = path.name + "".join(f"-{value}" for _, value in defines)
         marks = pytest.mark.full if optional else ()
         found.append(pytest.param(path, defines, id=name, marks=marks))

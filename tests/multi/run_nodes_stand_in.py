@@ -967,7 +967,7 @@ def main() -> None:
 
             world.nccl = NcclRail(world)
             kernels = Kernels(world)
-            tunes = world.nodes == 2 and SLICES > 1  # elsewhere it would only take longer
+            tunes = world.size == 2 and SLICES > 1  # elsewhere it would only take longer
             for part in (
                 steps, failures, limited, bounds, mismatched, stalled, stopped_late, cut_short,
                 failing, *[tuned] * tunes,

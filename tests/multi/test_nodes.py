@@ -8,6 +8,11 @@ from cometrt.world.nodes import ranks_per_node
 from tests.launch import mpirun
 
 
+def more(*case):
+    """A case for --full."""
+    return pytest.param(*case, marks=pytest.mark.full)
+
+
 @pytest.fixture
 def run_on(monkeypatch):
     def run(script: str, nodes: int, ranks_per_node: int, slices: int, late: int) -> None:
@@ -23,7 +28,7 @@ def run_on(monkeypatch):
 
 @pytest.mark.parametrize(
     ("nodes", "ranks_per_node", "slices", "late"),
-    [(2, 2, 1, 0), (3, 2, 1, 0), (2, 2, 4, 0), (3, 2, 3, 0), (2, 2, 1, 2)],
+    [(2, 2, 1, 0), (3, 2, 1, 0), (3, 2, 3, 0), (2, 2, 1, 2), more(2, 2, 4, 0), more(3, 2, 1, 2)],
 )
 def test_calls_failures_and_resets_of_several_nodes(run_on, nodes, ranks_per_node, slices, late):
     run_on("tests.multi.run_nodes", nodes, ranks_per_node, slices, late)
@@ -32,8 +37,8 @@ def test_calls_failures_and_resets_of_several_nodes(run_on, nodes, ranks_per_nod
 @pytest.mark.parametrize(
     ("nodes", "ranks_per_node", "slices", "late"),
     [
-        *((2, 2, 1, 0), (3, 2, 1, 0), (2, 2, 4, 0), (3, 2, 3, 0), (3, 2, 5, 0), (2, 1, 3, 0)),
-        *((2, 2, 1, 1), (2, 2, 1, 2), (3, 2, 1, 2)),
+        *((2, 2, 1, 0), (2, 2, 4, 0), (3, 2, 3, 0), (2, 1, 3, 0), (2, 2, 1, 1), (3, 2, 1, 2)),
+        *(more(*case) for case in ((3, 2, 1, 0), (3, 2, 5, 0), (2, 2, 1, 2))),
     ],
 )
 def test_the_hosts_part_of_calls_on_cuda(run_on, nodes, ranks_per_node, slices, late):
