@@ -171,8 +171,8 @@ class CublasExperts:
         }
 
     def _weights(self, call: Call, prefix: str) -> tuple[list[Matrix], list[Matrix]]:
-        """w_up and w_down of each plan expert, or their gradients with the prefix "dw"."""
-        geometry, experts = self._geometry, self._geometry.num_weights
+        """w_up and w_down of each expert, or their gradients with the prefix "dw"."""
+        geometry, experts = self._geometry, self._geometry.local_experts
         names = f"{prefix}_up", f"{prefix}_down"
         shapes = (
             (experts * geometry.up_columns, geometry.spec.hidden),
@@ -183,7 +183,7 @@ class CublasExperts:
             Matrix(call.at[name], *size, float32=float32).split(experts)
             for name, size, float32 in zip(names, shapes, wide, strict=True)
         )
-        return up * geometry.row_sets, down * geometry.row_sets
+        return up, down
 
     def _up(self, stream: int, call: Call, rows: list[tuple[int, int]]) -> None:
         """z from x_rows; in a forward, a too."""
@@ -218,14 +218,12 @@ class CublasExperts:
             self._gemm(stream, "NN", dz, weights, dx)
 
     def _wgrad(self, stream: int, call: Call, rows: list[tuple[int, int]]) -> None:
-        """The gradients of both weights. Those of later row sets are added to the first one's."""
+        """The gradients of both weights."""
         of, gradients = self._rows_of(call), self._weights(call, "dw")
-        indexed = enumerate(zip(rows, *gradients, strict=True))
-        for expert, ((begin, end), dw_up, dw_down) in indexed:
-            accumulate = call.accumulate or expert >= self._geometry.num_weights
+        for (begin, end), dw_up, dw_down in zip(rows, *gradients, strict=True):
             for left, right, out in (("dz", "x_rows", dw_up), ("dy_rows", "weighted_a", dw_down)):
                 a, b = of[left].part(begin, end), of[right].part(begin, end)
-                self._gemm(stream, "TN", a, b, out, accumulate=accumulate)
+                self._gemm(stream, "TN", a, b, out, accumulate=call.accumulate)
 
     def _activation_params(self, call: Call, *arrays: str) -> ParamStruct:
         params = ParamStruct(activation_params_dtype)
