@@ -213,7 +213,8 @@ class CudaNodesExecutor(NodesExecutor):
             with leave_sms(self._nccl_sms), self._guard(operation):
                 yield
         except BaseException:
-            self.rail.join()  # transfers that are queued
+            if not capturing:
+                self.rail.join()  # transfers that are queued
             raise
         finally:
             if capturing:
